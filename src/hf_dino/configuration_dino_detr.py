@@ -1,0 +1,264 @@
+"""Every number of the DINO model and its loss: typed, documented, validated.
+
+Paper: DINO, https://arxiv.org/abs/2203.03605. Defaults are the published ones of DINO-4scale with a ResNet-50
+(IDEA-Research/DINO, config/DINO/DINO_4scale.py).
+"""
+
+from huggingface_hub.dataclasses import strict
+from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
+
+
+# The three contributions of the paper, each with the ancestors' way of doing the same; DINO's comes first.
+DENOISING = ("contrastive", "plain", "none")
+QUERY_SELECTION = ("mixed", "pure", "static")
+BOX_REFINEMENT = ("look_forward_twice", "look_forward_once")
+
+# The first ResNet stage that is read, by number of feature levels: DINO adds one level of its own below the last
+# stage, and only with five levels reads the large maps of stage 1 (DINO_5scale.py).
+FIRST_RESNET_STAGE = {1: 4, 2: 3, 3: 2, 4: 2, 5: 1}
+
+
+@strict
+class DinoDetrConfig(PreTrainedConfig):
+    r"""
+    Configuration of [`DinoDetrModel`] and [`DinoDetrForObjectDetection`]. Without arguments it describes DINO-4scale
+    with a ResNet-50, untrained. Unknown strategy names, sizes that do not divide and numbers outside their range
+    raise a `ValueError` (types a `StrictDataclassFieldValidationError`) that names the field and what is legal.
+
+    Args:
+        backbone_config (`dict`, `PreTrainedConfig` or `str`, *optional*):
+            Any backbone of transformers' `AutoBackbone` (ResNet, Swin, ConvNeXt, ...), whose `out_features` give the
+            finest feature levels. A string is the name of a timm model, read at its last stages. `None` is a
+            ResNet-50.
+        freeze_batch_norm (`bool`, *optional*, defaults to `True`):
+            Keep the statistics and the affine parameters of the backbone's batch norms as loaded. Right for a
+            pre-trained backbone and small batches; switch it off to train from scratch.
+        num_feature_levels (`int`, *optional*, defaults to 4):
+            Feature maps that the transformer reads, 1 to 5. Levels beyond the backbone's are made by 3 x 3
+            convolutions of stride 2.
+        d_model (`int`, *optional*, defaults to 256):
+            Width of the transformer; a multiple of 32 (group norm) and of both head counts.
+        encoder_layers (`int`, *optional*, defaults to 6): Encoder layers.
+        encoder_ffn_dim (`int`, *optional*, defaults to 2048): Inner width of the encoder's feed-forward blocks.
+        encoder_attention_heads (`int`, *optional*, defaults to 8): Heads of the encoder's attention.
+        encoder_n_points (`int`, *optional*, defaults to 4): Sampling points per head and level in the encoder.
+        decoder_layers (`int`, *optional*, defaults to 6): Decoder layers.
+        decoder_ffn_dim (`int`, *optional*, defaults to 2048): Inner width of the decoder's feed-forward blocks.
+        decoder_attention_heads (`int`, *optional*, defaults to 8): Heads of both attentions of the decoder.
+        decoder_n_points (`int`, *optional*, defaults to 4): Sampling points per head and level in the decoder.
+        num_queries (`int`, *optional*, defaults to 900):
+            Object queries, i.e. the most objects that can be found in one picture.
+        activation_function (`str`, *optional*, defaults to `"relu"`): Activation inside the feed-forward blocks.
+        dropout (`float`, *optional*, defaults to 0.0): Dropout everywhere in the transformer. DINO uses none.
+        position_embedding_temperature (`float`, *optional*, defaults to 20):
+            Temperature of the sine embedding of feature positions. detrex's checkpoints were trained with 10000.
+        position_embedding_offset (`float`, *optional*, defaults to 0.0):
+            Added to the cell index (which counts from 1) before it is normalised; detrex uses -0.5.
+        share_decoder_heads (`bool`, *optional*, defaults to `True`):
+            One class head and one box head for all decoder layers. `False` gives each layer its own, as in detrex's
+            and mmdetection's checkpoints.
+        denoising (`str`, *optional*, defaults to `"contrastive"`):
+            `"contrastive"` (DINO: positive and negative noisy copies of the objects), `"plain"` (DN-DETR: positive
+            ones only) or `"none"`.
+        query_selection (`str`, *optional*, defaults to `"mixed"`):
+            Where object queries come from: `"mixed"` (DINO: positions from the best encoder tokens, contents
+            learned), `"pure"` (two-stage Deformable DETR: both from the tokens) or `"static"` (DAB-DETR: both
+            learned).
+        box_refinement (`str`, *optional*, defaults to `"look_forward_twice"`):
+            `"look_forward_twice"` (DINO: a layer's box loss also reaches the layer before) or `"look_forward_once"`
+            (Deformable DETR).
+        num_denoising (`int`, *optional*, defaults to 100):
+            Noisy copies of objects per picture (pairs of a positive and a negative one if `"contrastive"`). Shared
+            out in groups that each hold every object of the fullest picture, and an upper bound: of a picture with
+            more objects than that, a random choice of `num_denoising` is denoised in each step.
+        label_noise_ratio (`float`, *optional*, defaults to 0.5):
+            How much the classes of denoising queries are noised, in [0, 1]. `"plain"` draws a new class with this
+            probability, `"contrastive"` with half of it, each as in its paper's code.
+        box_noise_scale (`float`, *optional*, defaults to 0.4):
+            λ of the box noise, in half-sides of the box. The published checkpoints were trained with 1.0.
+        auxiliary_loss (`bool`, *optional*, defaults to `True`): Supervise every decoder layer, not only the last.
+        class_cost (`float`, *optional*, defaults to 2.0): Weight of the focal cost in the matching.
+        bbox_cost (`float`, *optional*, defaults to 5.0): Weight of the L1 box cost in the matching.
+        giou_cost (`float`, *optional*, defaults to 2.0): Weight of the generalised-IoU cost in the matching.
+        class_loss_coefficient (`float`, *optional*, defaults to 1.0): Weight of the focal loss.
+        bbox_loss_coefficient (`float`, *optional*, defaults to 5.0): Weight of the L1 box loss.
+        giou_loss_coefficient (`float`, *optional*, defaults to 2.0): Weight of the generalised-IoU loss.
+        focal_alpha (`float`, *optional*, defaults to 0.25): α of the focal loss and of the matching's focal cost.
+        focal_gamma (`float`, *optional*, defaults to 2.0): γ of the focal loss and of the matching's focal cost.
+        num_select (`int`, *optional*, defaults to 300):
+            Detections kept per picture in evaluation: the `top_k` that the examples hand to
+            [`~DinoDetrImageProcessor.post_process_object_detection`].
+
+    Example:
+
+    ```python
+    >>> from hf_dino import DinoDetrConfig
+    >>> config = DinoDetrConfig(num_queries=300, id2label={0: "cat", 1: "dog"})
+    >>> config.num_labels, config.backbone_config.model_type, config.denoising
+    (2, 'resnet', 'contrastive')
+    >>> DinoDetrConfig(denoising="contrast")
+    Traceback (most recent call last):
+    ValueError: denoising must be one of 'contrastive', 'plain', 'none', got 'contrast'
+
+    ```
+    """
+
+    model_type = "dino_detr"
+    sub_configs = {"backbone_config": AutoConfig}
+    attribute_map = {
+        "hidden_size": "d_model",
+        "num_attention_heads": "encoder_attention_heads",
+        "num_hidden_layers": "encoder_layers",
+    }
+    # Trainer gathers everything else over the whole evaluation set.
+    keys_to_ignore_at_inference = [
+        "auxiliary_outputs",
+        "last_hidden_state",
+        "intermediate_hidden_states",
+        "init_reference_points",
+        "intermediate_reference_points",
+        "encoder_last_hidden_state",
+        "enc_outputs_class",
+        "enc_outputs_coord_logits",
+    ]
+
+    backbone_config: dict | PreTrainedConfig | str | None = None
+    freeze_batch_norm: bool = True
+    num_feature_levels: int = 4
+    d_model: int = 256
+    encoder_layers: int = 6
+    encoder_ffn_dim: int = 2048
+    encoder_attention_heads: int = 8
+    encoder_n_points: int = 4
+    decoder_layers: int = 6
+    decoder_ffn_dim: int = 2048
+    decoder_attention_heads: int = 8
+    decoder_n_points: int = 4
+    num_queries: int = 900
+    activation_function: str = "relu"
+    dropout: float | int = 0.0
+    position_embedding_temperature: float | int = 20
+    position_embedding_offset: float | int = 0.0
+    share_decoder_heads: bool = True
+    denoising: str = "contrastive"
+    query_selection: str = "mixed"
+    box_refinement: str = "look_forward_twice"
+    num_denoising: int = 100
+    label_noise_ratio: float | int = 0.5
+    box_noise_scale: float | int = 0.4
+    auxiliary_loss: bool = True
+    class_cost: float | int = 2.0
+    bbox_cost: float | int = 5.0
+    giou_cost: float | int = 2.0
+    class_loss_coefficient: float | int = 1.0
+    bbox_loss_coefficient: float | int = 5.0
+    giou_loss_coefficient: float | int = 2.0
+    focal_alpha: float | int = 0.25
+    focal_gamma: float | int = 2.0
+    num_select: int = 300
+    is_encoder_decoder: bool = True
+
+    def __post_init__(self, **kwargs):
+        self.backbone_config = resolve_backbone_config(self.backbone_config, self.num_feature_levels)
+        super().__post_init__(**kwargs)
+        if self.id2label is not None and (self.label2id is None or len(self.label2id) > len(self.id2label)):
+            self.label2id = {name: label for label, name in self.id2label.items()}
+
+    def validate_architecture(self):
+        """Check what types alone do not say. Run by `@strict` on creation and saving, and when a model is built."""
+        for field, legal in {
+            "denoising": DENOISING,
+            "query_selection": QUERY_SELECTION,
+            "box_refinement": BOX_REFINEMENT,
+        }.items():
+            if getattr(self, field) not in legal:
+                raise ValueError(f"{field} must be one of {str(legal)[1:-1]}, got {getattr(self, field)!r}")
+        for field, lowest, highest in _RANGES:
+            if not lowest <= getattr(self, field) <= highest:
+                raise ValueError(f"{field} must be between {lowest} and {highest}, got {getattr(self, field)}")
+        for divisor in (32, self.encoder_attention_heads, self.decoder_attention_heads):
+            if self.d_model % divisor:
+                raise ValueError(
+                    f"d_model must be a multiple of 32 (group norm), of encoder_attention_heads and of "
+                    f"decoder_attention_heads, got d_model={self.d_model}, which {divisor} does not divide"
+                )
+        if self.denoising != "none" and self.num_denoising < 1:
+            raise ValueError(
+                f"num_denoising must be at least 1 with denoising={self.denoising!r}, got {self.num_denoising}; "
+                f"to train without denoising use denoising='none'"
+            )
+        if self.class_cost == self.bbox_cost == self.giou_cost == 0:
+            raise ValueError("class_cost, bbox_cost and giou_cost are all 0: at least one must be positive")
+        if self.num_backbone_levels > self.num_feature_levels:
+            raise ValueError(
+                f"num_feature_levels={self.num_feature_levels} is fewer than the {self.num_backbone_levels} feature maps "
+                f"of backbone_config: raise num_feature_levels or shorten backbone_config's out_features"
+            )
+        if self.id2label is not None and sorted(self.id2label) != list(range(len(self.id2label))):
+            raise ValueError(f"id2label must have the keys 0 to {len(self.id2label) - 1}, got {sorted(self.id2label)}")
+
+    @property
+    def num_backbone_levels(self) -> int:
+        """Feature maps that the backbone itself gives; the neck makes the others."""
+        backbone = self.backbone_config
+        return len(getattr(backbone, "out_indices", None) or getattr(backbone, "out_features", None) or [-1])
+
+
+def resolve_backbone_config(backbone_config, num_feature_levels: int) -> PreTrainedConfig:
+    """Turn each way to name a backbone (nothing, timm name, dict, config) into a config object.
+
+    Nothing here asks the Hub what a name means, as transformers' own resolution would.
+    """
+    if backbone_config is None:
+        first_stage = FIRST_RESNET_STAGE.get(num_feature_levels, 2)  # out of range is validation's to report
+        return CONFIG_MAPPING["resnet"](out_features=[f"stage{stage}" for stage in range(first_stage, 5)])
+    if isinstance(backbone_config, str):
+        stages = 5 - FIRST_RESNET_STAGE.get(num_feature_levels, 2)
+        backbone_config = {
+            "model_type": "timm_backbone",
+            "backbone": backbone_config,
+            "out_indices": list(range(-stages, 0)),
+        }
+    if isinstance(backbone_config, dict):
+        model_type = backbone_config.get("model_type")
+        if model_type not in CONFIG_MAPPING:
+            raise ValueError(
+                f"backbone_config must have a 'model_type' that transformers knows (such as 'resnet', 'swin', "
+                f"'convnext', 'timm_backbone'), got {model_type!r}"
+            )
+        return CONFIG_MAPPING[model_type].from_dict(backbone_config)
+    return backbone_config
+
+
+_MANY = float("inf")
+_RANGES = (
+    ("num_feature_levels", 1, 5),  # a proposal of level 5 would be 1.6 times the picture: never valid
+    *((f"{part}_{count}", 1, _MANY) for part in ("encoder", "decoder") for count in ("ffn_dim", "n_points")),
+    *((f"{part}_attention_heads", 1, _MANY) for part in ("encoder", "decoder")),
+    ("encoder_layers", 0, _MANY),
+    ("decoder_layers", 1, _MANY),
+    ("d_model", 32, _MANY),
+    ("num_queries", 1, _MANY),
+    ("num_select", 1, _MANY),
+    ("num_denoising", 0, _MANY),
+    ("dropout", 0, 1),
+    ("label_noise_ratio", 0, 1),
+    ("focal_alpha", 0, 1),
+    ("position_embedding_temperature", 1e-6, _MANY),
+    *(
+        (field, 0, _MANY)
+        for field in (
+            "box_noise_scale",
+            "focal_gamma",
+            "class_cost",
+            "bbox_cost",
+            "giou_cost",
+            "class_loss_coefficient",
+            "bbox_loss_coefficient",
+            "giou_loss_coefficient",
+        )
+    ),
+)
+
+
+__all__ = ["DinoDetrConfig"]

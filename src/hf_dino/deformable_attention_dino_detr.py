@@ -1,0 +1,185 @@
+"""Multi-scale deformable attention: the plain-PyTorch definition, the replaceable operator, and the layer around it.
+
+Paper: Deformable DETR, https://arxiv.org/abs/2010.04159, equation 3.
+"""
+
+import torch
+from torch import nn
+
+from .backbone_dino_detr import DinoDetrFeatureLevels
+from .boxes_dino_detr import at_least_float32
+from .initialization_dino_detr import init_as
+
+
+def multi_scale_deformable_attention(
+    value: torch.Tensor,
+    spatial_shapes: list[tuple[int, int]],
+    sampling_locations: torch.Tensor,
+    attention_weights: torch.Tensor,
+) -> torch.Tensor:
+    r"""Read every feature level at a few points per query and add up what was read.
+
+    For query q, head m, level l and point k this is the inner double sum of equation 3 of Deformable DETR,
+    with W'_m already applied to `value` and W_m left to the caller:
+
+        output[q, m] = sum_l sum_k  attention_weights[q, m, l, k] * value[l, m](sampling_locations[q, m, l, k])
+
+    Args:
+        value (`torch.Tensor` of shape `(batch_size, sequence_length, num_heads, head_dim)`):
+            Projected feature maps, each level flattened row by row and the levels joined in order, so
+            `sequence_length == sum(height * width)`.
+        spatial_shapes (`list[tuple[int, int]]` of length `num_levels`):
+            `(height, width)` of each level, in feature-map cells.
+        sampling_locations (`torch.Tensor` of shape `(batch_size, num_queries, num_heads, num_levels, num_points, 2)`):
+            `(x, y)` as fractions of the padded map: `(0, 0)` is its top-left corner and `(1, 1)` its bottom-right
+            corner, so the centre of cell `(row, column)` is `((column + 0.5) / width, (row + 0.5) / height)`.
+            Points outside read zero.
+        attention_weights (`torch.Tensor` of shape `(batch_size, num_queries, num_heads, num_levels, num_points)`):
+            Non-negative, summing to 1 over the last two axes.
+
+    Returns:
+        `torch.Tensor` of shape `(batch_size, num_queries, num_heads * head_dim)`, in the dtype of `value`; computed
+        in at least 32 bits.
+
+    Raises:
+        ValueError: If `spatial_shapes` does not account for every row of `value`.
+
+    Example:
+
+    ```python
+    >>> value = torch.arange(4.0).view(1, 4, 1, 1)  # one 2 x 2 map: 0 1 / 2 3
+    >>> centre_of_first_cell, centre_of_map = [0.25, 0.25], [0.5, 0.5]
+    >>> locations = torch.tensor([centre_of_first_cell, centre_of_map]).view(1, 2, 1, 1, 1, 2)
+    >>> multi_scale_deformable_attention(value, [(2, 2)], locations, torch.ones(1, 2, 1, 1, 1)).flatten().tolist()
+    [0.0, 1.5]
+
+    ```
+    """
+    level_lengths = [height * width for height, width in spatial_shapes]
+    if sum(level_lengths) != value.shape[1]:
+        raise ValueError(f"spatial_shapes cover {sum(level_lengths)} positions but value has {value.shape[1]}")
+    batch_size, _, num_heads, head_dim = value.shape
+    num_queries = sampling_locations.shape[1]
+
+    # In 16 bits, grid_sample on the CPU overflows its offsets and reads garbage, and locations are off by a cell.
+    wide = torch.promote_types(value.dtype, torch.float32)
+    maps = value.to(wide).permute(0, 2, 3, 1).flatten(0, 1)  # (batch * heads, head_dim, sequence)
+    # grid_sample wants the corners at -1 and 1, and heads folded into the batch
+    grids = (2 * sampling_locations.to(wide) - 1).transpose(1, 2).flatten(0, 1)  # (batch * heads, queries, levels, points, 2)
+    weights = attention_weights.to(wide).transpose(1, 2).flatten(0, 1)  # (batch * heads, queries, levels, points)
+
+    output = maps.new_zeros(batch_size * num_heads, head_dim, num_queries)
+    for level, level_maps in enumerate(maps.split(level_lengths, dim=2)):
+        feature_map = level_maps.unflatten(2, spatial_shapes[level])
+        sampled = nn.functional.grid_sample(feature_map, grids[:, :, level], align_corners=False)
+        output = output + torch.einsum("bdqk,bqk->bdq", sampled, weights[:, :, level])
+    return output.view(batch_size, num_heads * head_dim, num_queries).transpose(1, 2).to(value.dtype)
+
+
+class MultiScaleDeformableAttention(nn.Module):
+    """The operator as a stateless layer, so that a compiled one of the same seven arguments can take its place.
+
+    The signature is that of `kernels-community/deformable-detr`. See [`multi_scale_deformable_attention`].
+    """
+
+    def forward(
+        self,
+        value: torch.Tensor,
+        value_spatial_shapes: torch.Tensor,
+        value_spatial_shapes_list: list[tuple[int, int]],
+        level_start_index: torch.Tensor,
+        sampling_locations: torch.Tensor,
+        attention_weights: torch.Tensor,
+        im2col_step: int,
+    ) -> torch.Tensor:
+        return multi_scale_deformable_attention(
+            value, value_spatial_shapes_list, sampling_locations, attention_weights
+        )
+
+
+class DinoDetrMultiscaleDeformableAttention(nn.Module):
+    """Let each query look at a few points per head and level around its reference (Deformable DETR, section 4.1).
+
+    Args:
+        d_model (`int`): Width of queries and memory.
+        num_heads (`int`): Heads; divides `d_model`.
+        num_levels (`int`): Feature levels.
+        num_points (`int`): Sampling points per head and level.
+    """
+
+    im2col_step = 64  # only what the official kernel's signature asks for
+
+    def __init__(self, d_model: int, *, num_heads: int, num_levels: int, num_points: int):
+        super().__init__()
+        self.num_heads, self.num_levels, self.num_points = num_heads, num_levels, num_points
+        total_points = num_heads * num_levels * num_points
+        ring = {"num_heads": num_heads, "num_levels": num_levels, "num_points": num_points}
+        self.sampling_offsets = init_as("sampling_ring", nn.Linear(d_model, total_points * 2), **ring)
+        self.attention_weights = init_as("zeros", nn.Linear(d_model, total_points))
+        self.value_proj = init_as("xavier_zero_bias", nn.Linear(d_model, d_model))
+        self.output_proj = init_as("xavier_zero_bias", nn.Linear(d_model, d_model))
+        self.attn = MultiScaleDeformableAttention()
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        position_embeddings: torch.Tensor,
+        memory: torch.Tensor,
+        reference_points: torch.Tensor,
+        levels: DinoDetrFeatureLevels,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """
+        Args:
+            hidden_states (`torch.Tensor` of shape `(batch_size, num_queries, d_model)`): Contents of the queries.
+            position_embeddings (`torch.Tensor` of the same shape): Positions of the queries.
+            memory (`torch.Tensor` of shape `(batch_size, sequence_length, d_model)`): What is looked at.
+            reference_points (`torch.Tensor` of shape `(batch_size, num_queries, num_levels, 2 or 4)`):
+                Points (x, y) or boxes (centre x, centre y, width, height), fractions of each level's padded map.
+            levels ([`DinoDetrFeatureLevels`]): Where the memory's positions lie, and which are padding: that reads zero.
+
+        Returns:
+            The new contents, `(batch_size, num_queries, d_model)`, and the attention weights,
+            `(batch_size, num_queries, num_heads, num_levels, num_points)`.
+        """
+        batch_size, num_queries, _ = hidden_states.shape
+        points_shape = (batch_size, num_queries, self.num_heads, self.num_levels, self.num_points)
+        queries = hidden_states + position_embeddings
+
+        value = self.value_proj(memory).masked_fill(~levels.mask[..., None], 0.0)
+        offsets = self.sampling_offsets(queries).view(*points_shape, 2)
+        weights = self.attention_weights(queries).view(*points_shape[:3], -1).softmax(-1).view(points_shape)
+
+        output = self.attn(
+            value.view(batch_size, memory.shape[1], self.num_heads, -1),
+            levels.spatial_shapes,
+            levels.spatial_shapes_list,
+            levels.level_start_index,
+            sampling_locations(offsets, reference_points, levels.spatial_shapes),
+            weights,
+            self.im2col_step,
+        )
+        return self.output_proj(output), weights
+
+
+def sampling_locations(
+    sampling_offsets: torch.Tensor, reference_points: torch.Tensor, spatial_shapes: torch.Tensor
+) -> torch.Tensor:
+    """Where to look: around a point in units of cells, or around a box's centre in units of its half-sides.
+
+    Args:
+        sampling_offsets (`torch.Tensor` of shape `(batch_size, num_queries, num_heads, num_levels, num_points, 2)`):
+            (x, y). Around a box, an offset of `num_points` reaches its edge.
+        reference_points (`torch.Tensor` of shape `(batch_size, num_queries, num_levels, 2 or 4)`):
+            Fractions of the padded maps: (x, y), or centre x, centre y, width, height.
+        spatial_shapes (`torch.Tensor` of shape `(num_levels, 2)`): (height, width).
+
+    Returns:
+        `torch.Tensor` of the shape of `sampling_offsets`: (x, y) as fractions of the padded maps, at least 32 bits.
+    """
+    offsets = at_least_float32(sampling_offsets)
+    centres = reference_points[:, :, None, :, None, :2]
+    if reference_points.shape[-1] == 2:
+        cell = 1 / spatial_shapes.flip(-1).to(offsets.dtype)  # (levels, 2): its width and height as fractions
+        return torch.addcmul(centres, offsets, cell[:, None, :])
+    num_points = offsets.shape[-2]
+    return centres + offsets * (reference_points[:, :, None, :, None, 2:] * (0.5 / num_points))

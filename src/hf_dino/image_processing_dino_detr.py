@@ -1,0 +1,234 @@
+"""From pictures and COCO annotations to the model's inputs, and from its outputs to boxes in pixels.
+
+Both backends of transformers: torchvision (the default, fast, also on an accelerator) and PIL (bit for bit the
+original's pixels).
+"""
+
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torchvision.ops import batched_nms, box_convert
+from transformers import DetrImageProcessor, DetrImageProcessorPil
+from transformers.image_utils import SizeDict
+from transformers.utils import logging
+
+
+logger = logging.get_logger(__name__)
+
+
+def resized_shape(height: int, width: int, shortest_edge: int, longest_edge: int) -> tuple[int, int]:
+    """The shape that a picture is resized to: its shorter side to `shortest_edge`, unless the longer one would exceed.
+
+    The rounding is the original's, which transformers' own differs from by a pixel in most pictures that are limited
+    by `longest_edge` (facebookresearch/detr, datasets/transforms.py).
+
+    Args:
+        height, width (`int`): Of the picture, in pixels.
+        shortest_edge, longest_edge (`int`): Limits, in pixels. Rounding may exceed `longest_edge` by a pixel.
+
+    Returns:
+        `(height, width)` in pixels.
+
+    Example:
+
+    ```python
+    >>> resized_shape(480, 640, shortest_edge=800, longest_edge=1333)
+    (800, 1066)
+    >>> resized_shape(300, 1000, shortest_edge=800, longest_edge=1333)
+    (400, 1333)
+
+    ```
+    """
+    short, long = min(height, width), max(height, width)
+    if long / short * shortest_edge > longest_edge:
+        shortest_edge = max(1, int(round(longest_edge * short / long)))
+    if short == shortest_edge:
+        return height, width
+    other = int(shortest_edge * long / short)
+    return (shortest_edge, other) if height <= width else (other, shortest_edge)
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """An 8-bit RGB version of any PIL image: palette, transparency, CMYK and grey by PIL, 16 bits scaled.
+
+    PIL's own conversion clips 16-bit pictures at 255, which makes nearly all of them white.
+    """
+    if image.mode.startswith("I"):
+        image = Image.fromarray(_to_8_bits(np.asarray(image)))
+    return image.convert("RGB")
+
+
+def _to_8_bits(pixels: np.ndarray) -> np.ndarray:
+    """16-bit values, 0 to 65535, as 8-bit ones."""
+    return (pixels.clip(0, 65535) // 257).astype(np.uint8)
+
+
+class DinoDetrProcessing:
+    """What DINO does otherwise than transformers' DETR processors, for both backends."""
+
+    do_convert_rgb = True
+
+    def preprocess(
+        self,
+        images,
+        annotations: dict[str, Any] | list[dict[str, Any]] | None = None,
+        *args,
+        category_id_to_label: dict[int, int] | None = None,
+        **kwargs,
+    ):
+        """
+        Resize, normalise and pad pictures, and turn their COCO annotations into labels.
+
+        Args:
+            images (picture or list of pictures): PIL images, arrays or tensors.
+            annotations (`dict` or `list[dict]`, *optional*):
+                Per picture `{"image_id": int, "annotations": [...]}` with COCO's `category_id`, `bbox` (x, y, width,
+                height in pixels), and optionally `area` and `iscrowd`. Crowds are left out; boxes are clipped to the
+                picture, and those without an area are left out with a warning.
+            category_id_to_label (`dict[int, int]`, *optional*):
+                Label of each category id. Without it category ids are taken to be labels.
+
+        Returns:
+            `BatchFeature` with `pixel_values` `(batch_size, 3, height, width)`, `pixel_mask` `(batch_size, height,
+            width)`, 1 where there is picture, and, with annotations, `labels`: per picture `class_labels`, `boxes` (centre
+            x, centre y, width, height as fractions of the *unpadded* picture), `image_id`, `area`, `iscrowd`,
+            `orig_size` and `size` (height, width before and after resizing).
+
+        Raises:
+            ValueError: If a category id is not in `category_id_to_label`, naming it and its picture.
+        """
+        if annotations is not None:
+            single = isinstance(annotations, dict)
+            annotations = [
+                _complete(target, category_id_to_label) for target in ([annotations] if single else annotations)
+            ]
+        return super().preprocess(images, annotations, *args, **kwargs)
+
+    def process_image(self, image, *args, **kwargs):
+        if isinstance(image, Image.Image):
+            image = to_rgb(image)
+        elif isinstance(image, np.ndarray) and image.dtype == np.uint16:
+            image = _to_8_bits(image)
+        return super().process_image(image, *args, **kwargs)
+
+    def resize(self, image, size: SizeDict, *args, **kwargs):
+        if size.shortest_edge and size.longest_edge:
+            height, width = resized_shape(*image.shape[-2:], size.shortest_edge, size.longest_edge)
+            size = SizeDict(height=height, width=width)
+        return super().resize(image, size, *args, **kwargs)
+
+    def prepare_annotation(self, image, target, *args, **kwargs):
+        prepared = super().prepare_annotation(image, target, *args, **kwargs)
+        num_objects = sum(not each.get("iscrowd", 0) for each in target.get("annotations", ()))
+        if len(prepared["boxes"]) < num_objects:
+            logger.warning(
+                f"image_id {target['image_id']}: {num_objects - len(prepared['boxes'])} of {num_objects} boxes have no "
+                f"area inside the picture and are left out"
+            )
+        return prepared
+
+    def _update_annotation_for_padded_image(
+        self, annotation, input_image_size, output_image_size, padding, update_bboxes
+    ):
+        """Boxes and `size` stay relative to the picture without its padding: so do DINO's predictions."""
+        updated = super()._update_annotation_for_padded_image(
+            annotation, input_image_size, output_image_size, padding, update_bboxes=False
+        )
+        updated["size"] = annotation["size"]
+        return updated
+
+    def post_process_object_detection(
+        self,
+        outputs,
+        threshold: float = 0.5,
+        target_sizes: torch.Tensor | list[tuple[int, int]] | None = None,
+        top_k: int = 300,
+        nms_iou_threshold: float | None = None,
+    ) -> list[dict[str, torch.Tensor]]:
+        """
+        The best detections of each picture. A query can be detected as more than one class.
+
+        Args:
+            outputs ([`DinoDetrObjectDetectionOutput`]): Only `logits` and `pred_boxes` are read.
+            threshold (`float`): Detections that score less or equal are left out.
+            target_sizes (`torch.Tensor` of shape `(batch_size, 2)` or `list[tuple[int, int]]`, *optional*):
+                (height, width) of the original pictures. Without it boxes stay fractions.
+            top_k (`int`): Most detections per picture.
+            nms_iou_threshold (`float`, *optional*):
+                Leave out detections that overlap a better one of the same class by more than this. DINO needs none.
+
+        Returns:
+            Per picture `scores` `(num_detections,)`, from high to low, `labels` `(num_detections,)` and `boxes`
+            `(num_detections, 4)`: left, top, right, bottom, in pixels.
+
+        Raises:
+            ValueError: If `target_sizes` is not one size per picture.
+        """
+        logits, pred_boxes = outputs.logits, outputs.pred_boxes
+        batch_size, _, num_labels = logits.shape
+        if target_sizes is None:
+            target_sizes = pred_boxes.new_ones(batch_size, 2)
+        target_sizes = torch.as_tensor(target_sizes, dtype=pred_boxes.dtype).to(pred_boxes.device)
+        if target_sizes.shape != (batch_size, 2):
+            raise ValueError(
+                f"target_sizes must be (height, width) for each of the {batch_size} pictures, "
+                f"got a shape of {tuple(target_sizes.shape)}"
+            )
+
+        all_scores = logits.to(pred_boxes.dtype).sigmoid().flatten(1)  # (batch, queries * labels)
+        scores, places = all_scores.topk(min(top_k, all_scores.shape[1]), dim=1)
+        queries, labels = places // num_labels, places % num_labels
+        boxes = box_convert(pred_boxes, "cxcywh", "xyxy").gather(1, queries[..., None].expand(-1, -1, 4))
+        boxes = boxes * target_sizes[:, [1, 0, 1, 0]][:, None]  # width, height, width, height
+
+        detections = []
+        for picture in range(batch_size):
+            keep = scores[picture] > threshold
+            found = {"scores": scores[picture][keep], "labels": labels[picture][keep], "boxes": boxes[picture][keep]}
+            if nms_iou_threshold is not None:
+                best = batched_nms(found["boxes"], found["scores"], found["labels"], nms_iou_threshold)
+                found = {name: values[best] for name, values in found.items()}
+            detections.append(found)
+        return detections
+
+    def to_dict(self) -> dict[str, Any]:
+        """As in transformers, but a saved processor names both backends for those who load it with its code."""
+        return super().to_dict() | {"auto_map": {"AutoImageProcessor": BACKENDS}}
+
+
+def _complete(target: dict[str, Any], category_id_to_label: dict[int, int] | None) -> dict[str, Any]:
+    """A picture's annotations with labels in place of category ids and areas where they are missing."""
+    if "annotations" not in target:
+        return target  # transformers says what is wrong with it
+    completed = []
+    for annotation in target["annotations"]:
+        category = annotation["category_id"]
+        if category_id_to_label is not None and category not in category_id_to_label:
+            raise ValueError(
+                f"image_id {target.get('image_id')}: category_id {category} is not among those that were mapped to "
+                f"labels, {sorted(category_id_to_label)}"
+            )
+        label = category if category_id_to_label is None else category_id_to_label[category]
+        area = annotation.get("area", annotation["bbox"][2] * annotation["bbox"][3])
+        completed.append({**annotation, "category_id": label, "area": area})
+    return {**target, "annotations": completed}
+
+
+class DinoDetrImageProcessor(DinoDetrProcessing, DetrImageProcessor):
+    """DINO's image processor, torchvision backend. See [`DinoDetrProcessing`] for what it takes and gives."""
+
+
+class DinoDetrImageProcessorPil(DinoDetrProcessing, DetrImageProcessorPil):
+    """DINO's image processor, PIL backend: the same numbers as the original's. See [`DinoDetrProcessing`]."""
+
+
+BACKENDS = {
+    "torchvision": f"image_processing_dino_detr.{DinoDetrImageProcessor.__name__}",
+    "pil": f"image_processing_dino_detr.{DinoDetrImageProcessorPil.__name__}",
+}
+DinoDetrImageProcessor.register_for_auto_class()
+DinoDetrImageProcessorPil.register_for_auto_class()
+
+__all__ = ["DinoDetrImageProcessor", "DinoDetrImageProcessorPil", "resized_shape"]
