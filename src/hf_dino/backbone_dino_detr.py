@@ -4,11 +4,14 @@ Paper: Deformable DETR, https://arxiv.org/abs/2010.04159, appendix A.2; DINO, ht
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoBackbone
+from transformers import AutoBackbone, PreTrainedConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_BACKBONE_MAPPING
 from transformers.utils import ModelOutput
 
 from .boxes_dino_detr import sine_wavelengths
@@ -26,7 +29,7 @@ class DinoDetrFeatureLevels(ModelOutput):
         features (`torch.Tensor` of shape `(batch_size, sequence_length, d_model)`): Projected feature maps.
         position_embeddings (`torch.Tensor` of shape `(batch_size, sequence_length, d_model)`):
             Where in its picture and on which level a position lies.
-        mask (`torch.Tensor` of shape `(batch_size, sequence_length)` and dtype bool): `True` is picture, `False` padding.
+        mask (`torch.Tensor` of shape `(batch_size, sequence_length)` and dtype bool): `True` is picture.
         valid_ratios (`torch.Tensor` of shape `(batch_size, num_feature_levels, 2)`):
             Unpadded fraction of each map, (width, height).
         spatial_shapes (`torch.Tensor` of shape `(num_feature_levels, 2)` and dtype int64): (height, width) in cells.
@@ -46,17 +49,21 @@ class DinoDetrFeatureLevels(ModelOutput):
 class DinoDetrBackbone(nn.Module):
     """A transformers backbone, and the neck that brings its maps to one width and adds coarser ones."""
 
+    _gradient_checkpointing_func: Callable  # set together with `gradient_checkpointing`
+
     def __init__(self, config: DinoDetrConfig):
         super().__init__()
         self.config = config
         self.gradient_checkpointing = False  # switched by `gradient_checkpointing_enable`
-        self.body = AutoBackbone.from_config(config.backbone_config)
+        body_config = config.backbone_config
+        body_config._attn_implementation = backbone_attention(body_config, body_config._attn_implementation)
+        self.body = AutoBackbone.from_config(body_config)
         self.channels_last = _gives_channels_last(self.body)
         _freeze_unused_norm(self.body)
 
         channels = list(self.body.channels)
         extra_levels = config.num_feature_levels - len(channels)
-        # The first extra level reads the backbone's last map as it is, not its projection; the next ones read each other.
+        # The first extra level reads the backbone's last map itself, not its projection; each next one the one before.
         extra_channels = [channels[-1], *[config.d_model] * (extra_levels - 1)][:extra_levels]
         self.projections = nn.ModuleList(
             [_project(nn.Conv2d(width, config.d_model, kernel_size=1)) for width in channels]
@@ -107,6 +114,9 @@ class DinoDetrBackbone(nn.Module):
     def read_body(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """The backbone's own maps, each `(batch_size, channels, height, width)`, from fine to coarse."""
         if self.gradient_checkpointing and self.training and not self.body.supports_gradient_checkpointing:
+            if not pixel_values.requires_grad:
+                # Reentrant checkpointing trains only what depends on an input that asks for a gradient.
+                pixel_values = pixel_values.detach().requires_grad_()
             return self._gradient_checkpointing_func(self._read_body, pixel_values)
         return self._read_body(pixel_values)
 
@@ -145,6 +155,15 @@ class DinoDetrBackbone(nn.Module):
         return torch.cat(halves, dim=-1)
 
 
+def backbone_attention(config: PreTrainedConfig, requested: str | None) -> str | None:
+    """The attention that a backbone is to use when the model is told to use `requested`.
+
+    Backbones without attention, such as ResNet, refuse `"sdpa"`; they need not hear of it.
+    """
+    has_attention = MODEL_FOR_BACKBONE_MAPPING[type(config)]._supports_sdpa
+    return "eager" if requested == "sdpa" and not has_attention else requested
+
+
 def cell_centres(height: int, width: int, device: torch.device) -> torch.Tensor:
     """Centres of the cells of a map, row by row: `(height * width, 2)`, (x, y) in cells.
 
@@ -176,11 +195,11 @@ def _valid_ratio(mask: torch.Tensor) -> torch.Tensor:
 
 
 def _gives_channels_last(body: nn.Module) -> bool:
-    """timm's Swin and a few others give (batch, height, width, channels), and transformers hands that on."""
+    """Timm's Swin and a few others give (batch, height, width, channels), and transformers hands that on."""
     return str(getattr(getattr(body, "_backbone", None), "output_fmt", "NCHW")).endswith("NHWC")
 
 
-def _freeze_unused_norm(body: nn.Module) -> None:
-    """transformers' Swin backbone computes a final norm and drops the result: DDP would wait for its gradient forever."""
+def _freeze_unused_norm(body: Any) -> None:
+    """Transformers' Swin backbone computes a final norm and drops the result: DDP would miss its gradient."""
     if hasattr(body, "swin"):
         body.swin.layernorm.requires_grad_(False)

@@ -4,6 +4,8 @@ Paper: DINO, https://arxiv.org/abs/2203.03605. Defaults are the published ones o
 (IDEA-Research/DINO, config/DINO/DINO_4scale.py).
 """
 
+from typing import Any
+
 from huggingface_hub.dataclasses import strict
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
@@ -158,13 +160,15 @@ class DinoDetrConfig(PreTrainedConfig):
     num_select: int = 300
     is_encoder_decoder: bool = True
 
-    def __post_init__(self, **kwargs):
+    def __post_init__(self, **kwargs: Any) -> None:
         self.backbone_config = resolve_backbone_config(self.backbone_config, self.num_feature_levels)
         super().__post_init__(**kwargs)
+        self.label2id: dict[str, int] | None
         if self.id2label is not None and (self.label2id is None or len(self.label2id) > len(self.id2label)):
             self.label2id = {name: label for label, name in self.id2label.items()}
+        self.validate_architecture()  # `@strict` would do it, but wrap the error in one of its own
 
-    def validate_architecture(self):
+    def validate_architecture(self) -> None:
         """Check what types alone do not say. Run by `@strict` on creation and saving, and when a model is built."""
         for field, legal in {
             "denoising": DENOISING,
@@ -191,11 +195,18 @@ class DinoDetrConfig(PreTrainedConfig):
             raise ValueError("class_cost, bbox_cost and giou_cost are all 0: at least one must be positive")
         if self.num_backbone_levels > self.num_feature_levels:
             raise ValueError(
-                f"num_feature_levels={self.num_feature_levels} is fewer than the {self.num_backbone_levels} feature maps "
-                f"of backbone_config: raise num_feature_levels or shorten backbone_config's out_features"
+                f"num_feature_levels={self.num_feature_levels} is fewer than the {self.num_backbone_levels} feature "
+                f"maps of backbone_config: raise num_feature_levels or shorten backbone_config's out_features"
             )
         if self.id2label is not None and sorted(self.id2label) != list(range(len(self.id2label))):
             raise ValueError(f"id2label must have the keys 0 to {len(self.id2label) - 1}, got {sorted(self.id2label)}")
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """As in transformers, but `label2id` follows an `id2label` that is given to `from_pretrained`."""
+        if kwargs.get("id2label") is not None:
+            kwargs.setdefault("label2id", {name: label for label, name in kwargs["id2label"].items()})
+        return super().from_dict(config_dict, **kwargs)
 
     @property
     def num_backbone_levels(self) -> int:
@@ -204,7 +215,7 @@ class DinoDetrConfig(PreTrainedConfig):
         return len(getattr(backbone, "out_indices", None) or getattr(backbone, "out_features", None) or [-1])
 
 
-def resolve_backbone_config(backbone_config, num_feature_levels: int) -> PreTrainedConfig:
+def resolve_backbone_config(backbone_config: Any, num_feature_levels: int) -> PreTrainedConfig:
     """Turn each way to name a backbone (nothing, timm name, dict, config) into a config object.
 
     Nothing here asks the Hub what a name means, as transformers' own resolution would.

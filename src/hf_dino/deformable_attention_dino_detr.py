@@ -65,14 +65,14 @@ def multi_scale_deformable_attention(
     wide = torch.promote_types(value.dtype, torch.float32)
     maps = value.to(wide).permute(0, 2, 3, 1).flatten(0, 1)  # (batch * heads, head_dim, sequence)
     # grid_sample wants the corners at -1 and 1, and heads folded into the batch
-    grids = (2 * sampling_locations.to(wide) - 1).transpose(1, 2).flatten(0, 1)  # (batch * heads, queries, levels, points, 2)
+    grids = (2 * sampling_locations.to(wide) - 1).transpose(1, 2).flatten(0, 1)
     weights = attention_weights.to(wide).transpose(1, 2).flatten(0, 1)  # (batch * heads, queries, levels, points)
 
     output = maps.new_zeros(batch_size * num_heads, head_dim, num_queries)
     for level, level_maps in enumerate(maps.split(level_lengths, dim=2)):
         feature_map = level_maps.unflatten(2, spatial_shapes[level])
         sampled = nn.functional.grid_sample(feature_map, grids[:, :, level], align_corners=False)
-        output = output + torch.einsum("bdqk,bqk->bdq", sampled, weights[:, :, level])
+        output = output + (sampled * weights[:, None, :, level]).sum(dim=-1)
     return output.view(batch_size, num_heads * head_dim, num_queries).transpose(1, 2).to(value.dtype)
 
 
@@ -135,7 +135,7 @@ class DinoDetrMultiscaleDeformableAttention(nn.Module):
             memory (`torch.Tensor` of shape `(batch_size, sequence_length, d_model)`): What is looked at.
             reference_points (`torch.Tensor` of shape `(batch_size, num_queries, num_levels, 2 or 4)`):
                 Points (x, y) or boxes (centre x, centre y, width, height), fractions of each level's padded map.
-            levels ([`DinoDetrFeatureLevels`]): Where the memory's positions lie, and which are padding: that reads zero.
+            levels ([`DinoDetrFeatureLevels`]): Where the memory's positions lie; those that are padding read zero.
 
         Returns:
             The new contents, `(batch_size, num_queries, d_model)`, and the attention weights,

@@ -156,7 +156,9 @@ class DinoDetrDenoising(nn.Module):
         chosen = [choose_objects(len(label["boxes"]), self.num_denoising, device) for label in labels]
         object_index = pad_sequence(chosen, batch_first=True, padding_value=NOT_AN_OBJECT)
         boxes = pad_sequence([label["boxes"][index] for label, index in zip(labels, chosen)], batch_first=True)
-        classes = pad_sequence([label["class_labels"][index] for label, index in zip(labels, chosen)], batch_first=True)
+        classes = pad_sequence(
+            [label["class_labels"][index] for label, index in zip(labels, chosen)], batch_first=True
+        )
 
         batch_size, max_objects = object_index.shape
         num_groups = max(1, self.num_denoising // max(1, max_objects))

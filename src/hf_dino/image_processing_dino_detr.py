@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torchvision.ops import batched_nms, box_convert
-from transformers import DetrImageProcessor, DetrImageProcessorPil
+from transformers import BatchFeature, DetrImageProcessor, DetrImageProcessorPil
 from transformers.image_utils import SizeDict
 from transformers.utils import logging
 
@@ -43,7 +43,7 @@ def resized_shape(height: int, width: int, shortest_edge: int, longest_edge: int
     """
     short, long = min(height, width), max(height, width)
     if long / short * shortest_edge > longest_edge:
-        shortest_edge = max(1, int(round(longest_edge * short / long)))
+        shortest_edge = max(1, round(longest_edge * short / long))
     if short == shortest_edge:
         return height, width
     other = int(shortest_edge * long / short)
@@ -72,12 +72,12 @@ class DinoDetrProcessing:
 
     def preprocess(
         self,
-        images,
+        images: Any,
         annotations: dict[str, Any] | list[dict[str, Any]] | None = None,
-        *args,
+        *args: Any,
         category_id_to_label: dict[int, int] | None = None,
-        **kwargs,
-    ):
+        **kwargs: Any,
+    ) -> BatchFeature:
         """
         Resize, normalise and pad pictures, and turn their COCO annotations into labels.
 
@@ -92,46 +92,52 @@ class DinoDetrProcessing:
 
         Returns:
             `BatchFeature` with `pixel_values` `(batch_size, 3, height, width)`, `pixel_mask` `(batch_size, height,
-            width)`, 1 where there is picture, and, with annotations, `labels`: per picture `class_labels`, `boxes` (centre
-            x, centre y, width, height as fractions of the *unpadded* picture), `image_id`, `area`, `iscrowd`,
+            width)`, 1 where there is picture, and, with annotations, `labels`: per picture `class_labels`, `boxes`
+            (centre x, centre y, width, height as fractions of the *unpadded* picture), `image_id`, `area`, `iscrowd`,
             `orig_size` and `size` (height, width before and after resizing).
 
         Raises:
             ValueError: If a category id is not in `category_id_to_label`, naming it and its picture.
         """
         if annotations is not None:
-            single = isinstance(annotations, dict)
-            annotations = [
-                _complete(target, category_id_to_label) for target in ([annotations] if single else annotations)
-            ]
+            targets = [annotations] if isinstance(annotations, dict) else annotations
+            annotations = [_complete(target, category_id_to_label) for target in targets]
         return super().preprocess(images, annotations, *args, **kwargs)
 
-    def process_image(self, image, *args, **kwargs):
+    def process_image(self, image: Any, *args: Any, **kwargs: Any) -> Any:
         if isinstance(image, Image.Image):
             image = to_rgb(image)
         elif isinstance(image, np.ndarray) and image.dtype == np.uint16:
             image = _to_8_bits(image)
         return super().process_image(image, *args, **kwargs)
 
-    def resize(self, image, size: SizeDict, *args, **kwargs):
+    def resize(self, image: Any, size: SizeDict, *args: Any, **kwargs: Any) -> Any:
         if size.shortest_edge and size.longest_edge:
-            height, width = resized_shape(*image.shape[-2:], size.shortest_edge, size.longest_edge)
+            height, width = image.shape[-2:]
+            height, width = resized_shape(height, width, size.shortest_edge, size.longest_edge)
             size = SizeDict(height=height, width=width)
         return super().resize(image, size, *args, **kwargs)
 
-    def prepare_annotation(self, image, target, *args, **kwargs):
+    def prepare_annotation(self, image: Any, target: dict[str, Any], *args: Any, **kwargs: Any) -> dict[str, Any]:
         prepared = super().prepare_annotation(image, target, *args, **kwargs)
+        prepared["size"] = prepared["orig_size"]  # until it is resized, which it need not be
         num_objects = sum(not each.get("iscrowd", 0) for each in target.get("annotations", ()))
         if len(prepared["boxes"]) < num_objects:
+            missing = num_objects - len(prepared["boxes"])
             logger.warning(
-                f"image_id {target['image_id']}: {num_objects - len(prepared['boxes'])} of {num_objects} boxes have no "
-                f"area inside the picture and are left out"
+                f"image_id {target['image_id']}: {missing} of {num_objects} boxes have no area inside the picture and "
+                f"are left out"
             )
         return prepared
 
     def _update_annotation_for_padded_image(
-        self, annotation, input_image_size, output_image_size, padding, update_bboxes
-    ):
+        self,
+        annotation: dict[str, Any],
+        input_image_size: Any,
+        output_image_size: Any,
+        padding: Any,
+        update_bboxes: bool,
+    ) -> dict[str, Any]:
         """Boxes and `size` stay relative to the picture without its padding: so do DINO's predictions."""
         updated = super()._update_annotation_for_padded_image(
             annotation, input_image_size, output_image_size, padding, update_bboxes=False
@@ -141,7 +147,7 @@ class DinoDetrProcessing:
 
     def post_process_object_detection(
         self,
-        outputs,
+        outputs: Any,
         threshold: float = 0.5,
         target_sizes: torch.Tensor | list[tuple[int, int]] | None = None,
         top_k: int = 300,

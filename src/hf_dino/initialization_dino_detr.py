@@ -9,7 +9,7 @@ Source of the rules: IDEA-Research/DINO, commit faa8520, `DeformableTransformer.
 """
 
 import math
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -18,12 +18,14 @@ from transformers import initialization as init
 
 CLASS_PRIOR = 0.01  # probability of "object of this class" that a fresh class head gives to everything
 
+TAG = "_dino_init"  # the attribute in which a layer keeps its rule
+
 Module = TypeVar("Module", bound=nn.Module)
 
 
-def init_as(rule: str, module: Module, **arguments) -> Module:
+def init_as(rule: str, module: Module, **arguments: Any) -> Module:
     """Attach a rule of `RULES` to a layer and hand the layer back."""
-    module._dino_init = (RULES[rule], arguments)
+    setattr(module, TAG, (RULES[rule], arguments))
     return module
 
 
@@ -33,7 +35,7 @@ def initialize(module: nn.Module) -> bool:
 
     Weights that were loaded keep their value: `transformers.initialization` sees to that.
     """
-    rule, arguments = getattr(module, "_dino_init", (None, {}))
+    rule, arguments = getattr(module, TAG, (None, {}))
     if rule is not None:
         rule(module, **arguments)
     return rule is not None
@@ -61,53 +63,53 @@ def sampling_ring(num_heads: int, num_levels: int, num_points: int) -> torch.Ten
     return ring.expand(num_heads, num_levels, num_points, 2).contiguous()
 
 
-def _default(module: nn.Module) -> None:
+def _default(module: Any) -> None:
     """What PyTorch itself does for a linear layer: uniform within 1 / sqrt(fan in)."""
     init.kaiming_uniform_(module.weight, a=math.sqrt(5))
     _default_bias(module)
 
 
-def _default_bias(module: nn.Module) -> None:
+def _default_bias(module: Any) -> None:
     bound = 1 / math.sqrt(module.weight.shape[1])
     init.uniform_(module.bias, -bound, bound)
 
 
-def _xavier(module: nn.Module, gain: float = 1.0) -> None:
+def _xavier(module: Any, gain: float = 1.0) -> None:
     """Matrices of the transformer, biases as PyTorch leaves them."""
     init.xavier_uniform_(module.weight, gain=gain)
     _default_bias(module)
 
 
-def _xavier_zero_bias(module: nn.Module, gain: float = 1.0) -> None:
+def _xavier_zero_bias(module: Any, gain: float = 1.0) -> None:
     init.xavier_uniform_(module.weight, gain=gain)
     init.zeros_(module.bias)
 
 
-def _zeros(module: nn.Module) -> None:
+def _zeros(module: Any) -> None:
     init.zeros_(module.weight)
     init.zeros_(module.bias)
 
 
-def _sampling_ring(module: nn.Module, **counts: int) -> None:
+def _sampling_ring(module: Any, **counts: int) -> None:
     init.zeros_(module.weight)
     init.copy_(module.bias, sampling_ring(**counts).flatten())
 
 
-def _class_prior(module: nn.Module) -> None:
+def _class_prior(module: Any) -> None:
     """Start with every class improbable, or the focal loss of 900 queries swamps the first steps (RetinaNet, 3.3)."""
     init.kaiming_uniform_(module.weight, a=math.sqrt(5))
     init.constant_(module.bias, -math.log((1 - CLASS_PRIOR) / CLASS_PRIOR))
 
 
-def _xavier_embedding(module: nn.Module) -> None:
+def _xavier_embedding(module: Any) -> None:
     init.xavier_uniform_(module.weight)
 
 
-def _normal(module: nn.Module) -> None:
+def _normal(module: Any) -> None:
     init.normal_(module.weight)
 
 
-def _level_embedding(module: nn.Module) -> None:
+def _level_embedding(module: Any) -> None:
     init.normal_(module.level_embed)
 
 

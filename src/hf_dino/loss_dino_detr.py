@@ -77,8 +77,8 @@ def dino_detr_loss(
         "loss_bbox": config.bbox_loss_coefficient,
         "loss_giou": config.giou_loss_coefficient,
     }
-    loss = sum(coefficients[kind] * (matched[kind].sum() + denoised[kind].sum()) for kind in coefficients)
-    return loss, terms
+    weighted = [weight * (matched[kind].sum() + denoised[kind].sum()) for kind, weight in coefficients.items()]
+    return torch.stack(weighted).sum(), terms
 
 
 def name_terms(losses: dict[str, torch.Tensor], suffixes: list[str]) -> dict[str, torch.Tensor]:
@@ -297,6 +297,6 @@ def _report_wrong_label(
             )
         if bad_box:
             raise ValueError(
-                f"{name}: boxes[{row}] is {label['boxes'][row].tolist()}, but must be centre x, centre y, width, height "
-                f"as fractions of the picture in [0, 1], with positive width and height"
+                f"{name}: boxes[{row}] is {label['boxes'][row].tolist()}, but must be centre x, centre y, width, "
+                f"height as fractions of the picture in [0, 1], with positive width and height"
             )

@@ -4,8 +4,10 @@ Paper: DINO: DETR with Improved DeNoising Anchor Boxes for End-to-End Object Det
 https://arxiv.org/abs/2203.03605, figure 2.
 """
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from torch import nn
@@ -17,7 +19,7 @@ from transformers.utils import ModelOutput, can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
-from .backbone_dino_detr import DinoDetrBackbone, DinoDetrFeatureLevels, cell_centres
+from .backbone_dino_detr import DinoDetrBackbone, DinoDetrFeatureLevels, backbone_attention, cell_centres
 from .boxes_dino_detr import (
     DinoDetrPerceptron,
     at_least_float32,
@@ -53,7 +55,7 @@ class DinoDetrEncoderOutput(ModelOutput):
 class DinoDetrDecoderOutput(ModelOutput):
     r"""
     Args:
-        last_hidden_state (`torch.Tensor` of shape `(batch_size, num_queries, d_model)`): Normed output of the last layer.
+        last_hidden_state (`torch.Tensor` of shape `(batch_size, num_queries, d_model)`): Normed, of the last layer.
         intermediate_hidden_states (`torch.Tensor` of shape `(batch_size, decoder_layers, num_queries, d_model)`):
             Normed output of each layer.
         intermediate_boxes (`torch.Tensor` of shape `(batch_size, decoder_layers, num_queries, 4)`):
@@ -80,9 +82,9 @@ class DinoDetrDenoisingOutput(ModelOutput):
     What the decoder made of the denoising queries, for the loss alone.
 
     Args:
-        intermediate_hidden_states (`torch.Tensor` of shape `(batch_size, decoder_layers, num_denoising_queries, d_model)`)
-        intermediate_boxes (`torch.Tensor` of shape `(batch_size, decoder_layers, num_denoising_queries, 4)`)
-        object_index (`torch.Tensor` of shape `(batch_size, num_denoising_queries)`): See [`DinoDetrDenoisingQueries`].
+        intermediate_hidden_states (`torch.Tensor` of shape `(batch_size, decoder_layers, num_queries, d_model)`)
+        intermediate_boxes (`torch.Tensor` of shape `(batch_size, decoder_layers, num_queries, 4)`)
+        object_index (`torch.Tensor` of shape `(batch_size, num_queries)`): See [`DinoDetrDenoisingQueries`].
         num_groups (`int`): How often each object was copied.
     """
 
@@ -102,8 +104,8 @@ class DinoDetrModelOutput(ModelOutput):
         intermediate_hidden_states (`torch.Tensor` of shape `(batch_size, decoder_layers, num_queries, d_model)`):
             Output of each decoder layer.
         intermediate_boxes (`torch.Tensor` of shape `(batch_size, decoder_layers, num_queries, 4)`):
-            Boxes predicted by each decoder layer: centre x, centre y, width, height, fractions of the unpadded picture.
-        init_reference_points (`torch.Tensor` of shape `(batch_size, num_queries, 4)`): Boxes that the decoder starts from.
+            Boxes predicted by each layer: centre x, centre y, width, height, fractions of the unpadded picture.
+        init_reference_points (`torch.Tensor` of shape `(batch_size, num_queries, 4)`): Boxes the decoder starts from.
         intermediate_reference_points (`torch.Tensor` of shape `(batch_size, decoder_layers, num_queries, 4)`):
             Boxes that each decoder layer hands on.
         encoder_last_hidden_state (`torch.Tensor` of shape `(batch_size, sequence_length, d_model)`): The memory.
@@ -178,7 +180,7 @@ def eager_attention_forward(
     attention_mask: torch.Tensor | None,
     scaling: float,
     dropout: float = 0.0,
-    **kwargs,
+    **kwargs: Any,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention spelled out, for those who want its weights; tensors are `(batch_size, heads, length, head_dim)`."""
     weights = query @ key.transpose(2, 3) * scaling
@@ -305,6 +307,8 @@ class DinoDetrDecoderLayer(GradientCheckpointingLayer):
 
 
 class DinoDetrPreTrainedModel(PreTrainedModel):
+    """What all parts of DINO that transformers can save and load have in common."""
+
     config: DinoDetrConfig
     base_model_prefix = "model"
     main_input_name = "pixel_values"
@@ -324,7 +328,16 @@ class DinoDetrPreTrainedModel(PreTrainedModel):
         if not initialize(module):
             super()._init_weights(module)
 
-    def save_pretrained(self, save_directory, *args, save_original_format: bool = False, **kwargs):
+    def set_attn_implementation(self, attn_implementation: str | dict[str, str], *args: Any, **kwargs: Any) -> None:
+        """As in transformers, but one name may be given for a model whose backbone has no attention."""
+        if isinstance(attn_implementation, str):
+            of_backbone = backbone_attention(self.config.backbone_config, attn_implementation)
+            attn_implementation = {"": attn_implementation, "backbone_config": of_backbone}
+        super().set_attn_implementation(attn_implementation, *args, **kwargs)
+
+    def save_pretrained(
+        self, save_directory: str | os.PathLike, *args: Any, save_original_format: bool = False, **kwargs: Any
+    ) -> None:
         """As in transformers, but every auto class is told of the code, and the backbone's keys stay as they are.
 
         transformers would write a Swin backbone under older names, which `from_pretrained` undoes but `Trainer`, which
@@ -349,7 +362,7 @@ class DinoDetrEncoder(DinoDetrPreTrainedModel):
 
     @merge_with_config_defaults
     @capture_outputs
-    def forward(self, levels: DinoDetrFeatureLevels, **kwargs) -> DinoDetrEncoderOutput:
+    def forward(self, levels: DinoDetrFeatureLevels, **kwargs: Any) -> DinoDetrEncoderOutput:
         reference_points = cell_references(levels)
         hidden_states = levels.features
         for layer in self.layers:
@@ -412,7 +425,7 @@ class DinoDetrDecoder(DinoDetrPreTrainedModel):
         attention_mask: torch.Tensor,
         memory: torch.Tensor,
         levels: DinoDetrFeatureLevels,
-        **kwargs,
+        **kwargs: Any,
     ) -> DinoDetrDecoderOutput:
         """
         Args:
@@ -481,7 +494,7 @@ class DinoDetrModel(DinoDetrPreTrainedModel):
         pixel_values: torch.Tensor,
         pixel_mask: torch.Tensor | None = None,
         labels: list[dict[str, torch.Tensor]] | None = None,
-        **kwargs,
+        **kwargs: Any,
     ) -> DinoDetrModelOutput:
         """
         Args:
@@ -490,8 +503,8 @@ class DinoDetrModel(DinoDetrPreTrainedModel):
             pixel_mask (`torch.Tensor` of shape `(batch_size, height, width)`, *optional*):
                 1 is picture, 0 is padding. All picture if not given.
             labels (`list[dict[str, torch.Tensor]]`, *optional*):
-                Per picture `class_labels` `(num_objects,)` and `boxes` `(num_objects, 4)`. Denoising queries are made of
-                them in training mode.
+                Per picture `class_labels` `(num_objects,)` and `boxes` `(num_objects, 4)`, of which denoising queries
+                are made in training mode.
             output_hidden_states, output_attentions (`bool`, *optional*): What else to return.
 
         Raises:
@@ -520,9 +533,10 @@ class DinoDetrModel(DinoDetrPreTrainedModel):
     def attention_mask(self, denoising: DinoDetrDenoisingQueries, selected: DinoDetrObjectQueries) -> torch.Tensor:
         """The mask of the decoder's self-attention as it is added to the scores: 0 or the lowest number there is."""
         num_denoising, num_queries = denoising.inputs_embeds.shape[1], selected.inputs_embeds.shape[1]
-        may_look = denoising_attention_mask(
-            denoising.num_groups, num_denoising // denoising.num_groups, num_queries, self.device
-        )
+        # The queries' device, not the model's: offloaded weights are nowhere until they are needed.
+        device = selected.inputs_embeds.device
+        group_size = num_denoising // denoising.num_groups
+        may_look = denoising_attention_mask(denoising.num_groups, group_size, num_queries, device)
         lowest = torch.finfo(self.dtype).min  # finite: a row of -inf would be NaN
         return torch.zeros_like(may_look, dtype=self.dtype).masked_fill(~may_look, lowest)[None, None]
 
@@ -601,7 +615,7 @@ class DinoDetrForObjectDetection(DinoDetrPreTrainedModel):
         pixel_values: torch.Tensor,
         pixel_mask: torch.Tensor | None = None,
         labels: list[dict[str, torch.Tensor]] | None = None,
-        **kwargs,
+        **kwargs: Any,
     ) -> DinoDetrObjectDetectionOutput:
         """
         Args:
@@ -623,13 +637,16 @@ class DinoDetrForObjectDetection(DinoDetrPreTrainedModel):
         if labels is not None:
             loss, loss_dict = self.supervise(logits, boxes, outputs, labels)
 
-        layers = [{"logits": logits[:, i], "pred_boxes": boxes[:, i]} for i in range(logits.shape[1])]
+        earlier_layers = zip(logits[:, :-1].unbind(1), boxes[:, :-1].unbind(1))
+        auxiliary_outputs = [{"logits": one, "pred_boxes": other} for one, other in earlier_layers]
+        passed_on: dict[str, Any] = {name: outputs[name] for name in _PASSED_ON if name in outputs}
         return DinoDetrObjectDetectionOutput(
             loss=loss,
             loss_dict=loss_dict,
-            **layers[-1],
-            auxiliary_outputs=layers[:-1] if self.config.auxiliary_loss else None,
-            **{name: outputs[name] for name in _PASSED_ON if name in outputs},
+            logits=logits[:, -1],
+            pred_boxes=boxes[:, -1],
+            auxiliary_outputs=auxiliary_outputs if self.config.auxiliary_loss else None,
+            **passed_on,
         )
 
     def detect(self, hidden_states: torch.Tensor, boxes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -4,6 +4,7 @@ Papers: two-stage Deformable DETR, https://arxiv.org/abs/2010.04159, appendix A.
 https://arxiv.org/abs/2203.03605, section 3.4 and figure 5; DAB-DETR, https://arxiv.org/abs/2201.12329.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -65,6 +66,8 @@ def encoder_proposals(levels: DinoDetrFeatureLevels) -> tuple[torch.Tensor, torc
 class DinoDetrTokenSelection(nn.Module):
     """Score every encoder token, refine the boxes of the best `num_queries`, and start the queries there."""
 
+    contents: Callable[[torch.Tensor], torch.Tensor]  # of the chosen tokens, by the strategy
+
     def __init__(self, config: DinoDetrConfig):
         super().__init__()
         self.num_queries = config.num_queries
@@ -84,8 +87,9 @@ class DinoDetrTokenSelection(nn.Module):
         """
         if memory.shape[1] < self.num_queries:
             raise ValueError(
-                f"the pictures have {memory.shape[1]} feature positions, too few to choose num_queries={self.num_queries} "
-                f"from: use larger pictures (the image processor's `size`) or a smaller num_queries"
+                f"the pictures have {memory.shape[1]} feature positions, too few to choose "
+                f"num_queries={self.num_queries} from: use larger pictures (the image processor's `size`) or a "
+                f"smaller num_queries"
             )
         proposals, usable = encoder_proposals(levels)
         tokens = self.enc_output_norm(self.enc_output(memory.masked_fill(~usable[..., None], 0.0)))
@@ -93,7 +97,7 @@ class DinoDetrTokenSelection(nn.Module):
         best = token_logits.amax(dim=-1).topk(self.num_queries, dim=1).indices  # (batch, num_queries)
 
         chosen_tokens = _take(tokens, best)
-        # Proposals that may not be used lie at infinity, where no finite change can move them: they become (1, 1, 1, 1).
+        # Proposals that may not be used lie at infinity, whence no finite change moves them: they become (1, 1, 1, 1).
         proposal_logits = torch.logit(proposals).masked_fill(~usable[..., None], float("inf"))
         box_logits = at_least_float32(self.bbox_embed(chosen_tokens)) + _take(proposal_logits, best)
         return DinoDetrObjectQueries(
@@ -105,14 +109,14 @@ class DinoDetrTokenSelection(nn.Module):
 
 
 class DinoDetrMixedQuerySelection(DinoDetrTokenSelection):
-    """DINO: positions from the best tokens, contents learned, since a token may cover several objects or part of one."""
+    """DINO: positions from the best tokens, contents learned: a token may cover several objects, or part of one."""
 
     def __init__(self, config: DinoDetrConfig):
         super().__init__(config)
         self.content_queries = init_as("xavier_embedding", nn.Embedding(config.num_queries, config.d_model))
 
     def contents(self, chosen_tokens: torch.Tensor) -> torch.Tensor:
-        return self.content_queries.weight.expand_as(chosen_tokens)
+        return _learned(self.content_queries, chosen_tokens)
 
 
 class DinoDetrPureQuerySelection(DinoDetrTokenSelection):
@@ -131,11 +135,19 @@ class DinoDetrStaticQueries(nn.Module):
         self.anchors = init_as("normal", nn.Embedding(config.num_queries, 4))  # logits of boxes
 
     def forward(self, memory: torch.Tensor, levels: DinoDetrFeatureLevels) -> DinoDetrObjectQueries:
-        anchors = at_least_float32(self.anchors.weight).sigmoid()
         return DinoDetrObjectQueries(
-            inputs_embeds=self.content_queries.weight.expand(len(memory), -1, -1),
-            reference_points=anchors.expand(len(memory), -1, -1),
+            inputs_embeds=_learned(self.content_queries, memory),
+            reference_points=at_least_float32(_learned(self.anchors, memory)).sigmoid(),
         )
+
+
+def _learned(table: nn.Embedding, memory: torch.Tensor) -> torch.Tensor:
+    """All rows of a table for each picture: `(batch_size, num_queries, width)`.
+
+    Looked up, since only a call brings weights that were offloaded.
+    """
+    rows = table(torch.arange(table.num_embeddings, device=memory.device))
+    return rows.expand(len(memory), -1, -1)
 
 
 def _take(rows: torch.Tensor, index: torch.Tensor) -> torch.Tensor:

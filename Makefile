@@ -1,0 +1,42 @@
+# `make` lists the targets. Each makes .venv by itself when it has to; PYTHON=/path/to/python3 names the interpreter.
+
+VENV := .venv
+FLOOR := .venv-floor
+
+# Two processes with one thread each: on small machines PyTorch's own threads only get in each other's way.
+PYTEST_ARGS ?= -n 2 --dist loadfile
+PYTEST = OMP_NUM_THREADS=1 $(1)/bin/python -m pytest -q $(PYTEST_ARGS)
+
+.DEFAULT_GOAL := help
+.PHONY: help setup setup-floor demo test test-all test-floor lint format
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-12s %s\n", $$1, $$2}' Makefile
+
+setup: ## make .venv and install everything; nothing to do when it is up to date
+	@PYTHON='$(PYTHON)' sh tools/setup.sh $(VENV)
+
+setup-floor: ## the same with the oldest supported versions, in .venv-floor
+	@PYTHON='$(PYTHON)' PYTHONS='python3.10 python3.11 python3.12 python3.13 python3 python' \
+		sh tools/setup.sh $(FLOOR) 'torch==2.10.*' 'transformers==5.14.*'
+
+demo: setup ## draw a data set, train a small DINO on it, evaluate it, show a detection
+	$(VENV)/bin/python examples/demo.py
+
+test: setup ## the tests (PYTEST_ARGS="-k denoising" replaces the arguments)
+	$(call PYTEST,$(VENV))
+
+test-all: setup ## the tests, the slow ones too
+	$(call PYTEST,$(VENV)) -m ""
+
+test-floor: setup-floor ## the tests on the oldest supported versions of torch and transformers
+	$(call PYTEST,$(FLOOR))
+
+lint: setup ## formatting, style and types; changes nothing
+	$(VENV)/bin/python -m ruff check
+	$(VENV)/bin/python -m ruff format --check
+	$(VENV)/bin/python -m mypy
+
+format: setup ## put the code in order
+	$(VENV)/bin/python -m ruff check --fix
+	$(VENV)/bin/python -m ruff format

@@ -1,0 +1,495 @@
+"""How an official DINO checkpoint is read: settings, keys and published results, all as data.
+
+Every line that is not a plain renaming says why. The official code is IDEA-Research/DINO, commit faa8520.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+from hf_dino import DinoDetrConfig
+
+
+# Field of DinoDetrConfig -> name of the setting in the file's own `args`.
+SETTING_OF_FIELD = {
+    "num_feature_levels": "num_feature_levels",
+    "d_model": "hidden_dim",
+    "encoder_layers": "enc_layers",
+    "encoder_ffn_dim": "dim_feedforward",
+    "encoder_attention_heads": "nheads",
+    "encoder_n_points": "enc_n_points",
+    "decoder_layers": "dec_layers",
+    "decoder_ffn_dim": "dim_feedforward",
+    "decoder_attention_heads": "nheads",
+    "decoder_n_points": "dec_n_points",
+    "num_queries": "num_queries",
+    "activation_function": "transformer_activation",
+    "dropout": "dropout",
+    "position_embedding_temperature": "pe_temperatureH",
+    "share_decoder_heads": "dec_pred_class_embed_share",
+    "num_denoising": "dn_number",
+    "label_noise_ratio": "dn_label_noise_ratio",
+    "box_noise_scale": "dn_box_noise_scale",
+    "auxiliary_loss": "aux_loss",
+    "class_cost": "set_cost_class",
+    "bbox_cost": "set_cost_bbox",
+    "giou_cost": "set_cost_giou",
+    "class_loss_coefficient": "cls_loss_coef",
+    "bbox_loss_coefficient": "bbox_loss_coef",
+    "giou_loss_coefficient": "giou_loss_coef",
+    "focal_alpha": "focal_alpha",
+    "num_select": "num_select",
+}
+
+# What the official code assumes of files that are older than the setting (its `try: args.x except:` blocks).
+DEFAULT_OF_SETTING = {
+    "dec_pred_class_embed_share": True,
+    "dec_pred_bbox_embed_share": True,
+    "use_detached_boxes_dec_out": False,
+    "no_interm_box_loss": False,
+    "interm_loss_coef": 1.0,
+}
+
+# Settings that change what the network computes or how it is trained, and the values that this model can express.
+SUPPORTED_VALUES = {
+    "position_embedding": ("sine", "v2"),
+    "transformer_activation": ("relu", "gelu"),
+    "two_stage_type": ("standard", "no"),
+    "return_interm_indices": ([0, 1, 2, 3], [1, 2, 3], [3]),
+    "query_dim": (4,),
+    "num_patterns": (0,),
+    "pre_norm": (False,),
+    "dilation": (False,),
+    "masks": (False,),
+    "use_deformable_box_attn": (False,),
+    "add_channel_attention": (False,),
+    "decoder_sa_type": ("sa",),
+    "decoder_module_seq": (["sa", "ca", "ffn"],),
+    "decoder_layer_noise": (False,),
+    "dec_layer_number": (None,),
+    "two_stage_pat_embed": (0,),
+    "two_stage_add_query_num": (0,),
+    "two_stage_learn_wh": (False,),
+    "two_stage_keep_all_tokens": (False,),
+    "two_stage_bbox_embed_share": (False,),
+    "two_stage_class_embed_share": (False,),
+    "matcher_type": ("HungarianMatcher",),
+    "no_interm_box_loss": (False,),
+    "interm_loss_coef": (1.0,),
+}
+
+_SWIN = {
+    "drop_path_rate": 0.2
+}  # not in the files: the default of the official SwinTransformer, hence what was trained
+BACKBONES: dict[str, dict[str, Any]] = {
+    "resnet50": {"model_type": "resnet", "depths": [3, 4, 6, 3]},
+    "resnet101": {"model_type": "resnet", "depths": [3, 4, 23, 3]},
+    **{
+        f"swin_{letter}_{image_size}_{data}": {
+            "model_type": "swin",
+            "image_size": image_size,
+            "embed_dim": width,
+            "depths": [2, 2, middle, 2],
+            "num_heads": [width // 32 * 2**stage for stage in range(4)],
+            "window_size": window,
+            "drop_path_rate": 0.2,  # no setting of the files, but the default of the official SwinTransformer
+        }
+        for letter, image_size, data, width, middle, window in (
+            ("T", 224, "1k", 96, 6, 7),
+            ("B", 224, "22k", 128, 18, 7),
+            ("B", 384, "22k", 128, 18, 12),
+            ("L", 224, "22k", 192, 18, 7),
+            ("L", 384, "22k", 192, 18, 12),
+        )
+    },
+}
+
+
+@dataclass(frozen=True)
+class Rule:
+    r"""What becomes of the official tensors whose key matches a pattern.
+
+    Args:
+        source (`str`): Regular expression that the whole official key matches.
+        targets (`str`): Our keys, `\1` standing for the first group of `source`. None: the tensor is left out.
+            Several: it is cut along its first axis into as many equal parts, in this order.
+        reason (`str`): Why, for everything but a plain renaming.
+        equals (`str`, *optional*): The official key of which the tensor must be an exact copy.
+        first_rows (`bool`, *optional*, defaults to `False`): Keep the first `num_labels` rows only.
+    """
+
+    source: str
+    targets: tuple[str, ...] = ()
+    reason: str = ""
+    equals: str | None = None
+    first_rows: bool = False
+
+
+@dataclass(frozen=True)
+class Fill:
+    """Our keys that the official file has no counterpart of, and the number that stands in them."""
+
+    target: str
+    value: int
+    reason: str
+
+
+def _renamed(*pairs: tuple[str, str]) -> tuple[Rule, ...]:
+    return tuple(Rule(source, (target,)) for source, target in pairs)
+
+
+def _modules(source: str, target: str, *names: tuple[str, str], leaf: str = "weight|bias") -> tuple[Rule, ...]:
+    """Rename modules of one parent that holds one index, parameters included."""
+    return tuple(Rule(rf"{source}\.(\d+)\.{old}\.({leaf})", (rf"{target}.\1.{new}.\2",)) for old, new in names)
+
+
+_NORM = "weight|bias|running_mean|running_var"
+_BODY = "model.backbone.body"
+
+RESNET = (
+    *_renamed(
+        (r"backbone\.0\.body\.conv1\.weight", rf"{_BODY}.embedder.embedder.convolution.weight"),
+        (rf"backbone\.0\.body\.bn1\.({_NORM})", rf"{_BODY}.embedder.embedder.normalization.\1"),
+    ),
+    *(
+        rule
+        for stage in range(4)  # the official code counts stages and convolutions from 1
+        for rule in (
+            *_modules(
+                rf"backbone\.0\.body\.layer{stage + 1}",
+                rf"{_BODY}.encoder.stages.{stage}.layers",
+                *((f"conv{index + 1}", f"layer.{index}.convolution") for index in range(3)),
+                (r"downsample\.0", "shortcut.convolution"),
+                leaf="weight",
+            ),
+            *_modules(
+                rf"backbone\.0\.body\.layer{stage + 1}",
+                rf"{_BODY}.encoder.stages.{stage}.layers",
+                *((f"bn{index + 1}", f"layer.{index}.normalization") for index in range(3)),
+                (r"downsample\.1", "shortcut.normalization"),
+                leaf=_NORM,
+            ),
+        )
+    ),
+)
+
+_BLOCK = r"backbone\.0\.layers\.(\d+)\.blocks\.(\d+)"
+_OUR_BLOCK = rf"{_BODY}.swin.encoder.layers.\1.blocks.\2"
+SWIN = (
+    *_renamed(
+        (r"backbone\.0\.patch_embed\.proj\.(weight|bias)", rf"{_BODY}.swin.embeddings.patch_embeddings.projection.\1"),
+        (r"backbone\.0\.patch_embed\.norm\.(weight|bias)", rf"{_BODY}.swin.embeddings.norm.\1"),
+        (rf"{_BLOCK}\.norm1\.(weight|bias)", rf"{_OUR_BLOCK}.layernorm_before.\3"),
+        (rf"{_BLOCK}\.norm2\.(weight|bias)", rf"{_OUR_BLOCK}.layernorm_after.\3"),
+        (rf"{_BLOCK}\.mlp\.(fc1|fc2)\.(weight|bias)", rf"{_OUR_BLOCK}.mlp.\3.\4"),
+        (rf"{_BLOCK}\.attn\.proj\.(weight|bias)", rf"{_OUR_BLOCK}.attention.o_proj.\3"),
+        (
+            rf"{_BLOCK}\.attn\.relative_position_bias_table",
+            rf"{_OUR_BLOCK}.attention.relative_position_bias.relative_position_bias_table",
+        ),
+        (
+            r"backbone\.0\.layers\.(\d+)\.downsample\.(reduction|norm)\.(weight|bias)",
+            rf"{_BODY}.swin.encoder.layers.\1.downsample.\2.\3",
+        ),
+        *(  # the official code counts output norms from 0, transformers counts stages from 1
+            (rf"backbone\.0\.norm{stage}\.(weight|bias)", rf"{_BODY}.hidden_states_norms.stage{stage + 1}.\1")
+            for stage in range(4)
+        ),
+    ),
+    Rule(
+        rf"{_BLOCK}\.attn\.qkv\.(weight|bias)",
+        tuple(rf"{_OUR_BLOCK}.attention.{part}_proj.\3" for part in "qkv"),
+        reason="query, key and value are one projection in the original",
+    ),
+    Rule(
+        rf"{_BLOCK}\.(attn\.relative_position_index|attn_mask)",
+        reason="follows from the window size, and is computed where it is needed",
+    ),
+)
+
+NECK = _renamed(
+    (r"input_proj\.(\d+)\.([01])\.(weight|bias)", r"model.backbone.projections.\1.\2.\3"),
+    (r"transformer\.level_embed", "model.backbone.level_embed"),
+)
+
+_DEFORMABLE = "sampling_offsets|attention_weights|value_proj|output_proj"
+ENCODER = (
+    *_renamed(
+        (
+            rf"transformer\.encoder\.layers\.(\d+)\.self_attn\.({_DEFORMABLE})\.(weight|bias)",
+            r"model.encoder.layers.\1.self_attn.\2.\3",
+        ),
+    ),
+    *_modules(
+        r"transformer\.encoder\.layers",
+        "model.encoder.layers",
+        ("norm1", "self_attn_layer_norm"),
+        ("linear1", "mlp.fc1"),
+        ("linear2", "mlp.fc2"),
+        ("norm2", "final_layer_norm"),
+    ),
+)
+
+DECODER = (
+    *_renamed(
+        (
+            rf"transformer\.decoder\.layers\.(\d+)\.cross_attn\.({_DEFORMABLE})\.(weight|bias)",
+            r"model.decoder.layers.\1.encoder_attn.\2.\3",
+        ),
+        (r"transformer\.decoder\.norm\.(weight|bias)", r"model.decoder.layer_norm.\1"),
+        (
+            r"transformer\.decoder\.ref_point_head\.layers\.(\d+)\.(weight|bias)",
+            r"model.decoder.ref_point_head.layers.\1.\2",
+        ),
+    ),
+    Rule(
+        r"transformer\.decoder\.layers\.(\d+)\.self_attn\.in_proj_(weight|bias)",
+        tuple(rf"model.decoder.layers.\1.self_attn.{part}_proj.\2" for part in "qkv"),
+        reason="nn.MultiheadAttention keeps query, key and value in one matrix",
+    ),
+    *_modules(
+        r"transformer\.decoder\.layers",
+        "model.decoder.layers",
+        (r"self_attn\.out_proj", "self_attn.o_proj"),
+        # Numbered in the order of their definition, not of their use: self-attention comes first and has the second.
+        ("norm2", "self_attn_layer_norm"),
+        ("norm1", "encoder_attn_layer_norm"),
+        ("norm3", "final_layer_norm"),
+        ("linear1", "mlp.fc1"),
+        ("linear2", "mlp.fc2"),
+    ),
+    Rule(
+        r"transformer\.decoder\.((?:class|bbox)_embed\..+)",
+        reason="the decoder holds a second reference to the heads",
+        equals=r"\1",
+    ),
+)
+
+HEADS = {
+    True: (  # share_decoder_heads
+        *_renamed(
+            (r"class_embed\.0\.(weight|bias)", r"class_embed.0.\1"),
+            (r"bbox_embed\.0\.layers\.(\d+)\.(weight|bias)", r"model.decoder.bbox_embed.0.layers.\1.\2"),
+        ),
+        Rule(
+            r"(class|bbox)_embed\.[1-9]\d*\.(.+)",
+            reason="all decoder layers share one head, of which the file holds a copy per layer",
+            equals=r"\1_embed.0.\2",
+        ),
+    ),
+    False: _renamed(
+        (r"class_embed\.(\d+)\.(weight|bias)", r"class_embed.\1.\2"),
+        (r"bbox_embed\.(\d+)\.layers\.(\d+)\.(weight|bias)", r"model.decoder.bbox_embed.\1.layers.\2.\3"),
+    ),
+}
+
+_FROM_TOKENS = _renamed(
+    (r"transformer\.(enc_output|enc_output_norm)\.(weight|bias)", r"model.query_selection.\1.\2"),
+    (r"transformer\.enc_out_class_embed\.(weight|bias)", r"model.query_selection.class_embed.\1"),
+    (
+        r"transformer\.enc_out_bbox_embed\.layers\.(\d+)\.(weight|bias)",
+        r"model.query_selection.bbox_embed.layers.\1.\2",
+    ),
+)
+_LEARNED_CONTENTS = _renamed((r"transformer\.tgt_embed\.weight", "model.query_selection.content_queries.weight"))
+QUERY_SELECTION = {
+    "mixed": (*_FROM_TOKENS, *_LEARNED_CONTENTS),
+    "pure": _FROM_TOKENS,
+    "static": (
+        *_LEARNED_CONTENTS,
+        *_renamed((r"transformer\.refpoint_embed\.weight", "model.query_selection.anchors.weight")),
+    ),
+}
+
+DENOISING = {
+    "contrastive": (
+        Rule(
+            r"label_enc\.weight",
+            ("model.denoising.label_embed.weight",),
+            reason="one row per class is ever looked up; the original has one more (dn_labelbook_size + 1)",
+            first_rows=True,
+        ),
+    ),
+    "none": (Rule(r"label_enc\.weight", reason="nothing looks up labels when there is no denoising"),),
+}
+
+FILLS = {
+    "resnet": (
+        Fill(
+            r".+\.num_batches_tracked",
+            0,
+            "the original's frozen batch norm does not count, and a frozen one never reads it",
+        ),
+    ),
+    "swin": (
+        Fill(r".+\.swin\.layernorm\.weight", 1, "the result of this norm is not used"),
+        Fill(r".+\.swin\.layernorm\.bias", 0, "the result of this norm is not used"),
+    ),
+}
+ONE_LEVEL_FILLS = (Fill(r"model\.backbone\.level_embed", 0, "a single level needs no embedding in the original"),)
+
+
+BACKBONE_RULES = {"resnet": RESNET, "swin": SWIN}
+
+
+def _backbone_type(config: DinoDetrConfig) -> str:
+    return config.to_dict()["backbone_config"]["model_type"]
+
+
+def rules_for(config: DinoDetrConfig) -> tuple[Rule, ...]:
+    """All rules for an official checkpoint of these settings; no official key matches two of them."""
+    return (
+        *BACKBONE_RULES[_backbone_type(config)],
+        *NECK,
+        *ENCODER,
+        *DECODER,
+        *HEADS[config.share_decoder_heads],
+        *QUERY_SELECTION[config.query_selection],
+        *DENOISING[config.denoising],
+    )
+
+
+def fills_for(config: DinoDetrConfig) -> tuple[Fill, ...]:
+    """What stands in our tensors that have no counterpart in an official checkpoint of these settings."""
+    return FILLS[_backbone_type(config)] + (ONE_LEVEL_FILLS if config.num_feature_levels == 1 else ())
+
+
+# Recognised by one key that no official DINO file has; first match wins, for descendants of DETR keep its names.
+OTHER_MODELS = (
+    (r"neck\.convs\.\d+\.conv\.weight", "a detrex checkpoint"),
+    (r"(bbox_head|query_head)\.transformer\..+", "an MMDetection 2, EasyCV or Co-DETR checkpoint"),
+    (r"(bbox_head\.cls_branches|memory_trans_fc)\..+", "an MMDetection 3 checkpoint"),
+    (r"sem_seg_head\..+", "a MaskDINO or Mask2Former checkpoint"),
+    (
+        r"(model\.)?(encoder|decoder)\.layers\.\d+\.(fc1|mlp\.fc1|self_attn\.q_proj)\.weight|model\.backbone\..+",
+        "a transformers checkpoint, which from_pretrained loads without conversion",
+    ),
+    (r"transformer\.(reference_points|pos_trans)\..+", "a Deformable DETR checkpoint"),
+    (r"refpoint_embed\.weight", "a DAB-DETR or DN-DETR checkpoint"),
+    (r"query_embed\.weight", "a DETR or Conditional DETR checkpoint"),
+    (
+        r"(student|teacher|(layers\.\d+\.)?blocks\.\d+\.attn\.qkv\.weight)",
+        "a vision backbone, such as those of the self-supervised method that is also called DINO, or of Swin",
+    ),
+    (r"(layer\d+\.\d+\.conv1|stages\.\d+\.\d+\.dwconv)\.weight", "a classification backbone (ResNet, ConvNeXt)"),
+)
+
+
+@dataclass(frozen=True)
+class PublishedCheckpoint:
+    """A file that the authors of DINO released. AP is on COCO val2017, from the README of IDEA-Research/DINO.
+
+    The README gives numbers per model and epochs but not per file: which file they belong to follows from the epoch in
+    its name. A hash is given where one is publicly known.
+    """
+
+    backbone: str
+    num_feature_levels: int
+    epochs: int
+    box_ap: float
+    sha256: str | None = None
+
+
+PUBLISHED = {
+    "checkpoint0011_4scale.pth": PublishedCheckpoint(
+        "resnet50", 4, 12, 0.490, "0bcd6b0c33d60ed33461ce6f02ce5797a819c7c02eb7e15b76adfb6df307955a"
+    ),
+    "checkpoint0023_4scale.pth": PublishedCheckpoint("resnet50", 4, 24, 0.504),
+    "checkpoint0033_4scale.pth": PublishedCheckpoint("resnet50", 4, 36, 0.509),
+    "checkpoint0011_5scale.pth": PublishedCheckpoint(
+        "resnet50", 5, 12, 0.494, "1ccc1b6b7139813e4d3bfbeecfcf88347ebc226829769a0bf16c4a114c275cc0"
+    ),
+    "checkpoint0022_5scale.pth": PublishedCheckpoint("resnet50", 5, 24, 0.513),
+    "checkpoint0031_5scale.pth": PublishedCheckpoint("resnet50", 5, 36, 0.512),
+    "checkpoint0011_4scale_swin.pth": PublishedCheckpoint("swin_L_384_22k", 4, 12, 0.568),
+    "checkpoint0029_4scale_swin.pth": PublishedCheckpoint("swin_L_384_22k", 4, 36, 0.580),
+    "checkpoint0011_5scale_swin.pth": PublishedCheckpoint("swin_L_384_22k", 5, 12, 0.573),
+    "checkpoint0027_5scale_swin.pth": PublishedCheckpoint(
+        "swin_L_384_22k", 5, 36, 0.585, "17ddce1592816a0c63a2edc94d4a0877ffeb086f397a6657e151c703a4c850b5"
+    ),
+}
+
+# The 80 categories of COCO detection by their raw ids; the ids in between were never used.
+COCO_NUM_LABELS = 91
+COCO_NAMES = {
+    1: "person",
+    2: "bicycle",
+    3: "car",
+    4: "motorcycle",
+    5: "airplane",
+    6: "bus",
+    7: "train",
+    8: "truck",
+    9: "boat",
+    10: "traffic light",
+    11: "fire hydrant",
+    13: "stop sign",
+    14: "parking meter",
+    15: "bench",
+    16: "bird",
+    17: "cat",
+    18: "dog",
+    19: "horse",
+    20: "sheep",
+    21: "cow",
+    22: "elephant",
+    23: "bear",
+    24: "zebra",
+    25: "giraffe",
+    27: "backpack",
+    28: "umbrella",
+    31: "handbag",
+    32: "tie",
+    33: "suitcase",
+    34: "frisbee",
+    35: "skis",
+    36: "snowboard",
+    37: "sports ball",
+    38: "kite",
+    39: "baseball bat",
+    40: "baseball glove",
+    41: "skateboard",
+    42: "surfboard",
+    43: "tennis racket",
+    44: "bottle",
+    46: "wine glass",
+    47: "cup",
+    48: "fork",
+    49: "knife",
+    50: "spoon",
+    51: "bowl",
+    52: "banana",
+    53: "apple",
+    54: "sandwich",
+    55: "orange",
+    56: "broccoli",
+    57: "carrot",
+    58: "hot dog",
+    59: "pizza",
+    60: "donut",
+    61: "cake",
+    62: "chair",
+    63: "couch",
+    64: "potted plant",
+    65: "bed",
+    67: "dining table",
+    70: "toilet",
+    72: "tv",
+    73: "laptop",
+    74: "mouse",
+    75: "remote",
+    76: "keyboard",
+    77: "cell phone",
+    78: "microwave",
+    79: "oven",
+    80: "toaster",
+    81: "sink",
+    82: "refrigerator",
+    84: "book",
+    85: "clock",
+    86: "vase",
+    87: "scissors",
+    88: "teddy bear",
+    89: "hair drier",
+    90: "toothbrush",
+}
+UNUSED_LABEL = "N/A"

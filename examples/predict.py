@@ -1,0 +1,106 @@
+"""Detect objects in pictures, draw them, and write down what was found.
+
+    python examples/predict.py --model runs/mine picture.jpg --output drawn.png
+    python examples/predict.py --model runs/mine folder more.jpg --output drawn_pictures --json found.json
+
+With one picture `--output` is a picture file; with several, or with a folder of pictures, it is a folder in which each
+drawn picture is a PNG of the same name. Nothing that exists is overwritten.
+"""
+
+import argparse
+import logging
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from rich.logging import RichHandler
+from rich.progress import track
+from transformers import BaseImageProcessor
+
+from hf_dino import DinoDetrForObjectDetection
+from hf_dino.data import InputError, list_pictures, read_image
+from hf_dino.loading import load_detector
+from hf_dino.training import write_json
+from hf_dino.visualization import draw_detections
+
+
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("pictures", type=Path, nargs="+", help="picture files, or folders of them")
+    parser.add_argument("--model", required=True, help="folder or Hub name of the model")
+    parser.add_argument("--output", type=Path, required=True, help="picture file, or folder for several pictures")
+    parser.add_argument("--json", type=Path, help="file for the detections: boxes as x0, y0, x1, y1 in pixels")
+    parser.add_argument("--threshold", type=float, default=0.3, help="lowest score that is drawn (default: 0.3)")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_arguments(argv)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[RichHandler(show_path=False)])
+    outputs = plan_outputs(args.pictures, args.output)
+    for path in [*outputs.values(), *([args.json] if args.json else [])]:
+        if path.exists():
+            raise InputError(f"{path}: exists already; give another name or remove it")
+
+    model, processor = load_detector(args.model)
+    model.to(args.device)
+    found = {}
+    for source, target in track(outputs.items(), "detecting", disable=len(outputs) == 1):
+        picture = read_image(source)
+        detections = detect(model, processor, picture, args.threshold)
+        found[str(source)] = detections
+        names, scores = [d["name"] for d in detections], [d["score"] for d in detections]
+        boxes = torch.tensor([d["box"] for d in detections]).view(-1, 4)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        save_picture(draw_detections(picture, boxes, names, scores), target)
+        counts = ", ".join(f"{count} {name}" for name, count in Counter(names).most_common())
+        print(f"{source}: {counts or 'nothing'} -> {target}")
+    if args.json:
+        write_json(args.json, found)
+
+
+@torch.no_grad()
+def detect(
+    model: DinoDetrForObjectDetection, processor: BaseImageProcessor, picture: Image.Image, threshold: float
+) -> list[dict[str, Any]]:
+    """Name, score and box (x0, y0, x1, y1 in pixels) of each object found, the surest first."""
+    inputs = processor(images=picture, return_tensors="pt").to(model.device)
+    (result,) = processor.post_process_object_detection(
+        model(**inputs),
+        threshold=threshold,
+        target_sizes=[(picture.height, picture.width)],
+        top_k=model.config.num_select,
+    )
+    rows = zip(result["labels"].tolist(), result["scores"].tolist(), result["boxes"].tolist(), strict=True)
+    return [{"name": model.config.id2label[label], "score": score, "box": box} for label, score, box in rows]
+
+
+def plan_outputs(pictures: list[Path], output: Path) -> dict[Path, Path]:
+    """Where the drawing of each picture goes."""
+    sources = list_pictures(pictures)
+    if len(pictures) == 1 and pictures[0].is_file() and not output.is_dir() and output.suffix:
+        if output.suffix.lower() not in Image.registered_extensions():
+            raise InputError(f"{output}: pictures of kind {output.suffix!r} cannot be written; use .png or .jpg")
+        return {sources[0]: output}
+    targets = {source: output / f"{source.stem}.png" for source in sources}
+    doubled = [str(target) for target, count in Counter(targets.values()).items() if count > 1]
+    if doubled:
+        raise InputError(f"several pictures would be drawn into {doubled[0]}; rename one, or draw them one by one")
+    return targets
+
+
+def save_picture(picture: Image.Image, path: Path) -> None:
+    """Write a picture, or nothing if it cannot be finished."""
+    temporary = path.with_name(f".part.{path.name}")
+    picture.save(temporary)
+    temporary.replace(path)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except InputError as error:
+        raise SystemExit(f"error: {error}") from None

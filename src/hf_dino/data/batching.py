@@ -1,0 +1,229 @@
+"""Which pictures share a batch, and how items become one: shuffled for training, of equal size for evaluation."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, Sampler
+from transformers import BaseImageProcessor
+
+from ..image_processing_dino_detr import resized_shape
+from .coco import CocoData, CocoDetection
+from .errors import InputError
+
+
+class TrainingBatchSampler(Sampler[list[int]]):
+    """One epoch's batches of one process: every picture in an order that only `seed` and `epoch` decide.
+
+    Every optimizer step sees exactly `step_size` pictures, whatever the number of processes and accumulated batches:
+    the last step of an epoch is filled up from the epoch's first pictures.
+
+    Args:
+        length (`int`): Number of pictures.
+        step_size (`int`): Pictures per optimizer step, over all processes and accumulated batches.
+        seed (`int`): With `epoch`, decides the order.
+        epoch (`int`): Counted from 0.
+        rank (`int`, *optional*, defaults to 0): This process.
+        world_size (`int`, *optional*, defaults to 1): Number of processes.
+        accumulation (`int`, *optional*, defaults to 1): Batches per optimizer step and process.
+        first_step (`int`, *optional*, defaults to 0): Optimizer steps of this epoch that are done already.
+
+    Raises:
+        InputError: If `step_size` cannot be shared out evenly.
+
+    Example:
+
+    ```python
+    >>> batches = [list(TrainingBatchSampler(5, 4, seed=0, epoch=0, rank=rank, world_size=2)) for rank in (0, 1)]
+    >>> [len(batch) for batch in batches[0]], sorted(set(sum(batches[0] + batches[1], [])))
+    ([2, 2], [0, 1, 2, 3, 4])
+
+    ```
+    """
+
+    def __init__(
+        self,
+        length: int,
+        step_size: int,
+        *,
+        seed: int,
+        epoch: int,
+        rank: int = 0,
+        world_size: int = 1,
+        accumulation: int = 1,
+        first_step: int = 0,
+    ):
+        if step_size % (world_size * accumulation):
+            raise InputError(
+                f"a batch of {step_size} pictures cannot be shared out evenly to {world_size} processes x "
+                f"{accumulation} accumulated batches; choose a multiple of {world_size * accumulation}"
+            )
+        steps = steps_per_epoch(length, step_size)
+        order = torch.randperm(length, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
+        order = order.repeat(-(-steps * step_size // length))[: steps * step_size]
+        shares = order.view(steps, accumulation, world_size, -1)[first_step:, :, rank]
+        self.batches: list[list[int]] = shares.flatten(0, 1).tolist()
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return iter(self.batches)
+
+
+class SameSizeBatchSampler(Sampler[list[int]]):
+    """Batches of pictures that have the same size once resized, so that no picture is padded because of another.
+
+    Padding reaches the borders of a backbone's features; without it a picture's detections do not depend on the batch
+    that it is in. The processes get every picture exactly once between them, the largest pictures first.
+
+    Args:
+        shapes (`Sequence[tuple[int, int]]`): `(height, width)` of each picture once resized.
+        batch_size (`int`): The most pictures in a batch.
+        rank (`int`, *optional*, defaults to 0): This process.
+        world_size (`int`, *optional*, defaults to 1): Number of processes.
+
+    Example:
+
+    ```python
+    >>> list(SameSizeBatchSampler([(4, 6), (6, 4), (4, 6), (4, 6)], batch_size=2))
+    [[1], [0, 2], [3]]
+
+    ```
+    """
+
+    def __init__(self, shapes: Sequence[tuple[int, int]], batch_size: int, rank: int = 0, world_size: int = 1):
+        groups: dict[tuple[int, int], list[int]] = {}
+        for index, shape in enumerate(shapes):
+            groups.setdefault(shape, []).append(index)
+        # the largest first: too little memory shows at once, and the processes end together
+        largest_first = sorted(groups, key=lambda shape: (shape[0] * shape[1], shape), reverse=True)
+        batches = [
+            groups[shape][start : start + batch_size]
+            for shape in largest_first
+            for start in range(0, len(groups[shape]), batch_size)
+        ]
+        self.batches = batches[rank::world_size]
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return iter(self.batches)
+
+
+@dataclass(frozen=True)
+class TrainingCollator:
+    """Turns items of [`CocoDetection`] into the arguments of the model, padded to the largest picture of the batch.
+
+    Attributes:
+        processor (`BaseImageProcessor`): A DINO image processor.
+        category_id_to_label (`Mapping[int, int]`): From [`label_of_category`].
+        do_resize (`bool`): False where the augmentation resizes already.
+    """
+
+    processor: BaseImageProcessor
+    category_id_to_label: Mapping[int, int]
+    do_resize: bool
+
+    def __call__(self, items: list[dict[str, Any]]) -> dict[str, Any]:
+        """Return `pixel_values`, `pixel_mask` and `labels`."""
+        batch = self.processor(
+            images=[item["image"] for item in items],
+            annotations=[item["annotation"] for item in items],
+            category_id_to_label=self.category_id_to_label,
+            do_resize=self.do_resize,
+            return_tensors="pt",
+        )
+        labels = [dict(label) for label in batch["labels"]]
+        return {"pixel_values": batch["pixel_values"], "pixel_mask": batch["pixel_mask"], "labels": labels}
+
+
+@dataclass(frozen=True)
+class EvaluationCollator:
+    """Turns items of [`CocoDetection`] into the arguments of the model and what is needed to read its answer.
+
+    Attributes:
+        processor (`BaseImageProcessor`): A DINO image processor.
+    """
+
+    processor: BaseImageProcessor
+
+    def __call__(self, items: list[dict[str, Any]]) -> dict[str, Any]:
+        """Return `pixel_values`, `pixel_mask`, `image_ids` and `target_sizes` (height, width in pixels)."""
+        images = [item["image"] for item in items]
+        batch = self.processor(images=images, return_tensors="pt")
+        return {
+            "pixel_values": batch["pixel_values"],
+            "pixel_mask": batch["pixel_mask"],
+            "image_ids": [item["annotation"]["image_id"] for item in items],
+            "target_sizes": [(image.height, image.width) for image in images],
+        }
+
+
+def steps_per_epoch(num_pictures: int, step_size: int) -> int:
+    """Optimizer steps that show every picture at least once."""
+    return -(-num_pictures // step_size)
+
+
+def processed_shape(processor: BaseImageProcessor, height: int, width: int) -> tuple[int, int]:
+    """Say what `(height, width)` the processor gives to a picture of `height` x `width` pixels.
+
+    Raises:
+        InputError: If the processor's `size` is of a kind that DINO's does not have.
+    """
+    size = dict(processor.size)
+    if {"shortest_edge", "longest_edge"} <= size.keys():
+        return resized_shape(height, width, size["shortest_edge"], size["longest_edge"])
+    if {"height", "width"} <= size.keys():
+        return size["height"], size["width"]
+    raise InputError(f"the processor's size must be shortest_edge and longest_edge, or height and width; it is {size}")
+
+
+def evaluation_loader(
+    data: CocoData,
+    processor: BaseImageProcessor,
+    *,
+    batch_size: int,
+    rank: int = 0,
+    world_size: int = 1,
+    num_workers: int = 0,
+) -> DataLoader:
+    """Load the pictures of `data` in batches of equal size, each picture in exactly one process.
+
+    Args:
+        data (`CocoData`): From [`read_coco`].
+        processor (`BaseImageProcessor`): A DINO image processor.
+        batch_size (`int`): The most pictures in a batch of this process.
+        rank (`int`, *optional*, defaults to 0): This process.
+        world_size (`int`, *optional*, defaults to 1): Number of processes.
+        num_workers (`int`, *optional*, defaults to 0): Processes that read ahead.
+    """
+    shapes = [processed_shape(processor, picture.height, picture.width) for picture in data.pictures]
+    return DataLoader(
+        CocoDetection(data),
+        batch_sampler=SameSizeBatchSampler(shapes, batch_size, rank, world_size),
+        collate_fn=EvaluationCollator(processor),
+        num_workers=num_workers,
+        pin_memory=torch.cuda.is_available(),
+    )
+
+
+def training_loader(
+    data: CocoDetection,
+    collate: TrainingCollator,
+    batches: TrainingBatchSampler,
+    *,
+    num_workers: int = 0,
+) -> DataLoader:
+    """Load one epoch. Make a new loader for each: data set and batches belong to an epoch."""
+    return DataLoader(
+        data,
+        batch_sampler=batches,
+        collate_fn=collate,
+        num_workers=num_workers,
+        pin_memory=torch.cuda.is_available(),
+        # a generator of its own, so that starting a loader draws nothing from the numbers that the noise comes from
+        generator=torch.Generator(),
+    )

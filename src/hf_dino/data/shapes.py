@@ -1,0 +1,331 @@
+"""The `shapes` data set: drawn pictures of circles, squares, triangles, stars and crosses, in COCO's format.
+
+It needs no download, so a detector can be trained, evaluated and looked at anywhere. Shapes of all sizes, turns and
+colours overlap each other and reach over the border; lines and blobs that are no objects, uneven light and noise
+surround them. Every picture depends on the seed, its split and its number only, so the splits share nothing and a
+larger data set begins with the pictures of a smaller one.
+
+    python -m hf_dino.data.shapes --output shapes --num-train 2000
+"""
+
+import argparse
+import colorsys
+import json
+import math
+import tempfile
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFilter
+from tqdm import tqdm
+
+from .errors import InputError
+
+
+def _regular(num_corners: int, *radii: float) -> np.ndarray:
+    """Corners `(num_corners, 2)`, (x, y), evenly around the origin, at each radius in turn."""
+    angle = np.arange(num_corners) * (2 * math.pi / num_corners)
+    radius = np.resize(np.array(radii or (1.0,)), num_corners)
+    return np.stack([radius * np.cos(angle), radius * np.sin(angle)], axis=1)
+
+
+_ARM = 0.32  # half the width of a cross's arms
+
+# Outlines as corners (x, y) around the origin, of a size that makes them look equally large. The order gives the
+# category ids, from 1.
+OUTLINES: dict[str, np.ndarray] = {
+    "circle": _regular(64) * 0.9,
+    "square": _regular(4) * 1.15,
+    "triangle": _regular(3) * 1.2,
+    "star": _regular(10, 1.25, 0.52),
+    "cross": np.array(
+        [(_ARM, 1), (_ARM, _ARM), (1, _ARM), (1, -_ARM), (_ARM, -_ARM), (_ARM, -1)]
+        + [(-_ARM, -1), (-_ARM, -_ARM), (-1, -_ARM), (-1, _ARM), (-_ARM, _ARM), (-_ARM, 1)]
+    )
+    * 1.1,
+}
+
+_SUPERSAMPLING = 4  # pictures are drawn this much larger, then shrunk: smooth edges, boxes exact to a quarter pixel
+_OBJECT_SIDES = (0.125, 0.5)  # the length of an object, as a fraction of the picture's side
+_MAX_OBJECTS = 6
+_EMPTY_PICTURES = 0.05  # the share of pictures without objects
+_MIN_INSIDE = 0.6  # how much of an object lies within the picture, at least
+_MIN_VISIBLE = 0.5  # how much of that no other object covers, at least
+_MIN_CONTRAST = 70  # distance of an object's colour from those around it, of 255, in the channel that differs most
+_PLACEMENT_TRIES = 12  # then the picture gets one object fewer
+_MIN_IMAGE_SIZE = 32  # at which the smallest objects are four pixels long
+
+_SETTINGS_FILE = "shapes.json"
+_VERSION = 1  # to be raised whenever the same settings come to mean other pictures
+
+Color = tuple[int, int, int]
+
+
+class DrawnObject(NamedTuple):
+    """One object of a picture.
+
+    Attributes:
+        name (`str`): Its class, a key of `OUTLINES`.
+        outline (`np.ndarray` of shape `(num_corners, 2)`): Corners (x, y) in pixels of the picture, unclipped.
+        box (`tuple[float, float, float, float]`): x, y, width, height in pixels: tight around the part of the outline
+            within the picture, whether or not other objects cover it.
+        area (`float`): The area of that part, in square pixels.
+    """
+
+    name: str
+    outline: np.ndarray
+    box: tuple[float, float, float, float]
+    area: float
+
+
+def draw_picture(rng: np.random.Generator, image_size: int) -> tuple[Image.Image, list[DrawnObject]]:
+    """Draw one picture.
+
+    Args:
+        rng (`np.random.Generator`): The only source of chance.
+        image_size (`int`): Height and width in pixels.
+
+    Returns:
+        `tuple[Image.Image, list[DrawnObject]]`: An RGB picture, and its objects from the farthest to the nearest.
+
+    Example:
+
+    ```python
+    >>> picture, objects = draw_picture(np.random.default_rng(3), image_size=160)
+    >>> picture.size, {drawn.name for drawn in objects} <= set(OUTLINES)
+    ((160, 160), True)
+
+    ```
+    """
+    background = _random_color(rng, saturation=(0.0, 0.5), value=(0.15, 0.9))
+    canvas = _background(rng, background, image_size)
+    _draw_clutter(rng, canvas, num_blobs=int(rng.integers(0, 9)), num_lines=int(rng.integers(0, 4)))
+
+    objects: list[DrawnObject] = []
+    colors = [background]
+    visible: list[np.ndarray] = []  # per object (image_size, image_size): the pixels where it is seen
+    num_objects = 0 if rng.random() < _EMPTY_PICTURES else int(rng.integers(1, _MAX_OBJECTS + 1))
+    for _ in range(num_objects):
+        placed = _place(rng, image_size, [drawn.area for drawn in objects], visible)
+        if placed is None:
+            continue
+        drawn, mask = placed
+        color = _contrasting_color(rng, colors)
+        _draw_outline(rng, canvas, drawn, color)
+        objects.append(drawn)
+        colors.append(color)
+        visible = [seen & ~mask for seen in visible] + [mask]
+
+    _draw_clutter(rng, canvas, num_blobs=0, num_lines=int(rng.integers(0, 3)))
+    return _photograph(rng, canvas), objects
+
+
+def _random_color(rng: np.random.Generator, saturation: tuple[float, float], value: tuple[float, float]) -> Color:
+    red, green, blue = colorsys.hsv_to_rgb(rng.random(), rng.uniform(*saturation), rng.uniform(*value))
+    return round(255 * red), round(255 * green), round(255 * blue)
+
+
+def _contrasting_color(rng: np.random.Generator, others: list[Color]) -> Color:
+    """A strong colour unlike `others`; the least alike of many where none is far from all of them."""
+    candidates = [_random_color(rng, saturation=(0.4, 1.0), value=(0.35, 1.0)) for _ in range(16)]
+    distance = np.abs(np.subtract(np.array(candidates)[:, None], np.array(others)[None])).max(-1).min(-1)
+    return candidates[int(np.argmax(np.minimum(distance, _MIN_CONTRAST)))]  # the first that is far enough
+
+
+def _background(rng: np.random.Generator, color: Color, image_size: int) -> Image.Image:
+    """A canvas of `color` with large soft spots, the smooth enlargement of a few random cells."""
+    cells = np.array(color) + rng.integers(-35, 36, size=(*rng.integers(2, 7, size=2), 3))
+    spots = Image.fromarray(cells.clip(0, 255).astype(np.uint8)).resize((image_size,) * 2, Image.Resampling.BICUBIC)
+    return spots.resize((image_size * _SUPERSAMPLING,) * 2, Image.Resampling.NEAREST)
+
+
+def _draw_clutter(rng: np.random.Generator, canvas: Image.Image, num_blobs: int, num_lines: int) -> None:
+    """Draw what is no object: crooked blobs smaller than any object, and thin lines."""
+    draw, side = ImageDraw.Draw(canvas), canvas.width
+    for _ in range(num_blobs):
+        angles = np.sort(rng.uniform(0, 2 * math.pi, size=7))
+        radii = rng.uniform(0.3, 1.0, size=(7, 1)) * rng.uniform(0.01, 0.035) * side
+        corners = rng.uniform(0, side, size=2) + radii * np.stack([np.cos(angles), np.sin(angles)], axis=1)
+        draw.polygon(_points(corners), fill=_random_color(rng, (0.0, 1.0), (0.1, 1.0)))
+    for _ in range(num_lines):
+        width = int(rng.integers(_SUPERSAMPLING, 2 * _SUPERSAMPLING + 1))
+        draw.line(
+            _points(rng.uniform(0, side, size=(2, 2))), fill=_random_color(rng, (0.0, 1.0), (0.1, 1.0)), width=width
+        )
+
+
+def _points(corners: np.ndarray) -> list[tuple[float, float]]:
+    return [(float(x), float(y)) for x, y in corners]
+
+
+def _place(
+    rng: np.random.Generator, image_size: int, areas: list[float], visible: list[np.ndarray]
+) -> tuple[DrawnObject, np.ndarray] | None:
+    """Find an object and a place that leave enough of it, and of the objects below it, to be seen, or give up."""
+    name = str(rng.choice(list(OUTLINES)))
+    for _ in range(_PLACEMENT_TRIES):
+        # even in the logarithm, as halving the size is as much of a change as doubling it
+        side = image_size * math.exp(rng.uniform(math.log(_OBJECT_SIDES[0]), math.log(_OBJECT_SIDES[1])))
+        outline = rng.uniform(0, image_size, size=2) + OUTLINES[name] @ _turn(rng.uniform(0, 2 * math.pi)) * (side / 2)
+        drawn_large = Image.new("L", (image_size * _SUPERSAMPLING,) * 2)
+        ImageDraw.Draw(drawn_large).polygon(_points(outline * _SUPERSAMPLING), fill=255)
+        bounds = drawn_large.getbbox()
+        area = drawn_large.histogram()[255] / _SUPERSAMPLING**2
+        if bounds is None or area < _MIN_INSIDE * _polygon_area(outline):
+            continue
+        mask = np.asarray(drawn_large.reduce(_SUPERSAMPLING)) > 127
+        if all(
+            np.count_nonzero(seen & ~mask) >= _MIN_VISIBLE * below_area
+            for seen, below_area in zip(visible, areas, strict=True)
+        ):
+            left, top, right, bottom = (edge / _SUPERSAMPLING for edge in bounds)
+            return DrawnObject(name, outline, (left, top, right - left, bottom - top), area), mask
+    return None
+
+
+def _turn(angle: float) -> np.ndarray:
+    return np.array([[math.cos(angle), math.sin(angle)], [-math.sin(angle), math.cos(angle)]])
+
+
+def _polygon_area(corners: np.ndarray) -> float:
+    """The shoelace formula, for corners (x, y)."""
+    x, y = corners.T
+    return abs(float(x @ np.roll(y, -1) - y @ np.roll(x, -1))) / 2
+
+
+def _draw_outline(rng: np.random.Generator, canvas: Image.Image, drawn: DrawnObject, color: Color) -> None:
+    """Fill the outline, half of the time with a darker or lighter rim inside it."""
+    draw, center = ImageDraw.Draw(canvas), drawn.outline.mean(axis=0)
+    shade = rng.uniform(0.4, 0.75) if rng.random() < 0.5 else 1.0
+    rim = (round(color[0] * shade), round(color[1] * shade), round(color[2] * shade))
+    draw.polygon(_points(drawn.outline * _SUPERSAMPLING), fill=rim)
+    draw.polygon(_points((center + 0.8 * (drawn.outline - center)) * _SUPERSAMPLING), fill=color)
+
+
+def _photograph(rng: np.random.Generator, canvas: Image.Image) -> Image.Image:
+    """Shrink the canvas and add what a camera adds: a little blur, uneven light and noise."""
+    picture = canvas.reduce(_SUPERSAMPLING).filter(ImageFilter.GaussianBlur(rng.uniform(0.0, 0.7)))
+    ramp = np.linspace(-1, 1, picture.width)
+    light = 1 + rng.uniform(-0.2, 0.2) * ramp[None, :, None] + rng.uniform(-0.2, 0.2) * ramp[:, None, None]
+    amplitude = int(rng.integers(2, 16))
+    noise = rng.integers(-amplitude, amplitude + 1, size=(picture.height, picture.width, 3), dtype=np.int8)
+    return Image.fromarray((np.asarray(picture) * light + noise).clip(0, 255).astype(np.uint8))
+
+
+def generate_shapes(
+    output: Path,
+    *,
+    seed: int = 0,
+    image_size: int = 160,
+    num_train: int = 2000,
+    num_val: int = 200,
+    num_test: int = 200,
+) -> Path:
+    """Write the data set, or find that it is there.
+
+    Args:
+        output (`Path`): Receives `{train,val,test}/*.png`, `{train,val,test}.json` in COCO's format (boxes x, y,
+            width, height in pixels; category ids from 1 in the order of `OUTLINES`) and `shapes.json` with the
+            settings. It appears once everything is written; a killed process leaves nothing under this name.
+        seed (`int`): Of all chance. The same settings give the same files, bit for bit, as long as numpy and Pillow
+            stay the same.
+        image_size (`int`): Height and width in pixels; objects grow with it.
+        num_train (`int`): Pictures for training.
+        num_val (`int`): Pictures for choosing the best checkpoint.
+        num_test (`int`): Pictures for the final result.
+
+    Returns:
+        `Path`: `output`.
+
+    Raises:
+        InputError: If `output` holds anything but this very data set, or a number is out of range.
+    """
+    counts = {"train": num_train, "val": num_val, "test": num_test}
+    if image_size < _MIN_IMAGE_SIZE:
+        raise InputError(f"image_size is {image_size}, but shapes need at least {_MIN_IMAGE_SIZE} pixels.")
+    if seed < 0 or min(counts.values()) < 0:
+        raise InputError(f"seed and numbers of pictures must not be negative, got seed={seed} and {counts}.")
+    settings = {"version": _VERSION, "seed": seed, "image_size": image_size, **counts}
+    if _is_there(output, settings):
+        return output
+
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{output.name}-", dir=output.parent) as temporary:
+        folder = Path(temporary) / "shapes"
+        folder.mkdir()
+        for stream, (split, count) in enumerate(counts.items()):
+            _write_split(folder, split, count, image_size, (seed, stream))
+        (folder / _SETTINGS_FILE).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+        try:
+            folder.rename(output)
+        except OSError:  # another process was first; what it wrote is either the same or an error
+            if not _is_there(output, settings):
+                raise
+    return output
+
+
+def _is_there(output: Path, settings: dict[str, int]) -> bool:
+    """Whether `output` holds the data set of `settings`; False if it holds nothing, an error if anything else."""
+    if not output.exists() or (output.is_dir() and not any(output.iterdir())):
+        return False
+    advice = "Choose another folder, or remove this one if it is not needed any more."
+    try:
+        found = json.loads((output / _SETTINGS_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        raise InputError(f"{output} is not empty and holds no shapes data set. {advice}") from None
+    if found != settings:
+        raise InputError(f"{output} holds another shapes data set: {found} instead of {settings}. {advice}")
+    for split in ("train", "val", "test"):
+        count = sum(1 for _ in (output / split).glob("*.png"))
+        if count != settings[split] or not (output / f"{split}.json").is_file():
+            raise InputError(f"{output} has lost files: {count} of {settings[split]} {split} pictures. {advice}")
+    return True
+
+
+def _write_split(folder: Path, split: str, count: int, image_size: int, stream: tuple[int, int]) -> None:
+    """Write one split's pictures and annotations; `stream` and a picture's number seed that picture."""
+    (folder / split).mkdir()
+    names = list(OUTLINES)
+    images: list[dict[str, Any]] = []
+    annotations: list[dict[str, Any]] = []
+    for number in tqdm(range(count), desc=f"drawing {split} pictures", disable=None):  # silent without a terminal
+        picture, objects = draw_picture(np.random.default_rng((*stream, number)), image_size)
+        image = {"id": number + 1, "file_name": f"{number + 1:06}.png", "width": image_size, "height": image_size}
+        picture.save(folder / split / image["file_name"], compress_level=1)  # noise hardly shrinks at any level
+        images.append(image)
+        annotations += [
+            {
+                "id": len(annotations) + position,
+                "image_id": image["id"],
+                "category_id": names.index(drawn.name) + 1,
+                "bbox": list(drawn.box),
+                "area": drawn.area,
+                "iscrowd": 0,
+            }
+            for position, drawn in enumerate(objects, start=1)
+        ]
+    content = {
+        "info": {"description": f"hf_dino shapes, {split}, drawn by a program"},
+        "licenses": [],
+        "images": images,
+        "annotations": annotations,
+        "categories": [{"id": id_, "name": name, "supercategory": "shape"} for id_, name in enumerate(names, start=1)],
+    }
+    (folder / f"{split}.json").write_text(json.dumps(content), encoding="utf-8")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command line; `arguments` replace those of the process."""
+    parser = argparse.ArgumentParser(prog="python -m hf_dino.data.shapes", description="Draw the shapes data set.")
+    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="a new folder")
+    for name, default in (generate_shapes.__kwdefaults__ or {}).items():  # so that each default has one home
+        parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=default, metavar="N", help=f"{default}")
+    try:
+        print(generate_shapes(**vars(parser.parse_args(arguments))))
+    except InputError as error:
+        parser.error(str(error))
+
+
+if __name__ == "__main__":
+    main()

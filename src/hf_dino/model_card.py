@@ -1,0 +1,307 @@
+"""Model cards: what a model folder's README says about a converted or a fine-tuned model.
+
+Measured and quoted numbers never mix: only measured ones enter the card's `model-index`, which leaderboards read.
+"""
+
+import math
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCardData
+
+from .configuration_dino_detr import DinoDetrConfig
+
+
+TAGS = ["object-detection", "vision", "detr", "dino", "dino-detr", "hf_dino"]
+UNUSED_LABEL = "N/A"
+
+# COCO's summary numbers, by the names that the evaluation uses; every one is a fraction of 1.
+METRIC_NAMES = {
+    "ap": "AP@[.50:.95]",
+    "ap50": "AP50",
+    "ap75": "AP75",
+    "ap_small": "AP small",
+    "ap_medium": "AP medium",
+    "ap_large": "AP large",
+    "ar_1": "AR 1",
+    "ar_10": "AR 10",
+    "ar_100": "AR 100",
+    "ar_small": "AR small",
+    "ar_medium": "AR medium",
+    "ar_large": "AR large",
+}
+
+
+def converted_card(
+    config: DinoDetrConfig,
+    *,
+    checkpoint: str,
+    sha256: str,
+    weights: str,
+    size: Mapping[str, int],
+    epochs: int | None = None,
+    published_ap: float | None = None,
+    published_hash_known: bool = False,
+) -> str:
+    """Write the card of a model converted from an official checkpoint.
+
+    Args:
+        config (`DinoDetrConfig`): The model's configuration.
+        checkpoint (`str`): Name of the official file.
+        sha256 (`str`): Hash of the official file, in hexadecimal.
+        weights (`str`): Which of the file's weights: `"model"` or `"ema_model"`.
+        size (`dict[str, int]`): The image processor's size, in pixels.
+        epochs (`int`, *optional*): Epochs trained, if the file says so.
+        published_ap (`float`, *optional*): What the authors published for this file, a fraction of 1.
+        published_hash_known (`bool`, *optional*, defaults to `False`): Whether the file was recognised by its hash and
+            not only by its name and settings.
+
+    Returns:
+        `str`: Markdown with a metadata block, to be saved as `README.md`.
+    """
+    coco = config.label2id is not None and config.label2id.get("toothbrush") == 90
+    data = ModelCardData(
+        license="apache-2.0",
+        library_name="transformers",
+        pipeline_tag="object-detection",
+        tags=TAGS,
+        datasets=["detection-datasets/coco"] if coco else None,
+    )
+    title = f"DINO, {_backbone_name(config)}, {config.num_feature_levels} feature levels"
+    moving = " (the moving average of the weights, `ema_model`)" if weights == "ema_model" else ""
+    trained = f" The file says that it was trained for {epochs} epochs." if epochs else ""
+    sections = [
+        f"# {title}",
+        _DESCRIPTION,
+        f"Converted from the official checkpoint `{checkpoint}`{moving} of "
+        f"[IDEA-Research/DINO](https://github.com/IDEA-Research/DINO), SHA-256 `{sha256}`.{trained} All settings were "
+        f"read from the file. The conversion renames and cuts tensors and changes no number in them.",
+        _usage(),
+        _preprocessing(size),
+        _labels(config),
+        _published(published_ap, published_hash_known),
+        _LIMITS,
+        _licence(config),
+        _CITATION,
+    ]
+    return _card(data, sections)
+
+
+def finetuned_card(
+    config: DinoDetrConfig,
+    *,
+    metrics: Mapping[str, float],
+    dataset: str,
+    command: str,
+    base_model: str | None,
+    split: str | None = None,
+    size: Mapping[str, int] | None = None,
+) -> str:
+    """Write the card of a model trained or fine-tuned with hf_dino.
+
+    Args:
+        config (`DinoDetrConfig`): The model's configuration.
+        metrics (`dict[str, float]`): What was measured, as fractions of 1; see `METRIC_NAMES` for the usual names.
+            Empty if nothing was. Values that are negative or not finite (pycocotools' way to say "no such objects")
+            are left out.
+        dataset (`str`): Name of the training data, for people.
+        command (`str`): The command that trained the model.
+        base_model (`str`, *optional*): What training started from: a Hub id or a folder. `None`: random weights.
+        split (`str`, *optional*): Which part of the data was measured on.
+        size (`dict[str, int]`, *optional*): The image processor's size, in pixels.
+
+    Returns:
+        `str`: Markdown with a metadata block, to be saved as `README.md`.
+    """
+    measured = {name: float(value) for name, value in metrics.items() if math.isfinite(value) and value >= 0}
+    name = f"dino-detr-{_slug(dataset)}"
+    on_hub = base_model is not None and _is_hub_id(base_model)
+    data = ModelCardData(
+        library_name="transformers",
+        pipeline_tag="object-detection",
+        tags=TAGS,
+        base_model=base_model if on_hub else None,
+        model_name=name if measured else None,
+        eval_results=[
+            EvalResult(
+                task_type="object-detection",
+                dataset_type=_slug(dataset),
+                dataset_name=dataset,
+                dataset_split=split,
+                metric_type=metric,
+                metric_name=METRIC_NAMES.get(metric, metric),
+                metric_value=round(value, 4),
+            )
+            for metric, value in measured.items()
+        ]
+        or None,
+    )
+    if base_model is None:
+        start = "from random weights"
+    elif on_hub:
+        start = f"from [{base_model}](https://huggingface.co/{base_model})"
+    else:
+        start = f"from the local model `{Path(base_model).name}`"
+    sections = [
+        f"# DINO, {_backbone_name(config)}, trained on {dataset}",
+        _DESCRIPTION,
+        f"Trained {start} on {dataset}, with this command:\n\n```bash\n{command.strip()}\n```",
+        _measured(measured, dataset, split),
+        _usage(),
+        _preprocessing(size) if size else "",
+        _labels(config),
+        _LIMITS,
+        "## Licence\n\nThe model code is Apache-2.0. The weights follow from the training data and the model they "
+        "started from: add the licence that applies to them.",
+        _CITATION,
+    ]
+    return _card(data, sections)
+
+
+def _card(data: ModelCardData, sections: list[str]) -> str:
+    body = "\n\n".join(section.strip() for section in sections if section)
+    return f"---\n{data.to_yaml()}\n---\n\n{body}\n"
+
+
+_DESCRIPTION = (
+    "An object detector of the DETR family: [DINO: DETR with Improved DeNoising Anchor Boxes for End-to-End Object "
+    "Detection](https://arxiv.org/abs/2203.03605), for transformers. Not to be confused with the self-supervised "
+    "vision transformers of the same name."
+)
+
+
+def _usage() -> str:
+    return """## Usage
+
+```python
+import hf_dino  # registers the model; without the package see below
+import torch
+from PIL import Image
+from transformers import AutoImageProcessor, AutoModelForObjectDetection
+
+folder = "path/or/hub-id"
+model = AutoModelForObjectDetection.from_pretrained(folder).eval()
+processor = AutoImageProcessor.from_pretrained(folder)
+
+picture = Image.open("picture.jpg").convert("RGB")
+with torch.no_grad():
+    outputs = model(**processor(images=picture, return_tensors="pt"))
+[found] = processor.post_process_object_detection(
+    outputs, threshold=0.3, target_sizes=[(picture.height, picture.width)]
+)
+for score, label, box in zip(found["scores"], found["labels"], found["boxes"]):
+    print(f"{model.config.id2label[label.item()]} {score:.2f}", box.tolist())  # x0, y0, x1, y1 in pixels
+```
+
+The folder carries the model code, so it also works where hf_dino is not installed: leave out `import hf_dino` and pass
+`trust_remote_code=True` to both `from_pretrained`, after reading that code. `pipeline("object-detection",
+model=folder)` works with either."""
+
+
+def _preprocessing(size: Mapping[str, int]) -> str:
+    if "shortest_edge" in size:
+        resized = (
+            f"resized so that its shorter side has {size['shortest_edge']} pixels, or fewer where the longer one "
+            f"would exceed {size['longest_edge']}"
+        )
+    else:
+        resized = f"resized to {size['height']} x {size['width']} pixels (height x width), whatever its shape"
+    return (
+        f"## Preprocessing\n\nDone by the image processor: a picture is {resized}, and normalised with the mean and "
+        f"standard deviation of ImageNet. Pictures of different sizes are padded right and below to a batch, with a "
+        f"`pixel_mask` of 1 where there is picture. Boxes are fractions of the picture without its padding. "
+        f"`from_pretrained(folder, backend='pil')` resizes with Pillow, as the original does."
+    )
+
+
+def _labels(config: DinoDetrConfig) -> str:
+    names = [config.id2label[label] for label in sorted(config.id2label)]
+    unused = [str(label) for label, name in enumerate(names) if name == UNUSED_LABEL]
+    text = f"## Labels\n\n{len(names)} labels, named in `config.id2label`."
+    if unused:
+        return text + (
+            f" A label is the raw COCO category id, so {len(names) - len(unused)} of them stand for something; ids "
+            f"{', '.join(unused)} were never used by COCO and are named `{UNUSED_LABEL}`."
+        )
+    if names == [f"class_{label}" for label in range(len(names))]:
+        return text + (
+            " The checkpoint does not hold their names: set `config.id2label` and `config.label2id`. The official "
+            "code uses the data set's raw category ids as labels, so label 0 often stands for nothing."
+        )
+    return text + f" {', '.join(names[:30])}{' ...' if len(names) > 30 else ''}."
+
+
+def _published(box_ap: float | None, hash_known: bool) -> str:
+    head = "## Results\n\n"
+    if box_ap is None:
+        return head + "No published result is known for this file, and none was measured during the conversion."
+    recognised = "its SHA-256" if hash_known else "its name and settings; a hash of the original is not publicly known"
+    return head + (
+        f"| data | metric | value | source |\n|---|---|---|---|\n"
+        f"| COCO val2017 | box AP@[.50:.95] | {box_ap:.3f} | **published** by the authors, **not measured here** |\n\n"
+        f"The file was recognised by {recognised}."
+    )
+
+
+def _measured(measured: Mapping[str, float], dataset: str, split: str | None) -> str:
+    head = "## Results\n\n"
+    if not measured:
+        return head + "Nothing was measured."
+    rows = "\n".join(f"| {METRIC_NAMES.get(name, name)} | {value:.3f} |" for name, value in measured.items())
+    where = f"{dataset}, {split}" if split else dataset
+    return (
+        head + f"**Measured** with pycocotools on {where}, as fractions of 1:\n\n| metric | value |\n|---|---|\n{rows}"
+    )
+
+
+_LIMITS = """## Limits
+
+Scores are not calibrated probabilities. Objects, viewpoints and places that the training data lack are found less well
+or not at all, and the errors are not spread evenly over people and regions: measure on your own data before relying on
+the model, above all where people are concerned. At most `num_queries` objects per picture can be found."""
+
+
+def _licence(config: DinoDetrConfig) -> str:
+    text = (
+        "## Licence\n\nDINO's code and checkpoints are released by IDEA-Research under Apache-2.0; so is this model."
+    )
+    if _backbone_name(config).startswith("Swin"):
+        text += " The Swin backbone was trained by Microsoft and is released under the MIT licence."
+    return text
+
+
+_CITATION = """## Citation
+
+```bibtex
+@inproceedings{zhang2023dino,
+  title = {{DINO}: {DETR} with Improved DeNoising Anchor Boxes for End-to-End Object Detection},
+  author = {Zhang, Hao and Li, Feng and Liu, Shilong and Zhang, Lei and Su, Hang and Zhu, Jun and Ni, Lionel M. and
+            Shum, Heung-Yeung},
+  booktitle = {International Conference on Learning Representations},
+  year = {2023},
+  url = {https://arxiv.org/abs/2203.03605},
+}
+```"""
+
+_RESNET_NAMES = {(3, 4, 6, 3): "ResNet-50", (3, 4, 23, 3): "ResNet-101"}
+_SWIN_NAMES = {(96, 6): "Swin-T", (96, 18): "Swin-S", (128, 18): "Swin-B", (192, 18): "Swin-L"}
+
+
+def _backbone_name(config: DinoDetrConfig) -> str:
+    """A name for people: the usual one where there is one, otherwise the type of the backbone."""
+    backbone: Any = config.backbone_config
+    if backbone.model_type == "resnet" and backbone.layer_type == "bottleneck":
+        return _RESNET_NAMES.get(tuple(backbone.depths), "ResNet")
+    if backbone.model_type == "swin":
+        return _SWIN_NAMES.get((backbone.embed_dim, backbone.depths[2]), "Swin")
+    return str(getattr(backbone, "backbone", None) or backbone.model_type)
+
+
+def _slug(name: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") or "data"
+
+
+def _is_hub_id(name: str) -> bool:
+    return re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name) is not None and not Path(name).exists()

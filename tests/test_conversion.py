@@ -1,0 +1,509 @@
+"""Official checkpoints become model folders: completely, or not at all and with a reason."""
+
+import argparse
+import gzip
+import json
+import os
+import pickle
+import re
+import signal
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoImageProcessor, AutoModelForObjectDetection
+
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "conversion"))
+
+import convert_original  # noqa: E402
+import key_tables  # noqa: E402
+from convert_original import ConversionError, config_from_args, convert_state_dict  # noqa: E402
+
+
+FIXTURES = Path(__file__).parent / "fixtures"
+VARIANTS = ("r50_4scale", "r50_5scale", "swinl_4scale", "swinl_5scale")
+
+
+def manifest(variant: str) -> dict:
+    """Settings, and shape and dtype by key, of an official model."""
+    return json.loads(gzip.decompress((FIXTURES / f"official_{variant}.json.gz").read_bytes()))
+
+
+def hollow(manifest: dict) -> dict[str, torch.Tensor]:
+    """The tensors of a manifest, all zero and without memory."""
+    return {
+        key: torch.zeros((), dtype=getattr(torch, dtype)).expand(shape)
+        for key, (shape, dtype) in manifest["state_dict"].items()
+    }
+
+
+SMALL_SIZES = {256: 32, 2048: 48, 768: 96, 512: 64, 900: 12, 128: 16}
+SMALL_SETTINGS = {
+    "hidden_dim": 32,
+    "dim_feedforward": 48,
+    "nheads": 4,
+    "enc_n_points": 1,
+    "dec_n_points": 1,
+    "enc_layers": 1,
+    "dec_layers": 2,
+    "num_queries": 12,
+}
+
+
+def small_checkpoint(num_classes: int = 5, **settings) -> dict:
+    """What the official code would save for a ResNet-50 with a narrow transformer of one and two layers."""
+    full = manifest("r50_4scale")
+    generator = torch.Generator().manual_seed(0)
+    values: dict[str, torch.Tensor] = {}
+    model = {}
+    for key, (shape, _) in full["state_dict"].items():
+        if re.search(r"encoder\.layers\.[1-9]|decoder\.layers\.[2-9]|(class|bbox)_embed\.[2-9]\.", key):
+            continue
+        if not key.startswith("backbone"):
+            if "input_proj" in key:
+                shape = [32, *shape[1:]]
+            elif "class_embed" in key or "label_enc" in key:
+                shape = [num_classes + (shape[0] - 91), *(SMALL_SIZES[size] for size in shape[1:])]
+            else:
+                shape = [SMALL_SIZES.get(size, size) for size in shape]
+        tied = re.sub(r"^(transformer\.decoder\.)?(class|bbox)_embed\.\d+", r"\2_embed.0", key)
+        if tied not in values:
+            values[tied] = 0.1 * torch.randn(shape, generator=generator)
+        model[key] = values[tied]
+    args = full["args"] | SMALL_SETTINGS | {"num_classes": num_classes, "dn_labelbook_size": num_classes} | settings
+    return {"model": model, "optimizer": {}, "lr_scheduler": {}, "epoch": 11, "args": argparse.Namespace(**args)}
+
+
+@pytest.fixture
+def small() -> dict:
+    return small_checkpoint()
+
+
+@pytest.fixture(scope="module")
+def small_file(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("official") / "checkpoint0011.pth"
+    torch.save(small_checkpoint(), path)
+    return path
+
+
+def converted(checkpoint: dict) -> dict[str, torch.Tensor]:
+    config = config_from_args(convert_original.official_settings(checkpoint))
+    return convert_state_dict(convert_original.official_state_dict(checkpoint), config)
+
+
+# Keys
+
+
+@pytest.mark.parametrize("variant", ["r50_4scale", "swinl_4scale"])
+def test_official_models_convert_completely(variant):
+    official = manifest(variant)
+    assert convert_state_dict(hollow(official), config_from_args(official["args"]))
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_all_official_variants_convert_completely(shared, variant):
+    official = json.loads((shared / "official" / "manifests" / f"{variant}.json").read_text())
+    assert convert_state_dict(hollow(official), config_from_args(official["args"]))
+
+
+@pytest.mark.parametrize("num_classes", [2, 91, 366])
+def test_any_number_of_classes_converts(num_classes):
+    state_dict = converted(small_checkpoint(num_classes))
+    assert state_dict["class_embed.0.weight"].shape == (num_classes, 32)
+    assert state_dict["model.denoising.label_embed.weight"].shape == (num_classes, 32)
+
+
+def test_tensors_arrive_where_they_are_used(small):
+    source, state_dict = small["model"], converted(small)
+    layer, ours = "transformer.decoder.layers.1", "model.decoder.layers.1"
+    for index, part in enumerate("qkv"):
+        rows = slice(32 * index, 32 * index + 32)
+        for kind in ("weight", "bias"):
+            expected = source[f"{layer}.self_attn.in_proj_{kind}"][rows]
+            assert torch.equal(state_dict[f"{ours}.self_attn.{part}_proj.{kind}"], expected)
+    assert torch.equal(state_dict[f"{ours}.self_attn_layer_norm.weight"], source[f"{layer}.norm2.weight"])
+    assert torch.equal(state_dict[f"{ours}.encoder_attn_layer_norm.weight"], source[f"{layer}.norm1.weight"])
+    assert torch.equal(state_dict["model.denoising.label_embed.weight"], source["label_enc.weight"][:5])
+    assert torch.equal(
+        state_dict["model.backbone.body.encoder.stages.2.layers.3.layer.1.normalization.running_var"],
+        source["backbone.0.body.layer3.3.bn2.running_var"],
+    )
+
+
+def test_no_official_key_matches_two_rules():
+    for variant in ("r50_4scale", "swinl_4scale"):
+        official = manifest(variant)
+        rules = key_tables.rules_for(config_from_args(official["args"]))
+        for key in official["state_dict"]:
+            assert sum(re.fullmatch(rule.source, key) is not None for rule in rules) == 1, key
+
+
+def test_every_odd_rule_has_a_reason():
+    for variant in ("r50_4scale", "swinl_4scale"):
+        config = config_from_args(manifest(variant)["args"])
+        for rule in key_tables.rules_for(config):
+            assert rule.reason or (len(rule.targets) == 1 and not rule.first_rows), rule
+        assert all(fill.reason for fill in key_tables.fills_for(config))
+
+
+def test_prefix_of_distributed_training_is_stripped(small):
+    small["model"] = {f"module.{key}": value for key, value in small["model"].items()}
+    assert converted(small)
+
+
+def test_key_with_and_without_prefix_is_an_error(small):
+    small["model"]["module.label_enc.weight"] = small["model"]["label_enc.weight"]
+    with pytest.raises(ConversionError, match=r"label_enc\.weight twice"):
+        converted(small)
+
+
+def test_missing_tensor_is_listed(small):
+    del small["model"]["transformer.level_embed"], small["model"]["transformer.enc_output.bias"]
+    with pytest.raises(ConversionError, match=r"does not fill.*level_embed, model\.query_selection\.enc_output\.bias"):
+        converted(small)
+
+
+def test_unknown_tensor_is_listed(small):
+    small["model"]["transformer.extra.weight"] = torch.zeros(1)
+    with pytest.raises(ConversionError, match=r"no place in the model: transformer\.extra\.weight"):
+        converted(small)
+
+
+def test_layer_beyond_the_settings_is_listed(small):
+    small["args"].dec_layers = 1
+    with pytest.raises(ConversionError, match=r"no place in the model: model\.decoder\.layers\.1\."):
+        converted(small)
+
+
+def test_wrong_shape_is_listed(small):
+    small["args"].num_queries = 13
+    with pytest.raises(ConversionError, match=r"content_queries\.weight \(12, 32\), not \(13, 32\)"):
+        converted(small)
+
+
+def test_copy_that_differs_is_listed(small):
+    for key in ("class_embed.1.bias", "transformer.decoder.class_embed.1.bias"):
+        small["model"][key] = small["model"]["class_embed.0.bias"] + 1
+    with pytest.raises(ConversionError, match=r"another one: class_embed\.1\.bias \(= class_embed\.0\.bias\)"):
+        converted(small)
+
+
+# Settings
+
+
+def test_settings_are_read_from_the_file():
+    config = config_from_args(manifest("swinl_4scale")["args"] | {"dn_box_noise_scale": 1.0, "num_classes": 20})
+    assert (config.box_noise_scale, config.num_labels, config.id2label[19]) == (1.0, 20, "class_19")
+    assert (config.denoising, config.query_selection) == ("contrastive", "mixed")
+    backbone = config.backbone_config
+    assert (backbone.embed_dim, backbone.window_size, backbone.drop_path_rate) == (192, 12, 0.2)
+    assert list(backbone.num_heads) == [6, 12, 24, 48]
+    assert list(backbone.out_indices) == [2, 3, 4]
+
+
+def test_coco_labels_are_raw_category_ids():
+    config = config_from_args(manifest("r50_4scale")["args"])
+    unused = [label for label, name in config.id2label.items() if name == "N/A"]
+    assert unused == [0, 12, 26, 29, 30, 45, 66, 68, 69, 71, 83]
+    assert len(config.label2id) == 80
+    assert all(config.id2label[label] == name for name, label in config.label2id.items())
+
+
+def test_coco_names_are_those_of_the_data(shared):
+    [path, *_] = sorted((shared / "data" / "tiny_coco").rglob("*.json"))
+    categories = json.loads(path.read_text())["categories"]
+    assert {category["id"]: category["name"] for category in categories} == key_tables.COCO_NAMES
+
+
+def without(checkpoint: dict, pattern: str) -> None:
+    for key in [key for key in checkpoint["model"] if re.match(pattern, key)]:
+        del checkpoint["model"][key]
+
+
+def test_pure_query_selection_has_no_content_queries():
+    checkpoint = small_checkpoint(embed_init_tgt=False)
+    without(checkpoint, r"transformer\.tgt_embed")
+    assert "model.query_selection.content_queries.weight" not in converted(checkpoint)
+
+
+def test_single_stage_model_has_learned_anchors():
+    checkpoint = small_checkpoint(two_stage_type="no")
+    without(checkpoint, r"transformer\.enc_out")
+    anchors = checkpoint["model"]["transformer.refpoint_embed.weight"] = torch.rand(12, 4)
+    assert torch.equal(converted(checkpoint)["model.query_selection.anchors.weight"], anchors)
+
+
+def test_model_without_denoising_has_no_label_embedding():
+    assert not [key for key in converted(small_checkpoint(use_dn=False)) if "denoising" in key]
+
+
+def test_larger_label_book_is_cut():
+    checkpoint = small_checkpoint(5, dn_labelbook_size=9)
+    book = checkpoint["model"]["label_enc.weight"] = torch.rand(10, 32)
+    assert torch.equal(converted(checkpoint)["model.denoising.label_embed.weight"], book[:5])
+
+
+def test_separate_heads_stay_separate():
+    checkpoint = small_checkpoint(dec_pred_class_embed_share=False, dec_pred_bbox_embed_share=False)
+    bias = checkpoint["model"]["class_embed.1.bias"] + 1
+    for key in ("class_embed.1.bias", "transformer.decoder.class_embed.1.bias"):
+        checkpoint["model"][key] = bias
+    assert torch.equal(converted(checkpoint)["class_embed.1.bias"], bias)
+
+
+def test_settings_that_old_files_lack_have_the_original_default(small):
+    for name in key_tables.DEFAULT_OF_SETTING:
+        delattr(small["args"], name)
+    assert converted(small)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("num_patterns", 3),
+        ("two_stage_learn_wh", True),
+        ("use_deformable_box_attn", True),
+        ("pre_norm", True),
+        ("decoder_sa_type", "ca_label"),
+        ("backbone", "convnext_xlarge_22k"),
+        ("pe_temperatureW", 10000),
+        ("dec_pred_bbox_embed_share", False),
+        ("interm_loss_coef", 0.5),
+        ("return_interm_indices", [2, 3]),
+    ],
+)
+def test_setting_that_the_model_cannot_express_is_named(name, value):
+    with pytest.raises(ConversionError, match=rf"{name}={re.escape(repr(value))}"):
+        config_from_args(manifest("r50_4scale")["args"] | {name: value})
+
+
+def test_missing_setting_is_named():
+    args = manifest("r50_4scale")["args"]
+    del args["hidden_dim"]
+    with pytest.raises(ConversionError, match="lack 'hidden_dim'"):
+        config_from_args(args)
+
+
+def test_picture_size_follows_the_settings():
+    args = manifest("r50_4scale")["args"]
+    assert convert_original.evaluation_size(args) == {"shortest_edge": 800, "longest_edge": 1333}
+    enlarged = convert_original.evaluation_size(args | {"data_aug_scale_overlap": 1.5})
+    assert enlarged == {"shortest_edge": 1200, "longest_edge": 1999}
+
+
+# Files that are something else
+
+
+@pytest.mark.parametrize(
+    ("content", "name"),
+    [
+        ({"model": {"neck.convs.0.conv.weight": 0}}, "detrex"),
+        ({"state_dict": {"bbox_head.cls_branches.0.weight": 0}, "meta": {}}, "MMDetection 3"),
+        ({"state_dict": {"bbox_head.transformer.level_embeds": 0}}, "MMDetection 2"),
+        ({"model": {"query_embed.weight": 0, "input_proj.weight": 0}}, "a DETR"),
+        ({"model": {"query_embed.weight": 0, "transformer.reference_points.weight": 0}}, "Deformable DETR"),
+        ({"student": {}, "teacher": {}}, "self-supervised"),
+        ({"model.encoder.layers.0.fc1.weight": 0}, "transformers"),
+        ({"weights": {}}, "should hold 'model' and 'args'"),
+    ],
+)
+def test_other_models_are_recognised(content, name):
+    with pytest.raises(ConversionError, match=name):
+        convert_original.official_state_dict(content)
+
+
+def test_checkpoint_without_settings_is_an_error(small):
+    del small["args"]
+    with pytest.raises(ConversionError, match="no settings"):
+        converted(small)
+
+
+@pytest.mark.parametrize("share", [0.02, 0.5, 0.98])
+@pytest.mark.parametrize("zipped", [True, False])
+def test_truncated_file_is_an_error(tmp_path, share, zipped):
+    path = tmp_path / "cut.pth"
+    torch.save({"model": {"weight": torch.rand(2000)}}, path, _use_new_zipfile_serialization=zipped)
+    path.write_bytes(path.read_bytes()[: int(share * path.stat().st_size)])
+    with pytest.raises(ConversionError, match=r"cut\.pth is damaged or incomplete"):
+        convert_original.load_checkpoint(path)
+
+
+@pytest.mark.parametrize("content", [b"", b"<!DOCTYPE html><html>quota exceeded</html>"])
+def test_file_that_is_no_checkpoint_is_an_error(tmp_path, content):
+    path = tmp_path / "page.pth"
+    path.write_bytes(content)
+    with pytest.raises(ConversionError, match="not a PyTorch checkpoint"):
+        convert_original.load_checkpoint(path)
+
+
+def test_missing_file_is_an_error(tmp_path):
+    with pytest.raises(ConversionError, match="is not a file"):
+        convert_original.load_checkpoint(tmp_path / "none.pth")
+
+
+class Evil:
+    """Leaves a file behind when it is unpickled."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __reduce__(self):
+        return (open, (str(self.path), "w"))
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_pickled_code_runs_only_when_trusted(tmp_path, caplog, zipped):
+    path, trace = tmp_path / "evil.pth", tmp_path / "trace"
+    content = {"model": {}, "args": argparse.Namespace(harmless=Evil(trace))}
+    torch.save(content, path, _use_new_zipfile_serialization=zipped)
+    with pytest.raises(ConversionError, match=r"pickled together with (_?io)\.open.*--trust-pickle"):
+        convert_original.load_checkpoint(path)
+    assert not trace.exists()
+    convert_original.load_checkpoint(path, trust_pickle=True)
+    assert trace.exists()
+    assert "may run code" in caplog.text
+
+
+def test_trusted_pickle_of_missing_code_is_an_error(tmp_path):
+    path = tmp_path / "old.pth"
+    path.write_bytes(pickle.dumps(0).replace(b"K\x00", b"cnot_a_module\nThing\n"))
+    with pytest.raises(ConversionError, match=r"cannot be imported here.*not_a_module"):
+        convert_original.load_checkpoint(path, trust_pickle=True)
+
+
+# Folders
+
+
+@pytest.fixture(scope="module")
+def folder(small_file, tmp_path_factory) -> Path:
+    output = tmp_path_factory.mktemp("converted") / "deep" / "model"
+    assert convert_original.main(["--checkpoint", str(small_file), "--output", str(output)]) == 0
+    return output
+
+
+def test_folder_loads_with_the_weights_of_the_file(folder, small_file):
+    model = AutoModelForObjectDetection.from_pretrained(folder)
+    source = torch.load(small_file, weights_only=False)["model"]
+    assert torch.equal(model.model.query_selection.content_queries.weight, source["transformer.tgt_embed.weight"])
+    assert AutoImageProcessor.from_pretrained(folder).size["longest_edge"] == 1333
+
+
+def test_folder_has_card_code_and_nothing_beside_it(folder, small_file):
+    card = (folder / "README.md").read_text(encoding="utf-8")
+    assert convert_original.sha256(small_file) in card
+    assert small_file.name in card
+    assert (folder / "modeling_dino_detr.py").is_file()
+    assert [entry.name for entry in folder.parent.iterdir()] == [folder.name]
+    assert {file.stat().st_mode for file in folder.iterdir()} == {(folder / "README.md").stat().st_mode}
+
+
+def run(*arguments, **settings) -> int:
+    return convert_original.main([str(argument) for argument in arguments], **settings)
+
+
+def test_folder_that_is_not_empty_is_refused_before_anything_is_read(tmp_path, capsys):
+    (tmp_path / "mine.txt").write_text("mine")
+    assert run("--checkpoint", "no such file", "--output", tmp_path) == 1
+    assert "is not empty" in capsys.readouterr().err
+    assert [entry.name for entry in tmp_path.iterdir()] == ["mine.txt"]
+
+
+@pytest.fixture
+def quick(monkeypatch) -> None:
+    """Write small stand-ins for model and processor."""
+
+    class Quick:
+        def save_pretrained(self, path):
+            path.mkdir(exist_ok=True)
+            (path / "config.json").write_text("new")
+
+    monkeypatch.setattr(convert_original, "Quick", Quick, raising=False)
+
+
+def write(output: Path) -> None:
+    quick = convert_original.Quick()
+    convert_original.write_folder(quick, quick, "card", output)
+
+
+def test_overwrite_replaces_what_a_conversion_wrote(tmp_path, quick):
+    output = tmp_path / "model"
+    output.mkdir()
+    (output / "config.json").write_text("old")
+    write(output)
+    assert (output / "config.json").read_text() == "new"
+    assert [entry.name for entry in tmp_path.iterdir()] == ["model"]
+
+
+def test_overwrite_keeps_what_no_conversion_writes(tmp_path, quick, caplog):
+    output = tmp_path / "model"
+    output.mkdir()
+    (output / "thesis.tex").write_text("years of work")
+    write(output)
+    assert (tmp_path / "model.replaced-1" / "thesis.tex").read_text() == "years of work"
+    assert "thesis.tex" in caplog.text
+    assert (output / "config.json").read_text() == "new"
+
+
+def test_failure_leaves_what_was_there(tmp_path, quick, monkeypatch):
+    output = tmp_path / "model"
+    output.mkdir()
+    (output / "config.json").write_text("old")
+    monkeypatch.setattr(convert_original.Path, "write_text", lambda *_, **__: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        write(output)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["model"]
+    assert (output / "config.json").read_text() == "old"
+
+
+class Killed:
+    """Dies half-way through writing, as for want of memory."""
+
+    def save_pretrained(self, path: Path):
+        path.mkdir(exist_ok=True)
+        (path / "half").write_text("half")
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs a process that can be killed")
+def test_killed_process_leaves_no_folder(tmp_path):
+    child = os.fork()
+    if child == 0:
+        convert_original.write_folder(Killed(), Killed(), "card", tmp_path / "model")
+        os._exit(0)
+    _, status = os.waitpid(child, 0)
+    assert os.WTERMSIG(status) == signal.SIGKILL
+    assert not (tmp_path / "model").exists()
+
+
+def test_moving_average_is_taken_when_asked_for(small):
+    small["ema_model"] = {f"module.{key}": value + 1 for key, value in small["model"].items()}
+    source = convert_original.official_state_dict(small, "ema_model")
+    assert torch.equal(source["transformer.level_embed"], small["model"]["transformer.level_embed"] + 1)
+
+
+def test_file_without_moving_average_is_an_error(small_file, tmp_path, capsys):
+    assert run("--checkpoint", small_file, "--output", tmp_path / "model", "--use-ema") == 1
+    assert "no 'ema_model'" in capsys.readouterr().err
+    assert not (tmp_path / "model").exists()
+
+
+# Published files
+
+
+def test_published_file_is_recognised_by_its_hash():
+    digest = key_tables.PUBLISHED["checkpoint0011_5scale.pth"].sha256
+    assert convert_original.published_checkpoint("renamed.pth", digest, {}).box_ap == 0.494
+
+
+def test_namesake_with_another_hash_is_not_credited(caplog):
+    assert convert_original.published_checkpoint("checkpoint0011_4scale.pth", "0" * 64, {}) is None
+    assert "not its content" in caplog.text
+
+
+def test_published_file_without_known_hash_needs_fitting_settings():
+    name, settings = "checkpoint0029_4scale_swin.pth", {"backbone": "swin_L_384_22k", "num_feature_levels": 4}
+    assert convert_original.published_checkpoint(name, "0" * 64, settings).box_ap == 0.580
+    assert convert_original.published_checkpoint(name, "0" * 64, settings | {"num_feature_levels": 5}) is None

@@ -1,0 +1,166 @@
+"""Annotation files are checked before the first step, and items are what the image processor wants."""
+
+import json
+import logging
+
+import numpy as np
+import pytest
+
+from coco_files import annotation, write_coco
+from hf_dino.data import (
+    CocoDetection,
+    InputError,
+    contiguous_id2label,
+    label_of_category,
+    make_augmentation,
+    read_coco,
+)
+
+
+def read(folder, annotations=(), **options):
+    return read_coco(*write_coco(folder, annotations, **options))
+
+
+def test_pictures_objects_and_crowds_are_kept(tmp_path):
+    objects = [annotation(2, 7, [1, 2, 3, 4], iscrowd=1, area=9.5), annotation(2, 3, [5, 6, 7, 8])]
+    data = read(tmp_path, objects, sizes=[(40, 60), (30, 20)])
+    assert data.categories == {3: "dog", 7: "cat"}
+    assert [picture.image_id for picture in data.pictures] == [1, 2]
+    assert data.pictures[0].boxes.shape == (0, 4)
+    crowded = data.pictures[1]
+    assert crowded.boxes.tolist() == [[1, 2, 3, 4], [5, 6, 7, 8]]
+    assert (crowded.areas.tolist(), crowded.iscrowd.tolist()) == ([9.5, 56], [1, 0])
+    assert crowded.category_ids.tolist() == [7, 3]
+
+    item = CocoDetection(data)[1]
+    assert item["image"].size == (20, 30)
+    assert item["annotation"] == {
+        "image_id": 2,
+        "annotations": [
+            {"category_id": 7, "bbox": [1, 2, 3, 4], "area": 9.5, "iscrowd": 1},
+            {"category_id": 3, "bbox": [5, 6, 7, 8], "area": 56, "iscrowd": 0},
+        ],
+    }
+
+
+def test_wrong_boxes_are_dropped_or_clipped_and_counted(tmp_path, caplog):
+    boxes = {
+        "nan": [float("nan"), 0, 5, 5],
+        "not numbers": ["a", 0, 5, 5],
+        "three numbers": [1, 2, 3],
+        "flat": [5, 5, 0, 5],
+        "negative": [5, 5, -3, 5],
+        "outside": [70, 5, 9, 9],
+        "over the border": [-10, 30, 20, 20],
+        "rounded": [0, 0, 60.004, 40],
+        "good": [1, 1, 2, 2],
+    }
+    files = write_coco(tmp_path, [annotation(1, 3, box) for box in boxes.values()])
+    before = files[1].read_bytes()
+    with caplog.at_level(logging.WARNING):
+        data = read_coco(*files)
+    assert files[1].read_bytes() == before
+    (picture,) = data.pictures
+    assert picture.boxes.tolist() == [boxes["over the border"], boxes["rounded"], boxes["good"]]
+    assert picture.clipped_boxes.tolist() == [[0, 30, 10, 10], [0, 0, 60, 40], [1, 1, 2, 2]]
+    messages = [record.getMessage().split(": ", 1)[1] for record in caplog.records]
+    assert messages == [
+        "3 boxes are not four finite numbers: dropped",
+        "2 boxes have no width or no height: dropped",
+        "1 boxes lie outside their picture: dropped",
+        "1 boxes reach over the border of their picture: clipped for training",
+    ]
+
+
+def test_clean_data_logs_nothing(tmp_path, caplog):
+    read(tmp_path, [annotation(1, 3, [0, 0, 60, 40])])
+    assert not caplog.records
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"images": None}, r"is not a COCO detection file.*it has \['annotations', 'categories', 'images'\]"),
+        ({"images": []}, "lists no images"),
+        ({"categories": []}, "lists no categories"),
+        ({"categories": [{"id": 3}]}, r"an entry of 'categories' lacks one of \['id', 'name'\]"),
+        ({"categories": [{"id": 3, "name": "a"}, {"id": 3, "name": "b"}]}, "ids of 'categories' must be different"),
+        ({"categories": [{"id": "3", "name": "a"}]}, "must be different integers; got '3'"),
+        ({"categories": [{"id": 3, "name": "a"}, {"id": 4, "name": "a"}]}, "several categories are named 'a'"),
+        ({"categories": [{"id": 4, "name": "a"}]}, "annotations name category_id 3, which 'categories' does not list"),
+    ],
+)
+def test_not_coco(tmp_path, change, message):
+    with pytest.raises(InputError, match=message):
+        read(tmp_path, [annotation(1, 3, [0, 0, 5, 5])], replaced=change)
+
+
+def test_annotation_of_an_unknown_picture(tmp_path):
+    with pytest.raises(InputError, match="annotations name image_id 5, which 'images' does not list"):
+        read(tmp_path, [annotation(5, 3, [0, 0, 5, 5])])
+
+
+def test_unreadable_files(tmp_path):
+    pictures, file = write_coco(tmp_path, [])
+    with pytest.raises(InputError, match=r"gone\.json: there is no such annotation file"):
+        read_coco(pictures, tmp_path / "gone.json")
+    with pytest.raises(InputError, match="cannot be read"):
+        read_coco(pictures, tmp_path)
+    file.write_text(file.read_text()[:-20])
+    with pytest.raises(InputError, match=r"annotations\.json: is not valid JSON .*truncated"):
+        read_coco(pictures, file)
+    file.write_text("[1, 2]")
+    with pytest.raises(InputError, match=r"is not a COCO detection file.*it has list"):
+        read_coco(pictures, file)
+
+
+def test_missing_pictures_are_named(tmp_path):
+    pictures, file = write_coco(tmp_path, [], sizes=[(4, 4)] * 9)
+    with pytest.raises(InputError, match="gone: there is no such folder"):
+        read_coco(tmp_path / "gone", file)
+    for number in range(2, 9):
+        (pictures / f"{number}.png").unlink()
+    with pytest.raises(InputError, match=r"7 of the pictures in .* are missing: 2.png, 3.png, .*6.png and 2 more"):
+        read_coco(pictures, file)
+    (pictures / "1.png").unlink()
+    (pictures / "9.png").unlink()
+    with pytest.raises(InputError, match="the folder holds no pictures"):
+        read_coco(pictures, file)
+
+
+def test_size_is_read_from_the_picture_where_it_is_not_annotated(tmp_path):
+    pictures, file = write_coco(tmp_path, [annotation(1, 3, [0, 0, 5, 5])])
+    content = json.loads(file.read_text())
+    del content["images"][0]["height"]
+    file.write_text(json.dumps(content))
+    (picture,) = read_coco(pictures, file).pictures
+    assert (picture.height, picture.width) == (40, 60)
+
+
+def test_labels_are_matched_by_name(tmp_path):
+    data = read(tmp_path, [annotation(1, 7, [0, 0, 5, 5])])
+    assert contiguous_id2label(data.categories) == {0: "dog", 1: "cat"}
+    assert label_of_category(data, {0: "N/A", 5: "cat", 9: "dog"}) == {3: 9, 7: 5}
+    assert label_of_category(data, {5: "cat"}) == {7: 5}, "a category without objects needs no label"
+    with pytest.raises(InputError, match=r"the model has no class for 'cat' \(id 7\); its classes are 'dog', 'bird'"):
+        label_of_category(data, {0: "N/A", 1: "dog", 2: "bird"})
+
+
+def test_an_unused_label_is_no_name_to_match(tmp_path):
+    data = read(tmp_path, [annotation(1, 3, [0, 0, 5, 5])], categories={3: "N/A"})
+    with pytest.raises(InputError, match=r"no class for 'N/A'"):
+        label_of_category(data, {0: "N/A"})
+
+
+def test_augmented_items_depend_on_seed_epoch_and_picture_only(tmp_path):
+    objects = [annotation(1, 3, [10, 10, 20, 20]), annotation(2, 3, [10, 10, 20, 20])]
+    data = read(tmp_path, objects, sizes=[(40, 60), (40, 60)])
+    augmentation = make_augmentation("dino", {"shortest_edge": 80, "longest_edge": 133})
+
+    def item(index, seed=0, epoch=0):
+        item = CocoDetection(data, augmentation, seed, epoch)[index]
+        return np.asarray(item["image"]).tobytes(), item["annotation"]
+
+    assert item(0) == item(0)
+    assert len({item(0, epoch=epoch)[0] for epoch in range(8)}) > 4
+    assert item(0, seed=1)[0] != item(0)[0]

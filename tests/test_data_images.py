@@ -1,0 +1,104 @@
+"""Every kind of picture file becomes the RGB pixels that its annotations were drawn on, or one clear error."""
+
+import logging
+
+import numpy as np
+import pytest
+from PIL import ExifTags, Image
+
+from hf_dino.data import InputError, list_pictures, read_image
+from hf_dino.data import images as images_module
+
+
+@pytest.fixture
+def gradient():
+    """40 x 60 RGB, different everywhere."""
+    rows, columns = np.mgrid[0:40, 0:60]
+    return Image.fromarray(np.stack([rows * 6, columns * 4, rows + columns], axis=-1).astype(np.uint8))
+
+
+def save_turned(image, path, orientation=6):
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    image.save(path, exif=exif)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "1", "P", "RGBA", "LA", "CMYK", "YCbCr"])
+def test_every_mode_becomes_rgb(gradient, tmp_path, mode):
+    path = tmp_path / ("picture.tif" if mode in ("CMYK", "YCbCr") else "picture.png")
+    gradient.convert(mode).save(path)
+    picture = read_image(path)
+    assert (picture.mode, picture.size) == ("RGB", (60, 40))
+    if mode in ("RGB", "RGBA", "CMYK"):
+        assert np.abs(np.asarray(picture).astype(int) - np.asarray(gradient)).max() <= 1
+
+
+def test_cmyk_jpeg_is_not_inverted(tmp_path):
+    Image.new("RGB", (32, 32), (200, 40, 40)).convert("CMYK").save(tmp_path / "a.jpg")
+    assert np.abs(np.asarray(read_image(tmp_path / "a.jpg"), dtype=int) - (200, 40, 40)).max() < 12
+
+
+def test_transparency_lies_on_white(tmp_path):
+    Image.new("RGBA", (2, 1), (10, 20, 30, 0)).save(tmp_path / "a.png")
+    assert np.asarray(read_image(tmp_path / "a.png"))[0, 0].tolist() == [255, 255, 255]
+    palette = Image.new("P", (2, 1), 0)
+    palette.putpalette([10, 20, 30] + [0, 0, 0] * 255)
+    palette.save(tmp_path / "b.png", transparency=0)
+    assert np.asarray(read_image(tmp_path / "b.png"))[0, 0].tolist() == [255, 255, 255]
+
+
+def test_16_bit_keeps_its_range_and_is_logged_once(tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(images_module, "_reported", set())
+    for name in ("a.png", "b.png"):
+        Image.fromarray(np.array([[0, 257, 32896, 65535]], dtype=np.uint16)).save(tmp_path / name)
+    with caplog.at_level(logging.WARNING):
+        pictures = [np.asarray(read_image(tmp_path / name))[0, :, 0].tolist() for name in ("a.png", "b.png")]
+    assert pictures == [[0, 1, 128, 255]] * 2
+    assert len(caplog.records) == 1
+    assert "a.png has 16-bit" in caplog.text
+
+
+def test_float_picture_is_an_error(tmp_path):
+    Image.fromarray(np.array([[0.0, 7.5]], dtype=np.float32)).save(tmp_path / "a.tif")
+    with pytest.raises(InputError, match=r"a\.tif: holds float32 values from 0.0 to 7.5.*save it with 8 or 16 bits"):
+        read_image(tmp_path / "a.tif")
+
+
+def test_exif_rotation_is_applied_unless_annotated_as_stored(gradient, tmp_path):
+    path = tmp_path / "a.png"
+    save_turned(gradient, path)
+    turned = gradient.transpose(Image.Transpose.ROTATE_270)
+    assert read_image(path).tobytes() == turned.tobytes()
+    assert read_image(path, annotated_size=(60, 40)).tobytes() == turned.tobytes()
+    assert read_image(path, annotated_size=(40, 60)).tobytes() == gradient.tobytes()
+    with pytest.raises(
+        InputError, match=r"a\.png: the annotations say 50 x 40 .* file has 60 x 40 \(EXIF orientation 6"
+    ):
+        read_image(path, annotated_size=(40, 50))
+
+
+@pytest.mark.parametrize("damage", [lambda data: data[: len(data) // 2], lambda data: b"", lambda data: b"no picture"])
+@pytest.mark.parametrize("suffix", ["png", "jpg"])
+def test_broken_file_is_named(gradient, tmp_path, damage, suffix):
+    path = tmp_path / f"broken.{suffix}"
+    gradient.save(path)
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(InputError, match=r"broken\.\w+: cannot be read as a picture"):
+        read_image(path)
+
+
+def test_missing_file_is_named(tmp_path):
+    with pytest.raises(InputError, match=r"gone\.png: there is no such picture"):
+        read_image(tmp_path / "gone.png")
+
+
+def test_list_pictures(gradient, tmp_path):
+    for name in ("b.png", "a.JPG"):
+        gradient.save(tmp_path / name)
+    (tmp_path / "notes.txt").touch()
+    assert [path.name for path in list_pictures([tmp_path, tmp_path / "b.png"])] == ["a.JPG", "b.png", "b.png"]
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InputError, match="empty: the folder holds no pictures"):
+        list_pictures([tmp_path / "empty"])
+    with pytest.raises(InputError, match="gone: there is no such"):
+        list_pictures([tmp_path / "gone"])

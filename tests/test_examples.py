@@ -1,0 +1,317 @@
+"""The examples run as a user runs them: train, stop, go on, export, evaluate, predict."""
+
+import importlib
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from transformers import AutoImageProcessor, AutoModelForObjectDetection
+
+from hf_dino.data import InputError
+from hf_dino.data.shapes import generate_shapes
+
+
+ROOT = Path(__file__).parents[1]
+TINY_COCO = ROOT.parent / "shared" / "data" / "tiny_coco"
+TINY = {
+    "backbone_config": {
+        "model_type": "resnet",
+        "embedding_size": 8,
+        "hidden_sizes": [8, 16, 16, 32],
+        "depths": [1, 1, 1, 1],
+        "layer_type": "basic",
+        "out_features": ["stage2", "stage3", "stage4"],
+    },
+    "freeze_batch_norm": False,
+    "d_model": 32,
+    "encoder_layers": 2,
+    "decoder_layers": 2,
+    "encoder_ffn_dim": 32,
+    "decoder_ffn_dim": 32,
+    "encoder_attention_heads": 2,
+    "decoder_attention_heads": 2,
+    "num_queries": 20,
+    "num_select": 20,
+    "num_denoising": 10,
+}
+
+
+@pytest.fixture(scope="module")
+def examples():
+    sys.path.insert(0, str(ROOT / "examples"))
+    yield {name: importlib.import_module(name) for name in ("finetune_coco", "evaluate_coco", "predict")}
+    sys.path.remove(str(ROOT / "examples"))
+
+
+@pytest.fixture(scope="module")
+def shapes(tmp_path_factory):
+    return generate_shapes(
+        tmp_path_factory.mktemp("data") / "shapes", image_size=64, num_train=10, num_val=4, num_test=4
+    )
+
+
+@pytest.fixture(scope="module")
+def tiny_config(tmp_path_factory):
+    path = tmp_path_factory.mktemp("config") / "tiny.json"
+    path.write_text(json.dumps(TINY))
+    return path
+
+
+def splits(data, *names):
+    return [
+        f"--{name}-{what}={data / name}{end}"
+        for name in names
+        for what, end in (("images", ""), ("annotations", ".json"))
+    ]
+
+
+@pytest.fixture
+def arguments(shapes, tiny_config):
+    """Two epochs of three steps, each step of two accumulated batches, random in every way that training can be."""
+    return [
+        f"--config={tiny_config}",
+        *splits(shapes, "train", "val", "test"),
+        "--epochs=2",
+        "--batch-size=4",
+        "--gradient-accumulation=2",
+        "--image-size=80",  # smaller, and the last level has one cell, which group norm refuses
+        "--num-workers=0",
+        "--report-every=1",
+        "--checkpoint-steps=2",
+        "--learning-rate=1e-3",
+    ]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    return tmp_path_factory.mktemp("runs")
+
+
+def history(run):
+    return json.loads((run / "metrics.json").read_text())["history"]
+
+
+@pytest.fixture
+def finished(examples, arguments, runs):
+    """A finished run, trained once for all tests of this module."""
+    run = runs / "uninterrupted"
+    if not run.exists():
+        examples["finetune_coco"].main([*arguments, f"--output={run}"])
+    return run
+
+
+def test_finetune_leaves_a_model_that_loads(finished, examples, arguments):
+    names = {path.name for path in finished.iterdir()}
+    assert {"config.json", "model.safetensors", "preprocessor_config.json", "README.md", "curves.png"} <= names
+    assert {"metrics.json", "modeling_dino_detr.py", "checkpoints"} <= names
+    model = AutoModelForObjectDetection.from_pretrained(finished)
+    processor = AutoImageProcessor.from_pretrained(finished)
+    assert dict(processor.size) == {"shortest_edge": 80, "longest_edge": 133}
+    assert sorted(model.config.label2id.values()) == list(range(model.config.num_labels))
+    report = json.loads((finished / "metrics.json").read_text())
+    assert {"validation", "test", "best_step", "command", "versions", "history"} == set(report)
+    assert [row["step"] for row in report["history"]] == [1, 2, 3, 3, 4, 5, 6, 6]
+    assert [row["epoch"] for row in report["history"] if "ap" in row] == [1, 2]
+    assert "finetune_coco" in report["command"] or "pytest" in report["command"]
+    best = finished / "checkpoints" / f"step_{report['best_step']:08d}" / "model.safetensors"
+    assert all(
+        torch.equal(value, load_file(best)[name]) for name, value in load_file(finished / "model.safetensors").items()
+    )
+
+
+@pytest.mark.parametrize("saves_before_the_end", [1, 2, 3])
+def test_a_resumed_run_equals_the_uninterrupted_one(
+    finished, examples, arguments, tmp_path, monkeypatch, saves_before_the_end
+):
+    finetune, output = examples["finetune_coco"], f"--output={tmp_path / 'run'}"
+    save, calls = finetune.save_checkpoint, []
+
+    def save_and_die(*args):
+        save(*args)
+        calls.append(args)
+        if len(calls) == saves_before_the_end:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(finetune, "save_checkpoint", save_and_die)
+    with pytest.raises(KeyboardInterrupt):
+        finetune.main([*arguments, output])
+    assert not (tmp_path / "run" / "config.json").exists(), "an unfinished run is no model"
+    monkeypatch.undo()
+
+    with pytest.raises(InputError, match="is not empty; give another folder, or --resume or --overwrite"):
+        finetune.main([*arguments, output])
+    with pytest.raises(InputError, match=r"seed: '0' before, '1' now"):
+        finetune.main([*arguments, output, "--resume", "--seed=1"])
+    torch.manual_seed(1234)  # nothing may depend on the state of this process
+    finetune.main([*arguments, output, "--resume"])
+    assert history(tmp_path / "run") == history(finished)
+    ours, theirs = (load_file(run / "model.safetensors") for run in (tmp_path / "run", finished))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_resume_without_a_run_is_an_error(examples, arguments, tmp_path):
+    with pytest.raises(InputError, match="holds no checkpoint to resume from; start without --resume"):
+        examples["finetune_coco"].main([*arguments, f"--output={tmp_path / 'run'}", "--resume"])
+    assert not (tmp_path / "run").exists()
+
+
+def test_bad_input_leaves_the_old_run_alone(finished, examples, arguments, shapes, tmp_path):
+    run = shutil.copytree(finished, tmp_path / "run")
+    before = sorted(path.name for path in run.rglob("*"))
+    bad = [*arguments, f"--output={run}", "--overwrite", f"--train-images={tmp_path / 'gone'}"]
+    with pytest.raises(InputError, match="gone: there is no such folder of pictures"):
+        examples["finetune_coco"].main(bad)
+    assert sorted(path.name for path in run.rglob("*")) == before
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(examples, arguments, tmp_path):
+    broken = [*arguments, f"--output={tmp_path / 'run'}", "--learning-rate=1e30", "--clip=inf"]
+    with pytest.raises(FloatingPointError, match=r"the loss is .* at step \d .*image_id \[\d+, \d+\]"):
+        examples["finetune_coco"].main(broken)
+
+
+def test_fine_tuning_to_other_classes_keeps_what_fits(finished, examples, arguments, shapes, tmp_path):
+    annotations = json.loads((shapes / "train.json").read_text())
+    kept = annotations["categories"][0]["id"]
+    annotations["categories"] = [{"id": kept, "name": "thing"}]
+    annotations["annotations"] = [entry for entry in annotations["annotations"] if entry["category_id"] == kept]
+    (tmp_path / "train.json").write_text(json.dumps(annotations))
+    files = [f"--{split}-images={shapes / 'train'}" for split in ("train", "val")]
+    files += [f"--{split}-annotations={tmp_path / 'train.json'}" for split in ("train", "val")]
+    run = tmp_path / "run"
+    options = ["--max-steps=1", "--batch-size=2", "--num-workers=0", "--image-size=48x64", "--gradient-checkpointing"]
+    examples["finetune_coco"].main([f"--model={finished}", f"--output={run}", *files, *options])
+    model = AutoModelForObjectDetection.from_pretrained(run)
+    assert model.config.id2label == {0: "thing"}
+    assert dict(AutoImageProcessor.from_pretrained(run).size) == {"height": 48, "width": 64}
+    before, after = (load_file(folder / "model.safetensors") for folder in (finished, run))
+    name = "model.encoder.layers.0.mlp.fc1.weight"
+    assert (before[name] - after[name]).abs().max() < 1e-3
+
+
+def test_categories_that_the_model_lacks_are_heard_of_at_once(examples, arguments, shapes, tmp_path):
+    annotations = json.loads((shapes / "val.json").read_text())
+    annotations["categories"][0]["name"] = "unheard-of"
+    (tmp_path / "val.json").write_text(json.dumps(annotations))
+    run = tmp_path / "run"
+    with pytest.raises(InputError, match="the model has no class for 'unheard-of'"):
+        examples["finetune_coco"].main([*arguments, f"--output={run}", f"--val-annotations={tmp_path / 'val.json'}"])
+    assert not run.exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "cannot be read as JSON"),
+        ("[]", "must hold an object with fields of DinoDetrConfig, got list"),
+        ('{"num_querys": 5}', "DinoDetrConfig has no field num_querys; it has .*num_queries"),
+        ('{"num_feature_levels": 9}', "num_feature_levels"),
+    ],
+)
+def test_wrong_config_files(examples, arguments, tmp_path, content, message):
+    (tmp_path / "wrong.json").write_text(content)
+    with pytest.raises(InputError, match=rf"wrong\.json: .*{message}"):
+        examples["finetune_coco"].main(
+            [*arguments, f"--output={tmp_path / 'run'}", f"--config={tmp_path / 'wrong.json'}"]
+        )
+
+
+@pytest.mark.parametrize("size", ["axb", "8x", "big"])
+def test_image_sizes(examples, size):
+    parse = examples["finetune_coco"].parse_size
+    assert parse(["800"]) == {"shortest_edge": 800, "longest_edge": 1333}
+    assert parse(["480", "600"]) == {"shortest_edge": 480, "longest_edge": 600}
+    assert parse(["192x256"]) == {"height": 192, "width": 256}
+    with pytest.raises(InputError, match=f"--image-size {size}: expected SHORTEST"):
+        parse([size])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [(["--batch-size=0"], "--batch-size must be at least 1, not 0"), (["--test-images=a"], "belong together")],
+)
+def test_wrong_arguments(examples, capsys, arguments, message):
+    required = ["--config=a", "--output=b", "--train-images=c", "--train-annotations=d", "--val-images=e"]
+    with pytest.raises(SystemExit):
+        examples["finetune_coco"].main([*required, "--val-annotations=f", *arguments])
+    assert message in capsys.readouterr().err
+
+
+def test_evaluate_gives_what_training_measured(finished, examples, shapes, tmp_path, capsys):
+    files = ["--images", str(shapes / "test"), "--annotations", str(shapes / "test.json")]
+    numbers, detections = tmp_path / "numbers.json", tmp_path / "detections.json"
+    command = [
+        "--model",
+        str(finished),
+        *files,
+        "--num-workers=0",
+        "--json",
+        str(numbers),
+        "--detections",
+        str(detections),
+    ]
+    examples["evaluate_coco"].main([*command, "--batch-size=3"])
+    assert "Average Precision" in capsys.readouterr().out
+    measured = json.loads((finished / "metrics.json").read_text())["test"]
+    written = json.loads(numbers.read_text())
+    for one, other in ((measured, written), (measured["ap_per_category"], written["ap_per_category"])):
+        assert one.keys() == other.keys()
+        assert all(one[name] == pytest.approx(other[name], abs=1e-6) for name in one if name != "ap_per_category")
+    assert {"image_id", "category_id", "bbox", "score"} == set(json.loads(detections.read_text())[0])
+    with pytest.raises(InputError, match=r"numbers\.json: exists already"):
+        examples["evaluate_coco"].main(command)
+
+
+def test_predict_draws_one_picture_and_a_folder(finished, examples, shapes, tmp_path, capsys):
+    predict, model = examples["predict"].main, f"--model={finished}"
+    picture = sorted((shapes / "test").iterdir())[0]
+    predict([model, str(picture), f"--output={tmp_path / 'drawn.jpg'}", "--threshold=0"])
+    assert Image.open(tmp_path / "drawn.jpg").format == "JPEG"
+    predict([model, str(shapes / "test"), f"--output={tmp_path / 'drawn'}", f"--json={tmp_path / 'found.json'}"])
+    assert len(list((tmp_path / "drawn").iterdir())) == 4
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert str(picture) in found
+    assert f"{picture}: " in capsys.readouterr().out
+
+    for arguments, message in (
+        ([str(picture), f"--output={tmp_path / 'drawn.jpg'}"], r"drawn\.jpg: exists already"),
+        ([str(picture), f"--output={tmp_path / 'drawn.xyz'}"], r"pictures of kind '\.xyz' cannot be written"),
+        ([str(tmp_path / "gone.png"), f"--output={tmp_path / 'a.png'}"], r"gone\.png: there is no such"),
+        ([str(shapes / "train"), str(picture), f"--output={tmp_path / 'b'}"], "several pictures would be drawn into"),
+    ):
+        with pytest.raises(InputError, match=message):
+            predict([model, *arguments])
+
+
+def test_a_folder_that_holds_no_dino_is_named(examples, shapes, tmp_path):
+    picture, output = str(sorted((shapes / "test").iterdir())[0]), f"--output={tmp_path / 'a.png'}"
+    with pytest.raises(InputError, match=r"it has no config\.json"):
+        examples["predict"].main([f"--model={shapes}", picture, output])
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "detr"}))
+    with pytest.raises(InputError, match="holds a model of type 'detr', not 'dino_detr'"):
+        examples["predict"].main([f"--model={tmp_path}", picture, output])
+
+
+@pytest.mark.skipif(not TINY_COCO.exists(), reason="needs ../shared/data/tiny_coco")
+def test_raw_coco_ids(examples, tmp_path):
+    """An 80-category file with COCO's gaps fine-tunes a model whose labels are COCO's raw ids, gaps included."""
+    from hf_dino import DinoDetrConfig, DinoDetrForObjectDetection, DinoDetrImageProcessor
+
+    annotations = TINY_COCO / "annotations" / "instances_val2017.json"
+    names = {entry["id"]: entry["name"] for entry in json.loads(annotations.read_text())["categories"]}
+    id2label = {label: names.get(label, "N/A") for label in range(91)}
+    config = DinoDetrConfig(**TINY, id2label=id2label, label2id={name: label for label, name in id2label.items()})
+    DinoDetrForObjectDetection(config).save_pretrained(tmp_path / "coco")
+    DinoDetrImageProcessor(size={"shortest_edge": 64, "longest_edge": 107}).save_pretrained(tmp_path / "coco")
+
+    files = [f"--{split}-images={TINY_COCO / 'val2017'}" for split in ("train", "val")]
+    files += [f"--{split}-annotations={annotations}" for split in ("train", "val")]
+    options = ["--max-steps=2", "--batch-size=2", "--num-workers=0", f"--output={tmp_path / 'run'}"]
+    examples["finetune_coco"].main([f"--model={tmp_path / 'coco'}", *files, *options])
+    trained = AutoModelForObjectDetection.from_pretrained(tmp_path / "run")
+    assert trained.config.id2label == id2label

@@ -1,0 +1,100 @@
+"""Model cards: valid metadata, and measured numbers apart from quoted ones."""
+
+import pytest
+from huggingface_hub import ModelCard
+
+from conftest import tiny_config
+from hf_dino import DinoDetrConfig
+from hf_dino.model_card import converted_card, finetuned_card
+
+
+SIZE = {"shortest_edge": 800, "longest_edge": 1333}
+SWIN_LARGE = {"model_type": "swin", "embed_dim": 192, "depths": [2, 2, 18, 2], "out_indices": [2, 3, 4]}
+
+
+def converted(config: DinoDetrConfig, **given) -> ModelCard:
+    source = {"checkpoint": "checkpoint.pth", "sha256": "a" * 64, "weights": "model", "size": SIZE}
+    return ModelCard(converted_card(config, **source | given))
+
+
+def finetuned(config: DinoDetrConfig, **given) -> ModelCard:
+    training = {"metrics": {}, "dataset": "Blood cells", "command": "python train.py", "base_model": None}
+    return ModelCard(finetuned_card(config, **training | given))
+
+
+def test_converted_card_has_metadata_and_provenance():
+    card = converted(DinoDetrConfig(), epochs=12)
+    data = card.data.to_dict()
+    assert (data["license"], data["pipeline_tag"]) == ("apache-2.0", "object-detection")
+    assert data["library_name"] == "transformers"
+    for words in ("ResNet-50", "4 feature levels", "checkpoint.pth", "a" * 64, "12 epochs", "800", "1333"):
+        assert words in card.text
+
+
+def test_published_number_is_quoted_and_not_claimed_as_measured():
+    card = converted(DinoDetrConfig(), published_ap=0.49, published_hash_known=True)
+    assert "| 0.490 | **published** by the authors, **not measured here** |" in card.text
+    assert "recognised by its SHA-256" in card.text
+    assert "model-index" not in card.content
+
+
+def test_unknown_file_has_no_number():
+    assert "No published result is known" in converted(DinoDetrConfig()).text
+
+
+@pytest.mark.parametrize(("backbone", "words"), [(None, False), (SWIN_LARGE, True)], ids=["resnet", "swin"])
+def test_licence_of_swin_is_named_where_there_is_a_swin(backbone, words):
+    assert ("MIT licence" in converted(DinoDetrConfig(backbone_config=backbone)).text) is words
+
+
+def test_unused_and_unnamed_labels_are_explained():
+    gaps = DinoDetrConfig(id2label={0: "N/A", 1: "cat", 2: "N/A"})
+    assert "ids 0, 2 were never used" in converted(gaps).text
+    unnamed = DinoDetrConfig(id2label={0: "class_0", 1: "class_1"})
+    assert "does not hold their names" in converted(unnamed).text
+    assert "class 0, class 1" in converted(tiny_config()).text
+
+
+def test_moving_average_is_named():
+    assert "ema_model" in converted(DinoDetrConfig(), weights="ema_model").text
+
+
+def test_measured_numbers_enter_the_model_index():
+    card = finetuned(tiny_config(), metrics={"ap": 0.5312, "ap50": 0.82}, split="test")
+    results = {result.metric_type: result for result in card.data.eval_results}
+    assert results["ap"].metric_value == 0.5312
+    assert results["ap"].metric_name == "AP@[.50:.95]"
+    assert (results["ap50"].dataset_name, results["ap50"].dataset_split) == ("Blood cells", "test")
+    assert "| AP@[.50:.95] | 0.531 |" in card.text
+    assert "**Measured** with pycocotools on Blood cells, test" in card.text
+
+
+def test_absent_measurements_are_left_out():
+    card = finetuned(tiny_config(), metrics={"ap": 0.5, "ap_large": -1.0, "ap_small": float("nan")})
+    assert [result.metric_type for result in card.data.eval_results] == ["ap"]
+    assert "Nothing was measured" in finetuned(tiny_config(), metrics={"ap": -1}).text
+
+
+def test_command_and_start_are_told(tmp_path):
+    assert "python train.py" in finetuned(tiny_config()).text
+    assert "from random weights" in finetuned(tiny_config()).text
+    (tmp_path / "base").mkdir()
+    local = finetuned(tiny_config(), base_model=str(tmp_path / "base"))
+    assert "local model `base`" in local.text
+    assert str(tmp_path) not in local.content
+    assert local.data.base_model is None
+    hub = finetuned(tiny_config(), base_model="someone/dino-r50")
+    assert hub.data.base_model == "someone/dino-r50"
+
+
+@pytest.mark.parametrize("size", [SIZE, {"height": 192, "width": 256}])
+def test_preprocessing_names_the_size(size):
+    text = converted(DinoDetrConfig(), size=size).text
+    assert all(str(value) in text for value in size.values())
+
+
+def test_usage_is_python():
+    text = converted(DinoDetrConfig()).text
+    compile(text.split("```python\n")[1].split("```")[0], "usage", "exec")
+    assert "import hf_dino" in text
+    assert "trust_remote_code=True" in text

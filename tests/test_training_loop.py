@@ -1,0 +1,161 @@
+"""Optimiser settings, checkpoints, and the watch on the loss."""
+
+import json
+
+import pytest
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from hf_dino.data import InputError
+from hf_dino.training import (
+    LossMonitor,
+    TrainingState,
+    checkpoint_path,
+    drop_steps,
+    files_into_folder,
+    latest_checkpoint,
+    learning_rate_factor,
+    parameter_groups,
+    read_state,
+    save_checkpoint,
+    set_learning_rate,
+    write_json,
+)
+from hf_dino.training import checkpoint as checkpoint_module
+
+
+class Detector(nn.Module):
+    """Parameters named as in the model."""
+
+    def __init__(self):
+        super().__init__()
+        self.model = nn.ModuleDict(
+            {
+                "backbone": nn.ModuleDict({"body": nn.Linear(2, 2), "projections": nn.Linear(2, 2)}),
+                "head": nn.Linear(2, 1),
+            }
+        )
+        self.model["backbone"]["body"].bias.requires_grad_(False)
+
+
+def test_only_the_backbone_itself_learns_slower():
+    model = Detector()
+    others, backbone = parameter_groups(model, 1e-3, 0.1)
+    assert (others["lr"], backbone["lr"]) == (1e-3, pytest.approx(1e-4))
+    body, projections = model.model["backbone"]["body"], model.model["backbone"]["projections"]
+    assert [id(p) for p in backbone["params"]] == [id(body.weight)], "and what is frozen is in no group"
+    assert id(projections.weight) in {id(p) for p in others["params"]}
+    assert len(others["params"]) == 4
+
+
+def test_schedule():
+    drops = drop_steps([0.5, 11], total_steps=1200, steps_per_epoch=100)
+    assert drops == [600, 1100]
+    factors = [learning_rate_factor(step, drop_steps=drops, warmup_steps=10) for step in (0, 9, 10, 599, 600, 1100)]
+    assert factors == pytest.approx([0.1, 1, 1, 1, 0.1, 0.01])
+    optimizer = torch.optim.AdamW(parameter_groups(Detector(), 1e-3, 0.1))
+    for _ in range(2):  # from the initial rate, not from the last
+        set_learning_rate(optimizer, 0.5)
+    assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([5e-4, 5e-5])
+
+
+def batch_losses(value):
+    terms = {name: torch.tensor(value) for name in ("loss_ce", "loss_bbox", "loss_giou", "loss_ce_0")}
+    return torch.tensor(3 * value), terms
+
+
+def test_monitor_averages_and_forgets():
+    monitor = LossMonitor()
+    for value in (1.0, 2.0):
+        assert monitor.add(*batch_losses(value), labels=[], step=0) == 3 * value
+    assert monitor.averages() == {"loss": 4.5, "loss_ce": 1.5, "loss_bbox": 1.5, "loss_giou": 1.5}
+    monitor.add(*batch_losses(4.0), labels=[], step=1)
+    assert monitor.averages()["loss"] == 12
+
+
+def test_a_loss_that_is_not_finite_stops_with_step_and_pictures():
+    loss, terms = batch_losses(1.0)
+    terms["loss_giou"] = torch.tensor(float("nan"))
+    labels = [{"image_id": torch.tensor([41])}, {"image_id": torch.tensor([7])}]
+    with pytest.raises(FloatingPointError, match=r"the loss is nan at step 12 .*image_id \[41, 7\].*'loss_giou': nan"):
+        LossMonitor().add(loss * float("nan"), terms, labels, step=12)
+
+
+def trained(accelerator):
+    model = Detector()
+    model, optimizer = accelerator.prepare(model, torch.optim.AdamW(parameter_groups(model, 1e-3, 0.1)))
+    model.model["head"](torch.ones(1, 2)).sum().backward()
+    optimizer.step()
+    return model
+
+
+def test_checkpoints_keep_the_latest_and_the_best(tmp_path):
+    accelerator = Accelerator()
+    model = trained(accelerator)
+    state = TrainingState({"seed": 1})
+    for step, best in ((1, 1), (2, 1), (3, 3), (4, 3)):
+        state.step, state.best_step = step, best
+        save_checkpoint(accelerator, tmp_path, state)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step_00000003", "step_00000004"]
+    state.best_step, state.best_ap = 4, 0.5  # evaluated after it was written
+    save_checkpoint(accelerator, tmp_path, state)
+    assert [path.name for path in tmp_path.iterdir()] == ["step_00000004"]
+    assert latest_checkpoint(tmp_path) == checkpoint_path(tmp_path, 4)
+    assert read_state(checkpoint_path(tmp_path, 4), {"seed": 1}) == state
+
+    before = model.model["head"].weight.detach().clone()
+    nn.init.zeros_(model.model["head"].weight)
+    accelerator.load_state(str(checkpoint_path(tmp_path, 4)))
+    assert torch.equal(model.model["head"].weight, before)
+
+
+def test_a_process_that_dies_leaves_the_last_checkpoint(tmp_path, monkeypatch):
+    accelerator = Accelerator()
+    trained(accelerator)
+    state = TrainingState({}, step=1)
+    save_checkpoint(accelerator, tmp_path, state)
+    monkeypatch.setattr(checkpoint_module, "write_json", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    state.step = 2
+    with pytest.raises(KeyboardInterrupt):
+        save_checkpoint(accelerator, tmp_path, state)
+    monkeypatch.undo()
+    assert latest_checkpoint(tmp_path) == checkpoint_path(tmp_path, 1)
+    save_checkpoint(accelerator, tmp_path, state)
+    assert [path.name for path in tmp_path.iterdir()] == ["step_00000002"]
+
+
+def test_a_run_goes_on_with_its_own_settings_only(tmp_path):
+    accelerator = Accelerator()
+    trained(accelerator)
+    save_checkpoint(accelerator, tmp_path, TrainingState({"seed": 1, "size": (3, 4)}))
+    (path,) = tmp_path.iterdir()
+    assert read_state(path, {"seed": 1, "size": (3, 4)}).step == 0
+    with pytest.raises(InputError, match=r"settings that it began with \(seed: 1 before, 2 now\)"):
+        read_state(path, {"seed": 2, "size": (3, 4)})
+    assert latest_checkpoint(tmp_path / "gone") is None
+
+
+def test_write_json_keeps_the_old_file_when_it_fails(tmp_path):
+    file = tmp_path / "folder" / "a.json"
+    write_json(file, {"a": 1})
+    with pytest.raises(TypeError):
+        write_json(file, {"a": object()})
+    assert json.loads(file.read_text()) == {"a": 1}
+    assert [path.name for path in file.parent.iterdir()] == ["a.json"]
+
+
+def test_files_arrive_together_and_others_stay(tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    (tmp_path / "config.json").write_text("old")
+    with pytest.raises(TypeError), files_into_folder(tmp_path, last="config.json") as folder:
+        write_json(folder / "config.json", object())
+    assert (tmp_path / "config.json").read_text() == "old"
+    with files_into_folder(tmp_path, last="config.json") as folder:
+        (folder / "config.json").write_text("new")
+        (folder / "weights").write_text("w")
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {
+        "notes.txt": "mine",
+        "config.json": "new",
+        "weights": "w",
+    }
