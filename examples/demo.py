@@ -15,15 +15,15 @@ import sys
 import time
 from pathlib import Path
 
-import finetune_coco
 from PIL import Image
-from predict import detect, save_picture
 
+import finetune_coco
 from hf_dino.data import InputError, read_coco
 from hf_dino.data.shapes import generate_shapes
 from hf_dino.loading import load_detector
 from hf_dino.training import latest_checkpoint
 from hf_dino.visualization import draw_detections, side_by_side
+from predict import detect, save_picture
 
 
 CONFIG = Path(__file__).parent / "configs" / "small.json"

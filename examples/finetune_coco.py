@@ -53,6 +53,7 @@ from hf_dino.training import (
     drop_steps,
     files_into_folder,
     find_start,
+    freeze_stem,
     learning_rate_factor,
     parameter_groups,
     read_state,
@@ -141,8 +142,11 @@ def main(argv: list[str] | None = None) -> None:
         newer, older = "activation_checkpointing_enable", "gradient_checkpointing_enable"  # since transformers 5.23
         getattr(model, newer if hasattr(model, newer) else older)()
 
+    freeze_stem(model)
     groups = parameter_groups(model, args.learning_rate, args.backbone_lr_factor)
-    model, optimizer = accelerator.prepare(model, torch.optim.AdamW(groups, weight_decay=args.weight_decay))
+    model, optimizer = accelerator.prepare(
+        model, torch.optim.AdamW(groups, weight_decay=args.weight_decay, fused=True)
+    )
     epoch_steps = steps_per_epoch(len(train.pictures), args.batch_size)
     total_steps = min(args.epochs * epoch_steps, args.max_steps or sys.maxsize)
     drops = drop_steps(args.lr_drop, total_steps=total_steps, steps_per_epoch=epoch_steps)

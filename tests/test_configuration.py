@@ -62,6 +62,10 @@ def test_json_round_trip(tmp_path):
         ({"label_noise_ratio": 1.5}, "label_noise_ratio must be between 0 and 1, got 1.5"),
         ({"dropout": -0.1}, "dropout must be between 0 and 1"),
         ({"class_cost": 0, "bbox_cost": 0, "giou_cost": 0}, "at least one must be positive"),
+        (
+            {"auxiliary_loss": False, "share_decoder_heads": False},
+            "auxiliary_loss=False with share_decoder_heads=False",
+        ),
         ({"id2label": {1: "a", 2: "b"}}, r"id2label must have the keys 0 to 1, got \[1, 2\]"),
         ({"backbone_config": {"model_type": "resnet51"}}, "backbone_config must have a 'model_type'"),
     ],
@@ -134,7 +138,6 @@ READ_IN_TRAINING = {
 READ_ELSEWHERE = {
     "box_refinement": "changes gradients only: test_modeling",
     "num_select": "read by the examples: test_examples",
-    "is_encoder_decoder": "read by transformers",
 }
 
 

@@ -7,6 +7,7 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
+from conftest import tiny_model
 from hf_dino.data import InputError
 from hf_dino.training import (
     LossMonitor,
@@ -14,6 +15,7 @@ from hf_dino.training import (
     checkpoint_path,
     drop_steps,
     files_into_folder,
+    freeze_stem,
     latest_checkpoint,
     learning_rate_factor,
     parameter_groups,
@@ -159,3 +161,14 @@ def test_files_arrive_together_and_others_stay(tmp_path):
         "config.json": "new",
         "weights": "w",
     }
+
+
+@pytest.mark.parametrize("pretrained", [True, False])
+def test_the_stem_of_a_pretrained_resnet_is_left_alone(pretrained):
+    model = tiny_model(freeze_batch_norm=pretrained)
+    trained_before = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    freeze_stem(model)
+    frozen = trained_before - {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    first_layers = ("model.backbone.body.embedder.", "model.backbone.body.encoder.stages.0.")
+    assert frozen == ({name for name in trained_before if name.startswith(first_layers)} if pretrained else set())
+    assert bool(frozen) == pretrained

@@ -55,7 +55,7 @@ class DinoDetrBackbone(nn.Module):
         super().__init__()
         self.config = config
         self.gradient_checkpointing = False  # switched by `gradient_checkpointing_enable`
-        body_config = config.backbone_config
+        body_config: Any = config.backbone_config
         body_config._attn_implementation = backbone_attention(body_config, body_config._attn_implementation)
         self.body = AutoBackbone.from_config(body_config)
         self.channels_last = _gives_channels_last(self.body)

@@ -158,7 +158,6 @@ class DinoDetrConfig(PreTrainedConfig):
     focal_alpha: float | int = 0.25
     focal_gamma: float | int = 2.0
     num_select: int = 300
-    is_encoder_decoder: bool = True
 
     def __post_init__(self, **kwargs: Any) -> None:
         self.backbone_config = resolve_backbone_config(self.backbone_config, self.num_feature_levels)
@@ -190,6 +189,11 @@ class DinoDetrConfig(PreTrainedConfig):
             raise ValueError(
                 f"num_denoising must be at least 1 with denoising={self.denoising!r}, got {self.num_denoising}; "
                 f"to train without denoising use denoising='none'"
+            )
+        if not (self.auxiliary_loss or self.share_decoder_heads):
+            raise ValueError(
+                "auxiliary_loss=False with share_decoder_heads=False would leave the class heads of all decoder "
+                "layers but the last untrained: set one of them to True"
             )
         if self.class_cost == self.bbox_cost == self.giou_cost == 0:
             raise ValueError("class_cost, bbox_cost and giou_cost are all 0: at least one must be positive")
@@ -246,7 +250,7 @@ _RANGES = (
     ("num_feature_levels", 1, 5),  # a proposal of level 5 would be 1.6 times the picture: never valid
     *((f"{part}_{count}", 1, _MANY) for part in ("encoder", "decoder") for count in ("ffn_dim", "n_points")),
     *((f"{part}_attention_heads", 1, _MANY) for part in ("encoder", "decoder")),
-    ("encoder_layers", 0, _MANY),
+    ("encoder_layers", 1, _MANY),
     ("decoder_layers", 1, _MANY),
     ("d_model", 32, _MANY),
     ("num_queries", 1, _MANY),

@@ -1,7 +1,7 @@
 """The `shapes` data set: drawn pictures of circles, squares, triangles, stars and crosses, in COCO's format.
 
-It needs no download, so a detector can be trained, evaluated and looked at anywhere. Shapes of all sizes, turns and
-colours overlap each other and reach over the border; lines and blobs that are no objects, uneven light and noise
+It needs no download, so a detector can be trained, evaluated and looked at anywhere. Shapes of all sizes and colours,
+more or less upright, overlap each other and reach over the border; lines and blobs that are no objects, uneven light and noise
 surround them. Every picture depends on the seed, its split and its number only, so the splits share nothing and a
 larger data set begins with the pictures of a smaller one.
 
@@ -23,9 +23,12 @@ from tqdm import tqdm
 from .errors import InputError
 
 
-def _regular(num_corners: int, *radii: float) -> np.ndarray:
-    """Corners `(num_corners, 2)`, (x, y), evenly around the origin, at each radius in turn."""
-    angle = np.arange(num_corners) * (2 * math.pi / num_corners)
+def _regular(num_corners: int, *radii: float, first: float = -90.0) -> np.ndarray:
+    """Corners `(num_corners, 2)`, (x, y), evenly around the origin, at each radius in turn; the first at the top.
+
+    `first` is its direction in degrees, clockwise from the right, since y points down.
+    """
+    angle = math.radians(first) + np.arange(num_corners) * (2 * math.pi / num_corners)
     radius = np.resize(np.array(radii or (1.0,)), num_corners)
     return np.stack([radius * np.cos(angle), radius * np.sin(angle)], axis=1)
 
@@ -36,7 +39,7 @@ _ARM = 0.32  # half the width of a cross's arms
 # category ids, from 1.
 OUTLINES: dict[str, np.ndarray] = {
     "circle": _regular(64) * 0.9,
-    "square": _regular(4) * 1.15,
+    "square": _regular(4, first=45.0) * 1.15,
     "triangle": _regular(3) * 1.2,
     "star": _regular(10, 1.25, 0.52),
     "cross": np.array(
@@ -47,14 +50,15 @@ OUTLINES: dict[str, np.ndarray] = {
 }
 
 _SUPERSAMPLING = 4  # pictures are drawn this much larger, then shrunk: smooth edges, boxes exact to a quarter pixel
-_OBJECT_SIDES = (0.125, 0.5)  # the length of an object, as a fraction of the picture's side
+_OBJECT_SIDES = (0.15, 0.5)  # the length of an object, as a fraction of the picture's side
+_MAX_TILT = 20.0  # degrees to either side
 _MAX_OBJECTS = 6
 _EMPTY_PICTURES = 0.05  # the share of pictures without objects
 _MIN_INSIDE = 0.6  # how much of an object lies within the picture, at least
-_MIN_VISIBLE = 0.5  # how much of that no other object covers, at least
+_MIN_VISIBLE = 0.6  # how much of that no other object covers, at least
 _MIN_CONTRAST = 70  # distance of an object's colour from those around it, of 255, in the channel that differs most
 _PLACEMENT_TRIES = 12  # then the picture gets one object fewer
-_MIN_IMAGE_SIZE = 32  # at which the smallest objects are four pixels long
+_MIN_IMAGE_SIZE = 32  # at which the smallest objects are five pixels long
 
 _SETTINGS_FILE = "shapes.json"
 _VERSION = 1  # to be raised whenever the same settings come to mean other pictures
@@ -167,7 +171,8 @@ def _place(
     for _ in range(_PLACEMENT_TRIES):
         # even in the logarithm, as halving the size is as much of a change as doubling it
         side = image_size * math.exp(rng.uniform(math.log(_OBJECT_SIDES[0]), math.log(_OBJECT_SIDES[1])))
-        outline = rng.uniform(0, image_size, size=2) + OUTLINES[name] @ _turn(rng.uniform(0, 2 * math.pi)) * (side / 2)
+        tilt = math.radians(rng.uniform(-_MAX_TILT, _MAX_TILT))
+        outline = rng.uniform(0, image_size, size=2) + OUTLINES[name] @ _turn(tilt) * (side / 2)
         drawn_large = Image.new("L", (image_size * _SUPERSAMPLING,) * 2)
         ImageDraw.Draw(drawn_large).polygon(_points(outline * _SUPERSAMPLING), fill=255)
         bounds = drawn_large.getbbox()

@@ -9,10 +9,29 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 
 # "backbone" in the original's sense: not the projections of its levels, which are new in every detector
 _BACKBONE = ".backbone.body."
+
+
+# What the original never trains of a pre-trained ResNet: the layers that find edges and colours anywhere.
+_STEM = (".backbone.body.embedder.", ".backbone.body.encoder.stages.0.")
+
+
+def freeze_stem(model: PreTrainedModel) -> None:
+    """Leave the first layers of a ResNet as they were pre-trained, as the original does; train all of other backbones.
+
+    A backbone that is trained from scratch, which `freeze_batch_norm=False` tells, trains as a whole.
+
+    Args:
+        model (`PreTrainedModel`): A `DinoDetrForObjectDetection`.
+    """
+    if model.config.freeze_batch_norm and model.config.backbone_config.model_type == "resnet":
+        for name, parameter in model.named_parameters():
+            if any(part in f".{name}" for part in _STEM):
+                parameter.requires_grad_(False)
 
 
 def parameter_groups(model: nn.Module, learning_rate: float, backbone_lr_factor: float) -> list[dict[str, Any]]:
