@@ -223,6 +223,7 @@ BOX = torch.tensor([[0.5, 0.5, 0.2, 0.2]])
         ({"boxes": BOX * float("inf")}, r"boxes\[0\] is \[inf"),
         ({"boxes": BOX * 640}, r"must be centre x, centre y, width, height as fractions of the picture"),
         ({"boxes": BOX * torch.tensor([1, 1, 0, 1])}, "with positive width and height"),
+        ({"class_labels": torch.tensor([1.0])}, r"labels\[1\]: class_labels must be integers, got torch.float32"),
         ({"boxes": BOX[0]}, r"boxes must have the shape \(number of class_labels, 4\), got \(4,\) for 1"),
         ({"boxes": torch.cat([BOX, BOX])}, r"got \(2, 4\) for 1 class_labels"),
     ],

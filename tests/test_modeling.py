@@ -1,6 +1,7 @@
 """What the whole model promises, whatever its strategies."""
 
 import itertools
+import math
 
 import pytest
 import torch
@@ -533,3 +534,20 @@ def test_one_name_of_an_attention_is_enough_for_a_backbone_without_attention(tmp
         loaded.set_attn_implementation(implementation)
         assert loaded.model.decoder.config._attn_implementation == implementation
         torch.testing.assert_close(loaded(pixel_values).logits, expected)
+
+
+@pytest.mark.parametrize("query_selection", ["mixed", "static"])
+def test_class_heads_can_be_forgotten_and_nothing_else(query_selection, tmp_path):
+    tiny_model(query_selection=query_selection).save_pretrained(tmp_path)
+    model = DinoDetrForObjectDetection.from_pretrained(tmp_path)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    model.reset_class_heads()
+    changed = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
+    assert changed == {name for name in before if "class_embed" in name or "label_embed" in name}
+    torch.testing.assert_close(model.class_embed[0].bias, torch.full((5,), -math.log(99)))
+
+
+def test_an_empty_batch_goes_through(pixel_values):
+    outputs = tiny_model()(pixel_values[:0])
+    assert outputs.logits.shape == (0, 12, 5)
+    assert outputs.pred_boxes.shape == (0, 12, 4)

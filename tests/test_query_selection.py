@@ -14,7 +14,12 @@ def make_levels(*shapes, valid=(1.0, 1.0), batch_size=1) -> DinoDetrFeatureLevel
         mask[:, : round(height * valid[1]), : round(width * valid[0])] = True
         masks.append(mask.flatten(1))
     ratios = torch.tensor(valid).expand(batch_size, len(shapes), 2)
-    return DinoDetrFeatureLevels(mask=torch.cat(masks, 1), valid_ratios=ratios, spatial_shapes_list=list(shapes))
+    return DinoDetrFeatureLevels(
+        mask=torch.cat(masks, 1),
+        valid_ratios=ratios,
+        spatial_shapes=torch.tensor(shapes),
+        spatial_shapes_list=list(shapes),
+    )
 
 
 def test_proposals_sit_on_their_cells_and_double_with_each_level():

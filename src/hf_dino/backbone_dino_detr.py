@@ -10,8 +10,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoBackbone, PreTrainedConfig
-from transformers.models.auto.modeling_auto import MODEL_FOR_BACKBONE_MAPPING
+from transformers import MODEL_FOR_BACKBONE_MAPPING, AutoBackbone, PreTrainedConfig
 from transformers.utils import ModelOutput
 
 from .boxes_dino_detr import sine_wavelengths
@@ -98,7 +97,7 @@ class DinoDetrBackbone(nn.Module):
         positions = [self.embed_positions(mask) + embed for mask, embed in zip(masks, self.level_embed)]
 
         spatial_shapes_list = [(level.shape[-2], level.shape[-1]) for level in maps]
-        spatial_shapes = torch.tensor(spatial_shapes_list, device=pixel_values.device)
+        spatial_shapes = torch.tensor(spatial_shapes_list).to(pixel_values.device, non_blocking=True)
         level_lengths = spatial_shapes.prod(dim=1)
         features = torch.cat([level.flatten(2).transpose(1, 2) for level in maps], dim=1)
         return DinoDetrFeatureLevels(

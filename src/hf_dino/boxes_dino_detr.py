@@ -11,6 +11,9 @@ from torch import nn
 from .initialization_dino_detr import init_as
 
 
+# Of the decoder's boxes; the temperature of feature positions is a field of the config.
+BOX_TEMPERATURE = 10000  # IDEA-Research/DINO, models/dino/utils.py, gen_sineembed_for_position
+
 # The original's bound, not transformers' 1e-5: boxes at the border of the picture depend on it
 # (IDEA-Research/DINO, util/misc.py:575).
 INVERSE_SIGMOID_EPSILON = 1e-3
@@ -82,7 +85,7 @@ def sine_box_embedding(boxes: torch.Tensor, width: int) -> torch.Tensor:
         `torch.Tensor` of shape `(..., 4 * width)`, in the order y, x, width, height, sine and cosine alternating.
     """
     y_x_width_height = torch.stack([boxes[..., 1], boxes[..., 0], boxes[..., 2], boxes[..., 3]], dim=-1)
-    angle = 2 * math.pi * y_x_width_height[..., None] / sine_wavelengths(width, 10000, boxes.device)
+    angle = 2 * math.pi * y_x_width_height[..., None] / sine_wavelengths(width, BOX_TEMPERATURE, boxes.device)
     return torch.stack([angle[..., 0::2].sin(), angle[..., 1::2].cos()], dim=-1).flatten(-3)
 
 

@@ -4,16 +4,20 @@ Paper: DINO, https://arxiv.org/abs/2203.03605. Defaults are the published ones o
 (IDEA-Research/DINO, config/DINO/DINO_4scale.py).
 """
 
+import math
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
+from transformers.activations import ACT2FN
 
 
 # The three contributions of the paper, each with the ancestors' way of doing the same; DINO's comes first.
 DENOISING = ("contrastive", "plain", "none")
 QUERY_SELECTION = ("mixed", "pure", "static")
 BOX_REFINEMENT = ("look_forward_twice", "look_forward_once")
+
+UNUSED_LABEL = "N/A"  # name of the rows of a classifier that no category uses, such as the gaps in COCO's raw ids
 
 # The first ResNet stage that is read, by number of feature levels: DINO adds one level of its own below the last
 # stage, and only with five levels reads the large maps of stage 1 (DINO_5scale.py).
@@ -77,7 +81,7 @@ class DinoDetrConfig(PreTrainedConfig):
             How much the classes of denoising queries are noised, in [0, 1]. `"plain"` draws a new class with this
             probability, `"contrastive"` with half of it, each as in its paper's code.
         box_noise_scale (`float`, *optional*, defaults to 0.4):
-            λ of the box noise, in half-sides of the box. The published checkpoints were trained with 1.0.
+            λ of the box noise, in half-sides of the box. The authors' training scripts pass 1.0.
         auxiliary_loss (`bool`, *optional*, defaults to `True`): Supervise every decoder layer, not only the last.
         class_cost (`float`, *optional*, defaults to 2.0): Weight of the focal cost in the matching.
         bbox_cost (`float`, *optional*, defaults to 5.0): Weight of the L1 box cost in the matching.
@@ -90,6 +94,8 @@ class DinoDetrConfig(PreTrainedConfig):
         num_select (`int`, *optional*, defaults to 300):
             Detections kept per picture in evaluation: the `top_k` that the examples hand to
             [`~DinoDetrImageProcessor.post_process_object_detection`].
+        id2label (`dict[int, str]`, *optional*):
+            Names of the classes, labels 0, 1, 2, ...; their number is `num_labels`. `label2id` follows it.
 
     Example:
 
@@ -162,9 +168,7 @@ class DinoDetrConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs: Any) -> None:
         self.backbone_config = resolve_backbone_config(self.backbone_config, self.num_feature_levels)
         super().__post_init__(**kwargs)
-        self.label2id: dict[str, int] | None
-        if self.id2label is not None and (self.label2id is None or len(self.label2id) > len(self.id2label)):
-            self.label2id = {name: label for label, name in self.id2label.items()}
+        self.label2id = labels_by_name(self.id2label)
         self.validate_architecture()  # `@strict` would do it, but wrap the error in one of its own
 
     def validate_architecture(self) -> None:
@@ -173,11 +177,12 @@ class DinoDetrConfig(PreTrainedConfig):
             "denoising": DENOISING,
             "query_selection": QUERY_SELECTION,
             "box_refinement": BOX_REFINEMENT,
+            "activation_function": tuple(ACT2FN),
         }.items():
             if getattr(self, field) not in legal:
                 raise ValueError(f"{field} must be one of {str(legal)[1:-1]}, got {getattr(self, field)!r}")
         for field, lowest, highest in _RANGES:
-            if not lowest <= getattr(self, field) <= highest:
+            if not lowest <= getattr(self, field) <= highest or math.isinf(getattr(self, field)):
                 raise ValueError(f"{field} must be between {lowest} and {highest}, got {getattr(self, field)}")
         for divisor in (32, self.encoder_attention_heads, self.decoder_attention_heads):
             if self.d_model % divisor:
@@ -209,7 +214,7 @@ class DinoDetrConfig(PreTrainedConfig):
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
         """As in transformers, but `label2id` follows an `id2label` that is given to `from_pretrained`."""
         if kwargs.get("id2label") is not None:
-            kwargs.setdefault("label2id", {name: label for label, name in kwargs["id2label"].items()})
+            kwargs["label2id"] = labels_by_name(kwargs["id2label"])
         return super().from_dict(config_dict, **kwargs)
 
     @property
@@ -217,6 +222,11 @@ class DinoDetrConfig(PreTrainedConfig):
         """Feature maps that the backbone itself gives; the neck makes the others."""
         backbone = self.backbone_config
         return len(getattr(backbone, "out_indices", None) or getattr(backbone, "out_features", None) or [-1])
+
+
+def labels_by_name(id2label: dict[int, str]) -> dict[str, int]:
+    """`label2id`, which always follows `id2label`. Unused labels share a name and are not in it."""
+    return {name: label for label, name in id2label.items() if name != UNUSED_LABEL}
 
 
 def resolve_backbone_config(backbone_config: Any, num_feature_levels: int) -> PreTrainedConfig:

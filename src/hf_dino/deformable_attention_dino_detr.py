@@ -147,10 +147,11 @@ class DinoDetrMultiscaleDeformableAttention(nn.Module):
 
         value = self.value_proj(memory).masked_fill(~levels.mask[..., None], 0.0)
         offsets = self.sampling_offsets(queries).view(*points_shape, 2)
-        weights = self.attention_weights(queries).view(*points_shape[:3], -1).softmax(-1).view(points_shape)
+        weights = self.attention_weights(queries).unflatten(-1, (self.num_heads, self.num_levels * self.num_points))
+        weights = weights.softmax(dim=-1).view(points_shape)
 
         output = self.attn(
-            value.view(batch_size, memory.shape[1], self.num_heads, -1),
+            value.unflatten(-1, (self.num_heads, value.shape[-1] // self.num_heads)),
             levels.spatial_shapes,
             levels.spatial_shapes_list,
             levels.level_start_index,

@@ -85,8 +85,8 @@ def contrastive_box_noise(boxes: torch.Tensor, scale: float) -> torch.Tensor:
         such a box has a negative side, which the decoder sees as the smallest one, as in the original.
     """
     centres, half_sides = boxes[..., None, :2], boxes[..., None, 2:] / 2
-    top_left_and_bottom_right = torch.tensor([-1.0, 1.0], device=boxes.device)[:, None]
-    least = torch.tensor([0.0, 1.0], device=boxes.device)[:, None, None, None]  # of positive and of negative copies
+    top_left_and_bottom_right = 2 * torch.arange(2, device=boxes.device)[:, None] - 1
+    least = torch.arange(2, device=boxes.device)[:, None, None, None]  # of positive and of negative copies
     corners = centres + top_left_and_bottom_right * half_sides  # (batch, groups, 2, objects, 2 corners, x y)
     sign = torch.randint_like(corners, 2) * 2 - 1
     corners = corners + sign * (torch.rand_like(corners) + least) * half_sides * scale
@@ -108,6 +108,17 @@ def plain_box_noise(boxes: torch.Tensor, scale: float) -> torch.Tensor:
     return (boxes + (2 * torch.rand_like(boxes) - 1) * reach * scale).clamp(0, 1)
 
 
+def no_denoising_queries(matching_queries: torch.Tensor) -> DinoDetrDenoisingQueries:
+    """Denoising queries of length zero, to go before matching queries `(batch_size, num_queries, d_model)`."""
+    none = matching_queries[:, :0]
+    return DinoDetrDenoisingQueries(
+        inputs_embeds=none,
+        reference_points=none.new_zeros(len(none), 0, 4, dtype=torch.float32),
+        object_index=none.new_zeros(len(none), 0, dtype=torch.int64),
+        num_groups=1,
+    )
+
+
 class DinoDetrNoDenoising(nn.Module):
     """Deformable DETR and DAB-DETR: train without denoising queries."""
 
@@ -117,13 +128,7 @@ class DinoDetrNoDenoising(nn.Module):
     def forward(
         self, labels: list[dict[str, torch.Tensor]] | None, matching_queries: torch.Tensor
     ) -> DinoDetrDenoisingQueries:
-        no_queries = matching_queries[:, :0]
-        return DinoDetrDenoisingQueries(
-            inputs_embeds=no_queries,
-            reference_points=no_queries.new_zeros(len(no_queries), 0, 4, dtype=torch.float32),
-            object_index=no_queries.new_zeros(len(no_queries), 0, dtype=torch.int64),
-            num_groups=1,
-        )
+        return no_denoising_queries(matching_queries)
 
 
 class DinoDetrDenoising(nn.Module):
@@ -147,12 +152,14 @@ class DinoDetrDenoising(nn.Module):
         """
         Args:
             labels (`list[dict[str, torch.Tensor]]`, *optional*): Per picture `class_labels` `(num_objects,)` and
-                `boxes` `(num_objects, 4)` as fractions of the unpadded picture. `None` is no objects anywhere.
+                `boxes` `(num_objects, 4)` as fractions of the unpadded picture. Without labels there are no queries;
+                with labels but no objects there are none either, but the label embedding gets its gradient of zero.
             matching_queries (`torch.Tensor` of shape `(batch_size, num_queries, d_model)`):
                 The content queries that these will be put before; only their shape and device matter.
         """
+        if not labels:
+            return no_denoising_queries(matching_queries)
         device = matching_queries.device
-        labels = labels or [no_objects(device)] * len(matching_queries)
         chosen = [choose_objects(len(label["boxes"]), self.num_denoising, device) for label in labels]
         object_index = pad_sequence(chosen, batch_first=True, padding_value=NOT_AN_OBJECT)
         boxes = pad_sequence([label["boxes"][index] for label, index in zip(labels, chosen)], batch_first=True)
@@ -208,14 +215,6 @@ def choose_objects(count: int, limit: int, device: torch.device) -> torch.Tensor
     if count <= limit:
         return torch.arange(count, device=device)
     return torch.randperm(count, device=device)[:limit]
-
-
-def no_objects(device: torch.device) -> dict[str, torch.Tensor]:
-    """The labels of a picture without objects."""
-    return {
-        "class_labels": torch.zeros(0, dtype=torch.int64, device=device),
-        "boxes": torch.zeros(0, 4, device=device),
-    }
 
 
 DENOISING_STRATEGIES = {

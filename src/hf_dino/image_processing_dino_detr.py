@@ -17,6 +17,8 @@ from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
 
+SHORTEST_EDGE, LONGEST_EDGE = 800, 1333  # pixels; what the original was trained and measured with
+
 
 def resized_shape(height: int, width: int, shortest_edge: int, longest_edge: int) -> tuple[int, int]:
     """The shape that a picture is resized to: its shorter side to `shortest_edge`, unless the longer one would exceed.
@@ -51,18 +53,30 @@ def resized_shape(height: int, width: int, shortest_edge: int, longest_edge: int
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """An 8-bit RGB version of any PIL image: palette, transparency, CMYK and grey by PIL, 16 bits scaled.
+    """An 8-bit RGB version of a PIL image.
 
-    PIL's own conversion clips 16-bit pictures at 255, which makes nearly all of them white.
+    Palette, grey and CMYK pictures are converted, transparent parts lie on white, and 16-bit grey is divided by 257,
+    so that 65535 becomes 255; PIL's own conversion would clip it at 255, which makes nearly all of it white.
+
+    Raises:
+        ValueError: If values are floats or need more than 16 bits: their black and white points are unknown.
     """
-    if image.mode.startswith("I"):
-        image = Image.fromarray(_to_8_bits(np.asarray(image)))
+    if image.mode == "F" or image.mode.startswith("I"):
+        return Image.fromarray(_to_8_bits(np.asarray(image))).convert("RGB")
+    if image.has_transparency_data:
+        layer = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer).convert("RGB")
     return image.convert("RGB")
 
 
-def _to_8_bits(pixels: np.ndarray) -> np.ndarray:
+def _to_8_bits(values: np.ndarray) -> np.ndarray:
     """16-bit values, 0 to 65535, as 8-bit ones."""
-    return (pixels.clip(0, 65535) // 257).astype(np.uint8)
+    if not np.issubdtype(values.dtype, np.integer) or values.min() < 0 or values.max() > 65535:
+        raise ValueError(
+            f"the picture holds {values.dtype} values from {values.min()} to {values.max()}, whose black and white "
+            f"points are unknown; save it with 8 or 16 bits per channel"
+        )
+    return (values // 257).astype(np.uint8)
 
 
 class DinoDetrProcessing:
@@ -206,20 +220,27 @@ class DinoDetrProcessing:
 
 def _complete(target: dict[str, Any], category_id_to_label: dict[int, int] | None) -> dict[str, Any]:
     """A picture's annotations with labels in place of category ids and areas where they are missing."""
-    if "annotations" not in target:
+    objects = target.get("annotations")
+    if objects is None:
         return target  # transformers says what is wrong with it
-    completed = []
-    for annotation in target["annotations"]:
-        category = annotation["category_id"]
-        if category_id_to_label is not None and category not in category_id_to_label:
-            raise ValueError(
-                f"image_id {target.get('image_id')}: category_id {category} is not among those that were mapped to "
-                f"labels, {sorted(category_id_to_label)}"
-            )
-        label = category if category_id_to_label is None else category_id_to_label[category]
-        area = annotation.get("area", annotation["bbox"][2] * annotation["bbox"][3])
-        completed.append({**annotation, "category_id": label, "area": area})
-    return {**target, "annotations": completed}
+    return {**target, "annotations": [_complete_object(each, target, category_id_to_label) for each in objects]}
+
+
+def _complete_object(
+    annotation: dict[str, Any], target: dict[str, Any], category_id_to_label: dict[int, int] | None
+) -> dict[str, Any]:
+    name = f"image_id {target.get('image_id')}"
+    if "category_id" not in annotation or len(annotation.get("bbox", ())) != 4:
+        raise ValueError(f"{name}: an annotation must have a category_id and a bbox of 4 numbers, got {annotation}")
+    category = annotation["category_id"]
+    if category_id_to_label is not None and category not in category_id_to_label:
+        raise ValueError(
+            f"{name}: category_id {category} is not among those that were mapped to labels, "
+            f"{sorted(category_id_to_label)}"
+        )
+    label = category if category_id_to_label is None else category_id_to_label[category]
+    width, height = annotation["bbox"][2:]
+    return {"area": width * height, **annotation, "category_id": label}
 
 
 class DinoDetrImageProcessor(DinoDetrProcessing, DetrImageProcessor):

@@ -30,11 +30,15 @@ def init_as(rule: str, module: Module, **arguments: Any) -> Module:
 
 
 @torch.no_grad()
-def initialize(module: nn.Module) -> bool:
+def initialize(module: nn.Module, again: bool = False) -> bool:
     """Give a layer its first weights by the rule attached to it; say whether there was one.
 
-    Weights that were loaded keep their value: `transformers.initialization` sees to that.
+    Weights that were loaded or drawn before keep their value, by a mark that transformers leaves on them, unless they
+    are to be drawn `again`.
     """
+    marked: Any = module.parameters(recurse=False) if again else ()
+    for parameter in marked:
+        parameter._is_hf_initialized = False
     rule, arguments = getattr(module, TAG, (None, {}))
     if rule is not None:
         rule(module, **arguments)

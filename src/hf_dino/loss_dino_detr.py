@@ -54,6 +54,7 @@ def dino_detr_loss(
         suffixes `_0`, `_1`, ... of the earlier layers, `_encoder`, and `_denoising`, `_denoising_0`, ...
     """
     classes, boxes = object_tables(labels, config.num_labels)
+    boxes = boxes.to(pred_boxes.dtype)
     num_boxes = count_boxes(labels, logits.device, average_over_processes)
     object_index = match(logits, pred_boxes, labels, config)
     matched = set_losses(logits, pred_boxes, object_index, classes, boxes, num_boxes, config)
@@ -154,7 +155,8 @@ def count_boxes(labels: list[dict[str, torch.Tensor]], device: torch.device, ave
     Data-parallel training averages gradients, so with this the sum over all processes' objects is divided by the
     number of all processes' objects, as if one process had them all.
     """
-    num_boxes = torch.tensor(float(sum(len(label["boxes"]) for label in labels)), device=device)
+    # `full` rather than `tensor`, which would wait for the device
+    num_boxes = torch.full((), float(sum(len(label["boxes"]) for label in labels)), device=device)
     if average and torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.all_reduce(num_boxes)
         num_boxes = num_boxes / torch.distributed.get_world_size()
@@ -266,9 +268,13 @@ def check_labels(labels: list[dict[str, torch.Tensor]], batch_size: int, num_lab
     """
     if len(labels) != batch_size:
         raise ValueError(f"labels must have one entry per picture: got {len(labels)} for {batch_size} pictures")
+    if not labels:
+        return
     for picture, label in enumerate(labels):
         if not {"class_labels", "boxes"} <= set(label):
             raise ValueError(f"labels[{picture}] must have 'class_labels' and 'boxes', got {sorted(label)}")
+        if label["class_labels"].dtype.is_floating_point:
+            raise ValueError(f"labels[{picture}]: class_labels must be integers, got {label['class_labels'].dtype}")
         if label["boxes"].shape != (len(label["class_labels"]), 4):
             raise ValueError(
                 f"labels[{picture}]: boxes must have the shape (number of class_labels, 4), "

@@ -113,7 +113,7 @@ class DinoDetrModelOutput(ModelOutput):
             Class logits of the encoder tokens that queries were made of; `None` for `query_selection="static"`.
         enc_outputs_coord_logits (`torch.Tensor` of shape `(batch_size, num_queries, 4)`, *optional*):
             Their boxes, before the sigmoid.
-        denoising ([`DinoDetrDenoisingOutput`], *optional*): In training only.
+        denoising ([`DinoDetrDenoisingOutput`]): Of length zero outside training.
         decoder_hidden_states, decoder_attentions, cross_attentions, encoder_hidden_states, encoder_attentions
             (`tuple[torch.Tensor]`, *optional*): With `output_hidden_states=True` and `output_attentions=True`.
     """
@@ -126,7 +126,7 @@ class DinoDetrModelOutput(ModelOutput):
     encoder_last_hidden_state: torch.Tensor = None
     enc_outputs_class: torch.Tensor | None = None
     enc_outputs_coord_logits: torch.Tensor | None = None
-    denoising: DinoDetrDenoisingOutput | None = None
+    denoising: DinoDetrDenoisingOutput = None
     decoder_hidden_states: tuple[torch.Tensor, ...] | None = None
     decoder_attentions: tuple[torch.Tensor, ...] | None = None
     cross_attentions: tuple[torch.Tensor, ...] | None = None
@@ -198,7 +198,8 @@ class DinoDetrSelfAttention(nn.Module):
     def __init__(self, config: DinoDetrConfig):
         super().__init__()
         self.config = config
-        self.head_dim = config.d_model // config.decoder_attention_heads
+        self.num_heads = config.decoder_attention_heads
+        self.head_dim = config.d_model // self.num_heads
         self.scaling = self.head_dim**-0.5
         # In the original the three are one matrix of 3 d_model rows, and its Xavier bound is that of its shape.
         as_one_matrix = {"gain": 0.5**0.5}
@@ -211,7 +212,7 @@ class DinoDetrSelfAttention(nn.Module):
         self, hidden_states: torch.Tensor, position_embeddings: torch.Tensor, attention_mask: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         def split_heads(states: torch.Tensor) -> torch.Tensor:
-            return states.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+            return states.unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2)
 
         positioned = hidden_states + position_embeddings
         attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
@@ -379,9 +380,9 @@ def cell_references(levels: DinoDetrFeatureLevels) -> torch.Tensor:
     """
     centres = []
     for level, (height, width) in enumerate(levels.spatial_shapes_list):
-        size = torch.tensor([width, height], device=levels.valid_ratios.device)
-        cells = cell_centres(height, width, size.device)
-        centres.append(cells / (levels.valid_ratios[:, None, level] * size))  # fractions of the unpadded picture
+        cells = cell_centres(height, width, levels.valid_ratios.device)
+        valid_size = levels.valid_ratios[:, None, level] * levels.spatial_shapes[level].flip(0)
+        centres.append(cells / valid_size)  # fractions of the unpadded picture
     return torch.cat(centres, dim=1)[:, :, None] * levels.valid_ratios[:, None]
 
 
@@ -412,7 +413,7 @@ class DinoDetrDecoder(DinoDetrPreTrainedModel):
         self.layers = nn.ModuleList(DinoDetrDecoderLayer(config) for _ in range(config.decoder_layers))
         self.layer_norm = nn.LayerNorm(width)
         self.ref_point_head = DinoDetrPerceptron([2 * width, width, width], rule="xavier", last_rule="xavier")
-        self.bbox_embed = nn.ModuleList(box_head(width) for _ in range(num_heads(config)))
+        self.bbox_embed = nn.ModuleList(box_head(width) for _ in range(num_prediction_heads(config)))
         self.look_forward = BOX_REFINEMENTS[config.box_refinement]
         self.post_init()
 
@@ -462,7 +463,7 @@ class DinoDetrDecoder(DinoDetrPreTrainedModel):
         )
 
 
-def num_heads(config: DinoDetrConfig) -> int:
+def num_prediction_heads(config: DinoDetrConfig) -> int:
     """Prediction heads of each kind in the decoder: one for all layers, or one each."""
     return 1 if config.share_decoder_heads else config.decoder_layers
 
@@ -602,7 +603,7 @@ class DinoDetrForObjectDetection(DinoDetrPreTrainedModel):
         super().__init__(config)
         self.model = DinoDetrModel(config)
         self.class_embed = nn.ModuleList(
-            class_head(config.d_model, config.num_labels) for _ in range(num_heads(config))
+            class_head(config.d_model, config.num_labels) for _ in range(num_prediction_heads(config))
         )
         self.first_supervised_layer = 0 if config.auxiliary_loss else config.decoder_layers - 1
         # transformers would otherwise choose DETR's softmax loss by the name of this class
@@ -632,7 +633,7 @@ class DinoDetrForObjectDetection(DinoDetrPreTrainedModel):
             ValueError: If labels cannot be right, or the pictures are too small for `num_queries`.
         """
         outputs = self.model(pixel_values, pixel_mask, labels, **kwargs)
-        logits, boxes = self.detect(outputs.intermediate_hidden_states, outputs.intermediate_boxes)
+        logits, boxes = self.logits_and_boxes(outputs.intermediate_hidden_states, outputs.intermediate_boxes)
         loss, loss_dict = None, None
         if labels is not None:
             loss, loss_dict = self.supervise(logits, boxes, outputs, labels)
@@ -645,11 +646,24 @@ class DinoDetrForObjectDetection(DinoDetrPreTrainedModel):
             loss_dict=loss_dict,
             logits=logits[:, -1],
             pred_boxes=boxes[:, -1],
-            auxiliary_outputs=auxiliary_outputs if self.config.auxiliary_loss else None,
+            auxiliary_outputs=auxiliary_outputs or None,
             **passed_on,
         )
 
-    def detect(self, hidden_states: torch.Tensor, boxes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    @torch.no_grad()
+    def reset_class_heads(self) -> None:
+        """Forget what was learned of classes: class heads and denoising's label embedding are drawn anew.
+
+        For a loaded model that is to learn other classes. `from_pretrained(..., ignore_mismatched_sizes=True)` does it
+        where their number differs, but cannot know that as many classes are other ones.
+        """
+        of_encoder = getattr(self.model.query_selection, "class_embed", None)
+        of_denoising = getattr(self.model.denoising, "label_embed", None)
+        for layer in (*self.class_embed, of_encoder, of_denoising):
+            if layer is not None:
+                initialize(layer, again=True)
+
+    def logits_and_boxes(self, hidden_states: torch.Tensor, boxes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Class logits and boxes of the supervised decoder layers.
 
         Args:
@@ -672,7 +686,7 @@ class DinoDetrForObjectDetection(DinoDetrPreTrainedModel):
             logits = torch.cat([outputs.enc_outputs_class[:, None], logits], dim=1)
             boxes = torch.cat([outputs.enc_outputs_coord_logits.sigmoid()[:, None], boxes], dim=1)
         denoising = outputs.denoising
-        denoising_logits, denoising_boxes = self.detect(
+        denoising_logits, denoising_boxes = self.logits_and_boxes(
             denoising.intermediate_hidden_states, denoising.intermediate_boxes
         )
         return self.loss_function(

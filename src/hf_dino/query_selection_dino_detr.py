@@ -52,10 +52,9 @@ def encoder_proposals(levels: DinoDetrFeatureLevels) -> tuple[torch.Tensor, torc
     """
     boxes = []
     for level, (height, width) in enumerate(levels.spatial_shapes_list):
-        size = torch.tensor([width, height], device=levels.mask.device)
         # Whole cells: a ratio's rounding error could carry a proposal across PROPOSAL_BORDER.
-        valid_size = (levels.valid_ratios[:, level] * size).round()
-        centres = cell_centres(height, width, size.device) / valid_size[:, None]
+        valid_size = (levels.valid_ratios[:, level] * levels.spatial_shapes[level].flip(0)).round()
+        centres = cell_centres(height, width, levels.mask.device) / valid_size[:, None]
         sides = torch.full_like(centres, PROPOSAL_SIDE * 2**level)
         boxes.append(torch.cat([centres, sides], dim=-1))
     proposals = torch.cat(boxes, dim=1)

@@ -1,9 +1,9 @@
 """The `shapes` data set: drawn pictures of circles, squares, triangles, stars and crosses, in COCO's format.
 
 It needs no download, so a detector can be trained, evaluated and looked at anywhere. Shapes of all sizes and colours,
-more or less upright, overlap each other and reach over the border; lines and blobs that are no objects, uneven light and noise
-surround them. Every picture depends on the seed, its split and its number only, so the splits share nothing and a
-larger data set begins with the pictures of a smaller one.
+more or less upright, overlap each other and reach over the border; lines and blobs that are no objects, uneven light
+and noise surround them. Every picture depends on the seed, its split and its number only, so the splits share nothing
+and a larger data set begins with the pictures of a smaller one.
 
     python -m hf_dino.data.shapes --output shapes --num-train 2000
 """
