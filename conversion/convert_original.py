@@ -24,7 +24,10 @@ from typing import Any
 import torch
 
 from hf_dino import DinoDetrConfig, DinoDetrForObjectDetection, DinoDetrImageProcessor
+from hf_dino.configuration_dino_detr import UNUSED_LABEL
+from hf_dino.image_processing_dino_detr import LONGEST_EDGE, SHORTEST_EDGE
 from hf_dino.model_card import converted_card
+from hf_dino.saving import save_detector
 from key_tables import (
     BACKBONES,
     COCO_NAMES,
@@ -34,7 +37,6 @@ from key_tables import (
     PUBLISHED,
     SETTING_OF_FIELD,
     SUPPORTED_VALUES,
-    UNUSED_LABEL,
     PublishedCheckpoint,
     Rule,
     fills_for,
@@ -78,15 +80,16 @@ def convert(
     processor = DinoDetrImageProcessor(size=evaluation_size(settings))
 
     logger.info("computing the SHA-256 of %s", checkpoint.name)
-    digest = sha256(checkpoint)
-    published = published_checkpoint(checkpoint.name, digest, settings)
+    digest, epochs = sha256(checkpoint), finished_epochs(content)
+    published = published_checkpoint(checkpoint.name, digest, settings, epochs)
     card = converted_card(
         config,
         checkpoint=checkpoint.name,
         sha256=digest,
         weights=weights,
-        epochs=_finished_epochs(content),
         size=processor.size,
+        coco=config.num_labels == COCO_NUM_LABELS,
+        epochs=epochs,
         published_ap=published.box_ap if published else None,
         published_hash_known=bool(published and published.sha256),
     )
@@ -253,15 +256,13 @@ def config_from_args(args: Mapping[str, Any]) -> DinoDetrConfig:
 
     stages = [index + 1 for index in value_of("return_interm_indices")]  # transformers counts the stem as 0
     fields = {field: value_of(name) for field, name in SETTING_OF_FIELD.items()}
-    names = label_names(value_of("num_classes"))
     two_stage = value_of("two_stage_type") == "standard"
     return DinoDetrConfig(
         backbone_config={**BACKBONES[value_of("backbone")], "out_indices": stages},
         denoising="contrastive" if value_of("use_dn") and value_of("dn_number") > 0 else "none",
         query_selection=("mixed" if value_of("embed_init_tgt") else "pure") if two_stage else "static",
         box_refinement="look_forward_once" if value_of("use_detached_boxes_dec_out") else "look_forward_twice",
-        id2label=names,
-        label2id={name: label for label, name in names.items() if name != UNUSED_LABEL},
+        id2label=label_names(value_of("num_classes")),
         **fields,
     )
 
@@ -277,8 +278,8 @@ def evaluation_size(settings: Mapping[str, Any]) -> dict[str, int]:
     """The picture size of the official evaluation: the largest training scale."""
     scale = settings.get("data_aug_scale_overlap") or 1
     return {
-        "shortest_edge": int(max(settings.get("data_aug_scales") or [800]) * scale),
-        "longest_edge": int((settings.get("data_aug_max_size") or 1333) * scale),
+        "shortest_edge": int(max(settings.get("data_aug_scales") or [SHORTEST_EDGE]) * scale),
+        "longest_edge": int((settings.get("data_aug_max_size") or LONGEST_EDGE) * scale),
     }
 
 
@@ -367,8 +368,17 @@ def sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def published_checkpoint(name: str, digest: str, settings: Mapping[str, Any]) -> PublishedCheckpoint | None:
-    """Find the published file that this is: by its hash, or by name and settings where the hash is not known."""
+def published_checkpoint(
+    name: str, digest: str, settings: Mapping[str, Any], epochs: int | None
+) -> PublishedCheckpoint | None:
+    """Find the published file that this is: by its hash or, where that is not known, by all that its name says.
+
+    Args:
+        name (`str`): Name of the file.
+        digest (`str`): Its SHA-256, in hexadecimal.
+        settings (`dict`): The settings in it, as the official code names them.
+        epochs (`int`, *optional*): From [`finished_epochs`].
+    """
     for published in PUBLISHED.values():
         if published.sha256 == digest:
             return published
@@ -376,20 +386,32 @@ def published_checkpoint(name: str, digest: str, settings: Mapping[str, Any]) ->
     if namesake is None:
         return None
     if namesake.sha256 is not None:
-        logger.warning(
-            "%s has the name of a published file but not its content: SHA-256 %s instead of %s. "
-            "The model card will not quote the published AP",
-            name,
-            digest,
-            namesake.sha256,
+        got, expected = f"SHA-256 {digest}", namesake.sha256
+    else:
+        described = (namesake.backbone, namesake.num_feature_levels, COCO_NUM_LABELS, _epochs_in_name(name))
+        found = (*(settings[key] for key in ("backbone", "num_feature_levels", "num_classes")), epochs)
+        if found == described:
+            return namesake
+        got, expected = (
+            "backbone {}, {} feature levels, {} classes, {} epochs".format(*each) for each in (found, described)
         )
-        return None
-    fits = (namesake.backbone, namesake.num_feature_levels) == (settings["backbone"], settings["num_feature_levels"])
-    return namesake if fits else None
+    logger.warning(
+        "%s has the name of a published file but not its content: %s instead of %s. "
+        "The model card will not call it official, nor quote the published AP",
+        name,
+        got,
+        expected,
+    )
+    return None
 
 
-def _finished_epochs(content: Mapping[str, Any]) -> int | None:
-    """Epochs trained. The official code stores the last one, counted from 0."""
+def _epochs_in_name(name: str) -> int:
+    """Epochs trained, by an official file name: it counts the last one from 0."""
+    return int(name.removeprefix("checkpoint")[:4]) + 1
+
+
+def finished_epochs(content: Mapping[str, Any]) -> int | None:
+    """Epochs trained, if a checkpoint says so. The official code stores the last one, counted from 0."""
     return content["epoch"] + 1 if isinstance(content.get("epoch"), int) else None
 
 
@@ -401,11 +423,7 @@ def write_folder(
     workshop = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
     try:
         made = workshop / "made"  # not the workshop itself, which only its owner may read
-        model.save_pretrained(made)
-        processor.save_pretrained(made)
-        (made / "README.md").write_text(card, encoding="utf-8")
-        for file in made.iterdir():
-            file.chmod((made / "README.md").stat().st_mode)  # safetensors lets only the owner read what it writes
+        save_detector(made, model, processor, card)
         _replace(output, made, workshop / "replaced")
     finally:
         shutil.rmtree(workshop, ignore_errors=True)

@@ -77,9 +77,6 @@ SUPPORTED_VALUES = {
     "interm_loss_coef": (1.0,),
 }
 
-_SWIN = {
-    "drop_path_rate": 0.2
-}  # not in the files: the default of the official SwinTransformer, hence what was trained
 BACKBONES: dict[str, dict[str, Any]] = {
     "resnet50": {"model_type": "resnet", "depths": [3, 4, 6, 3]},
     "resnet101": {"model_type": "resnet", "depths": [3, 4, 23, 3]},
@@ -384,27 +381,26 @@ class PublishedCheckpoint:
 
     backbone: str
     num_feature_levels: int
-    epochs: int
     box_ap: float
     sha256: str | None = None
 
 
 PUBLISHED = {
     "checkpoint0011_4scale.pth": PublishedCheckpoint(
-        "resnet50", 4, 12, 0.490, "0bcd6b0c33d60ed33461ce6f02ce5797a819c7c02eb7e15b76adfb6df307955a"
+        "resnet50", 4, 0.490, "0bcd6b0c33d60ed33461ce6f02ce5797a819c7c02eb7e15b76adfb6df307955a"
     ),
-    "checkpoint0023_4scale.pth": PublishedCheckpoint("resnet50", 4, 24, 0.504),
-    "checkpoint0033_4scale.pth": PublishedCheckpoint("resnet50", 4, 36, 0.509),
+    "checkpoint0023_4scale.pth": PublishedCheckpoint("resnet50", 4, 0.504),
+    "checkpoint0033_4scale.pth": PublishedCheckpoint("resnet50", 4, 0.509),
     "checkpoint0011_5scale.pth": PublishedCheckpoint(
-        "resnet50", 5, 12, 0.494, "1ccc1b6b7139813e4d3bfbeecfcf88347ebc226829769a0bf16c4a114c275cc0"
+        "resnet50", 5, 0.494, "1ccc1b6b7139813e4d3bfbeecfcf88347ebc226829769a0bf16c4a114c275cc0"
     ),
-    "checkpoint0022_5scale.pth": PublishedCheckpoint("resnet50", 5, 24, 0.513),
-    "checkpoint0031_5scale.pth": PublishedCheckpoint("resnet50", 5, 36, 0.512),
-    "checkpoint0011_4scale_swin.pth": PublishedCheckpoint("swin_L_384_22k", 4, 12, 0.568),
-    "checkpoint0029_4scale_swin.pth": PublishedCheckpoint("swin_L_384_22k", 4, 36, 0.580),
-    "checkpoint0011_5scale_swin.pth": PublishedCheckpoint("swin_L_384_22k", 5, 12, 0.573),
+    "checkpoint0022_5scale.pth": PublishedCheckpoint("resnet50", 5, 0.513),
+    "checkpoint0031_5scale.pth": PublishedCheckpoint("resnet50", 5, 0.512),
+    "checkpoint0011_4scale_swin.pth": PublishedCheckpoint("swin_L_384_22k", 4, 0.568),
+    "checkpoint0029_4scale_swin.pth": PublishedCheckpoint("swin_L_384_22k", 4, 0.580),
+    "checkpoint0011_5scale_swin.pth": PublishedCheckpoint("swin_L_384_22k", 5, 0.573),
     "checkpoint0027_5scale_swin.pth": PublishedCheckpoint(
-        "swin_L_384_22k", 5, 36, 0.585, "17ddce1592816a0c63a2edc94d4a0877ffeb086f397a6657e151c703a4c850b5"
+        "swin_L_384_22k", 5, 0.585, "17ddce1592816a0c63a2edc94d4a0877ffeb086f397a6657e151c703a4c850b5"
     ),
 }
 
@@ -492,4 +488,3 @@ COCO_NAMES = {
     89: "hair drier",
     90: "toothbrush",
 }
-UNUSED_LABEL = "N/A"

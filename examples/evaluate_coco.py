@@ -10,14 +10,15 @@ import argparse
 import logging
 from pathlib import Path
 
+import torch
 from accelerate import Accelerator
 from rich.logging import RichHandler
 from rich.progress import Progress
 
-from hf_dino.data import InputError, label_of_category, read_coco
+from hf_dino.data import InputError, read_coco
 from hf_dino.evaluation import evaluate_model
 from hf_dino.loading import load_detector
-from hf_dino.training import write_json
+from hf_dino.training import at_least, write_json
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -28,8 +29,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--json", type=Path, help="file for the numbers; must not exist yet")
     parser.add_argument("--detections", type=Path, help="file for the detections, as COCO results; must not exist yet")
     parser.add_argument("--backend", choices=("torchvision", "pil"), help="of resizing; pil is the original's")
-    parser.add_argument("--batch-size", type=int, default=8, help="pictures of one size, for each process")
-    parser.add_argument("--num-workers", type=int, default=2, help="processes that read pictures, for each process")
+    parser.add_argument("--batch-size", type=at_least(1), default=8, help="pictures of one size, for each process")
+    parser.add_argument("--num-workers", type=at_least(0), default=2, help="processes that read, for each process")
     parser.add_argument("--mixed-precision", choices=("no", "fp16", "bf16"), help="default: what accelerate is set to")
     return parser.parse_args(argv)
 
@@ -43,8 +44,7 @@ def main(argv: list[str] | None = None) -> None:
 
     data = read_coco(args.images, args.annotations)
     model, processor = load_detector(args.model, backend=args.backend)
-    label_of_category(data, model.config.id2label)  # an unknown category is to be heard of before the first picture
-    accelerator = Accelerator(mixed_precision=args.mixed_precision)
+    accelerator = Accelerator(cpu=not torch.accelerator.is_available(), mixed_precision=args.mixed_precision)
     model = accelerator.prepare(model)
 
     with Progress(disable=not accelerator.is_main_process) as progress:

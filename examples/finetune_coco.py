@@ -8,13 +8,14 @@ The defaults are the original's recipe for COCO: AdamW, 12 epochs of 16 pictures
 rate before the last epoch, the backbone at a tenth of it. It runs unchanged on a CPU, one GPU or many; `--resume` goes
 on where a run was stopped. In the output folder are the model with the best average precision on the validation
 pictures, its image processor and card, `metrics.json` with every number measured, `curves.png`, and `checkpoints/`.
+
+Several processes on CPUs are started by `torchrun --nproc_per_node 2 examples/finetune_coco.py`: there `accelerate
+launch` would start one, whatever `--num_processes` says.
 """
 
 import argparse
 import logging
-import platform
 import shlex
-import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -24,18 +25,14 @@ import transformers
 from accelerate import Accelerator
 from accelerate.utils import send_to_device, set_seed
 from rich.logging import RichHandler
-from transformers import AutoImageProcessor, BaseImageProcessor
 
-from hf_dino import DinoDetrForObjectDetection, DinoDetrImageProcessor
 from hf_dino.data import (
     AUGMENTATIONS,
-    UNUSED_LABEL,
     CocoData,
     CocoDetection,
     InputError,
     TrainingBatchSampler,
     TrainingCollator,
-    contiguous_id2label,
     label_of_category,
     make_augmentation,
     read_coco,
@@ -43,50 +40,56 @@ from hf_dino.data import (
     training_loader,
 )
 from hf_dino.evaluation import CocoScores, evaluate_model
-from hf_dino.loading import load_config, read_config
-from hf_dino.model_card import finetuned_card
+from hf_dino.loading import load_detector_for, new_detector
 from hf_dino.training import (
     LossMonitor,
     TrainingProgress,
     TrainingState,
+    at_least,
+    checkpoint_activations,
     checkpoint_path,
     drop_steps,
-    files_into_folder,
+    export_run,
     find_start,
     freeze_stem,
     learning_rate_factor,
     parameter_groups,
+    parse_size,
     read_state,
+    remove_checkpoints,
     save_checkpoint,
     set_learning_rate,
-    write_json,
 )
-from hf_dino.visualization import plot_training_curves
 
 
 # what may differ between a run and its resumption: where things are, how fast they are read, and how long it goes on
-NOT_SETTINGS = {"output", "resume", "overwrite", "num_workers", "eval_batch_size", "eval_every", "checkpoint_steps"}
-NOT_SETTINGS |= {"epochs", "max_steps", "report_to", "gradient_checkpointing", "train_images", "train_annotations"}
-NOT_SETTINGS |= {"val_images", "val_annotations", "test_images", "test_annotations"}
+NOT_SETTINGS = {
+    "output", "resume", "overwrite", "dataset_name", "report_to", "num_workers", "eval_batch_size", "eval_every",
+    "checkpoint_steps", "epochs", "max_steps", "gradient_checkpointing", "train_images", "train_annotations",
+    "val_images", "val_annotations", "test_images", "test_annotations",
+}  # fmt: skip
 
 
-def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parse_arguments(words: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     start = parser.add_mutually_exclusive_group(required=True)
     start.add_argument("--model", help="folder or Hub name of the DINO model to fine-tune")
     start.add_argument("--config", type=Path, help="JSON file with fields of DinoDetrConfig, to train from scratch")
     for split in ("train", "val", "test"):
         parser.add_argument(f"--{split}-images", type=Path, required=split != "test", help="folder of pictures")
         parser.add_argument(f"--{split}-annotations", type=Path, required=split != "test", help="COCO annotation file")
+    parser.add_argument("--dataset-name", help="for the model card (default: the folder of the annotation file)")
     parser.add_argument("--output", type=Path, required=True, help="folder for the model; must be new or empty")
     parser.add_argument("--resume", action="store_true", help="go on with the run in --output")
     parser.add_argument("--overwrite", action="store_true", help="replace the model and checkpoints in --output")
     parser.add_argument("--image-size", nargs="+", metavar="PIXELS", help="SHORTEST [LONGEST] edge, or HEIGHTxWIDTH")
     parser.add_argument("--augmentation", choices=AUGMENTATIONS, default="dino")
-    parser.add_argument("--epochs", type=int, default=12)
-    parser.add_argument("--max-steps", type=int, help="stop after this many optimizer steps, even within an epoch")
-    parser.add_argument("--batch-size", type=int, default=16, help="pictures per optimizer step over all processes")
-    parser.add_argument("--gradient-accumulation", type=int, default=1, help="parts that a process does its share in")
+    parser.add_argument("--epochs", type=at_least(1), default=12)
+    parser.add_argument("--max-steps", type=at_least(1), help="ends the run earlier, even within an epoch")
+    parser.add_argument("--batch-size", type=at_least(1), default=16, help="pictures per step, over all processes")
+    parser.add_argument("--gradient-accumulation", type=at_least(1), default=1, help="parts of a process's share")
     parser.add_argument("--gradient-checkpointing", action="store_true", help="less memory, more time")
     parser.add_argument("--mixed-precision", choices=("no", "fp16", "bf16"), help="default: what accelerate is set to")
     parser.add_argument("--learning-rate", type=float, default=1e-4)
@@ -94,28 +97,27 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--weight-decay", type=float, default=1e-4)
     parser.add_argument("--clip", type=float, default=0.1, help="largest norm of the gradient; inf for no limit")
     parser.add_argument("--lr-drop", type=float, nargs="*", default=[11 / 12], help="epochs, or fractions of the run")
-    parser.add_argument("--warmup-steps", type=int, default=0)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--num-workers", type=int, default=2, help="processes that read pictures, for each process")
-    parser.add_argument("--eval-batch-size", type=int, default=8, help="pictures of one size, for each process")
-    parser.add_argument("--eval-every", type=int, default=1, metavar="EPOCHS")
-    parser.add_argument("--checkpoint-steps", type=int, metavar="STEPS", help="of those within an epoch")
-    parser.add_argument("--report-every", type=int, default=20, metavar="STEPS", help="of the rows in the history")
+    parser.add_argument("--warmup-steps", type=at_least(0), default=0)
+    parser.add_argument("--seed", type=at_least(0), default=0)
+    parser.add_argument("--num-workers", type=at_least(0), default=2, help="processes that read, for each process")
+    parser.add_argument("--eval-batch-size", type=at_least(1), default=8, help="pictures, for each process")
+    parser.add_argument("--eval-every", type=at_least(1), default=1, metavar="EPOCHS")
+    parser.add_argument("--checkpoint-steps", type=at_least(1), metavar="STEPS", help="of those within an epoch")
+    parser.add_argument("--report-every", type=at_least(1), default=20, metavar="STEPS", help="of the history")
     parser.add_argument("--report-to", help="a tracker that accelerate knows, such as tensorboard")
-    args = parser.parse_args(argv)
+    args = parser.parse_args(words)
     if (args.test_images is None) != (args.test_annotations is None):
         parser.error("--test-images and --test-annotations belong together")
-    positive = ("epochs", "max_steps", "batch_size", "gradient_accumulation", "eval_every", "report_every")
-    for name in positive:
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            parser.error(f"--{name.replace('_', '-')} must be at least 1, not {getattr(args, name)}")
     return args
 
 
 def main(argv: list[str] | None = None) -> None:
-    args = parse_arguments(argv)
+    words = sys.argv[1:] if argv is None else argv
+    args = parse_arguments(words)
+    size = parse_size(args.image_size) if args.image_size else None
     settings: dict[str, Any] = {name: str(value) for name, value in vars(args).items() if name not in NOT_SETTINGS}
     accelerator = Accelerator(
+        cpu=not torch.accelerator.is_available(),  # said so, several processes on CPUs find each other
         gradient_accumulation_steps=args.gradient_accumulation,
         mixed_precision=args.mixed_precision,
         log_with=args.report_to,
@@ -132,16 +134,18 @@ def main(argv: list[str] | None = None) -> None:
     state = read_state(checkpoint, settings) if checkpoint else TrainingState(settings)
 
     set_seed(args.seed)
-    model, processor = build_model(args, train)
+    if args.config is not None:
+        model, processor = new_detector(args.config, train.categories, size)
+    else:
+        model, processor = load_detector_for(args.model, train.categories, size)
     labels = label_of_category(train, model.config.id2label)
     for other in data.values():
         label_of_category(other, model.config.id2label)  # so that an unknown category is heard of now
     augmentation = make_augmentation(args.augmentation, dict(processor.size))
-    collate = TrainingCollator(processor, labels, do_resize=augmentation is None or not augmentation.resizes)
+    do_resize = augmentation is None or not augmentation.resizes
+    collate = TrainingCollator(processor, labels, model.config.num_labels, do_resize)
     if args.gradient_checkpointing:
-        newer, older = "activation_checkpointing_enable", "gradient_checkpointing_enable"  # since transformers 5.23
-        getattr(model, newer if hasattr(model, newer) else older)()
-
+        checkpoint_activations(model)
     freeze_stem(model)
     groups = parameter_groups(model, args.learning_rate, args.backbone_lr_factor)
     model, optimizer = accelerator.prepare(
@@ -155,9 +159,9 @@ def main(argv: list[str] | None = None) -> None:
     if checkpoint:
         accelerator.load_state(str(checkpoint))
     elif accelerator.is_main_process:
-        shutil.rmtree(checkpoints, ignore_errors=True)
+        remove_checkpoints(checkpoints)
     accelerator.init_trackers("hf_dino")
-    monitor = LossMonitor()
+    monitor = LossMonitor(with_scaler=accelerator.scaler is not None)
 
     def evaluate(data: CocoData, name: str) -> CocoScores:
         share = -(-len(data.pictures) // accelerator.num_processes)
@@ -188,9 +192,10 @@ def main(argv: list[str] | None = None) -> None:
                 batch = send_to_device(batch, accelerator.device, non_blocking=True)
                 with accelerator.accumulate(model):
                     outputs = model(**batch)
-                    loss = monitor.add(outputs.loss, outputs.loss_dict, batch["labels"], state.step)
                     accelerator.backward(outputs.loss)
+                    monitor.add(outputs.loss, outputs.loss_dict, batch["labels"])
                     if accelerator.sync_gradients:
+                        loss = monitor.check(state.step)
                         accelerator.clip_grad_norm_(model.parameters(), args.clip)
                     factor = learning_rate_factor(state.step, drop_steps=drops, warmup_steps=args.warmup_steps)
                     set_learning_rate(optimizer, factor)
@@ -206,7 +211,7 @@ def main(argv: list[str] | None = None) -> None:
                 if state.step % args.report_every == 0 or at_checkpoint or at_end:
                     row = monitor.averages()
                     record({**row, "learning_rate": args.learning_rate * factor})
-                    progress.report(state.step, state.step / epoch_steps, row["loss"])
+                    progress.report(state.step, state.step / epoch_steps, row.get("loss", loss))
                 if at_checkpoint and not at_end:
                     save_checkpoint(accelerator, checkpoints, state)
                 if at_end:
@@ -225,7 +230,19 @@ def main(argv: list[str] | None = None) -> None:
         measured = {name: evaluate(pictures, name) for name, pictures in data.items()}
 
     if accelerator.is_main_process:
-        export(args, argv, accelerator.unwrap_model(model), processor, state, measured)
+        again = [word for word in words if word not in ("--resume", "--overwrite")]
+        export_run(
+            args.output,
+            accelerator.unwrap_model(model),
+            processor,
+            state,
+            measured,
+            dataset=args.dataset_name or train.name,
+            command=shlex.join(["accelerate", "launch", "examples/finetune_coco.py", *again]),
+            base_model=args.model,
+        )
+        part, scores = list(measured.items())[-1]
+        print(f"{part}, checkpoint of step {state.kept_step}:\n{scores.table}\nmodel: {args.output}")
     accelerator.end_training()
 
 
@@ -237,81 +254,6 @@ def coco_files(args: argparse.Namespace) -> dict[str, tuple[Path, Path]]:
         "test": (args.test_images, args.test_annotations),
     }
     return {name: pair for name, pair in files.items() if pair[0] is not None}
-
-
-def build_model(args: argparse.Namespace, train: CocoData) -> tuple[DinoDetrForObjectDetection, BaseImageProcessor]:
-    """The model to train, with the classes of the data set, and its image processor."""
-    size = {} if args.image_size is None else {"size": parse_size(args.image_size)}
-    fresh = contiguous_id2label(train.categories)
-    if args.config is not None:
-        model = DinoDetrForObjectDetection(read_config(args.config, fresh))
-        if model.config.freeze_batch_norm and any(
-            isinstance(layer, torch.nn.BatchNorm2d) for layer in model.modules()
-        ):
-            logging.warning("training from scratch with frozen batch norms: set freeze_batch_norm to false")
-        return model, DinoDetrImageProcessor(**size)
-
-    config = load_config(args.model)
-    processor = AutoImageProcessor.from_pretrained(args.model, **size)
-    if set(config.id2label.values()) - {UNUSED_LABEL} == set(train.categories.values()):
-        return DinoDetrForObjectDetection.from_pretrained(args.model), processor
-    # other classes: the heads and the label embedding start anew, all else is kept
-    classes = {"id2label": fresh, "label2id": {name: label for label, name in fresh.items()}}
-    model = DinoDetrForObjectDetection.from_pretrained(args.model, ignore_mismatched_sizes=True, **classes)
-    return model, processor
-
-
-def parse_size(words: list[str]) -> dict[str, int]:
-    """`800 1333` as shortest and longest edge, `800` in the same proportion, `480x640` as height x width."""
-    try:
-        if len(words) == 1 and "x" in words[0]:
-            height, width = map(int, words[0].split("x"))
-            return {"height": height, "width": width}
-        shortest, longest = [*map(int, words), round(int(words[0]) * 1333 / 800)][:2]
-        return {"shortest_edge": shortest, "longest_edge": longest}
-    except ValueError:
-        given = " ".join(words)
-        raise InputError(f"--image-size {given}: expected SHORTEST, SHORTEST LONGEST or HEIGHTxWIDTH") from None
-
-
-def export(
-    args: argparse.Namespace,
-    argv: list[str] | None,
-    model: DinoDetrForObjectDetection,
-    processor: BaseImageProcessor,
-    state: TrainingState,
-    measured: dict[str, CocoScores],
-) -> None:
-    """Put the model and all that is known about it into the output folder, and show the result."""
-    split, final = list(measured.items())[-1]
-    command = f"accelerate launch {shlex.join([sys.argv[0], *(sys.argv[1:] if argv is None else argv)])}"
-    card = finetuned_card(
-        model.config,
-        metrics=final.metrics,
-        dataset=args.train_annotations.stem,
-        command=command,
-        base_model=args.model,
-        split=split,
-        size=dict(processor.size),
-    )
-    report = {
-        "best_step": state.kept_step,
-        **{name: {**score.metrics, "ap_per_category": score.ap_per_category} for name, score in measured.items()},
-        "command": command,
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-        },
-        "history": state.history,
-    }
-    with files_into_folder(args.output, last="config.json") as folder:
-        model.save_pretrained(folder)
-        processor.save_pretrained(folder)
-        (folder / "README.md").write_text(card, encoding="utf-8")
-        write_json(folder / "metrics.json", report)
-        plot_training_curves(state.history, folder / "curves.png")
-    print(f"{split}, checkpoint of step {state.kept_step}:\n{final.table}\nmodel: {args.output}")
 
 
 if __name__ == "__main__":

@@ -53,9 +53,8 @@ def main(argv: list[str] | None = None) -> None:
         detections = detect(model, processor, picture, args.threshold)
         found[str(source)] = detections
         names, scores = [d["name"] for d in detections], [d["score"] for d in detections]
-        boxes = torch.tensor([d["box"] for d in detections]).view(-1, 4)
         target.parent.mkdir(parents=True, exist_ok=True)
-        save_picture(draw_detections(picture, boxes, names, scores), target)
+        save_picture(draw_detections(picture, [d["box"] for d in detections], names, scores), target)
         counts = ", ".join(f"{count} {name}" for name, count in Counter(names).most_common())
         print(f"{source}: {counts or 'nothing'} -> {target}")
     if args.json:
@@ -95,8 +94,11 @@ def plan_outputs(pictures: list[Path], output: Path) -> dict[Path, Path]:
 def save_picture(picture: Image.Image, path: Path) -> None:
     """Write a picture, or nothing if it cannot be finished."""
     temporary = path.with_name(f".part.{path.name}")
-    picture.save(temporary)
-    temporary.replace(path)
+    try:
+        picture.save(temporary)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 if __name__ == "__main__":

@@ -495,15 +495,34 @@ def test_file_without_moving_average_is_an_error(small_file, tmp_path, capsys):
 
 def test_published_file_is_recognised_by_its_hash():
     digest = key_tables.PUBLISHED["checkpoint0011_5scale.pth"].sha256
-    assert convert_original.published_checkpoint("renamed.pth", digest, {}).box_ap == 0.494
+    assert convert_original.published_checkpoint("renamed.pth", digest, {}, None).box_ap == 0.494
 
 
 def test_namesake_with_another_hash_is_not_credited(caplog):
-    assert convert_original.published_checkpoint("checkpoint0011_4scale.pth", "0" * 64, {}) is None
+    assert convert_original.published_checkpoint("checkpoint0011_4scale.pth", "0" * 64, {}, 12) is None
     assert "not its content" in caplog.text
 
 
-def test_published_file_without_known_hash_needs_fitting_settings():
-    name, settings = "checkpoint0029_4scale_swin.pth", {"backbone": "swin_L_384_22k", "num_feature_levels": 4}
-    assert convert_original.published_checkpoint(name, "0" * 64, settings).box_ap == 0.580
-    assert convert_original.published_checkpoint(name, "0" * 64, settings | {"num_feature_levels": 5}) is None
+SWIN_LARGE = {"backbone": "swin_L_384_22k", "num_feature_levels": 4, "num_classes": 91}
+
+
+def test_published_file_without_known_hash_is_recognised_by_all_that_its_name_says():
+    found = convert_original.published_checkpoint("checkpoint0029_4scale_swin.pth", "0" * 64, SWIN_LARGE, 30)
+    assert found.box_ap == 0.580
+
+
+@pytest.mark.parametrize(
+    ("settings", "epochs"),
+    [({"num_feature_levels": 5}, 30), ({"backbone": "resnet50"}, 30), ({"num_classes": 20}, 30), ({}, 29), ({}, None)],
+)
+def test_namesake_that_does_not_fit_is_not_credited(settings, epochs, caplog):
+    name = "checkpoint0029_4scale_swin.pth"
+    assert convert_original.published_checkpoint(name, "0" * 64, SWIN_LARGE | settings, epochs) is None
+    assert "91 classes, 30 epochs" in caplog.text
+
+
+def test_card_of_an_own_file_claims_nothing(folder):
+    card = (folder / "README.md").read_text(encoding="utf-8")
+    assert "official checkpoint" not in card
+    assert "license:" not in card
+    assert "12 epochs" in card

@@ -3,8 +3,20 @@
 from itertools import chain
 
 import pytest
+from PIL import Image
 
-from hf_dino.data import InputError, SameSizeBatchSampler, TrainingBatchSampler, steps_per_epoch
+from coco_files import annotation, write_coco
+from hf_dino import DinoDetrImageProcessor
+from hf_dino.data import (
+    CocoDetection,
+    InputError,
+    SameSizeBatchSampler,
+    TrainingBatchSampler,
+    TrainingCollator,
+    read_coco,
+    steps_per_epoch,
+    training_loader,
+)
 
 
 def batches(length, step_size, **options):
@@ -63,3 +75,27 @@ def test_evaluation_batches_have_one_size_and_cover_everything_once():
         assert all(len({shapes[index] for index in batch}) == 1 and len(batch) <= 2 for batch in everything)
     assert next(iter(SameSizeBatchSampler(shapes, 2))) == [3], "the largest first"
     assert list(SameSizeBatchSampler([], 2)) == []
+
+
+def collator(num_labels):
+    return TrainingCollator(DinoDetrImageProcessor(size={"height": 32, "width": 32}), {3: 0, 7: 4}, num_labels, True)
+
+
+def test_a_label_that_the_model_lacks_is_found_before_the_model_sees_it(tmp_path):
+    data = CocoDetection(read_coco(*write_coco(tmp_path, [annotation(1, 7, [0, 0, 5, 5])])))
+    assert collator(num_labels=5)([data[0]])["labels"][0]["class_labels"].tolist() == [4]
+    with pytest.raises(InputError, match=r"image_id \[1\].*class_labels\[0\] is 4, but the model has 4 labels"):
+        collator(num_labels=4)([data[0]])
+
+
+def test_an_error_in_a_reading_process_is_one_line(tmp_path):
+    pictures, file = write_coco(tmp_path, [])
+    data = CocoDetection(read_coco(pictures, file))
+    Image.new("RGB", (5, 5)).save(pictures / "1.png")
+    with pytest.raises(InputError) as here:
+        data[0]
+    loader = training_loader(data, collator(5), TrainingBatchSampler(1, 1, seed=0, epoch=0), num_workers=1)
+    with pytest.raises(InputError) as there:
+        list(loader)
+    assert str(there.value) == str(here.value)
+    assert "1.png: the annotations say 60 x 40 pixels" in str(here.value)

@@ -137,6 +137,15 @@ def test_size_is_read_from_the_picture_where_it_is_not_annotated(tmp_path):
     assert (picture.height, picture.width) == (40, 60)
 
 
+def test_the_folder_names_the_data_set(tmp_path, monkeypatch):
+    pictures, file = write_coco(tmp_path / "birds", [])
+    assert read_coco(pictures, file).name == "birds"
+    monkeypatch.chdir(file.parent)
+    assert read_coco(pictures, file.name).name == "birds"
+    (file.parent / "annotations").mkdir()
+    assert read_coco(pictures, file.rename(file.parent / "annotations" / "train.json")).name == "birds"
+
+
 def test_labels_are_matched_by_name(tmp_path):
     data = read(tmp_path, [annotation(1, 7, [0, 0, 5, 5])])
     assert contiguous_id2label(data.categories) == {0: "dog", 1: "cat"}

@@ -60,7 +60,9 @@ def test_16_bit_keeps_its_range_and_is_logged_once(tmp_path, caplog, monkeypatch
 
 def test_float_picture_is_an_error(tmp_path):
     Image.fromarray(np.array([[0.0, 7.5]], dtype=np.float32)).save(tmp_path / "a.tif")
-    with pytest.raises(InputError, match=r"a\.tif: holds float32 values from 0.0 to 7.5.*save it with 8 or 16 bits"):
+    with pytest.raises(
+        InputError, match=r"a\.tif: the picture holds float32 values from 0.0 to 7.5.*save it with 8 or 16 bits"
+    ):
         read_image(tmp_path / "a.tif")
 
 

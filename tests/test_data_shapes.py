@@ -53,12 +53,12 @@ def test_enough_of_every_object_is_visible() -> None:
         masks = [points_inside(drawn.outline, points) for drawn in draw_picture(np.random.default_rng(seed), size)[1]]
         for index, mask in enumerate(masks):
             covered = np.logical_or.reduce([np.zeros_like(mask), *masks[index + 1 :]])
-            assert (mask & ~covered).sum() >= 0.4 * mask.sum()
+            assert (mask & ~covered).sum() >= 0.6 * mask.sum()
 
 
 def test_pictures_vary() -> None:
     pictures = [draw_picture(np.random.default_rng(seed), 64) for seed in range(80)]
-    assert {len(objects) for _, objects in pictures} == set(range(7))
+    assert {len(objects) for _, objects in pictures} == set(range(6))
     assert {drawn.name for _, objects in pictures for drawn in objects} == set(OUTLINES)
     assert len(OUTLINES) >= 5
 

@@ -10,7 +10,7 @@ from torch import nn
 from coco_files import annotation, write_coco
 from hf_dino import DinoDetrImageProcessor
 from hf_dino.data import InputError, evaluation_loader, read_coco
-from hf_dino.evaluation import METRICS, detect, evaluate_coco, evaluate_model
+from hf_dino.evaluation import METRICS, collect_detections, evaluate_coco, evaluate_model
 
 
 BOXES = {1: [10, 10, 40, 20], 2: [5, 5, 50, 60]}
@@ -124,7 +124,7 @@ def test_shares_of_two_processes_are_the_whole(data):
 
 
 def test_detect_without_pictures():
-    assert detect(Oracle({}), [], DinoDetrImageProcessor(), {}, Accelerator()) == []
+    assert collect_detections(Oracle({}), [], DinoDetrImageProcessor(), {}, Accelerator()) == []
 
 
 def test_unknown_categories_are_an_error_before_the_first_picture(data):

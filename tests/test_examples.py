@@ -2,7 +2,10 @@
 
 import importlib
 import json
+import os
+import shlex
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -117,7 +120,11 @@ def test_finetune_leaves_a_model_that_loads(finished, examples, arguments):
     assert {"validation", "test", "best_step", "command", "versions", "history"} == set(report)
     assert [row["step"] for row in report["history"]] == [1, 2, 3, 3, 4, 5, 6, 6]
     assert [row["epoch"] for row in report["history"] if "ap" in row] == [1, 2]
-    assert "finetune_coco" in report["command"] or "pytest" in report["command"]
+    command = shlex.join(["accelerate", "launch", "examples/finetune_coco.py", *arguments, f"--output={finished}"])
+    assert report["command"] == command
+    card = (finished / "README.md").read_text()
+    assert f"```bash\n{command}\n```" in card
+    assert "trained on shapes\n" in card
     best = finished / "checkpoints" / f"step_{report['best_step']:08d}" / "model.safetensors"
     assert all(
         torch.equal(value, load_file(best)[name]) for name, value in load_file(finished / "model.safetensors").items()
@@ -148,7 +155,10 @@ def test_a_resumed_run_equals_the_uninterrupted_one(
     with pytest.raises(InputError, match=r"seed: '0' before, '1' now"):
         finetune.main([*arguments, output, "--resume", "--seed=1"])
     torch.manual_seed(1234)  # nothing may depend on the state of this process
-    finetune.main([*arguments, output, "--resume"])
+    finetune.main([*arguments, output, "--resume", "--dataset-name=drawn shapes"])
+    card = (tmp_path / "run" / "README.md").read_text()
+    assert "trained on drawn shapes\n" in card
+    assert "--resume" not in card
     assert history(tmp_path / "run") == history(finished)
     ours, theirs = (load_file(run / "model.safetensors") for run in (tmp_path / "run", finished))
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
@@ -173,6 +183,19 @@ def test_a_loss_that_is_not_finite_stops_the_run(examples, arguments, tmp_path):
     broken = [*arguments, f"--output={tmp_path / 'run'}", "--learning-rate=1e30", "--clip=inf"]
     with pytest.raises(FloatingPointError, match=r"the loss is .* at step \d .*image_id \[\d+, \d+\]"):
         examples["finetune_coco"].main(broken)
+
+
+def test_two_processes_on_cpus_find_each_other(arguments, tmp_path):
+    """Otherwise each would take itself for the only one and write over the other's files."""
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    script = [str(ROOT / "examples" / "finetune_coco.py"), *arguments, f"--output={tmp_path / 'run'}"]
+    script += ["--max-steps=1", "--batch-size=8"]  # with fewer, group norm would get a single number per group
+    search_path = os.pathsep.join([str(ROOT / "src"), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "PYTHONPATH": search_path}
+    subprocess.run([*launch, *script], env=environment, check=True, capture_output=True)
+    names = {path.name for path in (tmp_path / "run" / "checkpoints" / "step_00000001").iterdir()}
+    assert {"random_states_0.pkl", "random_states_1.pkl"} <= names
+    assert len(history(tmp_path / "run")) == 2
 
 
 def test_fine_tuning_to_other_classes_keeps_what_fits(finished, examples, arguments, shapes, tmp_path):
@@ -205,35 +228,13 @@ def test_categories_that_the_model_lacks_are_heard_of_at_once(examples, argument
 
 
 @pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        ("{", "cannot be read as JSON"),
-        ("[]", "must hold an object with fields of DinoDetrConfig, got list"),
-        ('{"num_querys": 5}', "DinoDetrConfig has no field num_querys; it has .*num_queries"),
-        ('{"num_feature_levels": 9}', "num_feature_levels"),
-    ],
-)
-def test_wrong_config_files(examples, arguments, tmp_path, content, message):
-    (tmp_path / "wrong.json").write_text(content)
-    with pytest.raises(InputError, match=rf"wrong\.json: .*{message}"):
-        examples["finetune_coco"].main(
-            [*arguments, f"--output={tmp_path / 'run'}", f"--config={tmp_path / 'wrong.json'}"]
-        )
-
-
-@pytest.mark.parametrize("size", ["axb", "8x", "big"])
-def test_image_sizes(examples, size):
-    parse = examples["finetune_coco"].parse_size
-    assert parse(["800"]) == {"shortest_edge": 800, "longest_edge": 1333}
-    assert parse(["480", "600"]) == {"shortest_edge": 480, "longest_edge": 600}
-    assert parse(["192x256"]) == {"height": 192, "width": 256}
-    with pytest.raises(InputError, match=f"--image-size {size}: expected SHORTEST"):
-        parse([size])
-
-
-@pytest.mark.parametrize(
     ("arguments", "message"),
-    [(["--batch-size=0"], "--batch-size must be at least 1, not 0"), (["--test-images=a"], "belong together")],
+    [
+        (["--batch-size=0"], "argument --batch-size: must be at least 1, got 0"),
+        (["--eval-batch-size=0"], "argument --eval-batch-size: must be at least 1, got 0"),
+        (["--num-workers=-1"], "argument --num-workers: must be at least 0, got -1"),
+        (["--test-images=a"], "belong together"),
+    ],
 )
 def test_wrong_arguments(examples, capsys, arguments, message):
     required = ["--config=a", "--output=b", "--train-images=c", "--train-annotations=d", "--val-images=e"]
@@ -265,6 +266,9 @@ def test_evaluate_gives_what_training_measured(finished, examples, shapes, tmp_p
     assert {"image_id", "category_id", "bbox", "score"} == set(json.loads(detections.read_text())[0])
     with pytest.raises(InputError, match=r"numbers\.json: exists already"):
         examples["evaluate_coco"].main(command)
+    with pytest.raises(SystemExit):
+        examples["evaluate_coco"].main([*command, "--batch-size=0"])
+    assert "argument --batch-size: must be at least 1, got 0" in capsys.readouterr().err
 
 
 def test_predict_draws_one_picture_and_a_folder(finished, examples, shapes, tmp_path, capsys):
@@ -277,6 +281,9 @@ def test_predict_draws_one_picture_and_a_folder(finished, examples, shapes, tmp_
     found = json.loads((tmp_path / "found.json").read_text())
     assert str(picture) in found
     assert f"{picture}: " in capsys.readouterr().out
+    with pytest.raises(OSError, match="cannot write mode"):
+        examples["predict"].save_picture(Image.new("CMYK", (2, 2)), tmp_path / "half.png")
+    assert not list(tmp_path.glob("*half.png"))
 
     for arguments, message in (
         ([str(picture), f"--output={tmp_path / 'drawn.jpg'}"], r"drawn\.jpg: exists already"),
@@ -305,7 +312,7 @@ def test_raw_coco_ids(examples, tmp_path):
     annotations = TINY_COCO / "annotations" / "instances_val2017.json"
     names = {entry["id"]: entry["name"] for entry in json.loads(annotations.read_text())["categories"]}
     id2label = {label: names.get(label, "N/A") for label in range(91)}
-    config = DinoDetrConfig(**TINY, id2label=id2label, label2id={name: label for label, name in id2label.items()})
+    config = DinoDetrConfig(**TINY, id2label=id2label)
     DinoDetrForObjectDetection(config).save_pretrained(tmp_path / "coco")
     DinoDetrImageProcessor(size={"shortest_edge": 64, "longest_edge": 107}).save_pretrained(tmp_path / "coco")
 

@@ -25,8 +25,7 @@ def finetuned(config: DinoDetrConfig, **given) -> ModelCard:
 def test_converted_card_has_metadata_and_provenance():
     card = converted(DinoDetrConfig(), epochs=12)
     data = card.data.to_dict()
-    assert (data["license"], data["pipeline_tag"]) == ("apache-2.0", "object-detection")
-    assert data["library_name"] == "transformers"
+    assert (data["library_name"], data["pipeline_tag"]) == ("transformers", "object-detection")
     for words in ("ResNet-50", "4 feature levels", "checkpoint.pth", "a" * 64, "12 epochs", "800", "1333"):
         assert words in card.text
 
@@ -38,18 +37,35 @@ def test_published_number_is_quoted_and_not_claimed_as_measured():
     assert "model-index" not in card.content
 
 
-def test_unknown_file_has_no_number():
-    assert "No published result is known" in converted(DinoDetrConfig()).text
+def test_published_file_is_called_official():
+    card = converted(DinoDetrConfig(), published_ap=0.49, coco=True)
+    data = card.data.to_dict()
+    assert (data["license"], data["datasets"]) == ("apache-2.0", ["detection-datasets/coco"])
+    assert "the official checkpoint `checkpoint.pth` of [IDEA-Research/DINO]" in card.text
+    assert "released by IDEA-Research under Apache-2.0" in card.text
+    assert "taken for COCO" not in card.text
+
+
+def test_unknown_file_is_called_nothing_that_it_may_not_be():
+    card = converted(DinoDetrConfig(), coco=True)
+    assert not {"license", "datasets"} & card.data.to_dict().keys()
+    assert "official checkpoint" not in card.text
+    assert "released by IDEA-Research" not in card.text
+    assert "`checkpoint.pth`, a checkpoint in the format of [IDEA-Research/DINO]" in card.text
+    assert "add the licence that applies to the weights" in card.text
+    assert "No published result is known" in card.text
+    assert "91 classes are taken for COCO's" in card.text
 
 
 @pytest.mark.parametrize(("backbone", "words"), [(None, False), (SWIN_LARGE, True)], ids=["resnet", "swin"])
 def test_licence_of_swin_is_named_where_there_is_a_swin(backbone, words):
-    assert ("MIT licence" in converted(DinoDetrConfig(backbone_config=backbone)).text) is words
+    card = converted(DinoDetrConfig(backbone_config=backbone), published_ap=0.5)
+    assert ("MIT licence" in card.text) is words
 
 
 def test_unused_and_unnamed_labels_are_explained():
     gaps = DinoDetrConfig(id2label={0: "N/A", 1: "cat", 2: "N/A"})
-    assert "ids 0, 2 were never used" in converted(gaps).text
+    assert "ids 0, 2 stand for nothing" in converted(gaps).text
     unnamed = DinoDetrConfig(id2label={0: "class_0", 1: "class_1"})
     assert "does not hold their names" in converted(unnamed).text
     assert "class 0, class 1" in converted(tiny_config()).text
@@ -95,6 +111,8 @@ def test_preprocessing_names_the_size(size):
 
 def test_usage_is_python():
     text = converted(DinoDetrConfig()).text
-    compile(text.split("```python\n")[1].split("```")[0], "usage", "exec")
+    code = text.split("```python\n")[1].split("```")[0]
+    compile(code, "usage", "exec")
+    assert "ImageOps.exif_transpose(" in code
     assert "import hf_dino" in text
     assert "trust_remote_code=True" in text

@@ -1,5 +1,6 @@
 """Packaging: metadata, dependencies with reasons, and a set-up command that explains and repairs its failures."""
 
+import ast
 import os
 import re
 import shutil
@@ -84,6 +85,37 @@ def test_every_dependency_has_a_reason() -> None:
     lines = [line for line in section.splitlines() if line.strip().startswith('"')]
     assert len(lines) >= 3
     assert not [line for line in lines if not re.search(r'",\s+# \S', line)]
+
+
+# what is imported by another name than it is installed by
+DISTRIBUTIONS = {"PIL": "pillow"}
+
+
+def requirements(section: str) -> set[str]:
+    """Names of the packages in one list of the project file."""
+    lines = PYPROJECT.split(f"\n{section} = [\n")[1].split("\n]")[0]
+    return set(re.findall(r'^ +"([\w.-]+)[<>=]', lines, re.MULTILINE))
+
+
+def imported_packages(*patterns: str) -> set[str]:
+    """Names of the packages of others that Python files import, at their head or anywhere in them."""
+    names, own = set(), {path.stem for pattern in patterns for path in ROOT.glob(pattern)} | {"hf_dino"}
+    for path in (path for pattern in patterns for path in ROOT.glob(pattern)):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                names |= {alias.name.split(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.level == 0:
+                names |= {str(node.module).split(".")[0]}
+    return {DISTRIBUTIONS.get(name, name) for name in names - own - sys.stdlib_module_names}
+
+
+def test_what_is_imported_is_declared_and_nothing_else() -> None:
+    imported = imported_packages("src/**/*.py", "conversion/*.py", "examples/*.py")
+    assert imported == requirements("dependencies") | requirements("train")
+
+
+def test_model_and_conversion_need_no_extra() -> None:
+    assert imported_packages("src/hf_dino/*_dino_detr.py", "conversion/*.py") <= requirements("dependencies")
 
 
 def test_supported_versions() -> None:

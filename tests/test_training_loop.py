@@ -19,7 +19,9 @@ from hf_dino.training import (
     latest_checkpoint,
     learning_rate_factor,
     parameter_groups,
+    parse_size,
     read_state,
+    remove_checkpoints,
     save_checkpoint,
     set_learning_rate,
     write_json,
@@ -67,21 +69,44 @@ def batch_losses(value):
     return torch.tensor(3 * value), terms
 
 
+def check(monitor, *values, step=0):
+    for value in values:
+        monitor.add(*batch_losses(value), labels=[{"image_id": torch.tensor([step])}])
+    return monitor.check(step)
+
+
 def test_monitor_averages_and_forgets():
     monitor = LossMonitor()
-    for value in (1.0, 2.0):
-        assert monitor.add(*batch_losses(value), labels=[], step=0) == 3 * value
-    assert monitor.averages() == {"loss": 4.5, "loss_ce": 1.5, "loss_bbox": 1.5, "loss_giou": 1.5}
-    monitor.add(*batch_losses(4.0), labels=[], step=1)
+    assert check(monitor, 1.0, 2.0) == 4.5, "the mean over the batches of a step"
+    assert check(monitor, 3.0) == 9
+    assert monitor.averages() == {"loss": 6, "loss_ce": 2, "loss_bbox": 2, "loss_giou": 2}
+    check(monitor, 4.0)
     assert monitor.averages()["loss"] == 12
+    assert monitor.averages() == {}
 
 
 def test_a_loss_that_is_not_finite_stops_with_step_and_pictures():
     loss, terms = batch_losses(1.0)
     terms["loss_giou"] = torch.tensor(float("nan"))
     labels = [{"image_id": torch.tensor([41])}, {"image_id": torch.tensor([7])}]
+    monitor = LossMonitor()
+    monitor.add(*batch_losses(1.0), labels=[{"image_id": torch.tensor([3])}])
+    monitor.add(loss * float("nan"), terms, labels)
     with pytest.raises(FloatingPointError, match=r"the loss is nan at step 12 .*image_id \[41, 7\].*'loss_giou': nan"):
-        LossMonitor().add(loss * float("nan"), terms, labels, step=12)
+        monitor.check(step=12)
+
+
+def test_where_a_scaler_leaves_steps_out_ten_in_a_row_may_be_wrong():
+    monitor, inf = LossMonitor(with_scaler=True), float("inf")
+    for step in range(10):
+        assert check(monitor, inf, step=step) == inf
+    assert monitor.averages() == {}
+    check(monitor, 1.0)
+    for step in range(10):
+        check(monitor, 1.0, inf, step=step)
+    assert monitor.averages()["loss"] == 3, "of what was learned from"
+    with pytest.raises(FloatingPointError, match=r"the loss is inf at step 10 .*image_id \[10\]"):
+        check(monitor, inf, step=10)
 
 
 def trained(accelerator):
@@ -110,6 +135,23 @@ def test_checkpoints_keep_the_latest_and_the_best(tmp_path):
     nn.init.zeros_(model.model["head"].weight)
     accelerator.load_state(str(checkpoint_path(tmp_path, 4)))
     assert torch.equal(model.model["head"].weight, before)
+
+
+def test_nothing_but_checkpoints_is_deleted(tmp_path):
+    (tmp_path / "step_00000007").mkdir()
+    (tmp_path / ".step_00000008.part").mkdir()
+    for name in ("notes", "step_by_step", "step_00000001 the good one"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "log.txt").touch()
+    accelerator = Accelerator()
+    trained(accelerator)
+    save_checkpoint(accelerator, tmp_path, TrainingState({}, step=9))
+    assert latest_checkpoint(tmp_path) == checkpoint_path(tmp_path, 9)
+    others = {"log.txt", "notes", "step_by_step", "step_00000001 the good one"}
+    assert {path.name for path in tmp_path.iterdir()} == {"step_00000009", *others}
+    remove_checkpoints(tmp_path)
+    remove_checkpoints(tmp_path / "gone")
+    assert {path.name for path in tmp_path.iterdir()} == others
 
 
 def test_a_process_that_dies_leaves_the_last_checkpoint(tmp_path, monkeypatch):
@@ -172,3 +214,21 @@ def test_the_stem_of_a_pretrained_resnet_is_left_alone(pretrained):
     first_layers = ("model.backbone.body.embedder.", "model.backbone.body.encoder.stages.0.")
     assert frozen == ({name for name in trained_before if name.startswith(first_layers)} if pretrained else set())
     assert bool(frozen) == pretrained
+
+
+def test_image_sizes():
+    assert parse_size(["800"]) == {"shortest_edge": 800, "longest_edge": 1333}
+    assert parse_size(["480", "600"]) == {"shortest_edge": 480, "longest_edge": 600}
+    assert parse_size(["192x256"]) == {"height": 192, "width": 256}
+
+
+@pytest.mark.parametrize("size", ["axb", "8x", "8x8x8", "big", "800 1333 2000", "8x8 9"])
+def test_what_is_no_image_size(size):
+    with pytest.raises(InputError, match=f"--image-size {size}: expected SHORTEST, SHORTEST LONGEST or HEIGHTxWIDTH"):
+        parse_size(size.split())
+
+
+@pytest.mark.parametrize("size", ["0", "-5", "800 600", "0x8", "8x-8"])
+def test_impossible_image_sizes(size):
+    with pytest.raises(InputError, match=f"--image-size {size}: must be positive, and LONGEST not less than SHORTEST"):
+        parse_size(size.split())

@@ -74,7 +74,7 @@ def test_unequal_numbers_are_an_error(names, scores):
 
 def test_absent_supervision_is_a_clear_error(monkeypatch):
     monkeypatch.setitem(sys.modules, "supervision", None)
-    with pytest.raises(ImportError, match=r"pip install 'hf-dino\[demo\]'"):
+    with pytest.raises(ImportError, match=r"pip install 'hf-dino\[train\]'"):
         draw_detections(Image.new("RGB", (64, 64)), [[0, 0, 9, 9]], ["cat"])
 
 
@@ -99,7 +99,7 @@ HISTORY = [
 ]
 
 
-@pytest.mark.parametrize("history", [HISTORY, [], [{"epoch": 1, "loss": 1.0}]])
+@pytest.mark.parametrize("history", [HISTORY, [], [{"step": 1, "loss": 1.0}]])
 def test_curves_are_drawn_and_nothing_is_left_beside_them(tmp_path, history):
     path = tmp_path / "new" / "curves.png"
     plot_training_curves(history, path)

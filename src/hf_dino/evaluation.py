@@ -12,6 +12,7 @@ from transformers import BaseImageProcessor
 
 from .data.batching import evaluation_loader
 from .data.coco import CocoData, label_of_category
+from .model_card import METRIC_NAMES
 
 
 try:
@@ -22,20 +23,7 @@ try:
 except ImportError as error:
     raise ImportError(f"evaluation needs {error.name}: pip install 'hf-dino[train]'") from error
 
-METRICS = (
-    "ap",
-    "ap50",
-    "ap75",
-    "ap_small",
-    "ap_medium",
-    "ap_large",
-    "ar_1",
-    "ar_10",
-    "ar_100",
-    "ar_small",
-    "ar_medium",
-    "ar_large",
-)
+METRICS = tuple(METRIC_NAMES)
 """COCO's twelve numbers, in the order in which pycocotools computes them."""
 
 
@@ -55,7 +43,7 @@ class CocoScores:
 
 
 @torch.no_grad()
-def detect(
+def collect_detections(
     model: nn.Module,
     loader: Iterable[dict[str, Any]],
     processor: BaseImageProcessor,
@@ -104,7 +92,7 @@ def evaluate_coco(data: CocoData, results: list[dict[str, Any]]) -> CocoScores:
 
     Args:
         data (`CocoData`): The data set, crowd regions included, which are ignored rather than missed.
-        results (`list[dict]`): From [`detect`]; may be empty, which scores 0.
+        results (`list[dict]`): From [`collect_detections`]; may be empty, which scores 0.
 
     Returns:
         `CocoScores`: Numbers, table, and average precision of each category.
@@ -169,7 +157,7 @@ def evaluate_model(
         num_workers=num_workers,
     )
     label_to_category_id = {label: category_id for category_id, label in labels.items()}
-    results = detect(model, loader, processor, label_to_category_id, accelerator, on_batch)
+    results = collect_detections(model, loader, processor, label_to_category_id, accelerator, on_batch)
     return evaluate_coco(data, results), results
 
 

@@ -1,67 +1,31 @@
-"""Open a trained DINO with its image processor, or say plainly why the folder is not one."""
+"""Open a trained DINO with its image processor, or make a new one, or say plainly why that cannot be done."""
 
 import dataclasses
 import json
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
+from torch import nn
 from transformers import AutoConfig, AutoImageProcessor, BaseImageProcessor
 
-from .configuration_dino_detr import DinoDetrConfig
+from .configuration_dino_detr import UNUSED_LABEL, DinoDetrConfig
+from .data.coco import contiguous_id2label
 from .data.errors import InputError
+from .image_processing_dino_detr import DinoDetrImageProcessor
 from .modeling_dino_detr import DinoDetrForObjectDetection
 
 
-def load_config(model: str) -> DinoDetrConfig:
-    """Read a model's configuration.
+logger = logging.getLogger(__name__)
 
-    Args:
-        model (`str`): A folder written by `save_pretrained`, or a name on the Hub.
-
-    Raises:
-        InputError: If there is no model, or one of another kind.
-    """
-    if Path(model).exists() and not (Path(model) / "config.json").is_file():
-        raise InputError(f"{model}: is no folder with a model in it (it has no config.json)")
-    try:
-        config = AutoConfig.from_pretrained(model)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise InputError(f"{model}: is neither a folder with a model nor a model of the Hub ({reason})") from error
-    if not isinstance(config, DinoDetrConfig):
-        raise InputError(f"{model}: holds a model of type {config.model_type!r}, not {DinoDetrConfig.model_type!r}")
-    return config
+Detector = tuple[DinoDetrForObjectDetection, BaseImageProcessor]
 
 
-def read_config(path: Path, id2label: dict[int, str]) -> DinoDetrConfig:
-    """Make the configuration of a fresh model from a JSON file with fields of [`DinoDetrConfig`].
-
-    Args:
-        path (`Path`): The file. Fields that it leaves out have their defaults.
-        id2label (`dict[int, str]`): The classes, which no file can know before the data set does.
-
-    Raises:
-        InputError: If the file cannot be read, or names an unknown field or an illegal value.
-    """
-    try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: cannot be read as JSON ({error})") from error
-    if not isinstance(fields, dict):
-        raise InputError(f"{path}: must hold an object with fields of DinoDetrConfig, got {type(fields).__name__}")
-    # a configuration takes any keyword and keeps it, so that a misspelt field would train another model
-    known = {field.name for field in dataclasses.fields(DinoDetrConfig)}
-    if unknown := sorted(fields.keys() - known - {"model_type"}):
-        raise InputError(
-            f"{path}: DinoDetrConfig has no field {', '.join(unknown)}; it has {', '.join(sorted(known))}"
-        )
-    classes = {"id2label": id2label, "label2id": {name: label for label, name in id2label.items()}}
-    try:
-        return DinoDetrConfig(**{**fields, **classes})
-    except (TypeError, ValueError) as error:
-        raise InputError(f"{path}: {error}") from error
-
-
-def load_detector(model: str, backend: str | None = None) -> tuple[DinoDetrForObjectDetection, BaseImageProcessor]:
+def load_detector(model: str, backend: str | None = None) -> Detector:
     """Load a model, in evaluation mode, and its image processor.
 
     Args:
@@ -73,9 +37,128 @@ def load_detector(model: str, backend: str | None = None) -> tuple[DinoDetrForOb
         `tuple[DinoDetrForObjectDetection, BaseImageProcessor]`.
 
     Raises:
+        InputError: If there is no model, one of another kind, or only a part of one.
+    """
+    config = load_config(model)
+    return _load_weights(model, config.id2label), _load_processor(model, {"backend": backend})
+
+
+def load_detector_for(model: str, categories: Mapping[int, str], size: Mapping[str, int] | None = None) -> Detector:
+    """Load a model to be trained further, with the classes of a data set.
+
+    A model that has these very classes keeps its heads and the numbers of its labels. For all others, class heads and
+    label embedding start anew, and all else is kept.
+
+    Args:
+        model (`str`): A folder written by `save_pretrained`, or a name on the Hub.
+        categories (`Mapping[int, str]`): The data set's, names by category id.
+        size (`Mapping[str, int]`, *optional*): Of pictures, for the image processor; by default as it was.
+
+    Raises:
+        InputError: If there is no model, one of another kind, or only a part of one.
+    """
+    config = load_config(model)
+    processor = _load_processor(model, {"size": size})
+    if set(config.id2label.values()) - {UNUSED_LABEL} == set(categories.values()):
+        return _load_weights(model, config.id2label), processor
+    detector = _load_weights(model, contiguous_id2label(categories), num_labels_before=config.num_labels)
+    detector.reset_class_heads()  # as many classes may be other ones
+    return detector, processor
+
+
+def new_detector(config: Path, categories: Mapping[int, str], size: Mapping[str, int] | None = None) -> Detector:
+    """Make a model with random weights for the classes of a data set.
+
+    Args:
+        config (`Path`): JSON file, see [`read_config`].
+        categories (`Mapping[int, str]`): The data set's, names by category id.
+        size (`Mapping[str, int]`, *optional*): Of pictures, for the image processor; by default the original's.
+
+    Raises:
+        InputError: If the file cannot be read, or names an unknown field or an illegal value.
+    """
+    model = DinoDetrForObjectDetection(read_config(config, contiguous_id2label(categories)))
+    if model.config.freeze_batch_norm and any(isinstance(layer, nn.BatchNorm2d) for layer in model.modules()):
+        logger.warning("training from scratch with frozen batch norms: set freeze_batch_norm to false")
+    return model, DinoDetrImageProcessor(**_given({"size": size}))
+
+
+def load_config(model: str) -> DinoDetrConfig:
+    """Read a model's configuration.
+
+    Args:
+        model (`str`): A folder written by `save_pretrained`, or a name on the Hub.
+
+    Raises:
         InputError: If there is no model, or one of another kind.
     """
-    load_config(model)
-    chosen = {} if backend is None else {"backend": backend}
-    processor = AutoImageProcessor.from_pretrained(model, **chosen)
-    return DinoDetrForObjectDetection.from_pretrained(model), processor
+    is_here = Path(model).exists()
+    if is_here and not (Path(model) / "config.json").is_file():
+        raise InputError(f"{model}: is no folder with a model in it (it has no config.json)")
+    with _one_error(model, "has no usable config.json" if is_here else "is neither a folder nor a model of the Hub"):
+        config = AutoConfig.from_pretrained(model)
+    if not isinstance(config, DinoDetrConfig):
+        raise InputError(f"{model}: holds a model of type {config.model_type!r}, not {DinoDetrConfig.model_type!r}")
+    return config
+
+
+def read_config(path: Path, id2label: dict[int, str]) -> DinoDetrConfig:
+    """Make the configuration of a new model from a JSON file with fields of [`DinoDetrConfig`].
+
+    Args:
+        path (`Path`): The file. Fields that it leaves out have their defaults.
+        id2label (`dict[int, str]`): The classes, which no file can know before the data set does.
+
+    Raises:
+        InputError: If the file cannot be read, or names an unknown field or an illegal value.
+    """
+    with _one_error(path, "cannot be read as JSON"):
+        fields = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(fields, dict):
+        raise InputError(f"{path}: must hold an object with fields of DinoDetrConfig, got {type(fields).__name__}")
+    # a configuration takes any keyword and keeps it, so that a misspelt field would train another model
+    known = {field.name for field in dataclasses.fields(DinoDetrConfig)}
+    if unknown := sorted(fields.keys() - known - {"model_type"}):
+        raise InputError(
+            f"{path}: DinoDetrConfig has no field {', '.join(unknown)}; it has {', '.join(sorted(known))}"
+        )
+    with _one_error(path, "is no configuration of a DINO"):
+        return DinoDetrConfig(**{**fields, "id2label": id2label})
+
+
+def _load_processor(model: str, options: Mapping[str, Any]) -> BaseImageProcessor:
+    with _one_error(model, "has no usable image processor, preprocessor_config.json"):
+        return AutoImageProcessor.from_pretrained(model, **_given(options))
+
+
+def _load_weights(
+    model: str, id2label: dict[int, str], num_labels_before: int | None = None
+) -> DinoDetrForObjectDetection:
+    """Load every weight; those with a row per class may have had another number of rows before."""
+    with _one_error(model, "has no usable weights"):
+        detector, info = DinoDetrForObjectDetection.from_pretrained(
+            model, id2label=id2label, ignore_mismatched_sizes=True, output_loading_info=True
+        )
+    wrong = [name for name, saved, _ in info["mismatched_keys"] if saved[0] != num_labels_before]
+    if incomplete := sorted({*wrong, *info["missing_keys"]}):
+        raise InputError(
+            f"{model}: its weights are not those of a whole detector, {len(incomplete)} are missing or of another "
+            f"shape than config.json says, such as {incomplete[0]}"
+        )
+    return detector
+
+
+def _given(options: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in options.items() if value is not None}
+
+
+@contextmanager
+def _one_error(source: str | Path, problem: str) -> Iterator[None]:
+    """Turn the errors of several libraries into one line that names the source."""
+    try:
+        yield
+    except (OSError, TypeError, ValueError, SafetensorError, StrictDataclassError) as error:
+        # a strict dataclass names the field and leaves the reason to the next line
+        reason = str(error.__cause__ if isinstance(error, StrictDataclassError) else error).strip()
+        first_line = reason.partition("\n")[0]
+        raise InputError(f"{source}: {problem} ({first_line})") from error

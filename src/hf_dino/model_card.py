@@ -11,11 +11,10 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
 
-from .configuration_dino_detr import DinoDetrConfig
+from .configuration_dino_detr import UNUSED_LABEL, DinoDetrConfig
 
 
 TAGS = ["object-detection", "vision", "detr", "dino", "dino-detr", "hf_dino"]
-UNUSED_LABEL = "N/A"
 
 # COCO's summary numbers, by the names that the evaluation uses; every one is a fraction of 1.
 METRIC_NAMES = {
@@ -41,49 +40,56 @@ def converted_card(
     sha256: str,
     weights: str,
     size: Mapping[str, int],
+    coco: bool = False,
     epochs: int | None = None,
     published_ap: float | None = None,
     published_hash_known: bool = False,
 ) -> str:
-    """Write the card of a model converted from an official checkpoint.
+    """Write the card of a model converted from a checkpoint of the official code.
+
+    Only a published file is called official, is said to be trained on COCO, and has the authors' licence.
 
     Args:
         config (`DinoDetrConfig`): The model's configuration.
-        checkpoint (`str`): Name of the official file.
-        sha256 (`str`): Hash of the official file, in hexadecimal.
+        checkpoint (`str`): Name of the file.
+        sha256 (`str`): Hash of the file, in hexadecimal.
         weights (`str`): Which of the file's weights: `"model"` or `"ema_model"`.
         size (`dict[str, int]`): The image processor's size, in pixels.
+        coco (`bool`, *optional*, defaults to `False`): Whether labels were taken for COCO's category ids.
         epochs (`int`, *optional*): Epochs trained, if the file says so.
-        published_ap (`float`, *optional*): What the authors published for this file, a fraction of 1.
+        published_ap (`float`, *optional*): What the authors published for this file, a fraction of 1. `None`: the
+            file was not recognised as published.
         published_hash_known (`bool`, *optional*, defaults to `False`): Whether the file was recognised by its hash and
             not only by its name and settings.
 
     Returns:
         `str`: Markdown with a metadata block, to be saved as `README.md`.
     """
-    coco = config.label2id is not None and config.label2id.get("toothbrush") == 90
+    published = published_ap is not None
     data = ModelCardData(
-        license="apache-2.0",
+        license="apache-2.0" if published else None,
         library_name="transformers",
         pipeline_tag="object-detection",
         tags=TAGS,
-        datasets=["detection-datasets/coco"] if coco else None,
+        datasets=["detection-datasets/coco"] if published else None,
     )
     title = f"DINO, {_backbone_name(config)}, {config.num_feature_levels} feature levels"
+    origin = f"the official checkpoint `{checkpoint}`" if published else f"`{checkpoint}`"
+    kind = " of " if published else ", a checkpoint in the format of "
     moving = " (the moving average of the weights, `ema_model`)" if weights == "ema_model" else ""
     trained = f" The file says that it was trained for {epochs} epochs." if epochs else ""
     sections = [
         f"# {title}",
         _DESCRIPTION,
-        f"Converted from the official checkpoint `{checkpoint}`{moving} of "
-        f"[IDEA-Research/DINO](https://github.com/IDEA-Research/DINO), SHA-256 `{sha256}`.{trained} All settings were "
-        f"read from the file. The conversion renames and cuts tensors and changes no number in them.",
+        f"Converted from {origin}{moving}{kind}[IDEA-Research/DINO](https://github.com/IDEA-Research/DINO), "
+        f"SHA-256 `{sha256}`.{trained} All settings were read from the file. The conversion renames and cuts tensors "
+        f"and changes no number in them.",
         _usage(),
         _preprocessing(size),
-        _labels(config),
+        _labels(config) + (_NAMES_OF_COCO if coco and not published else ""),
         _published(published_ap, published_hash_known),
         _LIMITS,
-        _licence(config),
+        _licence_of_published(config) if published else _LICENCE,
         _CITATION,
     ]
     return _card(data, sections)
@@ -153,8 +159,7 @@ def finetuned_card(
         _preprocessing(size) if size else "",
         _labels(config),
         _LIMITS,
-        "## Licence\n\nThe model code is Apache-2.0. The weights follow from the training data and the model they "
-        "started from: add the licence that applies to them.",
+        _LICENCE,
         _CITATION,
     ]
     return _card(data, sections)
@@ -178,14 +183,14 @@ def _usage() -> str:
 ```python
 import hf_dino  # registers the model; without the package see below
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from transformers import AutoImageProcessor, AutoModelForObjectDetection
 
 folder = "path/or/hub-id"
 model = AutoModelForObjectDetection.from_pretrained(folder).eval()
 processor = AutoImageProcessor.from_pretrained(folder)
 
-picture = Image.open("picture.jpg").convert("RGB")
+picture = ImageOps.exif_transpose(Image.open("picture.jpg"))  # upright, as it was taken
 with torch.no_grad():
     outputs = model(**processor(images=picture, return_tensors="pt"))
 [found] = processor.post_process_object_detection(
@@ -195,9 +200,9 @@ for score, label, box in zip(found["scores"], found["labels"], found["boxes"]):
     print(f"{model.config.id2label[label.item()]} {score:.2f}", box.tolist())  # x0, y0, x1, y1 in pixels
 ```
 
-The folder carries the model code, so it also works where hf_dino is not installed: leave out `import hf_dino` and pass
-`trust_remote_code=True` to both `from_pretrained`, after reading that code. `pipeline("object-detection",
-model=folder)` works with either."""
+The folder carries the model code, so it also works where hf_dino is not installed but torch, torchvision,
+transformers, scipy, pillow and numpy are: leave out `import hf_dino` and pass `trust_remote_code=True` to both
+`from_pretrained`, after reading that code. `pipeline("object-detection", model=folder)` works with either."""
 
 
 def _preprocessing(size: Mapping[str, int]) -> str:
@@ -222,13 +227,13 @@ def _labels(config: DinoDetrConfig) -> str:
     text = f"## Labels\n\n{len(names)} labels, named in `config.id2label`."
     if unused:
         return text + (
-            f" A label is the raw COCO category id, so {len(names) - len(unused)} of them stand for something; ids "
-            f"{', '.join(unused)} were never used by COCO and are named `{UNUSED_LABEL}`."
+            f" A label is the data set's own category id, so {len(names) - len(unused)} of them stand for something; "
+            f"ids {', '.join(unused)} stand for nothing and are named `{UNUSED_LABEL}`."
         )
     if names == [f"class_{label}" for label in range(len(names))]:
         return text + (
-            " The checkpoint does not hold their names: set `config.id2label` and `config.label2id`. The official "
-            "code uses the data set's raw category ids as labels, so label 0 often stands for nothing."
+            " The checkpoint does not hold their names: give them as `id2label` to `from_pretrained`. The official "
+            "code uses the data set's own category ids as labels, so label 0 often stands for nothing."
         )
     return text + f" {', '.join(names[:30])}{' ...' if len(names) > 30 else ''}."
 
@@ -237,7 +242,9 @@ def _published(box_ap: float | None, hash_known: bool) -> str:
     head = "## Results\n\n"
     if box_ap is None:
         return head + "No published result is known for this file, and none was measured during the conversion."
-    recognised = "its SHA-256" if hash_known else "its name and settings; a hash of the original is not publicly known"
+    recognised = (
+        "its SHA-256" if hash_known else "its name, settings and epoch; a hash of the original is not publicly known"
+    )
     return head + (
         f"| data | metric | value | source |\n|---|---|---|---|\n"
         f"| COCO val2017 | box AP@[.50:.95] | {box_ap:.3f} | **published** by the authors, **not measured here** |\n\n"
@@ -263,7 +270,18 @@ or not at all, and the errors are not spread evenly over people and regions: mea
 the model, above all where people are concerned. At most `num_queries` objects per picture can be found."""
 
 
-def _licence(config: DinoDetrConfig) -> str:
+_NAMES_OF_COCO = (
+    " The checkpoint does not hold their names: 91 classes are taken for COCO's. If they are others, give their names "
+    "as `id2label` to `from_pretrained`."
+)
+
+_LICENCE = (
+    "## Licence\n\nThe model code is Apache-2.0. The weights follow from the training data and the model they started "
+    "from: add the licence that applies to the weights."
+)
+
+
+def _licence_of_published(config: DinoDetrConfig) -> str:
     text = (
         "## Licence\n\nDINO's code and checkpoints are released by IDEA-Research under Apache-2.0; so is this model."
     )

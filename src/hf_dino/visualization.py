@@ -12,8 +12,8 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 
-# A picture smaller than this is enlarged before it is drawn into, or the names would hide it.
-SMALLEST_SIDE = 480
+# Pixels. A picture whose longer side is below this is enlarged before it is drawn into, or names would hide it.
+SMALLEST_LONGER_SIDE = 480
 
 # Dark enough for white text and apart in hue, so that neighbours differ also in print.
 _COLORS = (
@@ -70,7 +70,7 @@ def draw_detections(
         counts = f"{len(corners)} boxes, {len(names)} names" + ("" if scores is None else f", {len(scores)} scores")
         raise ValueError(f"boxes, names and scores must be equally many, got {counts}")
 
-    enlargement = max(1, -(-SMALLEST_SIDE // max(image.size)))
+    enlargement = max(1, -(-SMALLEST_LONGER_SIDE // max(image.size)))
     drawn = image.convert("RGB")
     if enlargement > 1:
         drawn = drawn.resize((image.width * enlargement, image.height * enlargement), Image.Resampling.BICUBIC)
@@ -101,12 +101,12 @@ def draw_detections(
 
 
 def side_by_side(left: Image.Image, right: Image.Image, captions: tuple[str, str]) -> Image.Image:
-    """Put two pictures beside each other on white, each under its caption.
+    """Put two pictures beside each other on white, each with its caption above it.
 
     Args:
         left (`PIL.Image.Image`): Gives the height.
         right (`PIL.Image.Image`): Scaled to that height.
-        captions (`tuple[str, str]`): One line over each picture.
+        captions (`tuple[str, str]`): Of the left and of the right picture, one line each.
 
     Raises:
         ImportError: If matplotlib, whose font is used, is not installed.
@@ -133,8 +133,8 @@ def plot_training_curves(history: Sequence[Mapping[str, float]], path: str | os.
     """Plot loss and average precision over a training into a picture file.
 
     Args:
-        history (`list[dict[str, float]]`): Rows with `"step"` or `"epoch"`, and any of `"loss"`, `"ap"` and `"ap50"`
-            (fractions of 1). Steps are the horizontal axis if every row has them, otherwise epochs.
+        history (`list[dict[str, float]]`): Rows with `"step"`, the horizontal axis, and any of `"loss"`, `"ap"` and
+            `"ap50"` (fractions of 1).
         path (`str` or `os.PathLike`): The file, whose suffix gives the format. Replaced in one step.
 
     Raises:
@@ -145,17 +145,16 @@ def plot_training_curves(history: Sequence[Mapping[str, float]], path: str | os.
         from matplotlib.figure import Figure
         from matplotlib.ticker import MaxNLocator
     except ImportError as error:
-        raise ImportError("plotting needs matplotlib: pip install 'hf-dino[demo]'") from error
+        raise ImportError("plotting needs matplotlib: pip install 'hf-dino[train]'") from error
 
     figure = Figure(figsize=(10, 4), layout="constrained")
     FigureCanvasAgg(figure)  # draws into memory: works without a display and leaves pyplot's global state alone
     loss_axes, precision_axes = figure.subplots(1, 2)
-    time = "step" if all("step" in row for row in history) else "epoch"
-    _plot(loss_axes, history, time, {"loss": ("training loss", "#44515c")})
-    _plot(precision_axes, history, time, {"ap50": ("AP50", "#b5530a"), "ap": ("AP@[.50:.95]", "#0353a4")})
-    loss_axes.set(xlabel=time, ylabel="loss", title="Training loss")
+    _plot(loss_axes, history, {"loss": ("training loss", "#44515c")})
+    _plot(precision_axes, history, {"ap50": ("AP50", "#b5530a"), "ap": ("AP@[.50:.95]", "#0353a4")})
+    loss_axes.set(xlabel="step", ylabel="loss", title="Training loss")
     loss_axes.set_ylim(bottom=0)
-    precision_axes.set(xlabel=time, ylabel="average precision", title="Evaluation", ylim=(0, 1))
+    precision_axes.set(xlabel="step", ylabel="average precision", title="Evaluation", ylim=(0, 1))
     for axes in (loss_axes, precision_axes):
         axes.grid(alpha=0.3)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -173,12 +172,12 @@ def plot_training_curves(history: Sequence[Mapping[str, float]], path: str | os.
         neighbour.unlink(missing_ok=True)
 
 
-def _plot(axes: Any, history: Sequence[Mapping[str, float]], time: str, curves: Mapping[str, tuple[str, str]]) -> None:
+def _plot(axes: Any, history: Sequence[Mapping[str, float]], curves: Mapping[str, tuple[str, str]]) -> None:
     for name, (label, color) in curves.items():
-        points = [(row[time], row[name]) for row in history if row.get(name) is not None]
+        points = [(row["step"], row[name]) for row in history if row.get(name) is not None]
         if points:
-            times, values = zip(*points)
-            axes.plot(times, values, label=label, color=color, marker="o" if len(points) < 30 else None, markersize=3)
+            steps, values = zip(*points)
+            axes.plot(steps, values, label=label, color=color, marker="o" if len(points) < 30 else None, markersize=3)
 
 
 def _font_path() -> str:
@@ -186,7 +185,7 @@ def _font_path() -> str:
     try:
         import matplotlib
     except ImportError as error:
-        raise ImportError("drawing text needs matplotlib: pip install 'hf-dino[demo]'") from error
+        raise ImportError("drawing text needs matplotlib: pip install 'hf-dino[train]'") from error
     return str(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf")
 
 
@@ -196,5 +195,5 @@ def _import_supervision() -> ModuleType:
             warnings.filterwarnings("ignore", message="OpenCV", category=UserWarning)  # its own drawing is good enough
             import supervision
     except ImportError as error:
-        raise ImportError("drawing needs supervision: pip install 'hf-dino[demo]'") from error
+        raise ImportError("drawing needs supervision: pip install 'hf-dino[train]'") from error
     return supervision

@@ -12,7 +12,6 @@ from .batching import (
     training_loader,
 )
 from .coco import (
-    UNUSED_LABEL,
     CocoData,
     CocoDetection,
     CocoPicture,
@@ -27,7 +26,6 @@ from .images import list_pictures, read_image
 
 __all__ = [
     "AUGMENTATIONS",
-    "UNUSED_LABEL",
     "Augmentation",
     "CocoData",
     "CocoDetection",

@@ -13,12 +13,11 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as tvF
 
-from ..image_processing_dino_detr import resized_shape
+from ..image_processing_dino_detr import SHORTEST_EDGE, resized_shape
 from .errors import InputError
 
 
-# the recipe's numbers are for pictures whose short side is 800 pixels; other sizes scale them all
-_RECIPE_EDGE = 800
+# pixels, for pictures whose short side the processor makes SHORTEST_EDGE long; other sizes scale them all
 _SCALES = range(480, 801, 32)
 _SCALES_BEFORE_CROP = (400, 500, 600)
 _CROP = (384, 600)
@@ -88,7 +87,7 @@ def _dino(size: Mapping[str, int]) -> Augmentation:
     final: v2.Transform
 
     def scaled(lengths: Sequence[int]) -> list[int]:
-        return [max(1, round(length * short / _RECIPE_EDGE)) for length in lengths]
+        return [max(1, round(length * short / SHORTEST_EDGE)) for length in lengths]
 
     if "shortest_edge" in size:
         final = ResizeShortestEdge(scaled(_SCALES), size["longest_edge"])
@@ -128,7 +127,7 @@ class ResizeShortestEdge(v2.Transform):
 
     def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
         """Resize a picture or its boxes."""
-        return self._call_kernel(tvF.resize, inpt, size=list(params["size"]), antialias=True)
+        return tvF.resize(inpt, size=list(params["size"]), antialias=True)
 
 
 class RandomSizeCrop(v2.Transform):
@@ -146,7 +145,7 @@ class RandomSizeCrop(v2.Transform):
 
     def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
         """Crop a picture or its boxes."""
-        return self._call_kernel(tvF.crop, inpt, **params)
+        return tvF.crop(inpt, **params)
 
     def _draw(self, side: int) -> tuple[int, int]:
         longest = min(side, self.longest)

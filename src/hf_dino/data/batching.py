@@ -9,6 +9,7 @@ from torch.utils.data import DataLoader, Sampler
 from transformers import BaseImageProcessor
 
 from ..image_processing_dino_detr import resized_shape
+from ..loss_dino_detr import check_labels
 from .coco import CocoData, CocoDetection
 from .errors import InputError
 
@@ -120,15 +121,22 @@ class TrainingCollator:
     Attributes:
         processor (`BaseImageProcessor`): A DINO image processor.
         category_id_to_label (`Mapping[int, int]`): From [`label_of_category`].
+        num_labels (`int`): Of the model.
         do_resize (`bool`): False where the augmentation resizes already.
     """
 
     processor: BaseImageProcessor
     category_id_to_label: Mapping[int, int]
+    num_labels: int
     do_resize: bool
 
     def __call__(self, items: list[dict[str, Any]]) -> dict[str, Any]:
-        """Return `pixel_values`, `pixel_mask` and `labels`."""
+        """Return `pixel_values`, `pixel_mask` and `labels`.
+
+        Raises:
+            InputError: If the model could not learn from a label, naming the picture. Here it costs nothing, while on
+                an accelerator the model would have to wait for the device to see it.
+        """
         batch = self.processor(
             images=[item["image"] for item in items],
             annotations=[item["annotation"] for item in items],
@@ -137,6 +145,10 @@ class TrainingCollator:
             return_tensors="pt",
         )
         labels = [dict(label) for label in batch["labels"]]
+        try:
+            check_labels(labels, len(items), self.num_labels)
+        except ValueError as error:
+            raise InputError(str(error)) from None
         return {"pixel_values": batch["pixel_values"], "pixel_mask": batch["pixel_mask"], "labels": labels}
 
 

@@ -18,14 +18,12 @@ import torch
 from PIL import Image
 from torch.utils.data import Dataset
 
+from ..configuration_dino_detr import UNUSED_LABEL
 from .errors import InputError
 from .images import PICTURE_SUFFIXES, read_image
 
 
 logger = logging.getLogger(__name__)
-
-UNUSED_LABEL = "N/A"
-"""Name of the rows of a classifier that no category uses, such as the gaps between COCO's raw ids."""
 
 
 @dataclass(frozen=True)
@@ -74,6 +72,12 @@ class CocoData:
     categories: dict[int, str]
 
     @property
+    def name(self) -> str:
+        """What people may call it: the folder of the annotation file, or the one above a folder `annotations`."""
+        folder = self.source.resolve().parent
+        return (folder.parent if folder.name == "annotations" else folder).name or self.source.stem
+
+    @property
     def used_category_ids(self) -> set[int]:
         """The categories that at least one object belongs to."""
         return {int(category_id) for picture in self.pictures for category_id in picture.category_ids}
@@ -105,9 +109,9 @@ def read_coco(images: str | Path, annotations: str | Path) -> CocoData:
         objects[annotation["image_id"]].append(annotation)
     _check_files(images, [entry["file_name"] for entry in entries.values()], source)
 
-    dropped: Counter[str] = Counter()
-    pictures = [_picture(entry, objects[image_id], images, dropped) for image_id, entry in entries.items()]
-    for what, count in dropped.items():
+    remarks: Counter[str] = Counter()
+    pictures = [_picture(entry, objects[image_id], images, remarks) for image_id, entry in entries.items()]
+    for what, count in remarks.items():
         if count:
             logger.warning("%s: %d %s", source, count, what)
     return CocoData(source, pictures, categories)
@@ -296,7 +300,7 @@ def _check_files(folder: Path, names: Iterable[str], source: Path) -> None:
         raise InputError(f"{folder}: {len(missing)} of the pictures in {source} are missing: {_few(missing)}")
 
 
-def _picture(entry: dict, objects: list[dict], folder: Path, dropped: Counter[str]) -> CocoPicture:
+def _picture(entry: dict, objects: list[dict], folder: Path, remarks: Counter[str]) -> CocoPicture:
     path = folder / entry["file_name"]
     height, width = _annotated_size(entry, path)
     boxes = np.array([_numbers(annotation["bbox"]) for annotation in objects], dtype=np.float64).reshape(-1, 4)
@@ -306,10 +310,10 @@ def _picture(entry: dict, objects: list[dict], folder: Path, dropped: Counter[st
     has_size, reaches_inside = (boxes[:, 2:] > 0).all(axis=1), (clipped[:, 2:] > 0).all(axis=1)
     # COCO itself rounds boxes to hundredths of a pixel, so only a whole pixel counts as being outside
     over_border = reaches_inside & (np.abs(clipped - boxes).max(axis=1, initial=0) >= 1)
-    dropped["boxes are not four finite numbers: dropped"] += int((~finite).sum())
-    dropped["boxes have no width or no height: dropped"] += int((finite & ~has_size).sum())
-    dropped["boxes lie outside their picture: dropped"] += int((has_size & ~reaches_inside).sum())
-    dropped["boxes reach over the border of their picture: clipped for training"] += int(over_border.sum())
+    remarks["boxes are not four finite numbers: dropped"] += int((~finite).sum())
+    remarks["boxes have no width or no height: dropped"] += int((finite & ~has_size).sum())
+    remarks["boxes lie outside their picture: dropped"] += int((has_size & ~reaches_inside).sum())
+    remarks["boxes reach over the border of their picture: clipped for training"] += int(over_border.sum())
     kept = np.flatnonzero(reaches_inside)
     areas = [_area(objects[i].get("area"), boxes[i]) for i in kept]
     return CocoPicture(

@@ -6,3 +6,7 @@ class InputError(ValueError):
 
     Command line programs print it as one line, while any other exception keeps its traceback.
     """
+
+    def __str__(self) -> str:
+        """The message alone: a process that reads pictures sends it with the traceback in front."""
+        return super().__str__().rpartition(f"{__name__}.{type(self).__name__}: ")[-1].strip()

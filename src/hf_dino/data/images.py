@@ -3,9 +3,9 @@
 import logging
 from pathlib import Path
 
-import numpy as np
 from PIL import ExifTags, Image, ImageOps
 
+from ..image_processing_dino_detr import to_rgb
 from .errors import InputError
 
 
@@ -41,7 +41,14 @@ def read_image(path: str | Path, annotated_size: tuple[int, int] | None = None) 
     # Pillow reports broken files by whichever of these its decoder happened to stumble over
     except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
         raise InputError(f"{path}: cannot be read as a picture ({error}); repair or remove the file") from None
-    return _to_rgb(_upright(image, annotated_size, path), path)
+    upright = _upright(image, annotated_size, path)
+    try:
+        converted = to_rgb(upright)
+    except ValueError as error:
+        raise InputError(f"{path}: {error}") from None
+    if upright.mode.startswith("I"):
+        _log_once("16-bit", f"{path} has 16-bit grey values: divided by 257 to get 8 bits")
+    return converted
 
 
 def list_pictures(paths: list[Path]) -> list[Path]:
@@ -74,26 +81,6 @@ def _upright(image: Image.Image, annotated_size: tuple[int, int] | None, path: P
         f"has {image.width} x {image.height} (EXIF orientation {orientation}); annotate this file or restore the one "
         "that was annotated"
     )
-
-
-def _to_rgb(image: Image.Image, path: Path) -> Image.Image:
-    if image.mode == "F" or image.mode.startswith("I"):
-        return _from_deep_grey(image, path)
-    if image.has_transparency_data:
-        layer = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer).convert("RGB")
-    return image.convert("RGB")
-
-
-def _from_deep_grey(image: Image.Image, path: Path) -> Image.Image:
-    values = np.asarray(image)
-    if image.mode == "F" or values.min() < 0 or values.max() > 65535:
-        raise InputError(
-            f"{path}: holds {values.dtype} values from {values.min()} to {values.max()}, whose black and white points "
-            "are unknown; save it with 8 or 16 bits per channel"
-        )
-    _log_once("16-bit", f"{path} has 16-bit grey values: divided by 257 to get 8 bits")
-    return Image.fromarray((values // 257).astype(np.uint8)).convert("RGB")
 
 
 _reported: set[str] = set()

@@ -50,12 +50,12 @@ OUTLINES: dict[str, np.ndarray] = {
 }
 
 _SUPERSAMPLING = 4  # pictures are drawn this much larger, then shrunk: smooth edges, boxes exact to a quarter pixel
-_OBJECT_SIDES = (0.15, 0.5)  # the length of an object, as a fraction of the picture's side
-_MAX_TILT = 20.0  # degrees to either side
-_MAX_OBJECTS = 6
+_OBJECT_SIDES = (0.18, 0.5)  # the length of an object, as a fraction of the picture's side
+_MAX_TILT = 15.0  # degrees to either side
+_MAX_OBJECTS = 5
 _EMPTY_PICTURES = 0.05  # the share of pictures without objects
-_MIN_INSIDE = 0.6  # how much of an object lies within the picture, at least
-_MIN_VISIBLE = 0.6  # how much of that no other object covers, at least
+_MIN_INSIDE = 0.75  # how much of an object lies within the picture, at least
+_MIN_VISIBLE = 0.7  # how much of that no other object covers, at least
 _MIN_CONTRAST = 70  # distance of an object's colour from those around it, of 255, in the channel that differs most
 _PLACEMENT_TRIES = 12  # then the picture gets one object fewer
 _MIN_IMAGE_SIZE = 32  # at which the smallest objects are five pixels long

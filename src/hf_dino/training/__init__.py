@@ -1,9 +1,26 @@
-"""Around the training loop: optimiser settings, checkpoints that a run can go on from, and progress."""
+"""Around the training loop: settings, checkpoints that a run can go on from, progress, and what it leaves."""
 
-from .checkpoint import TrainingState, checkpoint_path, find_start, latest_checkpoint, read_state, save_checkpoint
+from .arguments import at_least, parse_size
+from .checkpoint import (
+    TrainingState,
+    checkpoint_path,
+    find_start,
+    latest_checkpoint,
+    read_state,
+    remove_checkpoints,
+    save_checkpoint,
+)
+from .export import export_run
 from .files import files_into_folder, write_json
 from .monitor import LossMonitor
-from .optimization import drop_steps, freeze_stem, learning_rate_factor, parameter_groups, set_learning_rate
+from .optimization import (
+    checkpoint_activations,
+    drop_steps,
+    freeze_stem,
+    learning_rate_factor,
+    parameter_groups,
+    set_learning_rate,
+)
 from .progress import TrainingProgress
 
 
@@ -11,15 +28,20 @@ __all__ = [
     "LossMonitor",
     "TrainingProgress",
     "TrainingState",
+    "at_least",
+    "checkpoint_activations",
     "checkpoint_path",
     "drop_steps",
+    "export_run",
     "files_into_folder",
     "find_start",
     "freeze_stem",
     "latest_checkpoint",
     "learning_rate_factor",
     "parameter_groups",
+    "parse_size",
     "read_state",
+    "remove_checkpoints",
     "save_checkpoint",
     "set_learning_rate",
     "write_json",

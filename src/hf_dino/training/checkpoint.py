@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Collection
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from .files import write_json
 
 
 _STATE_FILE = "training_state.json"
+_NAME = "step_" + 8 * "[0-9]"  # as a pattern of `glob`
 
 
 @dataclass
@@ -46,7 +48,7 @@ def checkpoint_path(folder: Path, step: int) -> Path:
 
 def latest_checkpoint(folder: Path) -> Path | None:
     """Find the checkpoint of the highest step, if there is one."""
-    return max(folder.glob("step_*"), default=None)
+    return max(folder.glob(_NAME), default=None)
 
 
 def find_start(output: Path, checkpoints: Path, *, resume: bool, overwrite: bool) -> Path | None:
@@ -106,7 +108,7 @@ def save_checkpoint(accelerator: Accelerator, folder: Path, state: TrainingState
 
     Args:
         accelerator (`Accelerator`): Holds model and optimizer.
-        folder (`Path`): Where the checkpoints are; nothing else is kept there.
+        folder (`Path`): Where the checkpoints are.
         state (`TrainingState`): Written beside them.
     """
     path = checkpoint_path(folder, state.step)
@@ -124,6 +126,16 @@ def save_checkpoint(accelerator: Accelerator, folder: Path, state: TrainingState
     elif accelerator.is_main_process:
         write_json(path / _STATE_FILE, asdict(state))
     if accelerator.is_main_process:
-        for other in set(folder.iterdir()) - {path, checkpoint_path(folder, state.kept_step)}:
-            shutil.rmtree(other)
+        remove_checkpoints(folder, kept=(path, checkpoint_path(folder, state.kept_step)))
     accelerator.wait_for_everyone()
+
+
+def remove_checkpoints(folder: Path, kept: Collection[Path] = ()) -> None:
+    """Delete the checkpoints in a folder, finished or not, but those to be kept. Whatever else is there stays.
+
+    Args:
+        folder (`Path`): Where the checkpoints are; need not exist.
+        kept (`Collection[Path]`, *optional*): From [`checkpoint_path`].
+    """
+    for path in {*folder.glob(_NAME), *folder.glob(f".{_NAME}.part")}.difference(kept):
+        shutil.rmtree(path)

@@ -34,6 +34,12 @@ def freeze_stem(model: PreTrainedModel) -> None:
                 parameter.requires_grad_(False)
 
 
+def checkpoint_activations(model: PreTrainedModel) -> None:
+    """Compute the layers' activations again in the backward pass instead of keeping them: less memory, more time."""
+    newer, older = "activation_checkpointing_enable", "gradient_checkpointing_enable"  # since transformers 5.23
+    getattr(model, newer if hasattr(model, newer) else older)()
+
+
 def parameter_groups(model: nn.Module, learning_rate: float, backbone_lr_factor: float) -> list[dict[str, Any]]:
     """Share out the parameters that train: the backbone's, and all others.
 

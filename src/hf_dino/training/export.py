@@ -1,0 +1,67 @@
+"""What a finished run leaves: the model, and all that is known about it."""
+
+import platform
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+import transformers
+from transformers import BaseImageProcessor, PreTrainedModel
+
+from ..evaluation import CocoScores
+from ..model_card import finetuned_card
+from ..visualization import plot_training_curves
+from .checkpoint import TrainingState
+from .files import files_into_folder, write_json
+
+
+def export_run(
+    output: Path,
+    model: PreTrainedModel,
+    processor: BaseImageProcessor,
+    state: TrainingState,
+    measured: Mapping[str, CocoScores],
+    *,
+    dataset: str,
+    command: str,
+    base_model: str | None,
+) -> None:
+    """Write model, image processor, card, `metrics.json` and `curves.png`, all at once.
+
+    Args:
+        output (`Path`): The folder. Files of these names are replaced, others stay.
+        model (`PreTrainedModel`): A `DinoDetrForObjectDetection` with the weights to keep.
+        processor (`BaseImageProcessor`): Its image processor.
+        state (`TrainingState`): Of the finished run.
+        measured (`Mapping[str, CocoScores]`): By the name of the part of the data; the card quotes the last.
+        dataset (`str`): Name of the data, for people.
+        command (`str`): What does the run again.
+        base_model (`str`, *optional*): What training started from; None for random weights.
+    """
+    split = list(measured)[-1]
+    card = finetuned_card(
+        model.config,
+        metrics=measured[split].metrics,
+        dataset=dataset,
+        command=command,
+        base_model=base_model,
+        split=split,
+        size=dict(processor.size),
+    )
+    report = {
+        "best_step": state.kept_step,
+        **{name: {**scores.metrics, "ap_per_category": scores.ap_per_category} for name, scores in measured.items()},
+        "command": command,
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        },
+        "history": state.history,
+    }
+    with files_into_folder(output, last="config.json") as folder:
+        model.save_pretrained(folder)
+        processor.save_pretrained(folder)
+        (folder / "README.md").write_text(card, encoding="utf-8")
+        write_json(folder / "metrics.json", report)
+        plot_training_curves(state.history, folder / "curves.png")

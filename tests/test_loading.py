@@ -1,0 +1,142 @@
+"""What cannot be loaded, or only in part, is one error that names it."""
+
+import json
+import shutil
+
+import pytest
+import torch
+
+from conftest import tiny_config, tiny_model
+from hf_dino import DinoDetrImageProcessor
+from hf_dino.data import InputError
+from hf_dino.loading import load_detector, load_detector_for, new_detector
+from hf_dino.modeling_dino_detr import DinoDetrModel
+
+
+CATEGORIES = {7: "class 0", 3: "class 1", 5: "class 2", 8: "class 3", 2: "class 4"}
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models") / "saved"
+    tiny_model().save_pretrained(folder)
+    DinoDetrImageProcessor().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def copied(saved, tmp_path):
+    return shutil.copytree(saved, tmp_path / "model")
+
+
+def edit(file, **changes):
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+def truncate(file):
+    file.write_bytes(file.read_bytes()[:1000])
+
+
+DAMAGES = {
+    "config of a wrong type": (
+        lambda folder: edit(folder / "config.json", d_model="x"),
+        r"has no usable config\.json \(Field 'd_model' expected int, got str",
+    ),
+    "illegal config": (
+        lambda folder: edit(folder / "config.json", num_queries=0),
+        r"has no usable config\.json \(num_queries must be between 1",
+    ),
+    "truncated config": (lambda folder: truncate(folder / "config.json"), r"has no usable config\.json"),
+    "no config": (lambda folder: (folder / "config.json").unlink(), r".*it has no config\.json"),
+    "another model": (
+        lambda folder: (folder / "config.json").write_text('{"model_type": "detr"}'),
+        "holds a model of type 'detr', not 'dino_detr'",
+    ),
+    "truncated weights": (lambda folder: truncate(folder / "model.safetensors"), "has no usable weights"),
+    "no weights": (lambda folder: (folder / "model.safetensors").unlink(), "has no usable weights .*no file named"),
+    "weights of another size": (
+        lambda folder: edit(folder / "config.json", d_model=64),
+        "its weights are not those of a whole detector, .* are missing or of another shape",
+    ),
+    "no heads": (
+        lambda folder: DinoDetrModel(tiny_config()).save_pretrained(folder),
+        r"its weights are not those of a whole detector, 2 are missing .* such as class_embed\.0\.bias",
+    ),
+    "no processor": (lambda folder: (folder / "preprocessor_config.json").unlink(), "has no usable image processor"),
+    "truncated processor": (
+        lambda folder: (folder / "preprocessor_config.json").write_text("{"),
+        "has no usable image processor",
+    ),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("load", [load_detector, lambda model: load_detector_for(model, {1: "thing"})])
+def test_a_damaged_model_is_one_error(copied, damage, load):
+    change, message = DAMAGES[damage]
+    change(copied)
+    with pytest.raises(InputError, match=rf"model: {message}") as error:
+        load(str(copied))
+    assert len(str(error.value).splitlines()) == 1
+
+
+def test_a_model_with_these_classes_is_kept_whole(saved):
+    before, processor = load_detector(str(saved))
+    assert not before.training
+    assert processor.size["shortest_edge"] == 800
+    after, processor = load_detector_for(str(saved), CATEGORIES, {"height": 32, "width": 64})
+    assert dict(processor.size) == {"height": 32, "width": 64}
+    assert after.config.id2label == before.config.id2label
+    assert all(torch.equal(after.state_dict()[name], value) for name, value in before.state_dict().items())
+
+
+CLASS_TENSORS = {
+    "class_embed.0.weight",
+    "class_embed.0.bias",
+    "model.query_selection.class_embed.weight",
+    "model.query_selection.class_embed.bias",
+    "model.denoising.label_embed.weight",
+}
+
+
+@pytest.mark.parametrize("count", [1, 5], ids=["fewer classes", "as many other classes"])
+def test_other_classes_start_anew_and_all_else_is_kept(saved, count):
+    before = load_detector(str(saved))[0].state_dict()
+    names = {label: f"thing {label}" for label in range(count)}
+    model, _ = load_detector_for(str(saved), names)
+    assert model.config.id2label == names
+    assert model.config.label2id == {name: label for label, name in names.items()}
+    after = model.state_dict()
+    assert {name for name, value in after.items() if not torch.equal(value, before[name])} == CLASS_TENSORS
+    assert all(len(after[name]) == count for name in CLASS_TENSORS)
+    assert after["class_embed.0.bias"].sigmoid().allclose(torch.tensor(0.01)), "as if fresh"
+
+
+def test_a_new_model_has_the_classes_of_the_data(tmp_path, caplog):
+    fields = tiny_config().to_diff_dict()
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps({name: fields[name] for name in ("backbone_config", "d_model", "num_queries")}))
+    model, processor = new_detector(file, CATEGORIES)
+    assert model.config.id2label == dict(enumerate(["class 4", "class 1", "class 2", "class 0", "class 3"]))
+    assert model.config.d_model == 32
+    assert dict(processor.size) == {"shortest_edge": 800, "longest_edge": 1333}
+    assert "training from scratch with frozen batch norms" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "cannot be read as JSON"),
+        ("[]", "must hold an object with fields of DinoDetrConfig, got list"),
+        ('{"num_querys": 5}', "DinoDetrConfig has no field num_querys; it has .*num_queries"),
+        ('{"num_feature_levels": 9}', "is no configuration of a DINO .*num_feature_levels"),
+        ('{"d_model": "x"}', "is no configuration of a DINO .*Field 'd_model' expected int, got str"),
+    ],
+)
+def test_wrong_config_files(tmp_path, content, message):
+    file = tmp_path / "wrong.json"
+    file.write_text(content)
+    with pytest.raises(InputError, match=rf"wrong\.json: {message}"):
+        new_detector(file, CATEGORIES)
+    with pytest.raises(InputError, match=r"gone\.json: cannot be read as JSON"):
+        new_detector(tmp_path / "gone.json", CATEGORIES)
