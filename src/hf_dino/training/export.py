@@ -10,6 +10,7 @@ from transformers import BaseImageProcessor, PreTrainedModel
 
 from ..evaluation import CocoScores
 from ..model_card import finetuned_card
+from ..saving import save_detector
 from ..visualization import plot_training_curves
 from .checkpoint import TrainingState
 from .files import files_into_folder, write_json
@@ -60,8 +61,6 @@ def export_run(
         "history": state.history,
     }
     with files_into_folder(output, last="config.json") as folder:
-        model.save_pretrained(folder)
-        processor.save_pretrained(folder)
-        (folder / "README.md").write_text(card, encoding="utf-8")
+        save_detector(folder, model, processor, card)
         write_json(folder / "metrics.json", report)
         plot_training_curves(state.history, folder / "curves.png")
