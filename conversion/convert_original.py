@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 
 from hf_dino import DinoDetrConfig, DinoDetrForObjectDetection, DinoDetrImageProcessor
 from hf_dino.configuration_dino_detr import UNUSED_LABEL
@@ -74,7 +75,13 @@ def convert(
     weights = "ema_model" if use_ema else "model"
     source = official_state_dict(content, weights)
     settings = official_settings(content)
-    config = config_from_args(settings)
+    try:
+        config = config_from_args(settings)
+    except (TypeError, ValueError, StrictDataclassError) as error:
+        if isinstance(error, ConversionError):
+            raise
+        reason = " ".join(str(error).split())
+        raise ConversionError(f"the file's settings ('args') make no DINO: {reason}") from error
     state_dict = convert_state_dict(source, config)
     model = DinoDetrForObjectDetection.from_pretrained(None, config=config, state_dict=state_dict)
     processor = DinoDetrImageProcessor(size=evaluation_size(settings))
@@ -183,6 +190,8 @@ def official_state_dict(content: Mapping[str, Any], weights: str = "model") -> d
         )
     source: dict[str, torch.Tensor] = {}
     for key, value in content[weights].items():
+        if not isinstance(key, str) or not isinstance(value, torch.Tensor):
+            raise ConversionError(f"the file's {weights!r} holds a {type(value).__name__} as {key!r}, not a tensor")
         stripped = key.removeprefix("module.")
         if stripped in source:
             raise ConversionError(f"the file holds {stripped} twice, with and without 'module.' before it")
@@ -211,6 +220,8 @@ def official_settings(content: Mapping[str, Any]) -> dict[str, Any]:
             f"the file holds no settings ('args'), only {', '.join(sorted(content))}: convert the file that the "
             f"official training wrote, before anything was taken out of it"
         )
+    if not isinstance(args, Mapping | argparse.Namespace):
+        raise ConversionError(f"the file's settings ('args') are a {type(args).__name__}, not a Namespace or a dict")
     return dict(args) if isinstance(args, Mapping) else dict(vars(args))
 
 

@@ -31,7 +31,7 @@ RECIPE = [
     "--augmentation=flip",
     "--batch-size=8",
     "--epochs=1000",
-    "--max-steps=1000",
+    "--max-steps=900",
     "--learning-rate=4e-4",
     "--backbone-lr-factor=1",
     "--lr-drop=0.8",
@@ -78,7 +78,7 @@ def draw_test_picture(data: Path, model: Path, target: Path) -> None:
     test = read_coco(data / "test", data / "test.json")
     fullest = max(test.pictures, key=lambda picture: len(picture.boxes))
     picture = read_image(fullest.path)
-    found = detect(*load_detector(str(model)), picture, threshold=0.4)
+    found = detect(*load_detector(str(model)), picture, threshold=0.3)
     truth = [(*box[:2], *(box[:2] + box[2:])) for box in fullest.boxes]
     names = [test.categories[category_id] for category_id in fullest.category_ids]
     left = draw_detections(picture, [d["box"] for d in found], [d["name"] for d in found], [d["score"] for d in found])
@@ -89,5 +89,5 @@ def draw_test_picture(data: Path, model: Path, target: Path) -> None:
 if __name__ == "__main__":
     try:
         main()
-    except (InputError, FloatingPointError) as error:
+    except (InputError, FloatingPointError, OSError) as error:
         sys.exit(f"error: {error}")

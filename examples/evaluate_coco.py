@@ -18,7 +18,7 @@ from rich.progress import Progress
 from hf_dino.data import InputError, read_coco
 from hf_dino.evaluation import evaluate_model
 from hf_dino.loading import load_detector
-from hf_dino.training import at_least, write_json
+from hf_dino.training import at_least, check_new_files, write_json
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -38,10 +38,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     args = parse_arguments(argv)
     logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[RichHandler(show_path=False)])
-    for path in (args.json, args.detections):
-        if path is not None and path.exists():
-            raise InputError(f"{path}: exists already; give another name or remove it")
-
+    check_new_files(args.json, args.detections)
     data = read_coco(args.images, args.annotations)
     model, processor = load_detector(args.model, backend=args.backend)
     accelerator = Accelerator(cpu=not torch.accelerator.is_available(), mixed_precision=args.mixed_precision)
@@ -71,5 +68,5 @@ def main(argv: list[str] | None = None) -> None:
 if __name__ == "__main__":
     try:
         main()
-    except InputError as error:
+    except (InputError, OSError) as error:
         raise SystemExit(f"error: {error}") from None

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 import transformers
 from accelerate import Accelerator
+from accelerate.tracking import get_available_trackers
 from accelerate.utils import send_to_device, set_seed
 from rich.logging import RichHandler
 
@@ -53,10 +54,12 @@ from hf_dino.training import (
     find_start,
     freeze_stem,
     learning_rate_factor,
+    load_checkpoint,
+    number_between,
     parameter_groups,
     parse_size,
+    prepare_checkpoints,
     read_state,
-    remove_checkpoints,
     save_checkpoint,
     set_learning_rate,
 )
@@ -92,19 +95,22 @@ def parse_arguments(words: list[str]) -> argparse.Namespace:
     parser.add_argument("--gradient-accumulation", type=at_least(1), default=1, help="parts of a process's share")
     parser.add_argument("--gradient-checkpointing", action="store_true", help="less memory, more time")
     parser.add_argument("--mixed-precision", choices=("no", "fp16", "bf16"), help="default: what accelerate is set to")
-    parser.add_argument("--learning-rate", type=float, default=1e-4)
-    parser.add_argument("--backbone-lr-factor", type=float, default=0.1)
-    parser.add_argument("--weight-decay", type=float, default=1e-4)
-    parser.add_argument("--clip", type=float, default=0.1, help="largest norm of the gradient; inf for no limit")
-    parser.add_argument("--lr-drop", type=float, nargs="*", default=[11 / 12], help="epochs, or fractions of the run")
+    parser.add_argument("--learning-rate", type=number_between(0, 1e38), default=1e-4)
+    parser.add_argument("--backbone-lr-factor", type=number_between(0, 1e38), default=0.1)
+    parser.add_argument("--weight-decay", type=number_between(0, 1e38), default=1e-4)
+    clip = number_between(0, without_lowest=True)
+    parser.add_argument("--clip", type=clip, default=0.1, help="largest norm of the gradient; inf for no limit")
+    drop = number_between(0, 1e38)
+    parser.add_argument("--lr-drop", type=drop, nargs="*", default=[11 / 12], help="epochs, or fractions of the run")
     parser.add_argument("--warmup-steps", type=at_least(0), default=0)
-    parser.add_argument("--seed", type=at_least(0), default=0)
+    parser.add_argument("--seed", type=at_least(0, 2**31), default=0)
     parser.add_argument("--num-workers", type=at_least(0), default=2, help="processes that read, for each process")
     parser.add_argument("--eval-batch-size", type=at_least(1), default=8, help="pictures, for each process")
     parser.add_argument("--eval-every", type=at_least(1), default=1, metavar="EPOCHS")
     parser.add_argument("--checkpoint-steps", type=at_least(1), metavar="STEPS", help="of those within an epoch")
     parser.add_argument("--report-every", type=at_least(1), default=20, metavar="STEPS", help="of the history")
-    parser.add_argument("--report-to", help="a tracker that accelerate knows, such as tensorboard")
+    trackers = [str(tracker.value) for tracker in get_available_trackers()]
+    parser.add_argument("--report-to", choices=trackers, help="a tracker of accelerate's that is installed")
     args = parser.parse_args(words)
     if (args.test_images is None) != (args.test_annotations is None):
         parser.error("--test-images and --test-annotations belong together")
@@ -156,10 +162,10 @@ def main(argv: list[str] | None = None) -> None:
     drops = drop_steps(args.lr_drop, total_steps=total_steps, steps_per_epoch=epoch_steps)
     # from here on each process draws its own noise
     set_seed(args.seed, device_specific=True)
+    if accelerator.is_main_process:
+        prepare_checkpoints(checkpoints, resume=args.resume)
     if checkpoint:
-        accelerator.load_state(str(checkpoint))
-    elif accelerator.is_main_process:
-        remove_checkpoints(checkpoints)
+        load_checkpoint(accelerator, checkpoint)
     accelerator.init_trackers("hf_dino")
     monitor = LossMonitor(with_scaler=accelerator.scaler is not None)
 
@@ -226,7 +232,7 @@ def main(argv: list[str] | None = None) -> None:
                     state.best_step, state.best_ap = state.step, ap
             save_checkpoint(accelerator, checkpoints, state)
 
-        accelerator.load_state(str(checkpoint_path(checkpoints, state.kept_step)))
+        load_checkpoint(accelerator, checkpoint_path(checkpoints, state.kept_step))
         measured = {name: evaluate(pictures, name) for name, pictures in data.items()}
 
     if accelerator.is_main_process:
@@ -259,5 +265,5 @@ def coco_files(args: argparse.Namespace) -> dict[str, tuple[Path, Path]]:
 if __name__ == "__main__":
     try:
         main()
-    except (InputError, FloatingPointError) as error:
+    except (InputError, FloatingPointError, OSError) as error:
         raise SystemExit(f"error: {error}") from None

@@ -22,7 +22,7 @@ from transformers import BaseImageProcessor
 from hf_dino import DinoDetrForObjectDetection
 from hf_dino.data import InputError, list_pictures, read_image
 from hf_dino.loading import load_detector
-from hf_dino.training import write_json
+from hf_dino.training import check_new_files, number_between, write_json
 from hf_dino.visualization import draw_detections
 
 
@@ -32,7 +32,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--model", required=True, help="folder or Hub name of the model")
     parser.add_argument("--output", type=Path, required=True, help="picture file, or folder for several pictures")
     parser.add_argument("--json", type=Path, help="file for the detections: boxes as x0, y0, x1, y1 in pixels")
-    parser.add_argument("--threshold", type=float, default=0.3, help="lowest score that is drawn (default: 0.3)")
+    score = number_between(0, 1)
+    parser.add_argument("--threshold", type=score, default=0.3, help="lowest score that is drawn (default: 0.3)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     return parser.parse_args(argv)
 
@@ -41,19 +42,18 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_arguments(argv)
     logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[RichHandler(show_path=False)])
     outputs = plan_outputs(args.pictures, args.output)
-    for path in [*outputs.values(), *([args.json] if args.json else [])]:
-        if path.exists():
-            raise InputError(f"{path}: exists already; give another name or remove it")
-
+    check_new_files(*outputs.values(), args.json)
     model, processor = load_detector(args.model)
-    model.to(args.device)
+    try:
+        model.to(args.device)
+    except (RuntimeError, AssertionError) as error:  # torch has no error of its own for this
+        raise InputError(f"--device {args.device}: cannot be used ({str(error).partition(chr(10))[0]})") from error
     found = {}
     for source, target in track(outputs.items(), "detecting", disable=len(outputs) == 1):
         picture = read_image(source)
         detections = detect(model, processor, picture, args.threshold)
         found[str(source)] = detections
         names, scores = [d["name"] for d in detections], [d["score"] for d in detections]
-        target.parent.mkdir(parents=True, exist_ok=True)
         save_picture(draw_detections(picture, [d["box"] for d in detections], names, scores), target)
         counts = ", ".join(f"{count} {name}" for name, count in Counter(names).most_common())
         print(f"{source}: {counts or 'nothing'} -> {target}")
@@ -81,7 +81,7 @@ def plan_outputs(pictures: list[Path], output: Path) -> dict[Path, Path]:
     """Where the drawing of each picture goes."""
     sources = list_pictures(pictures)
     if len(pictures) == 1 and pictures[0].is_file() and not output.is_dir() and output.suffix:
-        if output.suffix.lower() not in Image.registered_extensions():
+        if Image.registered_extensions().get(output.suffix.lower()) not in Image.SAVE:
             raise InputError(f"{output}: pictures of kind {output.suffix!r} cannot be written; use .png or .jpg")
         return {sources[0]: output}
     targets = {source: output / f"{source.stem}.png" for source in sources}
@@ -104,5 +104,5 @@ def save_picture(picture: Image.Image, path: Path) -> None:
 if __name__ == "__main__":
     try:
         main()
-    except InputError as error:
+    except (InputError, OSError) as error:
         raise SystemExit(f"error: {error}") from None

@@ -315,6 +315,24 @@ def test_other_models_are_recognised(content, name):
         convert_original.official_state_dict(content)
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"args": "resnet50"}, "settings .* are a str, not a Namespace or a dict"),
+        ({"model": {"bbox_embed.0": 5}}, "'model' holds a int as 'bbox_embed.0', not a tensor"),
+        ({"args": small_checkpoint(nheads=5)["args"]}, "settings .* make no DINO: d_model must be a multiple"),
+        ({"args": small_checkpoint(hidden_dim=None)["args"]}, "settings .* make no DINO: .*'d_model' expected int"),
+        ({"args": small_checkpoint(dn_number=None)["args"]}, "settings .* make no DINO"),
+    ],
+)
+def test_content_of_another_kind_is_an_error(tmp_path, capsys, change, message):
+    torch.save(small_checkpoint() | change, tmp_path / "odd.pth")
+    arguments = [f"--checkpoint={tmp_path / 'odd.pth'}", f"--output={tmp_path / 'model'}"]
+    assert convert_original.main(arguments) == 1
+    assert re.search(message, capsys.readouterr().err)
+    assert not (tmp_path / "model").exists()
+
+
 def test_checkpoint_without_settings_is_an_error(small):
     del small["args"]
     with pytest.raises(ConversionError, match="no settings"):

@@ -85,7 +85,7 @@ def test_clean_data_logs_nothing(tmp_path, caplog):
         ({"categories": []}, "lists no categories"),
         ({"categories": [{"id": 3}]}, r"an entry of 'categories' lacks one of \['id', 'name'\]"),
         ({"categories": [{"id": 3, "name": "a"}, {"id": 3, "name": "b"}]}, "ids of 'categories' must be different"),
-        ({"categories": [{"id": "3", "name": "a"}]}, "must be different integers; got '3'"),
+        ({"categories": [{"id": "3", "name": "a"}]}, "must be different integers of 64 bits; got '3'"),
         ({"categories": [{"id": 3, "name": "a"}, {"id": 4, "name": "a"}]}, "several categories are named 'a'"),
         ({"categories": [{"id": 4, "name": "a"}]}, "annotations name category_id 3, which 'categories' does not list"),
     ],
@@ -93,6 +93,24 @@ def test_clean_data_logs_nothing(tmp_path, caplog):
 def test_not_coco(tmp_path, change, message):
     with pytest.raises(InputError, match=message):
         read(tmp_path, [annotation(1, 3, [0, 0, 5, 5])], replaced=change)
+
+
+@pytest.mark.parametrize(
+    "change", [{"file_name": None}, {"height": "abc"}, {"height": float("nan")}, {"width": [5]}, {"width": -60}]
+)
+def test_a_picture_of_no_size_or_name(tmp_path, change):
+    picture = {"id": 1, "file_name": "1.png", "height": 40, "width": 60} | change
+    with pytest.raises(InputError, match="file_name must be text, its height and width whole positive numbers"):
+        read(tmp_path, [], replaced={"images": [picture]})
+
+
+def test_odd_but_readable_values(tmp_path):
+    objects = [annotation(1, 3, [0, 0, 5, 5], iscrowd=crowd) for crowd in (0, 1, "0", "1", None, True)]
+    pictures, file = write_coco(tmp_path, objects)
+    file.write_text(file.read_text(), encoding="utf-8-sig")
+    assert read_coco(pictures, file).pictures[0].iscrowd.tolist() == [0, 1, 0, 1, 0, 1]
+    with pytest.raises(InputError, match=r"annotations name image_id \[1\], which 'images' does not list"):
+        read(tmp_path, [annotation([1], 3, [0, 0, 5, 5])])
 
 
 def test_annotation_of_an_unknown_picture(tmp_path):

@@ -179,6 +179,29 @@ def test_bad_input_leaves_the_old_run_alone(finished, examples, arguments, shape
     assert sorted(path.name for path in run.rglob("*")) == before
 
 
+def test_overwrite_replaces_runs_only(examples, arguments, shapes):
+    before = sorted(shapes.rglob("*"))
+    with pytest.raises(InputError, match="holds no run or model that --overwrite could replace"):
+        examples["finetune_coco"].main([*arguments, f"--output={shapes}", "--overwrite"])
+    assert sorted(shapes.rglob("*")) == before
+
+
+def test_an_output_that_cannot_be_written_is_heard_of_before_training(examples, arguments, tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(examples["finetune_coco"], "training_loader", None)
+    with pytest.raises(OSError, match="file"):
+        examples["finetune_coco"].main([*arguments, f"--output={tmp_path / 'file' / 'run'}"])
+
+
+@pytest.mark.parametrize("name", ["training_state.json", "model.safetensors", "optimizer.bin"])
+def test_a_damaged_checkpoint_is_one_error(finished, examples, arguments, tmp_path, name):
+    run = shutil.copytree(finished, tmp_path / "run")
+    for path in run.glob(f"checkpoints/*/{name}"):
+        path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(InputError, match=r"step_00000006: is damaged or incomplete \(.*\); restore it"):
+        examples["finetune_coco"].main([*arguments, f"--output={run}", "--resume"])
+
+
 def test_a_loss_that_is_not_finite_stops_the_run(examples, arguments, tmp_path):
     broken = [*arguments, f"--output={tmp_path / 'run'}", "--learning-rate=1e30", "--clip=inf"]
     with pytest.raises(FloatingPointError, match=r"the loss is .* at step \d .*image_id \[\d+, \d+\]"):
@@ -234,6 +257,11 @@ def test_categories_that_the_model_lacks_are_heard_of_at_once(examples, argument
         (["--eval-batch-size=0"], "argument --eval-batch-size: must be at least 1, got 0"),
         (["--num-workers=-1"], "argument --num-workers: must be at least 0, got -1"),
         (["--test-images=a"], "belong together"),
+        (["--learning-rate=nan"], "argument --learning-rate: must be at least 0 and at most 1e+38, got nan"),
+        (["--weight-decay=-1"], "argument --weight-decay: must be at least 0"),
+        (["--clip=0"], "argument --clip: must be more than 0, got 0"),
+        (["--seed=99999999999"], "argument --seed: must be at most"),
+        (["--report-to=foo"], "argument --report-to: invalid choice: 'foo'"),
     ],
 )
 def test_wrong_arguments(examples, capsys, arguments, message):
@@ -289,6 +317,9 @@ def test_predict_draws_one_picture_and_a_folder(finished, examples, shapes, tmp_
         ([str(picture), f"--output={tmp_path / 'drawn.jpg'}"], r"drawn\.jpg: exists already"),
         ([str(picture), f"--output={tmp_path / 'drawn.xyz'}"], r"pictures of kind '\.xyz' cannot be written"),
         ([str(tmp_path / "gone.png"), f"--output={tmp_path / 'a.png'}"], r"gone\.png: there is no such"),
+        ([str(picture), f"--output={tmp_path / 'a.psd'}"], r"pictures of kind '\.psd' cannot be written"),
+        ([str(picture), f"--output={tmp_path / 'a.png'}", f"--json={tmp_path / 'a.png'}"], "is given for two outputs"),
+        ([str(picture), f"--output={tmp_path / 'a.png'}", "--device=quantum"], "--device quantum: cannot be used"),
         ([str(shapes / "train"), str(picture), f"--output={tmp_path / 'b'}"], "several pictures would be drawn into"),
     ):
         with pytest.raises(InputError, match=message):

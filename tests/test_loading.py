@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 import torch
+from transformers import DetrImageProcessor
 
 from conftest import tiny_config, tiny_model
 from hf_dino import DinoDetrImageProcessor
@@ -66,6 +67,18 @@ DAMAGES = {
     "truncated processor": (
         lambda folder: (folder / "preprocessor_config.json").write_text("{"),
         "has no usable image processor",
+    ),
+    "processor of another model": (
+        lambda folder: DetrImageProcessor().save_pretrained(folder),
+        "has no usable image processor.*it is a DetrImageProcessor, not a DinoDetrImageProcessor",
+    ),
+    "impossible size": (
+        lambda folder: edit(folder / "preprocessor_config.json", size={"shortest_edge": -5, "longest_edge": 0}),
+        "has no usable image processor.*size must be a positive shortest_edge and longest_edge",
+    ),
+    "backbone that is none": (
+        lambda folder: edit(folder / "config.json", backbone_config={"model_type": "bert"}),
+        "has no usable config.json .*backbone_config is one of 'bert', which is no backbone",
     ),
 }
 

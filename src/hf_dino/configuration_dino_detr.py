@@ -251,7 +251,9 @@ def resolve_backbone_config(backbone_config: Any, num_feature_levels: int) -> Pr
                 f"backbone_config must have a 'model_type' that transformers knows (such as 'resnet', 'swin', "
                 f"'convnext', 'timm_backbone'), got {model_type!r}"
             )
-        return CONFIG_MAPPING[model_type].from_dict(backbone_config)
+        backbone_config = CONFIG_MAPPING[model_type].from_dict(backbone_config)
+    if not hasattr(backbone_config, "out_indices"):
+        raise ValueError(f"backbone_config is one of {backbone_config.model_type!r}, which is no backbone")
     return backbone_config
 
 

@@ -123,7 +123,8 @@ class DinoDetrProcessing:
             image = to_rgb(image)
         elif isinstance(image, np.ndarray) and image.dtype == np.uint16:
             image = _to_8_bits(image)
-        return super().process_image(image, *args, **kwargs)
+        channels = super().process_image(image, *args, **kwargs)
+        return channels[[0, 0, 0]] if len(channels) == 1 else channels  # older transformers leave grey arrays grey
 
     def resize(self, image: Any, size: SizeDict, *args: Any, **kwargs: Any) -> Any:
         if size.shortest_edge and size.longest_edge:

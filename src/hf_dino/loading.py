@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoImageProcessor, BaseImageProcessor
 from .configuration_dino_detr import UNUSED_LABEL, DinoDetrConfig
 from .data.coco import contiguous_id2label
 from .data.errors import InputError
-from .image_processing_dino_detr import DinoDetrImageProcessor
+from .image_processing_dino_detr import DinoDetrImageProcessor, DinoDetrImageProcessorPil
 from .modeling_dino_detr import DinoDetrForObjectDetection
 
 
@@ -77,7 +77,9 @@ def new_detector(config: Path, categories: Mapping[int, str], size: Mapping[str,
     Raises:
         InputError: If the file cannot be read, or names an unknown field or an illegal value.
     """
-    model = DinoDetrForObjectDetection(read_config(config, contiguous_id2label(categories)))
+    fields = read_config(config, contiguous_id2label(categories))
+    with _one_error(config, "is no configuration of a DINO"):
+        model = DinoDetrForObjectDetection(fields)
     if model.config.freeze_batch_norm and any(isinstance(layer, nn.BatchNorm2d) for layer in model.modules()):
         logger.warning("training from scratch with frozen batch norms: set freeze_batch_norm to false")
     return model, DinoDetrImageProcessor(**_given({"size": size}))
@@ -128,7 +130,16 @@ def read_config(path: Path, id2label: dict[int, str]) -> DinoDetrConfig:
 
 def _load_processor(model: str, options: Mapping[str, Any]) -> BaseImageProcessor:
     with _one_error(model, "has no usable image processor, preprocessor_config.json"):
-        return AutoImageProcessor.from_pretrained(model, **_given(options))
+        processor = AutoImageProcessor.from_pretrained(model, **_given(options))
+        if not isinstance(processor, DinoDetrImageProcessor | DinoDetrImageProcessorPil):
+            raise TypeError(f"it is a {type(processor).__name__}, not a {DinoDetrImageProcessor.__name__}")
+        _check_size(dict(processor.size))
+    return processor
+
+
+def _check_size(size: Mapping[str, int]) -> None:
+    if size.keys() not in ({"shortest_edge", "longest_edge"}, {"height", "width"}) or min(size.values()) < 1:
+        raise ValueError(f"size must be a positive shortest_edge and longest_edge, or height and width, not {size}")
 
 
 def _load_weights(
@@ -152,12 +163,24 @@ def _given(options: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in options.items() if value is not None}
 
 
+_ERRORS_OF_LIBRARIES = (
+    OSError,
+    TypeError,
+    ValueError,
+    AttributeError,
+    LookupError,
+    RuntimeError,
+    SafetensorError,
+    StrictDataclassError,
+)
+
+
 @contextmanager
 def _one_error(source: str | Path, problem: str) -> Iterator[None]:
     """Turn the errors of several libraries into one line that names the source."""
     try:
         yield
-    except (OSError, TypeError, ValueError, SafetensorError, StrictDataclassError) as error:
+    except _ERRORS_OF_LIBRARIES as error:
         # a strict dataclass names the field and leaves the reason to the next line
         reason = str(error.__cause__ if isinstance(error, StrictDataclassError) else error).strip()
         first_line = reason.partition("\n")[0]

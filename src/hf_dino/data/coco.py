@@ -234,10 +234,10 @@ class CocoDetection(Dataset[dict[str, Any]]):
 
 def _read_json(source: Path) -> dict:
     try:
-        content = json.loads(source.read_text(encoding="utf-8"))
+        content = json.loads(source.read_text(encoding="utf-8-sig"))  # Windows likes to write a byte order mark
     except FileNotFoundError:
         raise InputError(f"{source}: there is no such annotation file") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{source}: is not valid JSON ({error}); the file may be truncated") from None
     except OSError as error:
         raise InputError(f"{source}: cannot be read ({error.strerror})") from None
@@ -245,6 +245,8 @@ def _read_json(source: Path) -> dict:
     return content
 
 
+_LARGEST_ID = 2**63 - 1
+_CROWD = (1, "1")  # True is 1; some tools write numbers as text
 _REQUIRED_FIELDS = {
     "images": {"id", "file_name"},
     "categories": {"id", "name"},
@@ -263,18 +265,26 @@ def _check_structure(content: Any, source: Path) -> None:
         for entry in content[part]:
             if not isinstance(entry, dict) or not fields <= entry.keys():
                 raise InputError(f"{source}: an entry of {part!r} lacks one of {sorted(fields)}: {str(entry)[:200]}")
+    for entry in content["images"]:
+        sides = [entry[side] for side in ("height", "width") if entry.get(side)]
+        if not isinstance(entry["file_name"], str) or not all(_is_count(side) for side in sides):
+            raise InputError(
+                f"{source}: a picture's file_name must be text, its height and width whole positive numbers: "
+                f"{str(entry)[:200]}"
+            )
     for part in ("images", "categories"):
         ids = [entry["id"] for entry in content[part]]
         if not ids:
             raise InputError(f"{source}: lists no {part}")
         wrong = [i for i, count in Counter(map(repr, ids)).items() if count > 1] or [
-            repr(i) for i in ids if type(i) is not int
+            repr(i) for i in ids if type(i) is not int or abs(i) > _LARGEST_ID
         ]
         if wrong:
-            raise InputError(f"{source}: ids of {part!r} must be different integers; got {_few(wrong)}")
+            raise InputError(f"{source}: ids of {part!r} must be different integers of 64 bits; got {_few(wrong)}")
     for field, part in (("image_id", "images"), ("category_id", "categories")):
         known = {entry["id"] for entry in content[part]}
-        wrong = sorted({repr(entry[field]) for entry in content["annotations"] if entry[field] not in known})
+        named = [entry[field] for entry in content["annotations"]]
+        wrong = sorted({repr(i) for i in named if not isinstance(i, int | float) or i not in known})
         if wrong:
             raise InputError(f"{source}: annotations name {field} {_few(wrong)}, which {part!r} does not list")
 
@@ -324,16 +334,24 @@ def _picture(entry: dict, objects: list[dict], folder: Path, remarks: Counter[st
         boxes=boxes[kept],
         category_ids=np.array([objects[i]["category_id"] for i in kept], dtype=np.int64),
         areas=np.array(areas, dtype=np.float64),
-        iscrowd=np.array([int(bool(objects[i].get("iscrowd", 0))) for i in kept], dtype=np.int64),
+        iscrowd=np.array([int(objects[i].get("iscrowd") in _CROWD) for i in kept], dtype=np.int64),
     )
 
 
 def _annotated_size(entry: dict, path: Path) -> tuple[int, int]:
     """`(height, width)` from the annotation file, or from the picture where the file does not say."""
     if entry.get("height") and entry.get("width"):
-        return int(entry["height"]), int(entry["width"])
+        return int(float(entry["height"])), int(float(entry["width"]))
     image: Image.Image = read_image(path)
     return image.height, image.width
+
+
+def _is_count(value: Any) -> bool:
+    """Whether something is, or spells, a whole positive number."""
+    try:
+        return float(value) >= 1 and float(value).is_integer()
+    except (TypeError, ValueError):
+        return False
 
 
 def _numbers(box: Any) -> list[float]:

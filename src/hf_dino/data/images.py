@@ -61,11 +61,15 @@ def list_pictures(paths: list[Path]) -> list[Path]:
     for path in paths:
         if not path.exists():
             raise InputError(f"{path}: there is no such file or folder")
-        found = [path] if path.is_file() else sorted(p for p in path.iterdir() if p.suffix.lower() in PICTURE_SUFFIXES)
+        found = [path] if path.is_file() else sorted(entry for entry in path.iterdir() if _is_picture(entry))
         if not found:
             raise InputError(f"{path}: the folder holds no pictures ({', '.join(sorted(PICTURE_SUFFIXES))})")
         files.extend(found)
     return files
+
+
+def _is_picture(path: Path) -> bool:
+    return path.suffix.lower() in PICTURE_SUFFIXES and path.is_file()
 
 
 def _upright(image: Image.Image, annotated_size: tuple[int, int] | None, path: Path) -> Image.Image:

@@ -1,22 +1,50 @@
 """Arguments of the command lines that need more than a type."""
 
 import argparse
+import math
 from collections.abc import Callable, Sequence
 
 from ..data.errors import InputError
 from ..image_processing_dino_detr import LONGEST_EDGE, SHORTEST_EDGE
 
 
-def at_least(lowest: int) -> Callable[[str], int]:
-    """Make the `type` of an argument that is a whole number, `lowest` or more."""
+def at_least(lowest: int, highest: float = math.inf) -> Callable[[str], int]:
+    """Make the `type` of an argument that is a whole number, `lowest` or more, and `highest` or less."""
 
     def whole_number(text: str) -> int:
         number = int(text)
         if number < lowest:
             raise argparse.ArgumentTypeError(f"must be at least {lowest}, got {number}")
+        if number > highest:
+            raise argparse.ArgumentTypeError(f"must be at most {highest}, got {number}")
         return number
 
     return whole_number
+
+
+def number_between(
+    lowest: float, highest: float = math.inf, *, without_lowest: bool = False
+) -> Callable[[str], float]:
+    """Make the `type` of an argument that is a number from `lowest`, or just above it, to `highest`.
+
+    Example:
+
+    ```python
+    >>> number_between(0, 1)("0.5")
+    0.5
+
+    ```
+    """
+
+    def number(text: str) -> float:
+        value = float(text)
+        if not lowest <= value <= highest or (without_lowest and value == lowest):
+            least = f"more than {lowest}" if without_lowest else f"at least {lowest}"
+            most = "" if math.isinf(highest) else f" and at most {highest}"
+            raise argparse.ArgumentTypeError(f"must be {least}{most}, got {text}")
+        return value
+
+    return number
 
 
 def parse_size(words: Sequence[str]) -> dict[str, int]:

@@ -1,17 +1,23 @@
 """Checkpoints of a run: everything that the next step depends on, in one folder per checkpoint."""
 
 import json
+import logging
+import pickle
 import shutil
+import tempfile
 from collections.abc import Collection
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
+from safetensors import SafetensorError
 
 from ..data.errors import InputError
 from .files import write_json
 
+
+logger = logging.getLogger(__name__)
 
 _STATE_FILE = "training_state.json"
 _NAME = "step_" + 8 * "[0-9]"  # as a pattern of `glob`
@@ -73,7 +79,51 @@ def find_start(output: Path, checkpoints: Path, *, resume: bool, overwrite: bool
         return checkpoint
     if output.exists() and (output.is_file() or any(output.iterdir())) and not overwrite:
         raise InputError(f"{output}: is not empty; give another folder, or --resume or --overwrite its run")
+    if output.is_file() or (output.is_dir() and any(output.iterdir()) and not _holds_a_run(output, checkpoints)):
+        raise InputError(f"{output}: holds no run or model that --overwrite could replace; give another folder")
     return None
+
+
+def _holds_a_run(output: Path, checkpoints: Path) -> bool:
+    return checkpoints.is_dir() or (output / "config.json").is_file()
+
+
+def prepare_checkpoints(folder: Path, *, resume: bool) -> None:
+    """See that checkpoints can be written, before there is a first one to lose, and delete those of an older run.
+
+    Args:
+        folder (`Path`): Where the checkpoints will be; made if it does not exist.
+        resume (`bool`): Whether those in it are this run's.
+
+    Raises:
+        OSError: If the folder cannot be made or written to.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=folder):
+        pass
+    if not resume:
+        remove_checkpoints(folder)
+
+
+def load_checkpoint(accelerator: Accelerator, checkpoint: Path) -> None:
+    """Give model, optimizer and random numbers the state that they had.
+
+    Args:
+        accelerator (`Accelerator`): Holds model and optimizer.
+        checkpoint (`Path`): From [`latest_checkpoint`].
+
+    Raises:
+        InputError: If a file of it is missing or damaged.
+    """
+    try:
+        accelerator.load_state(str(checkpoint))
+    except (OSError, EOFError, ValueError, RuntimeError, SafetensorError, pickle.UnpicklingError) as error:
+        raise InputError(_damaged(checkpoint, error)) from error
+
+
+def _damaged(checkpoint: Path, error: Exception) -> str:
+    reason = str(error).partition("\n")[0] or type(error).__name__
+    return f"{checkpoint}: is damaged or incomplete ({reason}); restore it, or remove it to go on from an earlier one"
 
 
 def read_state(checkpoint: Path, settings: dict[str, Any]) -> TrainingState:
@@ -84,9 +134,12 @@ def read_state(checkpoint: Path, settings: dict[str, Any]) -> TrainingState:
         settings (`dict`): What the run that goes on was started with.
 
     Raises:
-        InputError: If a setting is not the checkpoint's.
+        InputError: If a setting is not the checkpoint's, or the file that holds them is missing or damaged.
     """
-    state = TrainingState(**json.loads((checkpoint / _STATE_FILE).read_text(encoding="utf-8")))
+    try:
+        state = TrainingState(**json.loads((checkpoint / _STATE_FILE).read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise InputError(_damaged(checkpoint, error)) from error
     now = json.loads(json.dumps(settings))  # as it comes back from the file: tuples are lists
     changed = [
         f"{name}: {state.settings.get(name)!r} before, {now.get(name)!r} now"
@@ -98,6 +151,10 @@ def read_state(checkpoint: Path, settings: dict[str, Any]) -> TrainingState:
             f"{checkpoint}: a run can only be resumed with the settings that it began with ({'; '.join(changed)}); "
             "use those, or start another run in another folder"
         )
+    best = checkpoint_path(checkpoint.parent, state.kept_step)
+    if not best.is_dir():
+        logger.warning("%s, the best checkpoint so far, is gone: the best from here on will be the result", best)
+        state.best_step, state.best_ap = None, -1.0
     return state
 
 

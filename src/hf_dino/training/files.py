@@ -7,6 +7,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from ..data.errors import InputError
+
 
 @contextmanager
 def files_into_folder(folder: Path, last: str) -> Iterator[Path]:
@@ -26,6 +28,25 @@ def files_into_folder(folder: Path, last: str) -> Iterator[Path]:
             path.replace(folder / path.name)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def check_new_files(*paths: Path | None) -> None:
+    """See, before the work is done, that it can be written: to files that are new, differ, and have a folder.
+
+    Args:
+        paths (`Path`, *optional*): The files; None for those that are not wanted. Their folders are made.
+
+    Raises:
+        InputError: If one exists, or is given twice.
+    """
+    given = [path for path in paths if path is not None]
+    for path in given:
+        if path.exists():
+            raise InputError(f"{path}: exists already; give another name or remove it")
+        if given.count(path) > 1:
+            raise InputError(f"{path}: is given for two outputs; give each its own name")
+    for folder in {path.parent for path in given}:
+        folder.mkdir(parents=True, exist_ok=True)
 
 
 def write_json(path: Path, content: Any) -> None:
