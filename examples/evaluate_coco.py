@@ -28,7 +28,9 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--annotations", type=Path, required=True, help="COCO annotation file")
     parser.add_argument("--json", type=Path, help="file for the numbers; must not exist yet")
     parser.add_argument("--detections", type=Path, help="file for the detections, as COCO results; must not exist yet")
-    parser.add_argument("--backend", choices=("torchvision", "pil"), help="of resizing; pil is the original's")
+    parser.add_argument(
+        "--backend", choices=("torchvision", "pil"), help="what resizes; pil does exactly as the original"
+    )
     parser.add_argument("--batch-size", type=at_least(1), default=8, help="pictures of one size, for each process")
     parser.add_argument("--num-workers", type=at_least(0), default=2, help="processes that read, for each process")
     parser.add_argument("--mixed-precision", choices=("no", "fp16", "bf16"), help="default: what accelerate is set to")

@@ -1,4 +1,4 @@
-"""Fine-tune DINO on a data set in COCO's format, or train it from scratch, and leave a model that anyone can load.
+r"""Fine-tune DINO on a data set in COCO's format, or train it from scratch, and leave a model that anyone can load.
 
     accelerate launch examples/finetune_coco.py --model dino-4scale-r50 --output runs/mine \
         --train-images data/train --train-annotations data/train.json \
@@ -43,6 +43,7 @@ from hf_dino.data import (
 from hf_dino.evaluation import CocoScores, evaluate_model
 from hf_dino.loading import load_detector_for, new_detector
 from hf_dino.training import (
+    HelpFormatter,
     LossMonitor,
     TrainingProgress,
     TrainingState,
@@ -74,9 +75,7 @@ NOT_SETTINGS = {
 
 
 def parse_arguments(words: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter, allow_abbrev=False)
     start = parser.add_mutually_exclusive_group(required=True)
     start.add_argument("--model", help="folder or Hub name of the DINO model to fine-tune")
     start.add_argument("--config", type=Path, help="JSON file with fields of DinoDetrConfig, to train from scratch")
@@ -87,28 +86,38 @@ def parse_arguments(words: list[str]) -> argparse.Namespace:
     parser.add_argument("--output", type=Path, required=True, help="folder for the model; must be new or empty")
     parser.add_argument("--resume", action="store_true", help="go on with the run in --output")
     parser.add_argument("--overwrite", action="store_true", help="replace the model and checkpoints in --output")
-    parser.add_argument("--image-size", nargs="+", metavar="PIXELS", help="SHORTEST [LONGEST] edge, or HEIGHTxWIDTH")
-    parser.add_argument("--augmentation", choices=AUGMENTATIONS, default="dino")
-    parser.add_argument("--epochs", type=at_least(1), default=12)
+    size = "SHORTEST [LONGEST] edge, or HEIGHTxWIDTH (default: the model's, 800 1333 for a new one)"
+    parser.add_argument("--image-size", nargs="+", metavar="PIXELS", help=size)
+    parser.add_argument(
+        "--augmentation", choices=AUGMENTATIONS, default="dino", help="dino: the original's flip, resize and crop"
+    )
+    parser.add_argument("--epochs", type=at_least(1), default=12, help="passes over the training pictures")
     parser.add_argument("--max-steps", type=at_least(1), help="ends the run earlier, even within an epoch")
     parser.add_argument("--batch-size", type=at_least(1), default=16, help="pictures per step, over all processes")
-    parser.add_argument("--gradient-accumulation", type=at_least(1), default=1, help="parts of a process's share")
+    parts = "batches that each process's pictures of a step are split into, to save memory"
+    parser.add_argument("--gradient-accumulation", type=at_least(1), default=1, help=parts)
     parser.add_argument("--gradient-checkpointing", action="store_true", help="less memory, more time")
     parser.add_argument("--mixed-precision", choices=("no", "fp16", "bf16"), help="default: what accelerate is set to")
-    parser.add_argument("--learning-rate", type=number_between(0, 1e38), default=1e-4)
-    parser.add_argument("--backbone-lr-factor", type=number_between(0, 1e38), default=0.1)
-    parser.add_argument("--weight-decay", type=number_between(0, 1e38), default=1e-4)
+    parser.add_argument("--learning-rate", type=number_between(0, 1e38), default=1e-4, help="but the backbone's")
+    parser.add_argument("--backbone-lr-factor", type=number_between(0, 1e38), default=0.1, help="of that")
+    parser.add_argument("--weight-decay", type=number_between(0, 1e38), default=1e-4, help="AdamW's")
     clip = number_between(0, without_lowest=True)
     parser.add_argument("--clip", type=clip, default=0.1, help="largest norm of the gradient; inf for no limit")
     drop = number_between(0, 1e38)
-    parser.add_argument("--lr-drop", type=drop, nargs="*", default=[11 / 12], help="epochs, or fractions of the run")
-    parser.add_argument("--warmup-steps", type=at_least(0), default=0)
-    parser.add_argument("--seed", type=at_least(0, 2**31), default=0)
+    parser.add_argument(
+        "--lr-drop", type=drop, nargs="*", default=[11 / 12], help="epochs, or below 1 fractions of the run"
+    )
+    parser.add_argument("--warmup-steps", type=at_least(0), default=0, help="in which the learning rate rises")
+    parser.add_argument("--seed", type=at_least(0, 2**31), default=0, help="of weights, order and augmentation")
     parser.add_argument("--num-workers", type=at_least(0), default=2, help="processes that read, for each process")
     parser.add_argument("--eval-batch-size", type=at_least(1), default=8, help="pictures, for each process")
-    parser.add_argument("--eval-every", type=at_least(1), default=1, metavar="EPOCHS")
-    parser.add_argument("--checkpoint-steps", type=at_least(1), metavar="STEPS", help="of those within an epoch")
-    parser.add_argument("--report-every", type=at_least(1), default=20, metavar="STEPS", help="of the history")
+    parser.add_argument("--eval-every", type=at_least(1), default=1, metavar="EPOCHS", help="between evaluations")
+    parser.add_argument(
+        "--checkpoint-steps", type=at_least(1), metavar="STEPS", help="between checkpoints within an epoch"
+    )
+    parser.add_argument(
+        "--report-every", type=at_least(1), default=20, metavar="STEPS", help="between rows of the history"
+    )
     trackers = [str(tracker.value) for tracker in get_available_trackers()]
     parser.add_argument("--report-to", choices=trackers, help="a tracker of accelerate's that is installed")
     args = parser.parse_args(words)

@@ -33,8 +33,9 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--output", type=Path, required=True, help="picture file, or folder for several pictures")
     parser.add_argument("--json", type=Path, help="file for the detections: boxes as x0, y0, x1, y1 in pixels")
     score = number_between(0, 1)
-    parser.add_argument("--threshold", type=score, default=0.3, help="lowest score that is drawn (default: 0.3)")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--threshold", type=score, default=0.3, help="lowest score that counts (default: 0.3)")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", default=device, help="such as cpu, cuda, cuda:1 or mps (default: %(default)s)")
     return parser.parse_args(argv)
 
 

@@ -1,6 +1,6 @@
 """Around the training loop: settings, checkpoints that a run can go on from, progress, and what it leaves."""
 
-from .arguments import at_least, number_between, parse_size
+from .arguments import HelpFormatter, at_least, number_between, parse_size
 from .checkpoint import (
     TrainingState,
     checkpoint_path,
@@ -27,6 +27,7 @@ from .progress import TrainingProgress
 
 
 __all__ = [
+    "HelpFormatter",
     "LossMonitor",
     "TrainingProgress",
     "TrainingState",

@@ -8,6 +8,14 @@ from ..data.errors import InputError
 from ..image_processing_dino_detr import LONGEST_EDGE, SHORTEST_EDGE
 
 
+class HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """Leaves the description as it is written, and says every default that is a number or a word."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        says_nothing: tuple[object, ...] = (None, False, [], argparse.SUPPRESS)
+        return action.help if not action.help or action.default in says_nothing else f"{action.help} (%(default)s)"
+
+
 def at_least(lowest: int, highest: float = math.inf) -> Callable[[str], int]:
     """Make the `type` of an argument that is a whole number, `lowest` or more, and `highest` or less."""
 
