@@ -50,6 +50,7 @@ def main() -> None:
     shift, change = torch.cat(shifts), torch.cat(score_changes)
     command = f"python benchmarks/padding.py --model {args.model} --images {args.images} --padding {args.padding}"
     content = {
+        "pixels": args.padding,
         "detections": len(shift) + lost,
         "without_a_partner": lost,
         "corner_shift_pixels_of_the_resized_picture": {
