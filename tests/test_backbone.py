@@ -4,18 +4,11 @@ import pytest
 import torch
 from torch import nn
 
-from conftest import TINY_RESNET, tiny_config
+from conftest import TINY_RESNET, TINY_SWIN, tiny_config
 from hf_dino.backbone_dino_detr import DinoDetrBackbone
 
 
-TINY_SWIN = {
-    "model_type": "swin",
-    "embed_dim": 8,
-    "depths": [1, 1, 1, 1],
-    "num_heads": [1, 2, 2, 2],
-    "window_size": 3,
-    "out_indices": [2, 3, 4],
-}
+SWIN = TINY_SWIN | {"out_features": ["stage2", "stage3", "stage4"]}
 TINY_CONVNEXT = {
     "model_type": "convnext",
     "depths": [1, 1, 1, 1],
@@ -49,7 +42,7 @@ def padded_batch(*sizes: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
     ("backbone_config", "num_feature_levels", "strides"),
     [
         (TINY_RESNET, 3, [16, 32, 64]),
-        (TINY_SWIN, 4, [8, 16, 32, 64]),
+        (SWIN, 4, [8, 16, 32, 64]),
         (TINY_CONVNEXT, 3, [16, 32, 64]),
         ("resnet18", 4, [8, 16, 32, 64]),
         ("convnext_atto", 3, [8, 16, 32]),
@@ -174,7 +167,7 @@ def test_a_picture_that_is_all_padding_gives_numbers():
 
 def test_swin_leaves_no_parameter_without_a_gradient():
     """Swin in transformers computes a norm that nobody reads; DistributedDataParallel would wait for its gradient."""
-    backbone = make_backbone(backbone_config=TINY_SWIN, num_feature_levels=4).train()
+    backbone = make_backbone(backbone_config=SWIN, num_feature_levels=4).train()
     levels = backbone(*padded_batch((128, 128)))
     (levels.features.sum() + levels.position_embeddings.sum()).backward()
     without = [name for name, weight in backbone.named_parameters() if weight.requires_grad and weight.grad is None]

@@ -7,20 +7,18 @@ import os
 import pickle
 import re
 import signal
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import AutoImageProcessor, AutoModelForObjectDetection
 
+import convert_original
+import key_tables
+from convert_original import ConversionError, config_from_args, convert_state_dict
+
 
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "conversion"))
-
-import convert_original  # noqa: E402
-import key_tables  # noqa: E402
-from convert_original import ConversionError, config_from_args, convert_state_dict  # noqa: E402
 
 
 FIXTURES = Path(__file__).parent / "fixtures"
