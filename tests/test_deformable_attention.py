@@ -78,6 +78,17 @@ def test_points_outside_read_zero():
     assert multi_scale_deformable_attention(value, shapes, locations + 5, weights).abs().max() == 0
 
 
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf"), 1e30])
+def test_points_that_are_no_number_read_zero(bad):
+    value, shapes, locations, weights = random_inputs()
+    locations[..., 0, :] = bad
+    weights.requires_grad_()
+    output = multi_scale_deformable_attention(value, shapes, locations, weights)
+    assert output.isfinite().all()
+    output.sum().backward()
+    assert weights.grad[..., 0].abs().max() == 0
+
+
 def test_inputs_need_not_be_contiguous():
     value, shapes, locations, weights = random_inputs()
     strided = value.transpose(1, 2).contiguous().transpose(1, 2)
@@ -108,7 +119,7 @@ def test_the_stateless_layer_takes_the_seven_arguments_of_the_hub_kernel():
     layer = MultiScaleDeformableAttention()
     assert not list(layer.parameters())
     output = layer(value, torch.tensor(shapes), shapes, torch.tensor([0, 12]), locations, weights, 64)
-    assert torch.equal(output, multi_scale_deformable_attention(value, shapes, locations, weights))
+    torch.testing.assert_close(output, multi_scale_deformable_attention(value, shapes, locations, weights))
 
 
 def test_locations_around_points_are_in_cells_and_around_boxes_in_half_sides():

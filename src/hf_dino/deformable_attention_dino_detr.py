@@ -3,12 +3,23 @@
 Paper: Deformable DETR, https://arxiv.org/abs/2010.04159, equation 3.
 """
 
+from collections.abc import Callable
+from types import ModuleType
+
 import torch
 from torch import nn
 
 from .backbone_dino_detr import DinoDetrFeatureLevels
 from .boxes_dino_detr import at_least_float32
 from .initialization_dino_detr import init_as
+
+
+try:
+    from hf_dino.kernels import operators as _find_operators
+except ImportError:  # a model folder brings this file, but no kernel
+
+    def _find_operators(device: str | torch.device) -> ModuleType | None:
+        return None
 
 
 def multi_scale_deformable_attention(
@@ -33,7 +44,7 @@ def multi_scale_deformable_attention(
         sampling_locations (`torch.Tensor` of shape `(batch_size, num_queries, num_heads, num_levels, num_points, 2)`):
             `(x, y)` as fractions of the padded map: `(0, 0)` is its top-left corner and `(1, 1)` its bottom-right
             corner, so the centre of cell `(row, column)` is `((column + 0.5) / width, (row + 0.5) / height)`.
-            Points outside read zero.
+            Points outside, or that are no number, read zero.
         attention_weights (`torch.Tensor` of shape `(batch_size, num_queries, num_heads, num_levels, num_points)`):
             Non-negative, summing to 1 over the last two axes.
 
@@ -64,8 +75,9 @@ def multi_scale_deformable_attention(
     # In 16 bits, grid_sample on the CPU overflows its offsets and reads garbage, and locations are off by a cell.
     wide = torch.promote_types(value.dtype, torch.float32)
     maps = value.to(wide).permute(0, 2, 3, 1).flatten(0, 1)  # (batch * heads, head_dim, sequence)
-    # grid_sample wants the corners at -1 and 1, and heads folded into the batch
-    grids = (2 * sampling_locations.to(wide) - 1).transpose(1, 2).flatten(0, 1)
+    # grid_sample wants the corners at -1 and 1, heads folded into the batch, and numbers: -3 is outside of every map
+    grids = (2 * sampling_locations.to(wide) - 1).nan_to_num(nan=-3, posinf=-3, neginf=-3)
+    grids = grids.transpose(1, 2).flatten(0, 1)  # (batch * heads, queries, levels, points, 2)
     weights = attention_weights.to(wide).transpose(1, 2).flatten(0, 1)  # (batch * heads, queries, levels, points)
 
     output = maps.new_zeros(batch_size * num_heads, head_dim, num_queries)
@@ -76,8 +88,29 @@ def multi_scale_deformable_attention(
     return output.view(batch_size, num_heads * head_dim, num_queries).transpose(1, 2).to(value.dtype)
 
 
+_operators: dict[str, ModuleType | None] = {}
+
+
+def compiled_operators(device: torch.device) -> ModuleType | None:
+    """Return the compiled operators for a device, or `None` where the definition serves.
+
+    They are looked for once per type of device, see `hf_dino.kernels`. ONNX knows the definition only.
+    """
+    if torch.onnx.is_in_onnx_export():
+        return None
+    _look_for_operators(device.type)
+    return _operators[device.type]
+
+
+@torch.compiler.assume_constant_result  # runs while a model is traced, but is not traced itself
+def _look_for_operators(device_type: str) -> bool:
+    if device_type not in _operators:
+        _operators[device_type] = _find_operators(device_type)
+    return True
+
+
 class MultiScaleDeformableAttention(nn.Module):
-    """The operator as a stateless layer, so that a compiled one of the same seven arguments can take its place.
+    """The operator as a stateless layer, so that another one of the same seven arguments can take its place.
 
     The signature is that of `kernels-community/deformable-detr`. See [`multi_scale_deformable_attention`].
     """
@@ -92,9 +125,9 @@ class MultiScaleDeformableAttention(nn.Module):
         attention_weights: torch.Tensor,
         im2col_step: int,
     ) -> torch.Tensor:
-        return multi_scale_deformable_attention(
-            value, value_spatial_shapes_list, sampling_locations, attention_weights
-        )
+        compiled = compiled_operators(value.device)
+        attend = compiled.deformable_attention if compiled else multi_scale_deformable_attention
+        return attend(value, value_spatial_shapes_list, sampling_locations, attention_weights)
 
 
 class DinoDetrMultiscaleDeformableAttention(nn.Module):
@@ -146,12 +179,17 @@ class DinoDetrMultiscaleDeformableAttention(nn.Module):
         queries = hidden_states + position_embeddings
 
         value = self.value_proj(memory).masked_fill(~levels.mask[..., None], 0.0)
+        value = value.unflatten(-1, (self.num_heads, value.shape[-1] // self.num_heads))
         offsets = self.sampling_offsets(queries).view(*points_shape, 2)
-        weights = self.attention_weights(queries).unflatten(-1, (self.num_heads, self.num_levels * self.num_points))
-        weights = weights.softmax(dim=-1).view(points_shape)
+        logits = self.attention_weights(queries).view(points_shape)
 
+        fused = self._fused_operator(value.device)
+        if fused is not None:
+            output, weights = fused(value, levels.spatial_shapes_list, reference_points, offsets, logits)
+            return self.output_proj(output), weights
+        weights = logits.flatten(-2).softmax(dim=-1).view(points_shape)
         output = self.attn(
-            value.unflatten(-1, (self.num_heads, value.shape[-1] // self.num_heads)),
+            value,
             levels.spatial_shapes,
             levels.spatial_shapes_list,
             levels.level_start_index,
@@ -160,6 +198,12 @@ class DinoDetrMultiscaleDeformableAttention(nn.Module):
             self.im2col_step,
         )
         return self.output_proj(output), weights
+
+    def _fused_operator(self, device: torch.device) -> Callable[..., tuple[torch.Tensor, torch.Tensor]] | None:
+        """The compiled operator with softmax and locations inside, unless `attn` was replaced or there is none."""
+        is_replaced = type(self.attn) is not MultiScaleDeformableAttention or "forward" in self.attn.__dict__
+        compiled = None if is_replaced else compiled_operators(device)
+        return compiled.fused_deformable_attention if compiled else None
 
 
 def sampling_locations(

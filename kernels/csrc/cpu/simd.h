@@ -1,0 +1,252 @@
+// Vectors as wide as the file that includes this says (HF_DINO_VECTOR_BYTES), in the vector extension of GCC and Clang:
+// one text for AVX-512, AVX2 and every other architecture. Everything is in an unnamed namespace, so that no linker can
+// take a function that was compiled for a newer processor in place of its namesake.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+#include <utility>
+
+#if defined(__F16C__) || defined(__AVX512F__)
+#include <immintrin.h>
+#endif
+
+#include "arguments.h"
+
+namespace {
+
+using hf_dino::BFloat16;
+using hf_dino::Half;
+
+template <class Scalar, int kBytes>
+struct VectorOf {
+  typedef Scalar type __attribute__((vector_size(kBytes)));
+};
+
+// The integers beside a number of the same size: indices and masks.
+template <class Scalar>
+struct IntegerOf;
+template <>
+struct IntegerOf<float> {
+  using type = int32_t;
+};
+template <>
+struct IntegerOf<double> {
+  using type = int64_t;
+};
+
+template <class Scalar>
+constexpr int kLanes = HF_DINO_VECTOR_BYTES / sizeof(Scalar);
+template <class Scalar>
+using Vector = typename VectorOf<Scalar, HF_DINO_VECTOR_BYTES>::type;
+template <class Scalar>
+using Integer = typename IntegerOf<Scalar>::type;
+template <class Scalar>
+using IntegerVector = typename VectorOf<Integer<Scalar>, HF_DINO_VECTOR_BYTES>::type;
+
+// The same bits as another vector of the same size.
+template <class To, class From>
+inline To bits_of(From vector) {
+  return (To)vector;  // what a cast between vectors means, in this spelling only
+}
+
+// ---- numbers of 16 bits, one at a time ----
+
+inline float to_float(BFloat16 number) {
+  const uint32_t bits = static_cast<uint32_t>(number.bits) << 16;
+  float result;
+  std::memcpy(&result, &bits, sizeof result);
+  return result;
+}
+
+inline float to_float(Half number) {
+  const uint32_t sign = (number.bits & 0x8000u) << 16, exponent = (number.bits >> 10) & 0x1fu;
+  const uint32_t fraction = number.bits & 0x3ffu;
+  if (exponent == 0) {  // zero or subnormal: a multiple of 2^-24, exact in 32 bits
+    const float magnitude = static_cast<float>(fraction) * 0x1p-24f;
+    return sign ? -magnitude : magnitude;
+  }
+  const uint32_t wide_exponent = exponent == 0x1f ? 0xffu : exponent + 112;
+  const uint32_t bits = sign | (wide_exponent << 23) | (fraction << 13);
+  float result;
+  std::memcpy(&result, &bits, sizeof result);
+  return result;
+}
+
+inline void round_to(float number, BFloat16* result) {
+  uint32_t bits;
+  std::memcpy(&bits, &number, sizeof bits);
+  const bool is_nan = (bits & 0x7fffffffu) > 0x7f800000u;
+  result->bits = is_nan ? 0x7fc0 : static_cast<uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
+}
+
+inline void round_to(float number, Half* result) {
+  uint32_t bits;
+  std::memcpy(&bits, &number, sizeof bits);
+  const uint16_t sign = static_cast<uint16_t>((bits >> 16) & 0x8000u);
+  const uint32_t magnitude = bits & 0x7fffffffu;
+  uint16_t rounded;
+  if (magnitude > 0x7f800000u) {
+    rounded = 0x7e00;  // not a number
+  } else if (magnitude >= 0x47800000u) {
+    rounded = 0x7c00;  // 2^16 and more
+  } else if (magnitude < 0x38800000u) {  // below 2^-14: let an addition round to a multiple of 2^-24
+    float value;
+    std::memcpy(&value, &magnitude, sizeof value);
+    value += 0.5f;
+    uint32_t sum;
+    std::memcpy(&sum, &value, sizeof sum);
+    rounded = static_cast<uint16_t>(sum - 0x3f000000u);
+  } else {  // to the nearest, ties to even; the carry may make it infinite, as it should
+    rounded = static_cast<uint16_t>((magnitude - 0x38000000u + 0xfffu + ((magnitude >> 13) & 1u)) >> 13);
+  }
+  result->bits = sign | rounded;
+}
+
+inline float to_float(float number) { return number; }
+inline double to_float(double number) { return number; }
+inline void round_to(float number, float* result) { *result = number; }
+inline void round_to(double number, double* result) { *result = number; }
+
+// ---- numbers of 16 bits, a vector at a time ----
+
+inline Vector<float> load(const float* from) {
+  Vector<float> result;
+  std::memcpy(&result, from, sizeof result);
+  return result;
+}
+
+inline Vector<double> load(const double* from) {
+  Vector<double> result;
+  std::memcpy(&result, from, sizeof result);
+  return result;
+}
+
+inline Vector<float> load(const BFloat16* from) {
+  typename VectorOf<uint16_t, HF_DINO_VECTOR_BYTES / 2>::type narrow;
+  std::memcpy(&narrow, from, sizeof narrow);
+  using Wide = typename VectorOf<uint32_t, HF_DINO_VECTOR_BYTES>::type;
+  const Wide wide = __builtin_convertvector(narrow, Wide) << 16;
+  return bits_of<Vector<float>>(wide);
+}
+
+inline Vector<float> load(const Half* from) {
+#if defined(__AVX512F__)
+  return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+#elif defined(__F16C__)
+  return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+#else
+  Vector<float> result{};
+  for (int lane = 0; lane < kLanes<float>; ++lane) result[lane] = to_float(from[lane]);
+  return result;
+#endif
+}
+
+inline void store(float* to, Vector<float> vector) { std::memcpy(to, &vector, sizeof vector); }
+inline void store(double* to, Vector<double> vector) { std::memcpy(to, &vector, sizeof vector); }
+
+inline void store(BFloat16* to, Vector<float> vector) {
+  using Wide = typename VectorOf<uint32_t, HF_DINO_VECTOR_BYTES>::type;
+  using Narrow = typename VectorOf<uint16_t, HF_DINO_VECTOR_BYTES / 2>::type;
+  const Wide bits = bits_of<Wide>(vector);
+  const Wide rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  const Wide is_number = bits_of<Wide>(vector == vector);
+  const Narrow narrow = __builtin_convertvector((rounded & is_number) | (0x7fc0u & ~is_number), Narrow);
+  std::memcpy(to, &narrow, sizeof narrow);
+}
+
+inline void store(Half* to, Vector<float> vector) {
+#if defined(__AVX512F__)
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_cvtps_ph(vector, _MM_FROUND_TO_NEAREST_INT));
+#elif defined(__F16C__)
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm256_cvtps_ph(vector, _MM_FROUND_TO_NEAREST_INT));
+#else
+  for (int lane = 0; lane < kLanes<float>; ++lane) round_to(vector[lane], to + lane);
+#endif
+}
+
+inline IntegerVector<float> load(const int32_t* from) {
+  IntegerVector<float> result;
+  std::memcpy(&result, from, sizeof result);
+  return result;
+}
+
+inline IntegerVector<double> load(const int64_t* from) {
+  IntegerVector<double> result;
+  std::memcpy(&result, from, sizeof result);
+  return result;
+}
+
+inline void store(int32_t* to, IntegerVector<float> vector) { std::memcpy(to, &vector, sizeof vector); }
+inline void store(int64_t* to, IntegerVector<double> vector) { std::memcpy(to, &vector, sizeof vector); }
+
+// ---- arithmetic that the language does not have ----
+
+// `numbers` where the mask is set, else zero.
+template <class V, class M>
+inline V only_where(M mask, V numbers) {
+  return bits_of<V>(bits_of<M>(numbers) & mask);
+}
+
+template <class V, class M>
+inline V choose(M mask, V yes, V no) {
+  return bits_of<V>((bits_of<M>(yes) & mask) | (bits_of<M>(no) & ~mask));
+}
+
+template <class Scalar>
+inline Vector<Scalar> broadcast(Scalar number) {
+  return number - Vector<Scalar>{};
+}
+
+// Reads lane `index(i)` of a, followed by b, into lane i. Both compilers want constants, and spell it differently.
+template <class Scalar, class Index, int... kLane>
+inline Vector<Scalar> shuffle(Vector<Scalar> a, Vector<Scalar> b, Index, std::integer_sequence<int, kLane...>) {
+#if defined(__clang__)
+  return __builtin_shufflevector(a, b, Index::of(kLane)...);
+#else
+  return __builtin_shuffle(a, b, IntegerVector<Scalar>{Index::of(kLane)...});
+#endif
+}
+
+// Pairs of neighbouring blocks, the first (kOdd = 0) or second (kOdd = 1) of each pair: of a, then of b, within
+// groups of kGroup lanes.
+template <int kTotal, int kGroup, int kBlock, int kOdd>
+struct OneOfEachPair {
+  static constexpr int of(int lane) {
+    const int group = lane / kGroup, block = lane % kGroup / kBlock, half = kGroup / kBlock / 2;
+    return (block < half ? 0 : kTotal) + group * kGroup + (2 * (block % half) + kOdd) * kBlock + lane % kBlock;
+  }
+};
+
+template <class Scalar, int kGroup, int kBlock, int kOdd>
+inline Vector<Scalar> one_of_each_pair(Vector<Scalar> a, Vector<Scalar> b) {
+  return shuffle<Scalar>(
+      a, b, OneOfEachPair<kLanes<Scalar>, kGroup, kBlock, kOdd>{},
+      std::make_integer_sequence<int, kLanes<Scalar>>{});
+}
+
+template <class Scalar, int kGroup, int kBlock>
+inline Vector<Scalar> add_pairs(Vector<Scalar> a, Vector<Scalar> b) {
+  return one_of_each_pair<Scalar, kGroup, kBlock, 0>(a, b) + one_of_each_pair<Scalar, kGroup, kBlock, 1>(a, b);
+}
+
+// The sum of the lanes of rows[i] in lane i, for as many rows as lanes. Overwrites the rows. Neighbours are added
+// within 16 bytes first, which is what processors shuffle most cheaply, then whole groups of 16 bytes.
+template <class Scalar>
+inline Vector<Scalar> sum_of_each_row(Vector<Scalar>* rows) {
+  constexpr int kTotal = kLanes<Scalar>, kGroup = 16 / sizeof(Scalar);
+  int count = kTotal;
+  for (int added = 1; added < kGroup; added *= 2) {
+    count /= 2;
+    for (int i = 0; i < count; ++i) rows[i] = add_pairs<Scalar, kGroup, 1>(rows[2 * i], rows[2 * i + 1]);
+  }
+  if constexpr (kTotal > kGroup) {
+    for (; count > 1;) {
+      count /= 2;
+      for (int i = 0; i < count; ++i) rows[i] = add_pairs<Scalar, kTotal, kGroup>(rows[2 * i], rows[2 * i + 1]);
+    }
+  }
+  return rows[0];
+}
+
+}  // namespace

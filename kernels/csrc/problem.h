@@ -1,0 +1,143 @@
+// What a backend is asked to compute: the sizes, where each level lies in `value`, and the checks that make every
+// pointer safe to follow. Included by the host code of each backend.
+#pragma once
+
+#include <cstdint>
+#include <limits>
+#include <vector>
+
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include "levels.h"
+
+namespace hf_dino {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+struct Problem {
+  int64_t batch_size, sequence_length, num_heads, head_dim;  // of value
+  int64_t num_queries, num_points;                           // points per level
+  Levels levels;
+
+  int64_t points_per_head() const { return levels.count * num_points; }
+};
+
+// 16-bit numbers are computed with in 32 bits, and so are their locations: a bfloat16 location is off by a cell.
+inline ScalarType compute_type(ScalarType type) {
+  return type == ScalarType::Half || type == ScalarType::BFloat16 ? ScalarType::Float : type;
+}
+
+inline void check_type(const Tensor& value, const Tensor& points, const Tensor& weights) {
+  const ScalarType type = value.scalar_type();
+  STD_TORCH_CHECK(
+      type == ScalarType::Float || type == ScalarType::Double || type == ScalarType::Half ||
+          type == ScalarType::BFloat16,
+      "value must be float32, float64, float16 or bfloat16");
+  STD_TORCH_CHECK(
+      points.scalar_type() == type || points.scalar_type() == compute_type(type),
+      "sampling points must have the dtype of value, or float32 beside 16-bit values");
+  STD_TORCH_CHECK(
+      weights.scalar_type() == points.scalar_type(), "sampling points and attention weights must have one dtype");
+}
+
+inline void check_device(const Tensor& value, const Tensor& other, const char* name) {
+  STD_TORCH_CHECK(
+      other.is_cuda() == value.is_cuda() && other.get_device_index() == value.get_device_index(), name,
+      " must be on the device of value");
+}
+
+// Reads the sizes of one call. `points` is (batch, queries, heads, levels, points, 2): locations or offsets; `weights`
+// the same without the last axis: weights or logits.
+inline Problem read_problem(
+    const Tensor& value, const std::vector<int64_t>& spatial_shapes, const Tensor& points, const Tensor& weights) {
+  STD_TORCH_CHECK(value.dim() == 4, "value must be (batch, sequence, heads, channels), but has ", value.dim(), " axes");
+  STD_TORCH_CHECK(
+      points.dim() == 6 && points.size(5) == 2,
+      "sampling points must be (batch, queries, heads, levels, points, 2), but have ", points.dim(), " axes");
+  check_type(value, points, weights);
+  check_device(value, points, "sampling points");
+  check_device(value, weights, "attention weights");
+
+  Problem problem{
+      value.size(0), value.size(1), value.size(2), value.size(3), points.size(1), points.size(4), Levels{}};
+  Levels& levels = problem.levels;
+  STD_TORCH_CHECK(
+      spatial_shapes.size() % 2 == 0 && !spatial_shapes.empty(), "spatial_shapes must be height and width of each level");
+  STD_TORCH_CHECK(
+      spatial_shapes.size() <= 2 * kMaxLevels, "at most ", kMaxLevels, " levels, but there are ",
+      spatial_shapes.size() / 2);
+  levels.count = static_cast<int32_t>(spatial_shapes.size() / 2);
+  int64_t start = 0;
+  for (int32_t level = 0; level < levels.count; ++level) {
+    const int64_t height = spatial_shapes[2 * level], width = spatial_shapes[2 * level + 1];
+    STD_TORCH_CHECK(height > 0 && width > 0, "level ", level, " is ", height, " x ", width, ": it must not be empty");
+    // checked before multiplying, so that nothing overflows
+    STD_TORCH_CHECK(
+        height <= problem.sequence_length && width <= problem.sequence_length &&
+            height * width <= problem.sequence_length - start,
+        "spatial_shapes cover more positions than value has: ", problem.sequence_length);
+    levels.height[level] = static_cast<int32_t>(height);
+    levels.width[level] = static_cast<int32_t>(width);
+    levels.start[level] = static_cast<int32_t>(start);
+    start += height * width;
+  }
+  STD_TORCH_CHECK(
+      start == problem.sequence_length, "spatial_shapes cover ", start, " positions but value has ",
+      problem.sequence_length);
+  STD_TORCH_CHECK(
+      problem.sequence_length <= std::numeric_limits<int32_t>::max() - 2, "value has too many positions: ",
+      problem.sequence_length);
+
+  STD_TORCH_CHECK(
+      points.size(0) == problem.batch_size && points.size(2) == problem.num_heads && points.size(3) == levels.count,
+      "sampling points are for ", points.size(0), " pictures, ", points.size(2), " heads and ", points.size(3),
+      " levels, but value and spatial_shapes for ", problem.batch_size, ", ", problem.num_heads, " and ", levels.count);
+  STD_TORCH_CHECK(weights.dim() == 5, "attention weights must be (batch, queries, heads, levels, points)");
+  for (int axis = 0; axis < 5; ++axis) {
+    STD_TORCH_CHECK(
+        weights.size(axis) == points.size(axis), "attention weights and sampling points disagree: axis ", axis, " is ",
+        weights.size(axis), " and ", points.size(axis), " long");
+  }
+  return problem;
+}
+
+// (batch, queries, levels, 2 or 4), in the type that is computed with.
+inline void check_reference_points(const Problem& problem, const Tensor& value, const Tensor& reference_points) {
+  STD_TORCH_CHECK(
+      reference_points.dim() == 4 && (reference_points.size(3) == 2 || reference_points.size(3) == 4),
+      "reference_points must be (batch, queries, levels, 2 or 4)");
+  STD_TORCH_CHECK(
+      reference_points.size(0) == problem.batch_size && reference_points.size(1) == problem.num_queries &&
+          reference_points.size(2) == problem.levels.count,
+      "reference_points are for ", reference_points.size(0), " pictures, ", reference_points.size(1), " queries and ",
+      reference_points.size(2), " levels, but the sampling points for ", problem.batch_size, ", ", problem.num_queries,
+      " and ", problem.levels.count);
+  STD_TORCH_CHECK(
+      reference_points.scalar_type() == compute_type(value.scalar_type()),
+      "reference_points must be float32, or float64 beside float64 values");
+  check_device(value, reference_points, "reference_points");
+}
+
+inline void check_grad_output(const Problem& problem, const Tensor& value, const Tensor& grad_output) {
+  STD_TORCH_CHECK(
+      grad_output.dim() == 3 && grad_output.size(0) == problem.batch_size &&
+          grad_output.size(1) == problem.num_queries &&
+          grad_output.size(2) == problem.num_heads * problem.head_dim,
+      "grad_output must be (batch, queries, heads * channels)");
+  STD_TORCH_CHECK(grad_output.scalar_type() == value.scalar_type(), "grad_output must have the dtype of value");
+  check_device(value, grad_output, "grad_output");
+}
+
+inline void check_grad_weights(const Tensor& weights, const Tensor& grad_weights) {
+  STD_TORCH_CHECK(
+      grad_weights.dim() == 5 && grad_weights.numel() == weights.numel() &&
+          grad_weights.scalar_type() == weights.scalar_type(),
+      "grad_weights must have the shape and dtype of the attention weights");
+  check_device(weights, grad_weights, "grad_weights");
+}
+
+}  // namespace hf_dino
