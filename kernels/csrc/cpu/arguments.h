@@ -16,12 +16,6 @@ struct BFloat16 {
 
 enum class Type { kFloat, kDouble, kHalf, kBFloat16 };
 
-// Rows of channels: the row of a cell and head starts at batch * batch_stride + head * head_stride + cell * cell_stride.
-struct Rows {
-  void* data;
-  int64_t batch_stride, head_stride, cell_stride;  // in numbers
-};
-
 struct Sizes {
   int64_t batch_size, num_heads, head_dim, num_queries, num_points;  // points per level
   Levels levels;
@@ -40,7 +34,8 @@ struct Points {
 struct ForwardArguments {
   Sizes sizes;
   Type type;  // of value and output
-  Rows value;
+  const void* value;  // (batch, cells, heads, channels)
+  bool copies;        // read copies of one head at a time, padded to whole vectors, rather than `value`
   Points points;
   void* output;           // (batch, queries, heads, channels)
   void* softmax_weights;  // with references, like points.weights
@@ -63,9 +58,7 @@ struct BackwardArguments {
 struct Processor {
   const char* name;
   int64_t vector_bytes;
-  // Copies cells [begin, end) of all pictures to rows of one head each, padded with zeros to `to.cell_stride`.
-  void (*copy_by_head)(const ForwardArguments&, Rows to, int64_t begin, int64_t end);
-  // Rows of the output, one for each picture, head and query; numbered in the order that suits the layout of `value`.
+  // Rows are those of a picture, query and head, in an order that `copies` decides.
   void (*forward)(const ForwardArguments&, int64_t begin, int64_t end);
   // Tasks are (batch, head, group of levels) in this order; none touches what another writes.
   void (*backward)(const BackwardArguments&, int64_t level_groups, int64_t begin, int64_t end);

@@ -1,9 +1,10 @@
 // The computation on the CPU, for vectors of the width that the including file chose.
 //
 // A query and head look at `count` = levels * points places. For all of them at once, as many per vector as there are
-// lanes, `Plan` works out which four cells surround the place and how much each counts. Then one loop without branches
-// reads (and, backward, adds to) four rows of channels per place. A place outside its map, or at no number, has four
-// weights of zero and some cell that exists.
+// lanes, `Geometry` works out which four cells surround a place and how much each counts: `Places`. Then one loop
+// without branches reads (and, backward, adds to) four rows of channels per place. A place outside its map, or at no
+// number, has four weights of zero and some cell that exists.
+#include <algorithm>
 #include <cmath>
 #include <cstdlib>
 #include <limits>
@@ -27,6 +28,7 @@ struct ComputeOf<double> {
 template <class T>
 using Compute = typename ComputeOf<T>::type;
 
+// Zeros.
 template <class Item>
 class Buffer {
  public:
@@ -46,6 +48,10 @@ class Buffer {
   Item* data_;
 };
 
+inline int64_t end_of_level(const Levels& levels, int64_t level) {
+  return levels.start[level] + int64_t{1} * levels.height[level] * levels.width[level];
+}
+
 template <class C>
 int64_t padded(int64_t count) {
   return (count + kLanes<C> - 1) / kLanes<C> * kLanes<C>;
@@ -59,7 +65,25 @@ inline void copy_bytes(void* to, const void* from, size_t count) {
     std::memcpy(target, source, HF_DINO_VECTOR_BYTES);
     target += HF_DINO_VECTOR_BYTES, source += HF_DINO_VECTOR_BYTES;
   }
-  if (count > 0) std::memcpy(target, source, count);
+  for (; count >= 16; count -= 16) {
+    std::memcpy(target, source, 16);
+    target += 16, source += 16;
+  }
+  for (; count > 0; --count) *target++ = *source++;
+}
+
+inline void prefetch_bytes(const void* from, int64_t count) {
+  for (int64_t byte = 0; byte < count; byte += 64) __builtin_prefetch(static_cast<const char*>(from) + byte);
+}
+
+// Copies rows that lie far apart next to each other. The processor does not foresee such strides by itself.
+template <class T>
+void collect_rows(const T* from, int64_t from_stride, int64_t rows, int64_t length, T* to, int64_t to_stride) {
+  constexpr int64_t kRowsAhead = 32;
+  for (int64_t row = 0; row < rows; ++row) {
+    if (row + kRowsAhead < rows) prefetch_bytes(from + (row + kRowsAhead) * from_stride, length * sizeof(T));
+    copy_bytes(to + row * to_stride, from + row * from_stride, length * sizeof(T));
+  }
 }
 
 template <class From>
@@ -125,22 +149,18 @@ template <class C>
 void softmax(C* logits, int64_t count) {
   const int64_t whole = padded<C>(count);
   for (int64_t i = count; i < whole; ++i) logits[i] = -std::numeric_limits<C>::infinity();
+  const auto larger = [](Vector<C> a, Vector<C> b) { return choose(b > a, b, a); };
   Vector<C> highest = load(logits);
-  for (int64_t i = kLanes<C>; i < whole; i += kLanes<C>) {
-    const Vector<C> next = load(logits + i);
-    highest = choose(next > highest, next, highest);
-  }
-  C top = highest[0];
-  for (int lane = 1; lane < kLanes<C>; ++lane) top = highest[lane] > top ? highest[lane] : top;
-  Vector<C> sums{};
+  for (int64_t i = kLanes<C>; i < whole; i += kLanes<C>) highest = larger(highest, load(logits + i));
+  highest = reduce_lanes<C>(highest, larger);
+  Vector<C> sum{};
   for (int64_t i = 0; i < whole; i += kLanes<C>) {
-    const Vector<C> power = exponential(load(logits + i) - top);
+    const Vector<C> power = exponential(load(logits + i) - highest);
     store(logits + i, power);
-    sums += power;
+    sum += power;
   }
-  C sum = 0;
-  for (int lane = 0; lane < kLanes<C>; ++lane) sum += sums[lane];
-  for (int64_t i = 0; i < whole; i += kLanes<C>) store(logits + i, load(logits + i) / sum);
+  const Vector<C> share = 1 / reduce_lanes<C>(sum, [](Vector<C> a, Vector<C> b) { return a + b; });
+  for (int64_t i = 0; i < whole; i += kLanes<C>) store(logits + i, load(logits + i) * share);
 }
 
 // Along one axis of a map: a cell, and how much it (`near`) and the cell after it (`far`) count. These are the hat
@@ -178,9 +198,30 @@ struct Neighbours {
 
 enum Corner { kTopLeft, kTopRight, kBottomLeft, kBottomRight, kCorners };
 
-// The places that one query and head look at, on the levels [first_level, last_level).
+// Rows that are worked on together.
+constexpr int64_t kBlock = 32;
+// So many rows ahead points are asked for.
+constexpr int64_t kAhead = 4;
+
+// Where the queries and heads of a block look, and how much each cell there counts; row by row.
 template <class C>
-class Plan {
+struct Places {
+  Buffer<Integer<C>> cell;  // top left of the four; counted from the first one of the levels
+  Buffer<C> weights;        // attention
+  Buffer<C> corners;        // attention times bilinear, corner by corner
+  Buffer<C> bilinear;       // near x, far x, near y, far y and their slopes; only for gradients
+
+  Places(int64_t whole, bool slopes)
+      : cell(kBlock * whole),
+        weights(kBlock * whole),
+        corners(kBlock * kCorners * whole),
+        bilinear(slopes ? kBlock * 8 * whole : 0) {}
+};
+
+// What all queries and heads have in common on the levels [first_level, last_level), the reference points of a block of
+// rows, and the places found with them.
+template <class C>
+class Geometry {
   using Ints = IntegerVector<C>;
 
  public:
@@ -188,38 +229,38 @@ class Plan {
   const int64_t count, whole;  // places, and the same in whole vectors
 
  private:
-  Buffer<C> scales_, origins_, sizes_, has_successor_;  // x of every place, then y of every place
+  Buffer<C> scales_, origins_;          // slot by slot; of each, x of every place, then y of every place
+  Buffer<C> sizes_, has_successor_;     // x of every place, then y of every place
   Buffer<Integer<C>> last_, widths_, starts_;
+  Buffer<int64_t> levels_;  // of every place, from the first one on
   Buffer<C> scratch_;
+  const C half_side_;
 
  public:
-  // cells from a place's cell to the one to its right and to the one below; zero where the map is one cell wide
+  const int64_t stride;                 // numbers from a cell to the next one
+  // numbers from a place's cell to the one to its right and to the one below; zero where the map is one cell wide
   Buffer<int64_t> right, below;
-  Buffer<Integer<C>> cell;
-  Buffer<C> weights;   // attention
-  Buffer<C> corners;   // attention times bilinear, corner by corner
-  Buffer<C> bilinear;  // near x, far x, near y, far y and their slopes; only for gradients
 
-  Plan(const Sizes& sizes, int64_t first_level, int64_t last_level)
+  Geometry(const Sizes& sizes, int64_t first_level, int64_t last_level, int64_t stride, bool slopes)
       : first_level(first_level),
         last_level(last_level),
         num_points(sizes.num_points),
         count((last_level - first_level) * num_points),
         whole(padded<C>(count)),
-        scales_(2 * whole),
-        origins_(2 * whole),
+        scales_(kBlock * 2 * whole),
+        origins_(kBlock * 2 * whole),
         sizes_(2 * whole),
         has_successor_(2 * whole),
         last_(2 * whole),
         widths_(whole),
         starts_(whole),
+        levels_(whole),
         scratch_(2 * whole),
+        half_side_(C(0.5) / num_points),
+        stride(stride),
         right(whole),
         below(whole),
-        cell(whole),
-        weights(whole),
-        corners(kCorners * whole),
-        bilinear(8 * whole) {
+        places(whole, slopes) {
     const Levels& levels = sizes.levels;
     for (int64_t i = 0; i < count; ++i) {
       const int64_t level = first_level + i / num_points;
@@ -227,100 +268,147 @@ class Plan {
       sizes_[i] = static_cast<C>(width), sizes_[whole + i] = static_cast<C>(height);
       has_successor_[i] = width > 1, has_successor_[whole + i] = height > 1;
       last_[i] = width > 1 ? width - 2 : 0, last_[whole + i] = height > 1 ? height - 2 : 0;
-      right[i] = width > 1, below[i] = height > 1 ? width : 0;
+      right[i] = width > 1 ? stride : 0, below[i] = height > 1 ? width * stride : 0;
       widths_[i] = width;
+      levels_[i] = level - first_level;
       starts_[i] = levels.start[level] - levels.start[first_level];
     }
     // position = origin + number * scale. For locations, fractions of the map, these never change.
-    for (int64_t i = 0; i < 2 * whole; ++i) origins_[i] = -C(0.5), scales_[i] = sizes_[i];
+    for (int64_t i = 0; i < kBlock * 2 * whole; ++i) origins_[i] = -C(0.5), scales_[i] = sizes_[i % (2 * whole)];
   }
 
-  const C* scales() const { return scales_.get(); }
+  Places<C> places;
+
+  const C* scales(int64_t row) const { return scales_.get() + row * 2 * whole; }
   const C* sizes() const { return sizes_.get(); }
 
   // Offsets are in cells around a point, or in 1 / num_points half-sides around the centre of a box.
-  void set_references(const C* references, int64_t width) {
+  void set_references(const C* references, int64_t width, int64_t row) {
+    C origins[2 * kMaxLevels], scales[2 * kMaxLevels];
     for (int64_t level = first_level; level < last_level; ++level) {
       const C* reference = references + level * width;
-      const int64_t begin = (level - first_level) * num_points;
+      const int64_t at = 2 * (level - first_level), i = (level - first_level) * num_points;
       for (int axis = 0; axis < 2; ++axis) {
-        const C size = sizes_[axis * whole + begin];
-        const C origin = reference[axis] * size - C(0.5);
-        const C scale = width == 2 ? C(1) : reference[2 + axis] * size * (C(0.5) / num_points);
-        for (int64_t i = begin; i < begin + num_points; ++i) {
-          origins_[axis * whole + i] = origin, scales_[axis * whole + i] = scale;
-        }
+        const C size = sizes_[axis * whole + i];
+        origins[at + axis] = reference[axis] * size - C(0.5);
+        scales[at + axis] = width == 2 ? C(1) : reference[2 + axis] * size * half_side_;
       }
+    }
+    C* to = origins_.get() + row * 2 * whole;
+    for (int64_t i = 0; i < count; ++i) {
+      to[i] = origins[2 * levels_[i]], to[whole + i] = origins[2 * levels_[i] + 1];
+    }
+    to = scales_.get() + row * 2 * whole;
+    for (int64_t i = 0; i < count; ++i) {
+      to[i] = scales[2 * levels_[i]], to[whole + i] = scales[2 * levels_[i] + 1];
     }
   }
 
-  void set_weights(const Points& points, int64_t index) {
-    const C* numbers = read_points(points.weights, points.type, index, count, weights.get());
-    if (numbers != weights.get()) copy_bytes(weights.get(), numbers, count * sizeof(C));
+  // Reads the weights, or logits, at `index` of `points`.
+  C* read_weights(const Points& points, int64_t index, int64_t row) {
+    C* weights = &places.weights[row * whole];
+    const C* numbers = read_points(points.weights, points.type, index, count, weights);
+    if (numbers != weights) copy_bytes(weights, numbers, count * sizeof(C));
+    return weights;
   }
 
-  // Finds cells and corner weights of the places at `index` of `points`, with the weights that were set.
+  // Finds the places at `index` of `points` for a row that has its weights and references already.
   template <bool kSlopes>
-  void place(const Points& points, int64_t index) {
+  void place(const Points& points, int64_t index, int64_t row) {
     const C* xy = read_points(points.points, points.type, 2 * index, 2 * count, scratch_.get());
+    const C* origins = origins_.get() + row * 2 * whole;
+    const C* scales = scales_.get() + row * 2 * whole;
     for (int64_t i = 0; i < whole; i += kLanes<C>) {
       const Vector<C> first = load(xy + 2 * i), second = load(xy + 2 * i + kLanes<C>);
-      const Vector<C> x = position(one_of_each_pair<C, kLanes<C>, 1, 0>(first, second), i);
-      const Vector<C> y = position(one_of_each_pair<C, kLanes<C>, 1, 1>(first, second), whole + i);
+      const Vector<C> xs = one_of_each_pair<C, kLanes<C>, 1, 0>(first, second);
+      const Vector<C> ys = one_of_each_pair<C, kLanes<C>, 1, 1>(first, second);
+      const Vector<C> x = load(origins + i) + xs * load(scales + i);
+      const Vector<C> y = load(origins + whole + i) + ys * load(scales + whole + i);
       // false for what is no number
       const Ints inside = (x >= -1) & (x < load(&sizes_[i])) & (y >= -1) & (y < load(&sizes_[whole + i]));
       const Vector<C> right_exists = load(&has_successor_[i]), below_exists = load(&has_successor_[whole + i]);
       const Neighbours<C> across(only_where(inside, x), right_exists, load(&last_[i]));
       const Neighbours<C> down(only_where(inside, y), below_exists, load(&last_[whole + i]));
-      store(&cell[i], down.cell * load(&widths_[i]) + across.cell + load(&starts_[i]));
+      store(&places.cell[row * whole + i], down.cell * load(&widths_[i]) + across.cell + load(&starts_[i]));
 
-      const Vector<C> weight = load(&weights[i]);
+      const Vector<C> weight = load(&places.weights[row * whole + i]);
       const Vector<C> above = only_where(inside, down.near) * weight, under = only_where(inside, down.far) * weight;
-      store(&corners[kTopLeft * whole + i], above * across.near);
-      store(&corners[kTopRight * whole + i], above * across.far);
-      store(&corners[kBottomLeft * whole + i], under * across.near);
-      store(&corners[kBottomRight * whole + i], under * across.far);
+      C* corners = &places.corners[row * kCorners * whole + i];
+      store(corners + kTopLeft * whole, above * across.near);
+      store(corners + kTopRight * whole, above * across.far);
+      store(corners + kBottomLeft * whole, under * across.near);
+      store(corners + kBottomRight * whole, under * across.far);
       if constexpr (kSlopes) {
-        store(&bilinear[0 * whole + i], only_where(inside, across.near));
-        store(&bilinear[1 * whole + i], only_where(inside, across.far));
-        store(&bilinear[2 * whole + i], only_where(inside, down.near));
-        store(&bilinear[3 * whole + i], only_where(inside, down.far));
-        store(&bilinear[4 * whole + i], only_where(inside, across.near_slope()));
-        store(&bilinear[5 * whole + i], only_where(inside, across.far_slope(right_exists)));
-        store(&bilinear[6 * whole + i], only_where(inside, down.near_slope()));
-        store(&bilinear[7 * whole + i], only_where(inside, down.far_slope(below_exists)));
+        C* bilinear = &places.bilinear[row * 8 * whole + i];
+        store(bilinear + 0 * whole, only_where(inside, across.near));
+        store(bilinear + 1 * whole, only_where(inside, across.far));
+        store(bilinear + 2 * whole, only_where(inside, down.near));
+        store(bilinear + 3 * whole, only_where(inside, down.far));
+        store(bilinear + 4 * whole, only_where(inside, across.near_slope()));
+        store(bilinear + 5 * whole, only_where(inside, across.far_slope(right_exists)));
+        store(bilinear + 6 * whole, only_where(inside, down.near_slope()));
+        store(bilinear + 7 * whole, only_where(inside, down.far_slope(below_exists)));
       }
     }
   }
 
- private:
-  Vector<C> position(Vector<C> numbers, int64_t i) const { return load(&origins_[i]) + numbers * load(&scales_[i]); }
+  // Asks for the points at `index`.
+  void prefetch_points(const Points& points, int64_t index) const {
+    const int64_t bytes = points.type == Type::kDouble ? 8 : points.type == Type::kFloat ? 4 : 2;
+    prefetch_bytes(static_cast<const char*>(points.weights) + index * bytes, count * bytes);
+    prefetch_bytes(static_cast<const char*>(points.points) + 2 * index * bytes, 2 * count * bytes);
+  }
+
+  // Asks for the rows of the places' cells.
+  template <class Item>
+  void prefetch_cells(const Item* rows, int64_t channels, int64_t row) const {
+    const int64_t bytes = channels * sizeof(Item);
+    for (int64_t i = 0; i < count; ++i) {
+      const Item* top = rows + places.cell[row * whole + i] * stride;
+      const Item* bottom = top + below[i];
+      for (const Item* cell : {top, top + right[i], bottom, bottom + right[i]}) prefetch_bytes(cell, bytes);
+    }
+  }
 };
 
 // ---- forward ----
 
-// Adds up kVectors vectors of channels of all places. The two rows of cells have sums of their own, because an addition
-// has to wait for the one before it.
+// Adds kVectors vectors of channels of a row's places [begin, end) to `sums`, where they are in the order of load_pair.
+// The two rows of cells are added up by themselves, because an addition has to wait for the one before it.
 template <int kVectors, class T, class C>
-inline void gather(const T* value, int64_t stride, const Plan<C>& plan, C* output) {
-  const C* corners = plan.corners.get();
-  Vector<C> above[kVectors] = {}, under[kVectors] = {};
-  for (int64_t i = 0; i < plan.count; ++i) {
-    const T* top_left = value + plan.cell[i] * stride;
-    const T* top_right = top_left + plan.right[i] * stride;
-    const T* bottom_left = top_left + plan.below[i] * stride;
-    const T* bottom_right = bottom_left + plan.right[i] * stride;
-    const C w0 = corners[kTopLeft * plan.whole + i], w1 = corners[kTopRight * plan.whole + i];
-    const C w2 = corners[kBottomLeft * plan.whole + i], w3 = corners[kBottomRight * plan.whole + i];
-    for (int v = 0; v < kVectors; ++v) {
+inline void gather(
+    const T* value, const Geometry<C>& geometry, int64_t row, int64_t begin, int64_t end, C* sums) {
+  const int64_t whole = geometry.whole;
+  const Integer<C>* cells = &geometry.places.cell[row * whole];
+  const C* corners = &geometry.places.corners[row * kCorners * whole];
+  Vector<C> above[kVectors], under[kVectors] = {};
+  for (int v = 0; v < kVectors; ++v) above[v] = load(sums + v * kLanes<C>);
+  for (int64_t i = begin; i < end; ++i) {
+    const int64_t right = geometry.right[i];
+    const T* top = value + cells[i] * geometry.stride;
+    const T* bottom = top + geometry.below[i];
+    const C w0 = corners[kTopLeft * whole + i], w1 = corners[kTopRight * whole + i];
+    const C w2 = corners[kBottomLeft * whole + i], w3 = corners[kBottomRight * whole + i];
+    if constexpr (kVectors == 1) {
+      above[0] += load(top) * w0;
+      above[0] += load(top + right) * w1;
+      under[0] += load(bottom) * w2;
+      under[0] += load(bottom + right) * w3;
+    }
+    Vector<C> a, b;
+    for (int v = 0; v + 1 < kVectors; v += 2) {
       const int64_t channel = v * kLanes<C>;
-      above[v] += load(top_left + channel) * w0;
-      above[v] += load(top_right + channel) * w1;
-      under[v] += load(bottom_left + channel) * w2;
-      under[v] += load(bottom_right + channel) * w3;
+      load_pair(top + channel, &a, &b);
+      above[v] += a * w0, above[v + 1] += b * w0;
+      load_pair(bottom + channel, &a, &b);
+      under[v] += a * w2, under[v + 1] += b * w2;
+      load_pair(top + right + channel, &a, &b);
+      above[v] += a * w1, above[v + 1] += b * w1;
+      load_pair(bottom + right + channel, &a, &b);
+      under[v] += a * w3, under[v + 1] += b * w3;
     }
   }
-  for (int v = 0; v < kVectors; ++v) store(output + v * kLanes<C>, above[v] + under[v]);
+  for (int v = 0; v < kVectors; ++v) store(sums + v * kLanes<C>, above[v] + under[v]);
 }
 
 // As many vectors as fit the registers of every processor.
@@ -341,131 +429,204 @@ inline void read_channels(const T* from, int64_t count, C* channels) {
   for (; i < count; ++i) channels[i] = to_float(from[i]);
 }
 
+// The rows of one thread. With copies in the order (picture, head, query): the cells of one head are copied next to
+// each other, where the caches hold more of them. Without, (picture, query, head): the heads of a query look at the
+// same region.
+template <class T>
+class Forward {
+  using C = Compute<T>;
+  static constexpr int64_t kMany = kVectors<C> * kLanes<C>;
+
+ public:
+  explicit Forward(const ForwardArguments& arguments)
+      : arguments_(arguments),
+        sizes_(arguments.sizes),
+        cells_(end_of_level(sizes_.levels, sizes_.levels.count - 1)),
+        stride_(sizes_.num_heads * sizes_.head_dim),
+        whole_channels_(padded<C>(sizes_.head_dim)),
+        geometry_(sizes_, 0, sizes_.levels.count, arguments.copies ? whole_channels_ : stride_, false),
+        sums_(kBlock * whole_channels_),
+        copy_(arguments.copies ? cells_ * whole_channels_ : 0) {}
+
+  void run(int64_t begin, int64_t end) {
+    if (arguments_.copies) {
+      run_by_level(begin, end);
+    } else {
+      run_row_by_row(begin, end);
+    }
+  }
+
+ private:
+  struct Row {
+    int64_t batch, head, outer;  // outer: picture and query
+    int64_t index;               // picture, query and head
+  };
+
+  Row locate(int64_t row) const {
+    const int64_t heads = sizes_.num_heads, queries = sizes_.num_queries;
+    const int64_t batch = row / (heads * queries);
+    const int64_t head = arguments_.copies ? row / queries % heads : row % heads;
+    const int64_t outer = arguments_.copies ? batch * queries + row % queries : row / heads;
+    return {batch, head, outer, outer * heads + head};
+  }
+
+  // Blocks of rows of one head. What neighbours read on one level fits the innermost cache.
+  void run_by_level(int64_t begin, int64_t end) {
+    while (begin < end) {
+      const int64_t end_of_head = (begin / sizes_.num_queries + 1) * sizes_.num_queries;
+      const int64_t last = std::min({begin + kBlock, end_of_head, end});
+      copy_head(locate(begin));
+      for (int64_t row = begin; row < last; ++row) set_references(locate(row), row - begin);
+      for (int64_t row = begin; row < last; ++row) prepare(row, row - begin);
+      for (int64_t level = 0; level < sizes_.levels.count; ++level) {
+        const int64_t first = level * sizes_.num_points;
+        for (int64_t row = begin; row < last; ++row) {
+          read(copy_.get(), first, first + sizes_.num_points, row - begin);
+        }
+      }
+      for (int64_t row = begin; row < last; ++row) write(locate(row), row - begin);
+      begin = last;
+    }
+  }
+
+  // The places of a row are found, and their cells asked for, while the row before it is read.
+  void run_row_by_row(int64_t begin, int64_t end) {
+    prepare_and_prefetch(begin);
+    for (int64_t row = begin; row < end; ++row) {
+      if (row + 1 < end) prepare_and_prefetch(row + 1);
+      read(value_of(locate(row)), 0, geometry_.count, row % 2);
+      write(locate(row), row % 2);
+    }
+  }
+
+  void prepare_and_prefetch(int64_t row) {
+    set_references(locate(row), row % 2);
+    prepare(row, row % 2);
+    geometry_.prefetch_cells(value_of(locate(row)), sizes_.head_dim, row % 2);
+  }
+
+  const T* value_of(const Row& row) const {
+    return static_cast<const T*>(arguments_.value) + row.batch * cells_ * stride_ + row.head * sizes_.head_dim;
+  }
+
+  void copy_head(const Row& row) {
+    const int64_t of = row.batch * sizes_.num_heads + row.head;
+    if (copied_ == of) return;
+    copied_ = of;
+    collect_rows(value_of(row), stride_, cells_, sizes_.head_dim, copy_.get(), whole_channels_);
+  }
+
+  void set_references(const Row& row, int64_t place) {
+    if (arguments_.points.references == nullptr) return;
+    const int64_t width = arguments_.points.reference_width;
+    const C* references = static_cast<const C*>(arguments_.points.references);
+    geometry_.set_references(references + row.outer * sizes_.levels.count * width, width, place);
+  }
+
+  void prepare(int64_t row, int64_t place) {
+    const Points& points = arguments_.points;
+    const int64_t index = locate(row).index * geometry_.count;
+    C* weights = geometry_.read_weights(points, index, place);
+    if (points.references != nullptr) {
+      softmax(weights, geometry_.count);
+      write_points(weights, geometry_.count, arguments_.softmax_weights, points.type, index);
+    }
+    geometry_.template place<false>(points, index, place);
+    prefetch(row + kAhead);
+    std::memset(static_cast<void*>(&sums_[place * whole_channels_]), 0, whole_channels_ * sizeof(C));
+  }
+
+  void prefetch(int64_t row) const {
+    if (row >= sizes_.batch_size * sizes_.num_heads * sizes_.num_queries) return;
+    geometry_.prefetch_points(arguments_.points, locate(row).index * geometry_.count);
+  }
+
+  void read(const T* value, int64_t begin, int64_t end, int64_t place) {
+    C* sums = &sums_[place * whole_channels_];
+    int64_t channel = 0;
+    for (; channel + kMany <= whole_channels_; channel += kMany) {
+      gather<kVectors<C>>(value + channel, geometry_, place, begin, end, sums + channel);
+    }
+    for (; channel < whole_channels_; channel += kLanes<C>) {
+      gather<1>(value + channel, geometry_, place, begin, end, sums + channel);
+    }
+  }
+
+  void write(const Row& row, int64_t place) {
+    C* sums = &sums_[place * whole_channels_];
+    for (int64_t end = kMany; end <= whole_channels_; end += kMany) {
+      for (int v = 0; v + 1 < kVectors<C>; v += 2) {
+        C* pair = sums + end - kMany + v * kLanes<C>;
+        store_pair<T>(pair, load(pair), load(pair + kLanes<C>));
+      }
+    }
+    write_channels(sums, sizes_.head_dim, static_cast<T*>(arguments_.output) + row.index * sizes_.head_dim);
+  }
+
+  const ForwardArguments& arguments_;
+  const Sizes& sizes_;
+  const int64_t cells_, stride_, whole_channels_;
+  Geometry<C> geometry_;
+  Buffer<C> sums_;
+  Buffer<T> copy_;  // of the cells of one head
+  int64_t copied_ = -1;
+};
+
 template <class T>
 void forward(const ForwardArguments& arguments, int64_t begin, int64_t end) {
-  using C = Compute<T>;
-  const Sizes& sizes = arguments.sizes;
-  const Points& points = arguments.points;
-  const Rows& value = arguments.value;
-  const int64_t whole_channels = padded<C>(sizes.head_dim);
-  Plan<C> plan(sizes, 0, sizes.levels.count);
-  Buffer<C> channels(whole_channels);
-  const bool heads_first = value.head_stride < value.cell_stride;
-  for (int64_t row = begin; row < end; ++row) {
-    // neighbours in memory one after the other: queries in copies of one head, else the heads of a query
-    const int64_t inner = heads_first ? row % sizes.num_heads : row % sizes.num_queries;
-    const int64_t middle = row / (heads_first ? sizes.num_heads : sizes.num_queries);
-    const int64_t batch = row / (sizes.num_heads * sizes.num_queries);
-    const int64_t head = heads_first ? inner : middle % sizes.num_heads;
-    const int64_t query = heads_first ? middle % sizes.num_queries : inner;
-    const int64_t outer = batch * sizes.num_queries + query;
-    const int64_t index = (outer * sizes.num_heads + head) * plan.count;
-    plan.set_weights(points, index);
-    if (points.references != nullptr) {
-      const int64_t width = points.reference_width;
-      plan.set_references(static_cast<const C*>(points.references) + outer * sizes.levels.count * width, width);
-      softmax(plan.weights.get(), plan.count);
-      write_points(plan.weights.get(), plan.count, arguments.softmax_weights, points.type, index);
-    }
-    plan.template place<false>(points, index);
-
-    const T* rows = static_cast<const T*>(value.data) + batch * value.batch_stride + head * value.head_stride;
-    int64_t channel = 0;
-    for (; channel + kVectors<C> * kLanes<C> <= whole_channels; channel += kVectors<C> * kLanes<C>) {
-      gather<kVectors<C>>(rows + channel, value.cell_stride, plan, &channels[channel]);
-    }
-    for (; channel < whole_channels; channel += kLanes<C>) {
-      gather<1>(rows + channel, value.cell_stride, plan, &channels[channel]);
-    }
-    T* output = static_cast<T*>(arguments.output) + (outer * sizes.num_heads + head) * sizes.head_dim;
-    write_channels(channels.get(), sizes.head_dim, output);
-  }
-}
-
-template <class T>
-void copy_by_head(const ForwardArguments& arguments, Rows to, int64_t begin, int64_t end) {
-  const Sizes& sizes = arguments.sizes;
-  const Rows& from = arguments.value;
-  const int64_t cells = from.batch_stride / from.cell_stride;
-  for (int64_t row = begin; row < end; ++row) {
-    const int64_t batch = row / cells, cell = row % cells;
-    for (int64_t head = 0; head < sizes.num_heads; ++head) {
-      const T* source = static_cast<const T*>(from.data) + batch * from.batch_stride + cell * from.cell_stride +
-                        head * from.head_stride;
-      T* target =
-          static_cast<T*>(to.data) + batch * to.batch_stride + head * to.head_stride + cell * to.cell_stride;
-      copy_bytes(target, source, sizes.head_dim * sizeof(T));
-      for (int64_t channel = sizes.head_dim; channel < to.cell_stride; ++channel) target[channel] = T{};
-    }
-  }
+  Forward<T>(arguments).run(begin, end);
 }
 
 // ---- backward ----
 
-// For kVectors vectors of channels: adds each place's share of the output's gradient to the four cells around it, and
-// to `products` (zero before the first channels) the products of that gradient with the four cells, to be summed over
-// the lanes later.
-template <int kVectors, bool kFirst, class T, class C>
+// For kVectors vectors of channels of a row's places [begin, end): adds each place's share of the output's gradient to
+// the four cells around it, and to `products`, corner by corner, the products of that gradient with the four cells, to
+// be summed over the lanes later.
+template <int kVectors, class T, class C>
 inline void scatter(
-    const T* value, C* grad_value, int64_t stride, const C* grad_output, const Plan<C>& plan, Vector<C>* products) {
+    const T* value, C* grad_value, const C* grad_output, const Geometry<C>& geometry, int64_t row, int64_t begin,
+    int64_t end, Vector<C>* products) {
+  const int64_t whole = geometry.whole;
+  const Integer<C>* cells = &geometry.places.cell[row * whole];
+  const C* corners = &geometry.places.corners[row * kCorners * whole];
   Vector<C> grad[kVectors];
   for (int v = 0; v < kVectors; ++v) grad[v] = load(grad_output + v * kLanes<C>);
-  for (int64_t i = 0; i < plan.count; ++i) {
-    const int64_t top_left = plan.cell[i], bottom_left = top_left + plan.below[i], right = plan.right[i];
-    const int64_t cells[kCorners] = {top_left, top_left + right, bottom_left, bottom_left + right};
+  for (int64_t i = begin; i < end; ++i) {
+    const int64_t right = geometry.right[i];
+    const int64_t top = cells[i] * geometry.stride, bottom = top + geometry.below[i];
+    const int64_t offsets[kCorners] = {top, top + right, bottom, bottom + right};
     for (int corner = 0; corner < kCorners; ++corner) {
-      const T* from = value + cells[corner] * stride;
-      C* to = grad_value + cells[corner] * stride;
-      const C weight = plan.corners[corner * plan.whole + i];
-      Vector<C> product = kFirst ? Vector<C>{} : products[corner * plan.whole + i];
+      const T* from = value + offsets[corner];
+      C* to = grad_value + offsets[corner];
+      const C weight = corners[corner * whole + i];
+      Vector<C> product{};
       for (int v = 0; v < kVectors; ++v) {
         const int64_t channel = v * kLanes<C>;
         product += load(from + channel) * grad[v];
         store(to + channel, load(to + channel) + grad[v] * weight);
       }
-      products[corner * plan.whole + i] = product;
+      products[corner * (end - begin) + i - begin] += product;
     }
   }
 }
 
-template <class T, class C>
-inline void scatter_all(
-    const T* value, C* grad_value, int64_t stride, const C* grad_output, int64_t channels, const Plan<C>& plan,
-    Vector<C>* products) {
-  constexpr int kMany = kVectors<C> * kLanes<C>;
-  int64_t channel = 0;
-  if (channels >= kMany) {
-    scatter<kVectors<C>, true>(value, grad_value, stride, grad_output, plan, products);
-    channel = kMany;
-  } else {
-    scatter<1, true>(value, grad_value, stride, grad_output, plan, products);
-    channel = kLanes<C>;
-  }
-  for (; channel + kMany <= channels; channel += kMany) {
-    scatter<kVectors<C>, false>(
-        value + channel, grad_value + channel, stride, grad_output + channel, plan, products);
-  }
-  for (; channel < channels; channel += kLanes<C>) {
-    scatter<1, false>(value + channel, grad_value + channel, stride, grad_output + channel, plan, products);
-  }
-}
-
-// The gradients of a place's weight and position, from its products with the four cells. `products` are used up.
+// The gradients of a row's weights and positions, from the products of its places with the four cells around them.
 template <class C>
-void differentiate(const Plan<C>& plan, Vector<C>* products, C* grad_weights, C* grad_x, C* grad_y) {
-  const int64_t whole = plan.whole;
-  const C* bilinear = plan.bilinear.get();
+void differentiate(
+    const Geometry<C>& geometry, int64_t row, const C* products, C* grad_weights, C* grad_x, C* grad_y) {
+  const int64_t whole = geometry.whole;
   for (int64_t i = 0; i < whole; i += kLanes<C>) {
-    const Vector<C> top_left = sum_of_each_row<C>(products + kTopLeft * whole + i);
-    const Vector<C> top_right = sum_of_each_row<C>(products + kTopRight * whole + i);
-    const Vector<C> bottom_left = sum_of_each_row<C>(products + kBottomLeft * whole + i);
-    const Vector<C> bottom_right = sum_of_each_row<C>(products + kBottomRight * whole + i);
-    const Vector<C> left = load(bilinear + i), right = load(bilinear + whole + i);
-    const Vector<C> above = load(bilinear + 2 * whole + i), under = load(bilinear + 3 * whole + i);
-    const Vector<C> left_slope = load(bilinear + 4 * whole + i), right_slope = load(bilinear + 5 * whole + i);
-    const Vector<C> above_slope = load(bilinear + 6 * whole + i), under_slope = load(bilinear + 7 * whole + i);
+    const Vector<C> top_left = load(products + kTopLeft * whole + i);
+    const Vector<C> top_right = load(products + kTopRight * whole + i);
+    const Vector<C> bottom_left = load(products + kBottomLeft * whole + i);
+    const Vector<C> bottom_right = load(products + kBottomRight * whole + i);
+    const C* bilinear = &geometry.places.bilinear[row * 8 * whole + i];
+    const Vector<C> left = load(bilinear), right = load(bilinear + whole);
+    const Vector<C> above = load(bilinear + 2 * whole), under = load(bilinear + 3 * whole);
+    const Vector<C> left_slope = load(bilinear + 4 * whole), right_slope = load(bilinear + 5 * whole);
+    const Vector<C> above_slope = load(bilinear + 6 * whole), under_slope = load(bilinear + 7 * whole);
     const Vector<C> top = left * top_left + right * top_right, bottom = left * bottom_left + right * bottom_right;
-    const Vector<C> weight = load(&plan.weights[i]);
+    const Vector<C> weight = load(&geometry.places.weights[row * whole + i]);
     store(grad_weights + i, above * top + under * bottom);
     store(
         grad_x + i, weight * (above * (left_slope * top_left + right_slope * top_right) +
@@ -477,95 +638,199 @@ void differentiate(const Plan<C>& plan, Vector<C>* products, C* grad_weights, C*
 // From gradients by position (`grad_x`, `grad_y`) to those of the references, level by level.
 template <class C>
 void write_reference_gradients(
-    const Plan<C>& plan, const C* xy, const C* grad_x, const C* grad_y, int64_t width, C* to) {
-  for (int64_t level = plan.first_level; level < plan.last_level; ++level) {
-    const int64_t begin = (level - plan.first_level) * plan.num_points;
+    const Geometry<C>& geometry, const C* xy, const C* grad_x, const C* grad_y, int64_t width, C* to) {
+  for (int64_t level = geometry.first_level; level < geometry.last_level; ++level) {
+    const int64_t begin = (level - geometry.first_level) * geometry.num_points;
     for (int axis = 0; axis < 2; ++axis) {
       const C* grad = axis == 0 ? grad_x : grad_y;
-      const C size = plan.sizes()[axis * plan.whole + begin];
+      const C size = geometry.sizes()[axis * geometry.whole + begin];
       C centre = 0, side = 0;
-      for (int64_t i = begin; i < begin + plan.num_points; ++i) {
+      for (int64_t i = begin; i < begin + geometry.num_points; ++i) {
         centre += grad[i];
         side += grad[i] * xy[2 * i + axis];
       }
       to[level * width + axis] = centre * size;
-      if (width == 4) to[level * width + 2 + axis] = side * size * (C(0.5) / plan.num_points);
+      if (width == 4) to[level * width + 2 + axis] = side * size * (C(0.5) / geometry.num_points);
     }
   }
 }
 
+// One picture, head and group of levels: all queries, block by block.
 template <class T>
-void backward_task(const BackwardArguments& arguments, int64_t batch, int64_t head, int64_t first, int64_t last) {
+class BackwardTask {
   using C = Compute<T>;
-  const Sizes& sizes = arguments.sizes;
-  const Levels& levels = sizes.levels;
-  const Points& points = arguments.points;
-  const int64_t heads = sizes.num_heads, head_dim = sizes.head_dim, whole_channels = padded<C>(head_dim);
-  const int64_t all_cells = levels.start[levels.count - 1] +
-                            int64_t{1} * levels.height[levels.count - 1] * levels.width[levels.count - 1];
-  const int64_t cells =
-      levels.start[last - 1] + int64_t{1} * levels.height[last - 1] * levels.width[last - 1] - levels.start[first];
-  const int64_t stride = heads * head_dim;
-  const int64_t start = ((batch * all_cells + levels.start[first]) * heads + head) * head_dim;
-  const T* value = static_cast<const T*>(arguments.value) + start;
-  T* grad_value = static_cast<T*>(arguments.grad_value) + start;
 
-  // one head's rows next to each other fit the caches better, and there gradients have all their bits
-  const bool copies = !arguments.in_place;
-  Buffer<T> value_copy(copies ? cells * whole_channels : 0);
-  Buffer<C> grad_copy(copies ? cells * whole_channels : 0);
-  for (int64_t cell = 0; copies && cell < cells; ++cell) {
-    copy_bytes(&value_copy[cell * whole_channels], value + cell * stride, head_dim * sizeof(T));
+ public:
+  // `value_copy` and `grad_copy` hold the cells of the levels, unless the task works in place.
+  BackwardTask(
+      const BackwardArguments& arguments, int64_t batch, int64_t head, int64_t first, int64_t last, T* value_copy,
+      C* grad_copy)
+      : arguments_(arguments),
+        sizes_(arguments.sizes),
+        batch_(batch),
+        head_(head),
+        cells_(end_of_level(sizes_.levels, last - 1) - sizes_.levels.start[first]),
+        stride_(sizes_.num_heads * sizes_.head_dim),
+        whole_channels_(padded<C>(sizes_.head_dim)),
+        geometry_(sizes_, first, last, arguments.in_place ? stride_ : whole_channels_, true),
+        vector_products_(padded<C>(kCorners * geometry_.count)),
+        sums_(padded<C>(kCorners * geometry_.count)),
+        products_(kBlock * kCorners * geometry_.whole),
+        grad_output_(kBlock * whole_channels_),
+        grad_weights_(geometry_.whole),
+        grad_x_(geometry_.whole),
+        grad_y_(geometry_.whole),
+        grad_xy_(2 * geometry_.whole),
+        scratch_(2 * geometry_.whole),
+        value_copy_(value_copy),
+        grad_copy_(grad_copy) {
+    const int64_t all_cells = end_of_level(sizes_.levels, sizes_.levels.count - 1);
+    const int64_t cell = batch * all_cells + sizes_.levels.start[first];
+    const int64_t start = (cell * sizes_.num_heads + head) * sizes_.head_dim;
+    value_ = static_cast<const T*>(arguments.value) + start;
+    grad_value_ = static_cast<T*>(arguments.grad_value) + start;
   }
-  const T* rows = copies ? value_copy.get() : value;
-  C* grad_rows = copies ? grad_copy.get() : reinterpret_cast<C*>(grad_value);  // in place, C is T
-  const int64_t row_stride = copies ? whole_channels : stride;
 
-  Plan<C> plan(sizes, first, last);
-  Buffer<Vector<C>> products(kCorners * plan.whole);
-  Buffer<C> grad_output(whole_channels), grad_weights(plan.whole), grad_x(plan.whole), grad_y(plan.whole);
-  Buffer<C> grad_xy(2 * plan.whole), xy_scratch(2 * plan.whole);
-  for (int64_t query = 0; query < sizes.num_queries; ++query) {
-    const int64_t outer = batch * sizes.num_queries + query;
-    const int64_t index = (outer * heads + head) * levels.count * sizes.num_points + first * sizes.num_points;
-    const int64_t width = points.reference_width;
+  void run() {
+    if (arguments_.in_place) {
+      run_query_by_query();
+      return;
+    }
+    collect_rows(value_, stride_, cells_, sizes_.head_dim, value_copy_, whole_channels_);
+    std::memset(static_cast<void*>(grad_copy_), 0, cells_ * whole_channels_ * sizeof(C));
+    run_by_level();
+    for (int64_t cell = 0; cell < cells_; ++cell) {
+      write_channels(grad_copy_ + cell * whole_channels_, sizes_.head_dim, grad_value_ + cell * stride_);
+    }
+  }
+
+ private:
+  void run_by_level() {
+    for (int64_t begin = 0; begin < sizes_.num_queries; begin += kBlock) {
+      const int64_t end = std::min(begin + kBlock, sizes_.num_queries);
+      for (int64_t query = begin; query < end; ++query) set_references(query, query - begin);
+      for (int64_t query = begin; query < end; ++query) prepare(query, query - begin);
+      for (int64_t first = 0; first < geometry_.count; first += sizes_.num_points) {
+        for (int64_t query = begin; query < end; ++query) {
+          add(value_copy_, grad_copy_, first, first + sizes_.num_points, query - begin);
+        }
+      }
+      for (int64_t query = begin; query < end; ++query) write(query, query - begin);
+    }
+  }
+
+  void run_query_by_query() {
+    C* grad_value = reinterpret_cast<C*>(grad_value_);  // C is T
+    prepare_and_prefetch(0);
+    for (int64_t query = 0; query < sizes_.num_queries; ++query) {
+      if (query + 1 < sizes_.num_queries) prepare_and_prefetch(query + 1);
+      add(value_, grad_value, 0, geometry_.count, query % 2);
+      write(query, query % 2);
+    }
+  }
+
+  void prepare_and_prefetch(int64_t query) {
+    set_references(query, query % 2);
+    prepare(query, query % 2);
+    geometry_.prefetch_cells(value_, sizes_.head_dim, query % 2);
+    geometry_.prefetch_cells(grad_value_, sizes_.head_dim, query % 2);
+  }
+
+  int64_t outer(int64_t query) const { return batch_ * sizes_.num_queries + query; }
+
+  int64_t index(int64_t query) const {
+    const int64_t row = outer(query) * sizes_.num_heads + head_;
+    return (row * sizes_.levels.count + geometry_.first_level) * sizes_.num_points;
+  }
+
+  void set_references(int64_t query, int64_t place) {
+    if (arguments_.points.references == nullptr) return;
+    const int64_t width = arguments_.points.reference_width;
+    const C* references = static_cast<const C*>(arguments_.points.references);
+    geometry_.set_references(references + outer(query) * sizes_.levels.count * width, width, place);
+  }
+
+  void prepare(int64_t query, int64_t place) {
+    const Points& points = arguments_.points;
+    geometry_.read_weights(points, index(query), place);
+    geometry_.template place<true>(points, index(query), place);
+    const int64_t channels = sizes_.head_dim;
+    const T* grad_output = static_cast<const T*>(arguments_.grad_output) + head_ * channels;
+    read_channels(grad_output + outer(query) * stride_, channels, &grad_output_[place * whole_channels_]);
+    if (query + kAhead < sizes_.num_queries) {
+      geometry_.prefetch_points(points, index(query + kAhead));
+      prefetch_bytes(grad_output + outer(query + kAhead) * stride_, channels * sizeof(T));
+    }
+  }
+
+  void add(const T* value, C* grad_value, int64_t begin, int64_t end, int64_t place) {
+    constexpr int64_t kMany = kVectors<C> * kLanes<C>;
+    const C* grad_output = &grad_output_[place * whole_channels_];
+    Vector<C>* products = vector_products_.get();
+    const int64_t rows = kCorners * (end - begin), whole_rows = padded<C>(rows);
+    for (int64_t i = 0; i < whole_rows; ++i) products[i] = Vector<C>{};
+    int64_t channel = 0;
+    for (; channel + kMany <= whole_channels_; channel += kMany) {
+      scatter<kVectors<C>>(
+          value + channel, grad_value + channel, grad_output + channel, geometry_, place, begin, end, products);
+    }
+    for (; channel < whole_channels_; channel += kLanes<C>) {
+      scatter<1>(
+          value + channel, grad_value + channel, grad_output + channel, geometry_, place, begin, end, products);
+    }
+    for (int64_t i = 0; i < whole_rows; i += kLanes<C>) store(&sums_[i], sum_of_each_row<C>(products + i));
+    C* to = &products_[place * kCorners * geometry_.whole + begin];
+    for (int corner = 0; corner < kCorners; ++corner) {
+      copy_bytes(to + corner * geometry_.whole, &sums_[corner * (end - begin)], (end - begin) * sizeof(C));
+    }
+  }
+
+  void write(int64_t query, int64_t place) {
+    const Points& points = arguments_.points;
+    const int64_t count = geometry_.count, whole = geometry_.whole;
+    differentiate(
+        geometry_, place, &products_[place * kCorners * whole], grad_weights_.get(), grad_x_.get(), grad_y_.get());
+    copy_bytes(static_cast<C*>(arguments_.grad_weights) + index(query), grad_weights_.get(), count * sizeof(C));
+    const C* scales = geometry_.scales(place);
+    for (int64_t i = 0; i < count; ++i) {
+      grad_xy_[2 * i] = grad_x_[i] * scales[i];
+      grad_xy_[2 * i + 1] = grad_y_[i] * scales[whole + i];
+    }
+    write_points(grad_xy_.get(), 2 * count, arguments_.grad_points, points.type, 2 * index(query));
     if (points.references != nullptr) {
-      plan.set_references(static_cast<const C*>(points.references) + outer * levels.count * width, width);
-    }
-    plan.set_weights(points, index);
-    plan.template place<true>(points, index);
-    read_channels(
-        static_cast<const T*>(arguments.grad_output) + (outer * heads + head) * head_dim, head_dim, grad_output.get());
-
-    scatter_all(rows, grad_rows, row_stride, grad_output.get(), whole_channels, plan, products.get());
-    differentiate(plan, products.get(), grad_weights.get(), grad_x.get(), grad_y.get());
-
-    copy_bytes(static_cast<C*>(arguments.grad_weights) + index, grad_weights.get(), plan.count * sizeof(C));
-    for (int64_t i = 0; i < plan.count; ++i) {
-      grad_xy[2 * i] = grad_x[i] * plan.scales()[i];
-      grad_xy[2 * i + 1] = grad_y[i] * plan.scales()[plan.whole + i];
-    }
-    write_points(grad_xy.get(), 2 * plan.count, arguments.grad_points, points.type, 2 * index);
-    if (points.references != nullptr) {
-      const C* xy = read_points(points.points, points.type, 2 * index, 2 * plan.count, xy_scratch.get());
-      const int64_t row = (head * sizes.batch_size * sizes.num_queries + outer) * levels.count * width;
-      write_reference_gradients(
-          plan, xy, grad_x.get(), grad_y.get(), width, static_cast<C*>(arguments.grad_references) + row);
+      const C* xy = read_points(points.points, points.type, 2 * index(query), 2 * count, scratch_.get());
+      const int64_t row = head_ * sizes_.batch_size * sizes_.num_queries + outer(query);
+      C* to = static_cast<C*>(arguments_.grad_references) + row * sizes_.levels.count * points.reference_width;
+      write_reference_gradients(geometry_, xy, grad_x_.get(), grad_y_.get(), points.reference_width, to);
     }
   }
-  for (int64_t cell = 0; copies && cell < cells; ++cell) {
-    write_channels(&grad_copy[cell * whole_channels], head_dim, grad_value + cell * stride);
-  }
-}
+
+  const BackwardArguments& arguments_;
+  const Sizes& sizes_;
+  const int64_t batch_, head_, cells_, stride_, whole_channels_;
+  Geometry<C> geometry_;
+  Buffer<Vector<C>> vector_products_;
+  Buffer<C> sums_, products_, grad_output_, grad_weights_, grad_x_, grad_y_, grad_xy_, scratch_;
+  T* const value_copy_;
+  C* const grad_copy_;
+  const T* value_;
+  T* grad_value_;
+};
 
 template <class T>
 void backward(const BackwardArguments& arguments, int64_t level_groups, int64_t begin, int64_t end) {
   const Sizes& sizes = arguments.sizes;
+  // of one head, which the caches hold better than a part of all, and where gradients have all their bits
+  const int64_t cells = end_of_level(sizes.levels, sizes.levels.count - 1);
+  const int64_t numbers = arguments.in_place ? 0 : cells * padded<Compute<T>>(sizes.head_dim);
+  Buffer<T> value_copy(numbers);
+  Buffer<Compute<T>> grad_copy(numbers);
   for (int64_t task = begin; task < end; ++task) {
     const int64_t group = task % level_groups, head = task / level_groups % sizes.num_heads;
     const int64_t first = group * sizes.levels.count / level_groups;
     const int64_t last = (group + 1) * sizes.levels.count / level_groups;
-    backward_task<T>(arguments, task / level_groups / sizes.num_heads, head, first, last);
+    const int64_t batch = task / level_groups / sizes.num_heads;
+    BackwardTask<T>(arguments, batch, head, first, last, value_copy.get(), grad_copy.get()).run();
   }
 }
 
@@ -609,10 +874,6 @@ void for_type(Type type, Function function) {
   }
 }
 
-void copy_by_head_entry(const ForwardArguments& arguments, Rows to, int64_t begin, int64_t end) {
-  for_type(arguments.type, [&](auto number) { copy_by_head<decltype(number)>(arguments, to, begin, end); });
-}
-
 void forward_entry(const ForwardArguments& arguments, int64_t begin, int64_t end) {
   for_type(arguments.type, [&](auto number) { forward<decltype(number)>(arguments, begin, end); });
 }
@@ -630,8 +891,7 @@ void softmax_backward_entry(
 }
 
 const hf_dino::Processor kThisProcessor = {
-    HF_DINO_PROCESSOR_NAME, HF_DINO_VECTOR_BYTES, copy_by_head_entry,
-    forward_entry,          backward_entry,       softmax_backward_entry,
+    HF_DINO_PROCESSOR_NAME, HF_DINO_VECTOR_BYTES, forward_entry, backward_entry, softmax_backward_entry,
 };
 
 }  // namespace

@@ -82,27 +82,16 @@ bool should_copy(const Problem& problem, const Processor& processor, const Tenso
 void run_forward(
     const Problem& problem, const Tensor& value, const Points& points, const Tensor& output, void* softmax_weights) {
   const Processor& code = processor();
-  const int64_t batch = problem.batch_size, cells = problem.sequence_length, heads = problem.num_heads;
-  const int64_t channels = problem.head_dim;
-  ForwardArguments arguments{
+  const ForwardArguments arguments{
       sizes_of(problem),
       type_of(value),
-      {value.data_ptr(), cells * heads * channels, channels, heads * channels},
+      value.data_ptr(),
+      should_copy(problem, code, value),
       points,
       output.data_ptr(),
       softmax_weights};
-  std::optional<Tensor> copy;
-  if (should_copy(problem, code, value)) {
-    const int64_t width = lanes(code, value), row = (channels + width - 1) / width * width;
-    copy = torch::stable::new_empty(value, {batch, heads, cells, row});
-    const Rows to{copy->data_ptr(), heads * cells * row, cells * row, row};
-    torch::stable::parallel_for(0, batch * cells, kGrain, [&](int64_t begin, int64_t end) {
-      code.copy_by_head(arguments, to, begin, end);
-    });
-    arguments.value = to;
-  }
   torch::stable::parallel_for(
-      0, batch * heads * problem.num_queries, kGrain,
+      0, problem.batch_size * problem.num_heads * problem.num_queries, kGrain,
       [&](int64_t begin, int64_t end) { code.forward(arguments, begin, end); });
 }
 
