@@ -102,7 +102,7 @@ class DinoDetrPerceptron(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         for layer in self.layers[:-1]:
-            hidden_states = layer(hidden_states).relu()
+            hidden_states = layer(hidden_states).relu_()
         return self.layers[-1](hidden_states)
 
 

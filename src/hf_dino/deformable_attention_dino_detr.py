@@ -178,7 +178,7 @@ class DinoDetrMultiscaleDeformableAttention(nn.Module):
         points_shape = (batch_size, num_queries, self.num_heads, self.num_levels, self.num_points)
         queries = hidden_states + position_embeddings
 
-        value = self.value_proj(memory).masked_fill(~levels.mask[..., None], 0.0)
+        value = self.value_proj(memory).masked_fill_(~levels.mask[..., None], 0.0)
         value = value.unflatten(-1, (self.num_heads, value.shape[-1] // self.num_heads))
         offsets = self.sampling_offsets(queries).view(*points_shape, 2)
         logits = self.attention_weights(queries).view(points_shape)

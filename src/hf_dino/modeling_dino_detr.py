@@ -237,6 +237,8 @@ class DinoDetrMLP(nn.Module):
         super().__init__()
         self.dropout = config.dropout
         self.activation = ACT2FN[config.activation_function]
+        if hasattr(self.activation, "inplace"):
+            self.activation.inplace = True  # only it needs what fc1 returns, the largest tensor of a layer
         self.fc1 = init_as("xavier", nn.Linear(config.d_model, ffn_dim))
         self.fc2 = init_as("xavier", nn.Linear(ffn_dim, config.d_model))
 
