@@ -279,8 +279,6 @@ EMPTY = {
     "no pictures": replace(CASES["usual"], batch_size=0),
     "no queries": replace(CASES["usual"], num_queries=0),
     "no heads": replace(CASES["usual"], num_heads=0),
-    "no channels": replace(CASES["usual"], head_dim=0),
-    "no points": replace(CASES["usual"], num_points=0),
 }
 
 

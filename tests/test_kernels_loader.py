@@ -283,7 +283,8 @@ def use_operator(sources: Path, cache: Path, results: "multiprocessing.SimpleQue
 @pytest.mark.skipif(sys.platform != "linux", reason="forks, so as not to import PyTorch eight times")
 def test_eight_processes_compile_once(operator_sources: Path, cache: Path, compiler: Callable[[str], Path]) -> None:
     notes = compiler(f'echo "$@" >>"$NOTES"; exec {COMPILER} "$@"')
-    context = multiprocessing.get_context("fork")
+    context = multiprocessing.get_context("forkserver")  # this process may have loaded the real operators
+    context.set_forkserver_preload(["hf_dino.kernels"])
     results = context.SimpleQueue()
     processes = [context.Process(target=use_operator, args=(operator_sources, cache, results)) for _ in range(8)]
     for process in processes:

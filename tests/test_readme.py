@@ -46,9 +46,13 @@ def shell_commands() -> list[list[str]]:
 
 @pytest.mark.parametrize("command", [c for c in shell_commands() if c[0] in ("python", "accelerate")], ids=" ".join)
 def test_shell_commands_name_scripts_and_options_that_exist(command):
-    script = next(word for word in command if word.endswith(".py"))
-    told = subprocess.run([sys.executable, ROOT / script, "--help"], capture_output=True, text=True, check=True).stdout
-    for option in (word for word in command[command.index(script) :] if word.startswith("--")):
+    if command[1] == "-m":
+        program, options = command[1:3], command[3:]
+    else:
+        at = next(i for i, word in enumerate(command) if word.endswith(".py"))
+        program, options = [ROOT / command[at]], command[at + 1 :]
+    told = subprocess.run([sys.executable, *program, "--help"], capture_output=True, text=True, check=True).stdout
+    for option in (word for word in options if word.startswith("--")):
         assert option in told
 
 

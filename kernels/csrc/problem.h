@@ -57,7 +57,13 @@ inline Problem read_problem(
   STD_TORCH_CHECK(value.dim() == 4, "value must be (batch, sequence, heads, channels), but has ", value.dim(), " axes");
   STD_TORCH_CHECK(
       points.dim() == 6 && points.size(5) == 2,
-      "sampling points must be (batch, queries, heads, levels, points, 2), but have ", points.dim(), " axes");
+      "sampling points must be (batch, queries, heads, levels, points, 2), but have ", points.dim(),
+      " axes, the last one ", points.dim() > 0 ? points.size(points.dim() - 1) : 0, " long");
+  STD_TORCH_CHECK(
+      value.size(3) > 0 && points.size(4) > 0, "there must be channels and points, but there are ", value.size(3),
+      " and ", points.size(4));
+  STD_TORCH_CHECK(
+      value.size(1) <= std::numeric_limits<int32_t>::max() - 2, "value has too many positions: ", value.size(1));
   check_type(value, points, weights);
   check_device(value, points, "sampling points");
   check_device(value, weights, "attention weights");
@@ -75,7 +81,7 @@ inline Problem read_problem(
   for (int32_t level = 0; level < levels.count; ++level) {
     const int64_t height = spatial_shapes[2 * level], width = spatial_shapes[2 * level + 1];
     STD_TORCH_CHECK(height > 0 && width > 0, "level ", level, " is ", height, " x ", width, ": it must not be empty");
-    // checked before multiplying, so that nothing overflows
+    // checked before multiplying; the sequence fits 32 bits, so nothing overflows
     STD_TORCH_CHECK(
         height <= problem.sequence_length && width <= problem.sequence_length &&
             height * width <= problem.sequence_length - start,
@@ -88,10 +94,6 @@ inline Problem read_problem(
   STD_TORCH_CHECK(
       start == problem.sequence_length, "spatial_shapes cover ", start, " positions but value has ",
       problem.sequence_length);
-  STD_TORCH_CHECK(
-      problem.sequence_length <= std::numeric_limits<int32_t>::max() - 2, "value has too many positions: ",
-      problem.sequence_length);
-
   STD_TORCH_CHECK(
       points.size(0) == problem.batch_size && points.size(2) == problem.num_heads && points.size(3) == levels.count,
       "sampling points are for ", points.size(0), " pictures, ", points.size(2), " heads and ", points.size(3),
@@ -133,10 +135,9 @@ inline void check_grad_output(const Problem& problem, const Tensor& value, const
 }
 
 inline void check_grad_weights(const Tensor& weights, const Tensor& grad_weights) {
-  STD_TORCH_CHECK(
-      grad_weights.dim() == 5 && grad_weights.numel() == weights.numel() &&
-          grad_weights.scalar_type() == weights.scalar_type(),
-      "grad_weights must have the shape and dtype of the attention weights");
+  bool agree = grad_weights.dim() == 5 && grad_weights.scalar_type() == weights.scalar_type();
+  for (int axis = 0; agree && axis < 5; ++axis) agree = grad_weights.size(axis) == weights.size(axis);
+  STD_TORCH_CHECK(agree, "grad_weights must have the shape and dtype of the attention weights");
   check_device(weights, grad_weights, "grad_weights");
 }
 

@@ -3,7 +3,7 @@
 // A query and head look at `count` = levels * points places. For all of them at once, as many per vector as there are
 // lanes, `Geometry` works out which four cells surround a place and how much each counts: `Places`. Then one loop
 // without branches reads (and, backward, adds to) four rows of channels per place. A place outside its map, or at no
-// number, has four weights of zero and some cell that exists.
+// number, has four weights of zero and some cell that exists; so an infinite cell may spoil queries that do not use it.
 #include <algorithm>
 #include <cmath>
 #include <cstdlib>
@@ -91,9 +91,10 @@ inline void widen(const From* from, int64_t count, Compute<From>* to) {
   for (int64_t i = 0; i < count; ++i) to[i] = to_float(from[i]);
 }
 
-// Reads `count` numbers at `index` of an array of the plan's type into whole vectors, in place if that is possible.
+// `count` numbers at `index` of an array of the points' type, as what is computed with. `needed` numbers may be read
+// there, which is more where the last vector is not full; the numbers stay where they are if that is safe.
 template <class C>
-const C* read_points(const void* from, Type type, int64_t index, int64_t count, C* scratch) {
+const C* read_points(const void* from, Type type, int64_t index, int64_t count, int64_t needed, C* scratch) {
   if (type == Type::kHalf) {
     if constexpr (sizeof(C) == 4) widen(static_cast<const Half*>(from) + index, count, scratch);
     return scratch;
@@ -103,7 +104,7 @@ const C* read_points(const void* from, Type type, int64_t index, int64_t count, 
     return scratch;
   }
   const C* numbers = static_cast<const C*>(from) + index;
-  if (count % kLanes<C> == 0) return numbers;
+  if (count == needed) return numbers;
   copy_bytes(scratch, numbers, count * sizeof(C));
   return scratch;
 }
@@ -209,13 +210,16 @@ struct Places {
   Buffer<Integer<C>> cell;  // top left of the four; counted from the first one of the levels
   Buffer<C> weights;        // attention
   Buffer<C> corners;        // attention times bilinear, corner by corner
-  Buffer<C> bilinear;       // near x, far x, near y, far y and their slopes; only for gradients
+  // only for gradients
+  Buffer<C> bilinear;  // near x, far x, near y, far y and their slopes
+  Buffer<C> scales;
 
   Places(int64_t whole, bool slopes)
       : cell(kBlock * whole),
         weights(kBlock * whole),
         corners(kBlock * kCorners * whole),
-        bilinear(slopes ? kBlock * 8 * whole : 0) {}
+        bilinear(slopes ? kBlock * 8 * whole : 0),
+        scales(slopes ? kBlock * 2 * whole : 0) {}
 };
 
 // What all queries and heads have in common on the levels [first_level, last_level), the reference points of a block of
@@ -229,34 +233,35 @@ class Geometry {
   const int64_t count, whole;  // places, and the same in whole vectors
 
  private:
-  Buffer<C> scales_, origins_;          // slot by slot; of each, x of every place, then y of every place
-  Buffer<C> sizes_, has_successor_;     // x of every place, then y of every place
+  // position = centre * size - 0.5 + number * span * unit, with x of every place, then y of every place
+  Buffer<C> centres_, spans_;  // row by row
+  Buffer<C> sizes_, units_, has_successor_;
   Buffer<Integer<C>> last_, widths_, starts_;
   Buffer<int64_t> levels_;  // of every place, from the first one on
   Buffer<C> scratch_;
-  const C half_side_;
 
  public:
   const int64_t stride;                 // numbers from a cell to the next one
   // numbers from a place's cell to the one to its right and to the one below; zero where the map is one cell wide
   Buffer<int64_t> right, below;
 
-  Geometry(const Sizes& sizes, int64_t first_level, int64_t last_level, int64_t stride, bool slopes)
+  Geometry(
+      const Sizes& sizes, int64_t reference_width, int64_t first_level, int64_t last_level, int64_t stride, bool slopes)
       : first_level(first_level),
         last_level(last_level),
         num_points(sizes.num_points),
         count((last_level - first_level) * num_points),
         whole(padded<C>(count)),
-        scales_(kBlock * 2 * whole),
-        origins_(kBlock * 2 * whole),
+        centres_(kBlock * 2 * whole),
+        spans_(kBlock * 2 * whole),
         sizes_(2 * whole),
+        units_(2 * whole),
         has_successor_(2 * whole),
         last_(2 * whole),
         widths_(whole),
         starts_(whole),
         levels_(whole),
         scratch_(2 * whole),
-        half_side_(C(0.5) / num_points),
         stride(stride),
         right(whole),
         below(whole),
@@ -273,41 +278,37 @@ class Geometry {
       levels_[i] = level - first_level;
       starts_[i] = levels.start[level] - levels.start[first_level];
     }
-    // position = origin + number * scale. For locations, fractions of the map, these never change.
-    for (int64_t i = 0; i < kBlock * 2 * whole; ++i) origins_[i] = -C(0.5), scales_[i] = sizes_[i % (2 * whole)];
+    // locations are fractions of a map; offsets are in cells around a point, or around the centre of a box in
+    // 1 / num_points half-sides
+    for (int64_t i = 0; i < 2 * whole; ++i) {
+      units_[i] = reference_width == 2 ? 1 : reference_width == 4 ? sizes_[i] * (C(0.5) / num_points) : sizes_[i];
+    }
+    for (int64_t i = 0; i < kBlock * 2 * whole; ++i) spans_[i] = 1;
   }
 
   Places<C> places;
 
-  const C* scales(int64_t row) const { return scales_.get() + row * 2 * whole; }
+  // By how much a place moves with its numbers: x of every place, then y of every place.
+  const C* scales(int64_t row) const { return &places.scales[row * 2 * whole]; }
   const C* sizes() const { return sizes_.get(); }
 
-  // Offsets are in cells around a point, or in 1 / num_points half-sides around the centre of a box.
+  // Only copies: arithmetic on single numbers might be rounded otherwise than on vectors of them, and so depend on how
+  // the levels are divided.
   void set_references(const C* references, int64_t width, int64_t row) {
-    C origins[2 * kMaxLevels], scales[2 * kMaxLevels];
-    for (int64_t level = first_level; level < last_level; ++level) {
-      const C* reference = references + level * width;
-      const int64_t at = 2 * (level - first_level), i = (level - first_level) * num_points;
-      for (int axis = 0; axis < 2; ++axis) {
-        const C size = sizes_[axis * whole + i];
-        origins[at + axis] = reference[axis] * size - C(0.5);
-        scales[at + axis] = width == 2 ? C(1) : reference[2 + axis] * size * half_side_;
-      }
-    }
-    C* to = origins_.get() + row * 2 * whole;
+    references += first_level * width;
+    C* centres = centres_.get() + row * 2 * whole;
+    C* spans = spans_.get() + row * 2 * whole;
     for (int64_t i = 0; i < count; ++i) {
-      to[i] = origins[2 * levels_[i]], to[whole + i] = origins[2 * levels_[i] + 1];
-    }
-    to = scales_.get() + row * 2 * whole;
-    for (int64_t i = 0; i < count; ++i) {
-      to[i] = scales[2 * levels_[i]], to[whole + i] = scales[2 * levels_[i] + 1];
+      const C* reference = references + levels_[i] * width;
+      centres[i] = reference[0], centres[whole + i] = reference[1];
+      if (width == 4) spans[i] = reference[2], spans[whole + i] = reference[3];
     }
   }
 
   // Reads the weights, or logits, at `index` of `points`.
   C* read_weights(const Points& points, int64_t index, int64_t row) {
     C* weights = &places.weights[row * whole];
-    const C* numbers = read_points(points.weights, points.type, index, count, weights);
+    const C* numbers = read_points(points.weights, points.type, index, count, whole, weights);
     if (numbers != weights) copy_bytes(weights, numbers, count * sizeof(C));
     return weights;
   }
@@ -315,15 +316,17 @@ class Geometry {
   // Finds the places at `index` of `points` for a row that has its weights and references already.
   template <bool kSlopes>
   void place(const Points& points, int64_t index, int64_t row) {
-    const C* xy = read_points(points.points, points.type, 2 * index, 2 * count, scratch_.get());
-    const C* origins = origins_.get() + row * 2 * whole;
-    const C* scales = scales_.get() + row * 2 * whole;
+    const C* xy = read_points(points.points, points.type, 2 * index, 2 * count, 2 * whole, scratch_.get());
+    const C* centres = centres_.get() + row * 2 * whole;
+    const C* spans = spans_.get() + row * 2 * whole;
     for (int64_t i = 0; i < whole; i += kLanes<C>) {
       const Vector<C> first = load(xy + 2 * i), second = load(xy + 2 * i + kLanes<C>);
       const Vector<C> xs = one_of_each_pair<C, kLanes<C>, 1, 0>(first, second);
       const Vector<C> ys = one_of_each_pair<C, kLanes<C>, 1, 1>(first, second);
-      const Vector<C> x = load(origins + i) + xs * load(scales + i);
-      const Vector<C> y = load(origins + whole + i) + ys * load(scales + whole + i);
+      const Vector<C> x_scale = load(spans + i) * load(&units_[i]);
+      const Vector<C> y_scale = load(spans + whole + i) * load(&units_[whole + i]);
+      const Vector<C> x = load(centres + i) * load(&sizes_[i]) - C(0.5) + xs * x_scale;
+      const Vector<C> y = load(centres + whole + i) * load(&sizes_[whole + i]) - C(0.5) + ys * y_scale;
       // false for what is no number
       const Ints inside = (x >= -1) & (x < load(&sizes_[i])) & (y >= -1) & (y < load(&sizes_[whole + i]));
       const Vector<C> right_exists = load(&has_successor_[i]), below_exists = load(&has_successor_[whole + i]);
@@ -339,6 +342,8 @@ class Geometry {
       store(corners + kBottomLeft * whole, under * across.near);
       store(corners + kBottomRight * whole, under * across.far);
       if constexpr (kSlopes) {
+        store(&places.scales[row * 2 * whole + i], x_scale);
+        store(&places.scales[row * 2 * whole + whole + i], y_scale);
         C* bilinear = &places.bilinear[row * 8 * whole + i];
         store(bilinear + 0 * whole, only_where(inside, across.near));
         store(bilinear + 1 * whole, only_where(inside, across.far));
@@ -444,7 +449,9 @@ class Forward {
         cells_(end_of_level(sizes_.levels, sizes_.levels.count - 1)),
         stride_(sizes_.num_heads * sizes_.head_dim),
         whole_channels_(padded<C>(sizes_.head_dim)),
-        geometry_(sizes_, 0, sizes_.levels.count, arguments.copies ? whole_channels_ : stride_, false),
+        geometry_(
+            sizes_, arguments.points.reference_width, 0, sizes_.levels.count,
+            arguments.copies ? whole_channels_ : stride_, false),
         sums_(kBlock * whole_channels_),
         copy_(arguments.copies ? cells_ * whole_channels_ : 0) {}
 
@@ -672,7 +679,8 @@ class BackwardTask {
         cells_(end_of_level(sizes_.levels, last - 1) - sizes_.levels.start[first]),
         stride_(sizes_.num_heads * sizes_.head_dim),
         whole_channels_(padded<C>(sizes_.head_dim)),
-        geometry_(sizes_, first, last, arguments.in_place ? stride_ : whole_channels_, true),
+        geometry_(
+            sizes_, arguments.points.reference_width, first, last, arguments.in_place ? stride_ : whole_channels_, true),
         vector_products_(padded<C>(kCorners * geometry_.count)),
         sums_(padded<C>(kCorners * geometry_.count)),
         products_(kBlock * kCorners * geometry_.whole),
@@ -798,7 +806,7 @@ class BackwardTask {
     }
     write_points(grad_xy_.get(), 2 * count, arguments_.grad_points, points.type, 2 * index(query));
     if (points.references != nullptr) {
-      const C* xy = read_points(points.points, points.type, 2 * index(query), 2 * count, scratch_.get());
+      const C* xy = read_points(points.points, points.type, 2 * index(query), 2 * count, 2 * count, scratch_.get());
       const int64_t row = head_ * sizes_.batch_size * sizes_.num_queries + outer(query);
       C* to = static_cast<C*>(arguments_.grad_references) + row * sizes_.levels.count * points.reference_width;
       write_reference_gradients(geometry_, xy, grad_x_.get(), grad_y_.get(), points.reference_width, to);
@@ -821,14 +829,18 @@ template <class T>
 void backward(const BackwardArguments& arguments, int64_t level_groups, int64_t begin, int64_t end) {
   const Sizes& sizes = arguments.sizes;
   // of one head, which the caches hold better than a part of all, and where gradients have all their bits
-  const int64_t cells = end_of_level(sizes.levels, sizes.levels.count - 1);
+  const auto first_of = [&](int64_t group) { return group * sizes.levels.count / level_groups; };
+  int64_t cells = 0;  // of the largest group
+  for (int64_t group = 0; group < level_groups; ++group) {
+    const int64_t end_of_group = end_of_level(sizes.levels, first_of(group + 1) - 1);
+    cells = std::max(cells, end_of_group - sizes.levels.start[first_of(group)]);
+  }
   const int64_t numbers = arguments.in_place ? 0 : cells * padded<Compute<T>>(sizes.head_dim);
   Buffer<T> value_copy(numbers);
   Buffer<Compute<T>> grad_copy(numbers);
   for (int64_t task = begin; task < end; ++task) {
     const int64_t group = task % level_groups, head = task / level_groups % sizes.num_heads;
-    const int64_t first = group * sizes.levels.count / level_groups;
-    const int64_t last = (group + 1) * sizes.levels.count / level_groups;
+    const int64_t first = first_of(group), last = first_of(group + 1);
     const int64_t batch = task / level_groups / sizes.num_heads;
     BackwardTask<T>(arguments, batch, head, first, last, value_copy.get(), grad_copy.get()).run();
   }
@@ -845,10 +857,10 @@ void softmax_backward(
   Buffer<C> weight_scratch(padded<C>(count)), more_scratch(padded<C>(count)), grads(count);
   for (int64_t row = begin; row < end; ++row) {
     const int64_t index = row * count;
-    const C* weights = read_points(points.weights, points.type, index, count, weight_scratch.get());
+    const C* weights = read_points(points.weights, points.type, index, count, count, weight_scratch.get());
     copy_bytes(grads.get(), static_cast<const C*>(arguments.grad_weights) + index, count * sizeof(C));
     if (grad_softmax_weights != nullptr) {
-      const C* more = read_points(grad_softmax_weights, points.type, index, count, more_scratch.get());
+      const C* more = read_points(grad_softmax_weights, points.type, index, count, count, more_scratch.get());
       for (int64_t i = 0; i < count; ++i) grads[i] += more[i];
     }
     C sum = 0;

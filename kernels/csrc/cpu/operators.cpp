@@ -42,8 +42,9 @@ const Processor& processor() {
       return *candidate;
     }
   }
-  STD_TORCH_CHECK(false, "HF_DINO_CPU is '", wish, "', but this processor has up to ", best.name,
-                  ": choose avx512, avx2 or portable");
+  STD_TORCH_CHECK(
+      false, "HF_DINO_CPU is '", wish, "', but must be avx512, avx2 or portable, and no more than this processor has: ",
+      best.name);
 }
 
 Type type_of(const Tensor& tensor) {
@@ -138,11 +139,10 @@ struct Gradients {
 };
 
 Gradients run_backward(
-    const Problem& problem, const Tensor& grad_output_, const Tensor& value, const Tensor& points_tensor,
+    const Problem& problem, const Tensor& grad_output, const Tensor& value, const Tensor& points_tensor,
     const Points& points, BackwardArguments& arguments) {
   const Processor& code = processor();
   const ScalarType compute = compute_type(value.scalar_type());
-  const Tensor grad_output = torch::stable::contiguous(grad_output_);
   const bool in_place = compute == value.scalar_type() && !should_copy(problem, code, value);
   Gradients gradients{
       in_place ? torch::stable::new_zeros(value, {value.size(0), value.size(1), value.size(2), value.size(3)})
@@ -181,10 +181,11 @@ Gradients run_backward(
 }
 
 std::tuple<Tensor, Tensor, Tensor> deformable_attention_backward(
-    const Tensor& grad_output, const Tensor& value_, std::vector<int64_t> spatial_shapes, const Tensor& locations_,
+    const Tensor& grad_output_, const Tensor& value_, std::vector<int64_t> spatial_shapes, const Tensor& locations_,
     const Tensor& weights_, bool /*deterministic: it always is*/) {
   const Problem problem = read_problem(value_, spatial_shapes, locations_, weights_);
-  check_grad_output(problem, value_, grad_output);
+  check_grad_output(problem, value_, grad_output_);
+  const Tensor grad_output = torch::stable::contiguous(grad_output_);
   const Tensor value = torch::stable::contiguous(value_), locations = torch::stable::contiguous(locations_);
   const Tensor weights = torch::stable::contiguous(weights_);
   if (is_empty(problem)) return {zeros_like(value), zeros_like(locations), zeros_like(weights)};
@@ -195,12 +196,13 @@ std::tuple<Tensor, Tensor, Tensor> deformable_attention_backward(
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> fused_deformable_attention_backward(
-    const Tensor& grad_output, std::optional<Tensor> grad_weights, const Tensor& value_,
+    const Tensor& grad_output_, std::optional<Tensor> grad_weights, const Tensor& value_,
     std::vector<int64_t> spatial_shapes, const Tensor& references_, const Tensor& offsets_, const Tensor& weights_,
     bool /*deterministic: it always is*/) {
   const Problem problem = read_problem(value_, spatial_shapes, offsets_, weights_);
   check_reference_points(problem, value_, references_);
-  check_grad_output(problem, value_, grad_output);
+  check_grad_output(problem, value_, grad_output_);
+  const Tensor grad_output = torch::stable::contiguous(grad_output_);
   if (grad_weights) {
     check_grad_weights(weights_, *grad_weights);
     grad_weights = torch::stable::contiguous(*grad_weights);
@@ -215,15 +217,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> fused_deformable_attention_backward(
 
   const Tensor grad_logits = torch::stable::empty_like(weights);
   const void* more = grad_weights ? grad_weights->data_ptr() : nullptr;
+  const Processor& code = processor();
   torch::stable::parallel_for(
       0, problem.batch_size * problem.num_queries * problem.num_heads, kGrain, [&](int64_t begin, int64_t end) {
-        processor().softmax_backward(arguments, more, grad_logits.data_ptr(), begin, end);
+        code.softmax_backward(arguments, more, grad_logits.data_ptr(), begin, end);
       });
   const std::vector<int64_t> heads{0};
   return {gradients.value, torch::stable::sum(*gradients.references, heads), gradients.points, grad_logits};
 }
 
-// What the operators run with, for reports: bytes of a vector.
+// Bytes of the vectors that the operators run with.
 int64_t cpu_vector_bytes() { return processor().vector_bytes; }
 
 }  // namespace

@@ -2,7 +2,9 @@
 
 Two forms of one operator. Both run on CPUs and CUDA devices in float32, float64, bfloat16 and float16, have gradients,
 and work under autocast, `torch.compile(fullgraph=True)` and `torch.export`. Locations, softmax and sums are computed
-in at least 32 bits; 16-bit results are rounded once.
+in at least 32 bits; 16-bit results are rounded once. They can be differentiated once, by backward().
+
+A cell of `value` that is infinite or no number may reach queries that look beside it, or outside of the map.
 """
 
 from collections.abc import Sequence

@@ -1,4 +1,8 @@
-"""What PyTorch has to know of the operators beside their code: shapes of results, gradients, and autocast."""
+"""What PyTorch has to know of the operators beside their code: shapes of results, and gradients.
+
+Autocast needs no rule of its own: the operators take 16-bit values beside locations of 32 bits, which is what it makes
+of a model, and the functions of this package bring other mixtures to such a one.
+"""
 
 from typing import Any
 
@@ -78,6 +82,13 @@ def _fused_gradients(ctx: Any, grad_output: torch.Tensor | None, grad_weights: t
     return grad_value, None, grad_references, grad_offsets, grad_logits
 
 
+def _refuse(ctx: Any, *grads: torch.Tensor) -> None:
+    raise RuntimeError(
+        "the compiled deformable attention can be differentiated once only; for second derivatives use the definition "
+        "in PyTorch (in hf_dino: HF_DINO_KERNELS=off)"
+    )
+
+
 _FAKES = {
     "deformable_attention": _shapes_of_forward,
     "deformable_attention_backward": _shapes_of_backward,
@@ -90,5 +101,7 @@ torch.library.register_autograd(add_op_namespace_prefix("deformable_attention"),
 torch.library.register_autograd(
     add_op_namespace_prefix("fused_deformable_attention"), _fused_gradients, setup_context=_keep_fused
 )
+for _name in ("deformable_attention_backward", "fused_deformable_attention_backward"):
+    torch.library.register_autograd(add_op_namespace_prefix(_name), _refuse)
 
 __all__ = ["ops"]

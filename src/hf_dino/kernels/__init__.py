@@ -172,8 +172,8 @@ def load(folder: Path) -> ModuleType:
     Raises:
         KernelError: If it cannot be loaded.
     """
-    name = json.loads((folder / "metadata.json").read_text())["id"]
     try:
+        name = json.loads((folder / "metadata.json").read_text())["id"]
         if name not in sys.modules:
             _import(name, folder / "__init__.py")
         _check_same_sources(sys.modules[name], folder)
@@ -181,7 +181,7 @@ def load(folder: Path) -> ModuleType:
         for library in sorted(folder.glob(f"{NAMESPACE}_*.so")):  # an entry for CUDA adds to one for the CPU
             if library.name not in loaded:
                 torch.ops.load_library(library)
-    except (OSError, ImportError, RuntimeError) as error:
+    except (OSError, ImportError, RuntimeError, ValueError, LookupError) as error:
         raise KernelError(f"the kernel in {folder} cannot be loaded: {error}") from error
     return sys.modules[name]
 

@@ -45,6 +45,9 @@ def report(device_type: str, build: bool) -> bool:
         return False
     with suppress(KernelError):
         print_line("compiler", find_compiler(device_type))
+    if kernel is None and mode() == "off":
+        print_line("used", "the definition in PyTorch: HF_DINO_KERNELS=off")
+        return True
     if kernel is None:
         print_line("used", "the kernel, once it is compiled: the first use does that, or --build")
         return True
