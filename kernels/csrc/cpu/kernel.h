@@ -212,7 +212,7 @@ struct Places {
   Buffer<C> corners;        // attention times bilinear, corner by corner
   // only for gradients
   Buffer<C> bilinear;  // near x, far x, near y, far y and their slopes
-  Buffer<C> scales;
+  Buffer<C> scales;    // by how much a place moves with its numbers: x of every place, then y of every place
 
   Places(int64_t whole, bool slopes)
       : cell(kBlock * whole),
@@ -241,7 +241,7 @@ class Geometry {
   Buffer<C> scratch_;
 
  public:
-  const int64_t stride;                 // numbers from a cell to the next one
+  const int64_t stride;  // numbers from a cell to the next one
   // numbers from a place's cell to the one to its right and to the one below; zero where the map is one cell wide
   Buffer<int64_t> right, below;
 
@@ -288,7 +288,6 @@ class Geometry {
 
   Places<C> places;
 
-  // By how much a place moves with its numbers: x of every place, then y of every place.
   const C* scales(int64_t row) const { return &places.scales[row * 2 * whole]; }
   const C* sizes() const { return sizes_.get(); }
 
@@ -662,7 +661,7 @@ void write_reference_gradients(
   }
 }
 
-// One picture, head and group of levels: all queries, block by block.
+// One picture, head and group of levels: all queries, block by block in copies, one by one in place.
 template <class T>
 class BackwardTask {
   using C = Compute<T>;
@@ -828,13 +827,13 @@ class BackwardTask {
 template <class T>
 void backward(const BackwardArguments& arguments, int64_t level_groups, int64_t begin, int64_t end) {
   const Sizes& sizes = arguments.sizes;
-  // of one head, which the caches hold better than a part of all, and where gradients have all their bits
   const auto first_of = [&](int64_t group) { return group * sizes.levels.count / level_groups; };
   int64_t cells = 0;  // of the largest group
   for (int64_t group = 0; group < level_groups; ++group) {
     const int64_t end_of_group = end_of_level(sizes.levels, first_of(group + 1) - 1);
     cells = std::max(cells, end_of_group - sizes.levels.start[first_of(group)]);
   }
+  // copies of one head, which the caches hold better than a part of all, and where gradients have all their bits
   const int64_t numbers = arguments.in_place ? 0 : cells * padded<Compute<T>>(sizes.head_dim);
   Buffer<T> value_copy(numbers);
   Buffer<Compute<T>> grad_copy(numbers);

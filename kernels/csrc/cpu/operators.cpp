@@ -66,7 +66,7 @@ Sizes sizes_of(const Problem& problem) {
 }
 
 bool is_empty(const Problem& problem) {
-  return problem.batch_size * problem.num_queries * problem.num_heads * problem.head_dim == 0;
+  return problem.batch_size * problem.num_queries * problem.num_heads == 0;
 }
 
 int64_t lanes(const Processor& processor, const Tensor& value) {
@@ -79,7 +79,7 @@ bool should_copy(const Problem& problem, const Processor& processor, const Tenso
   return problem.head_dim % lanes(processor, value) != 0 || reads > kReadsWorthACopy * problem.sequence_length;
 }
 
-// Both forms of the forward pass; `references` and `softmax_weights` are those of the fused one.
+// Both forms of the forward pass; only the fused one has references and `softmax_weights`.
 void run_forward(
     const Problem& problem, const Tensor& value, const Points& points, const Tensor& output, void* softmax_weights) {
   const Processor& code = processor();
