@@ -29,8 +29,8 @@ from rich.logging import RichHandler
 
 from hf_dino.data import (
     AUGMENTATIONS,
-    CocoData,
-    CocoDetection,
+    DetectionData,
+    DetectionDataset,
     InputError,
     TrainingBatchSampler,
     TrainingCollator,
@@ -178,7 +178,7 @@ def main(argv: list[str] | None = None) -> None:
     accelerator.init_trackers("hf_dino")
     monitor = LossMonitor(with_scaler=accelerator.scaler is not None)
 
-    def evaluate(data: CocoData, name: str) -> CocoScores:
+    def evaluate(data: DetectionData, name: str) -> CocoScores:
         share = -(-len(data.pictures) // accelerator.num_processes)
         options = {"batch_size": args.eval_batch_size, "num_workers": args.num_workers}
         with progress.count(name, share) as counted:
@@ -201,7 +201,7 @@ def main(argv: list[str] | None = None) -> None:
                 accumulation=args.gradient_accumulation,
                 first_step=first_step,
             )
-            pictures = CocoDetection(train, augmentation, args.seed, epoch)
+            pictures = DetectionDataset(train, augmentation, args.seed, epoch)
             model.train()
             for batch in training_loader(pictures, collate, batches, num_workers=args.num_workers):
                 batch = send_to_device(batch, accelerator.device, non_blocking=True)

@@ -8,7 +8,7 @@ from PIL import Image
 from coco_files import annotation, write_coco
 from hf_dino import DinoDetrImageProcessor
 from hf_dino.data import (
-    CocoDetection,
+    DetectionDataset,
     InputError,
     SameSizeBatchSampler,
     TrainingBatchSampler,
@@ -82,7 +82,7 @@ def collator(num_labels):
 
 
 def test_a_label_that_the_model_lacks_is_found_before_the_model_sees_it(tmp_path):
-    data = CocoDetection(read_coco(*write_coco(tmp_path, [annotation(1, 7, [0, 0, 5, 5])])))
+    data = DetectionDataset(read_coco(*write_coco(tmp_path, [annotation(1, 7, [0, 0, 5, 5])])))
     assert collator(num_labels=5)([data[0]])["labels"][0]["class_labels"].tolist() == [4]
     with pytest.raises(InputError, match=r"image_id \[1\].*class_labels\[0\] is 4, but the model has 4 labels"):
         collator(num_labels=4)([data[0]])
@@ -90,7 +90,7 @@ def test_a_label_that_the_model_lacks_is_found_before_the_model_sees_it(tmp_path
 
 def test_an_error_in_a_reading_process_is_one_line(tmp_path):
     pictures, file = write_coco(tmp_path, [])
-    data = CocoDetection(read_coco(pictures, file))
+    data = DetectionDataset(read_coco(pictures, file))
     Image.new("RGB", (5, 5)).save(pictures / "1.png")
     with pytest.raises(InputError) as here:
         data[0]

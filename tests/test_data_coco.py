@@ -8,7 +8,7 @@ import pytest
 
 from coco_files import annotation, write_coco
 from hf_dino.data import (
-    CocoDetection,
+    DetectionDataset,
     InputError,
     contiguous_id2label,
     label_of_category,
@@ -32,7 +32,7 @@ def test_pictures_objects_and_crowds_are_kept(tmp_path):
     assert (crowded.areas.tolist(), crowded.iscrowd.tolist()) == ([9.5, 56], [1, 0])
     assert crowded.category_ids.tolist() == [7, 3]
 
-    item = CocoDetection(data)[1]
+    item = DetectionDataset(data)[1]
     assert item["image"].size == (20, 30)
     assert item["annotation"] == {
         "image_id": 2,
@@ -185,7 +185,7 @@ def test_augmented_items_depend_on_seed_epoch_and_picture_only(tmp_path):
     augmentation = make_augmentation("dino", {"shortest_edge": 80, "longest_edge": 133})
 
     def item(index, seed=0, epoch=0):
-        item = CocoDetection(data, augmentation, seed, epoch)[index]
+        item = DetectionDataset(data, augmentation, seed, epoch)[index]
         return np.asarray(item["image"]).tobytes(), item["annotation"]
 
     assert item(0) == item(0)

@@ -11,7 +11,7 @@ from torch import nn
 from transformers import BaseImageProcessor
 
 from .data.batching import evaluation_loader
-from .data.coco import CocoData, label_of_category
+from .data.dataset import DetectionData, label_of_category
 from .model_card import METRIC_NAMES
 
 
@@ -87,11 +87,11 @@ def collect_detections(
     return gather_object(results)
 
 
-def evaluate_coco(data: CocoData, results: list[dict[str, Any]]) -> CocoScores:
+def evaluate_coco(data: DetectionData, results: list[dict[str, Any]]) -> CocoScores:
     """Score detections against a data set as COCO does.
 
     Args:
-        data (`CocoData`): The data set, crowd regions included, which are ignored rather than missed.
+        data (`DetectionData`): The data set, crowd regions included, which are ignored rather than missed.
         results (`list[dict]`): From [`collect_detections`]; may be empty, which scores 0.
 
     Returns:
@@ -120,7 +120,7 @@ def evaluate_coco(data: CocoData, results: list[dict[str, Any]]) -> CocoScores:
 def evaluate_model(
     model: nn.Module,
     processor: BaseImageProcessor,
-    data: CocoData,
+    data: DetectionData,
     accelerator: Accelerator,
     *,
     batch_size: int,
@@ -135,7 +135,7 @@ def evaluate_model(
     Args:
         model (`nn.Module`): A detection model, prepared by `accelerator` or not.
         processor (`BaseImageProcessor`): The model's image processor.
-        data (`CocoData`): The data set.
+        data (`DetectionData`): The data set.
         accelerator (`Accelerator`): Gives the device and shares out the pictures.
         batch_size (`int`): The most pictures in a batch of one process.
         num_workers (`int`, *optional*, defaults to 0): Processes that read ahead.
@@ -174,7 +174,7 @@ def _coco_results(
     ]
 
 
-def _ground_truth(data: CocoData) -> list[dict[str, Any]]:
+def _ground_truth(data: DetectionData) -> list[dict[str, Any]]:
     # numbered from 1, whatever the file says: pycocotools takes a match with annotation 0 for no match
     objects = [(picture, index) for picture in data.pictures for index in range(len(picture.boxes))]
     return [
@@ -190,7 +190,7 @@ def _ground_truth(data: CocoData) -> list[dict[str, Any]]:
     ]
 
 
-def _coco(data: CocoData, annotations: list[dict[str, Any]]) -> COCO:
+def _coco(data: DetectionData, annotations: list[dict[str, Any]]) -> COCO:
     coco = COCO()
     coco.dataset = {
         "info": {},

@@ -14,7 +14,7 @@ from torch import nn
 from transformers import AutoConfig, AutoImageProcessor, BaseImageProcessor
 
 from .configuration_dino_detr import UNUSED_LABEL, DinoDetrConfig
-from .data.coco import contiguous_id2label
+from .data.dataset import contiguous_id2label
 from .data.errors import InputError
 from .image_processing_dino_detr import DinoDetrImageProcessor, DinoDetrImageProcessorPil
 from .modeling_dino_detr import DinoDetrForObjectDetection

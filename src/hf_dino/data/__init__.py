@@ -11,14 +11,14 @@ from .batching import (
     steps_per_epoch,
     training_loader,
 )
-from .coco import (
-    CocoData,
-    CocoDetection,
-    CocoPicture,
+from .coco import read_coco
+from .dataset import (
+    AnnotatedPicture,
+    DetectionData,
+    DetectionDataset,
     clip_boxes,
     contiguous_id2label,
     label_of_category,
-    read_coco,
 )
 from .errors import InputError
 from .images import list_pictures, read_image
@@ -26,10 +26,10 @@ from .images import list_pictures, read_image
 
 __all__ = [
     "AUGMENTATIONS",
+    "AnnotatedPicture",
     "Augmentation",
-    "CocoData",
-    "CocoDetection",
-    "CocoPicture",
+    "DetectionData",
+    "DetectionDataset",
     "EvaluationCollator",
     "InputError",
     "SameSizeBatchSampler",

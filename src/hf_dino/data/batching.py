@@ -10,7 +10,7 @@ from transformers import BaseImageProcessor
 
 from ..image_processing_dino_detr import resized_shape
 from ..loss_dino_detr import check_labels
-from .coco import CocoData, CocoDetection
+from .dataset import DetectionData, DetectionDataset
 from .errors import InputError
 
 
@@ -116,7 +116,7 @@ class SameSizeBatchSampler(Sampler[list[int]]):
 
 @dataclass(frozen=True)
 class TrainingCollator:
-    """Turns items of [`CocoDetection`] into the arguments of the model, padded to the largest picture of the batch.
+    """Turns items of [`DetectionDataset`] into the arguments of the model, padded to the largest picture of the batch.
 
     Attributes:
         processor (`BaseImageProcessor`): A DINO image processor.
@@ -154,7 +154,7 @@ class TrainingCollator:
 
 @dataclass(frozen=True)
 class EvaluationCollator:
-    """Turns items of [`CocoDetection`] into the arguments of the model and what is needed to read its answer.
+    """Turns items of [`DetectionDataset`] into the arguments of the model and what is needed to read its answer.
 
     Attributes:
         processor (`BaseImageProcessor`): A DINO image processor.
@@ -194,7 +194,7 @@ def processed_shape(processor: BaseImageProcessor, height: int, width: int) -> t
 
 
 def evaluation_loader(
-    data: CocoData,
+    data: DetectionData,
     processor: BaseImageProcessor,
     *,
     batch_size: int,
@@ -205,7 +205,7 @@ def evaluation_loader(
     """Load the pictures of `data` in batches of equal size, each picture in exactly one process.
 
     Args:
-        data (`CocoData`): From [`read_coco`].
+        data (`DetectionData`): From [`read_coco`].
         processor (`BaseImageProcessor`): A DINO image processor.
         batch_size (`int`): The most pictures in a batch of this process.
         rank (`int`, *optional*, defaults to 0): This process.
@@ -214,7 +214,7 @@ def evaluation_loader(
     """
     shapes = [processed_shape(processor, picture.height, picture.width) for picture in data.pictures]
     return DataLoader(
-        CocoDetection(data),
+        DetectionDataset(data),
         batch_sampler=SameSizeBatchSampler(shapes, batch_size, rank, world_size),
         collate_fn=EvaluationCollator(processor),
         num_workers=num_workers,
@@ -223,7 +223,7 @@ def evaluation_loader(
 
 
 def training_loader(
-    data: CocoDetection,
+    data: DetectionDataset,
     collate: TrainingCollator,
     batches: TrainingBatchSampler,
     *,
