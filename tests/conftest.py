@@ -1,11 +1,12 @@
 """A detector small enough to build in every test, pictures and labels to go with it, and where to find references."""
 
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 
-from hf_dino import DinoDetrConfig, DinoDetrForObjectDetection
+from hf_dino import DinoDetrConfig, DinoDetrForObjectDetection, kernels
 
 
 SHARED = Path(__file__).parents[2] / "shared"
@@ -90,3 +91,41 @@ def make_labels(*counts: int, num_labels: int = 5, seed: int = 0) -> list[dict[s
 @pytest.fixture
 def pixel_values() -> torch.Tensor:
     return torch.randn(2, 3, 96, 128, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture
+def kernel():
+    """The compiled operators; a build that fails is a failure wherever there is a compiler."""
+    if kernels.mode() == "off":
+        pytest.skip("HF_DINO_KERNELS=off")
+    found = kernels.operators("cpu")
+    if found is None and not any(map(shutil.which, ("g++", "clang++", "c++"))):
+        pytest.skip("needs a C++ compiler")
+    assert found is not None
+    return found
+
+
+PROCESSORS = ("avx512", "avx2", "portable")
+
+
+@pytest.fixture(params=PROCESSORS)
+def processor(request, monkeypatch, kernel):
+    return _choose_processor(kernel, request.param, monkeypatch)
+
+
+@pytest.fixture(params=["definition", *PROCESSORS])
+def backend(request, monkeypatch):
+    """All that computes deformable attention on a CPU, in turn."""
+    if request.param == "definition":
+        monkeypatch.setitem(kernels._found, "cpu", None)
+        return request.param
+    return _choose_processor(request.getfixturevalue("kernel"), request.param, monkeypatch)
+
+
+def _choose_processor(kernel, name, monkeypatch):
+    monkeypatch.setenv("HF_DINO_CPU", name)
+    try:
+        kernel.registration.ops.cpu_vector_bytes()
+    except RuntimeError:
+        pytest.skip(f"this processor has no {name}")
+    return name

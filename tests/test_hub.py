@@ -18,7 +18,6 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForObjectDetection, pipeline
 
 import hf_dino
-import hf_dino.deformable_attention_dino_detr as attention
 from conftest import TINY_RESNET, TINY_SWIN, tiny_config, tiny_model
 from hf_dino import (
     DinoDetrConfig,
@@ -26,6 +25,7 @@ from hf_dino import (
     DinoDetrImageProcessor,
     DinoDetrImageProcessorPil,
     DinoDetrModel,
+    kernels,
 )
 
 
@@ -217,7 +217,7 @@ def without_the_package(folder, picture, tmp_path_factory):
 
 
 def test_without_the_package_the_folder_gives_the_same_numbers(folder, picture, without_the_package, monkeypatch):
-    monkeypatch.setitem(attention._operators, "cpu", None)  # a folder carries the definition, not the kernel
+    monkeypatch.setitem(kernels._found, "cpu", None)  # a folder carries the definition, not the kernel
     results, _ = without_the_package
     for backend, processor_class in {"torchvision": DinoDetrImageProcessor, "pil": DinoDetrImageProcessorPil}.items():
         assert_same(results[backend], processor_class(size=SIZE)(images=picture, return_tensors="pt")["pixel_values"])

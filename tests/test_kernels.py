@@ -2,7 +2,6 @@
 
 import itertools
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +9,6 @@ from pathlib import Path
 import pytest
 import torch
 
-import hf_dino.deformable_attention_dino_detr as attention
 from conftest import make_labels, tiny_config, tiny_model
 from hf_dino import DinoDetrForObjectDetection, kernels
 from hf_dino.deformable_attention_dino_detr import multi_scale_deformable_attention, sampling_locations
@@ -31,28 +29,6 @@ SIZES = {
     "a vector and a half": ([(9, 8), (3, 3), (2, 2)], 5, 2, 32, 4),
     "four points": ([(9, 8)], 5, 2, 32, 4),
 }
-
-
-@pytest.fixture
-def kernel():
-    """The compiled operators; a build that fails is a failure wherever there is a compiler."""
-    if kernels.mode() == "off":
-        pytest.skip("HF_DINO_KERNELS=off")
-    found = kernels.operators("cpu")
-    if found is None and not any(map(shutil.which, ("g++", "clang++", "c++"))):
-        pytest.skip("needs a C++ compiler")
-    assert found is not None
-    return found
-
-
-@pytest.fixture(params=["avx512", "avx2", "portable"])
-def processor(request, monkeypatch, kernel):
-    monkeypatch.setenv("HF_DINO_CPU", request.param)
-    try:
-        kernel.registration.ops.cpu_vector_bytes()
-    except RuntimeError:
-        pytest.skip(f"this processor has no {request.param}")
-    return request.param
 
 
 def random_inputs(size="as in DINO", batch_size=2, dtype=torch.float64, seed=0):
@@ -372,7 +348,7 @@ class TestModel:
         self.kernel, self.monkeypatch = kernel, monkeypatch
 
     def use(self, operators):
-        self.monkeypatch.setitem(attention._operators, "cpu", operators)
+        self.monkeypatch.setitem(kernels._found, "cpu", operators)
 
     def count_calls(self):
         """Count how often the fused operator runs."""

@@ -86,12 +86,12 @@ def model(manifest):
 
 
 @pytest.mark.parametrize("case", OBJECT_COUNTS)
-def test_outputs(model, case):
+def test_outputs(backend, model, case):
     check_outputs(model.eval(), *read_case(FIXTURES / f"official_{case}.npz"))
 
 
 @pytest.mark.parametrize("case", OBJECT_COUNTS)
-def test_loss_and_gradients(model, manifest, case):
+def test_loss_and_gradients(backend, model, manifest, case):
     arrays, pixel_values, pixel_mask = read_case(FIXTURES / f"official_{case}.npz")
     recorded = official_weights.read_json(FIXTURES / f"official_{case}.loss.json.gz")
     labels = official_weights.objects(int(arrays["seed"]) + 1, OBJECT_COUNTS[case], model.config.num_labels)

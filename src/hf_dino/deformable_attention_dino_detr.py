@@ -15,10 +15,11 @@ from .initialization_dino_detr import init_as
 
 
 try:
-    from hf_dino.kernels import operators as _find_operators
-except ImportError:  # a model folder brings this file, but no kernel
+    from hf_dino.kernels import operators
+except ImportError:
 
-    def _find_operators(device: str | torch.device) -> ModuleType | None:
+    def operators(device: str | torch.device) -> ModuleType | None:
+        """There are none: a model folder brings this file, but no kernel."""
         return None
 
 
@@ -88,25 +89,9 @@ def multi_scale_deformable_attention(
     return output.view(batch_size, num_heads * head_dim, num_queries).transpose(1, 2).to(value.dtype)
 
 
-_operators: dict[str, ModuleType | None] = {}
-
-
 def compiled_operators(device: torch.device) -> ModuleType | None:
-    """Return the compiled operators for a device, or `None` where the definition serves.
-
-    They are looked for once per type of device, see `hf_dino.kernels`. ONNX knows the definition only.
-    """
-    if torch.onnx.is_in_onnx_export():
-        return None
-    _look_for_operators(device.type)
-    return _operators[device.type]
-
-
-@torch.compiler.assume_constant_result  # runs while a model is traced, but is not traced itself
-def _look_for_operators(device_type: str) -> bool:
-    if device_type not in _operators:
-        _operators[device_type] = _find_operators(device_type)
-    return True
+    """Return the compiled operators for a device, or `None` where the definition serves, as it does in ONNX."""
+    return None if torch.onnx.is_in_onnx_export() else operators(device)
 
 
 class MultiScaleDeformableAttention(nn.Module):

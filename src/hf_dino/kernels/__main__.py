@@ -17,6 +17,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m hf_dino.kernels", description=__doc__)
     parser.add_argument("--build", action="store_true", help="compile now what is not compiled yet, and load it")
     build = parser.parse_args().build
+    try:
+        mode()
+    except ValueError as error:
+        parser.error(str(error))
     print_line("PyTorch", f"{torch.__version__}, {f'CUDA {torch.version.cuda}' if torch.version.cuda else 'no CUDA'}")
     print_line("HF_DINO_KERNELS", mode())
     print_line("sources", default_builder().sources)
