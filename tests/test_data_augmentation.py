@@ -1,12 +1,15 @@
 """Augmented pictures have the sizes of the recipe, and boxes stay on what they were drawn around."""
 
+import pickle
+import textwrap
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 from hf_dino.data import InputError, make_augmentation
-from hf_dino.data.augmentation import RandomSizeCrop, ResizeShortestEdge
+from hf_dino.data.augmentation import RandomSizeCrop, ResizeShortestEdge, evaluation_size, random_numbers_of
 
 
 SIZE = {"shortest_edge": 800, "longest_edge": 1333}
@@ -92,7 +95,10 @@ def test_pictures_without_objects():
 
 def test_none_and_unknown_names():
     assert make_augmentation("none", SIZE) is None
-    with pytest.raises(InputError, match="unknown augmentation 'mosaic'; choose one of dino, flip, none"):
+    presets = "dino, dino-large, photometric, flip, none"
+    with pytest.raises(
+        InputError, match=f"unknown augmentation 'mosaic'; choose one of {presets}, or name a function"
+    ):
         make_augmentation("mosaic", SIZE)
 
 
@@ -104,3 +110,183 @@ def test_resize_rounds_as_the_original():
 
 def test_crop_of_a_picture_smaller_than_the_crop_is_the_picture():
     assert RandomSizeCrop(50, 60)(Image.new("RGB", (30, 20))).size == (30, 20)
+
+
+def drawn_sizes(augmentation, image, draws=40):
+    """(short, long) side of what comes out, drawn many times."""
+    sizes = set()
+    for seed in range(draws):
+        torch.manual_seed(seed)
+        sizes.add(tuple(sorted(augment(augmentation, image, []).image.size)))
+    return sizes
+
+
+def test_large_sizes_are_half_as_large_again():
+    small, large = ({"shortest_edge": 80, "longest_edge": 133}, {"shortest_edge": 120, "longest_edge": 200})
+    assert evaluation_size("dino-large", small) == large
+    assert evaluation_size("dino", small) == evaluation_size("path/to/own.py:function", small) == small
+    assert evaluation_size("dino-large", {"height": 40, "width": 60}) == {"height": 60, "width": 90}
+    image = Image.new("RGB", (64, 48))
+    sizes = drawn_sizes(make_augmentation("dino-large", small), image)
+    assert sizes == drawn_sizes(make_augmentation("dino", large), image)
+    assert max(short for short, _ in sizes) == 120
+
+
+def test_published_large_sizes():
+    """Short side 720 to 1200 in steps of 48, long side at most 2000, for a model of the original's size."""
+    _, choice = make_augmentation("dino-large", SIZE).transform.transforms
+    resize, crop = choice.transforms
+    assert resize.shortest_edges == list(range(720, 1201, 48))
+    assert resize.longest_edge == 2000
+    before, cut, _ = crop.transforms
+    assert (before.shortest_edges, cut.shortest, cut.longest) == ([600, 750, 900], 576, 900)
+
+
+def test_large_of_a_model_that_is_large_already_is_said(caplog):
+    make_augmentation("dino-large", SIZE)
+    assert not caplog.messages
+    make_augmentation("dino-large", evaluation_size("dino-large", SIZE))
+    assert "1800/3000 pixels, 1.5 times the model's 1200/2000; `dino` would stay" in caplog.text
+
+
+def test_photometric_changes_colours_and_is_otherwise_the_recipe():
+    size = {"height": 24, "width": 32}
+    image = Image.new("RGB", (32, 24), (90, 120, 60))
+    colours = set()
+    for seed in range(20):
+        torch.manual_seed(seed)
+        result = augment(make_augmentation("photometric", size), image, [[0, 0, 32, 24]])
+        assert result.image.size == (32, 24)
+        assert result.boxes.tolist() == [[0, 0, 32, 24]]
+        colours.add(result.image.getpixel((16, 12)))
+    assert len(colours) > 10
+    assert make_augmentation("photometric", size).resizes
+
+
+@pytest.mark.parametrize("name", ["dino", "dino-large", "photometric", "flip"])
+def test_shapes_are_foretold_without_pixels(name):
+    augmentation = make_augmentation(name, {"shortest_edge": 40, "longest_edge": 67})
+    boxes = torch.tensor([[3.0, 4.0, 20.0, 10.0]])
+    for image_id, (height, width) in enumerate([(48, 64), (64, 48), (30, 100), (50, 50)] * 4):
+        with random_numbers_of(0, 1, image_id):
+            foretold = augmentation.shape(height, width, boxes)
+        with random_numbers_of(0, 1, image_id):
+            image = augment(augmentation, Image.new("RGB", (width, height)), boxes.tolist()).image
+        assert foretold == (image.height, image.width)
+
+
+def test_a_picture_has_random_numbers_of_its_own():
+    def draw(*key):
+        with random_numbers_of(*key):
+            return torch.rand(()).item()
+
+    torch.manual_seed(0)
+    expected = torch.rand(2).tolist()
+    torch.manual_seed(0)
+    first = torch.rand(1).tolist()
+    numbers = {draw(0, 0, 1), draw(0, 0, 2), draw(0, 1, 1), draw(1, 0, 1)}
+    assert len(numbers) == 4
+    assert draw(0, 0, 1) in numbers
+    assert [*first, *torch.rand(1).tolist()] == expected, "nothing is drawn from the numbers of others"
+
+
+OWN_SIZE = {"shortest_edge": 40, "longest_edge": 60}
+IMPORTS = """
+    import random
+    import torch
+    from torchvision.transforms import v2
+    from torchvision.transforms.v2 import functional
+    from hf_dino.data import Augmentation
+"""
+
+
+def own_augmentation(folder, body, function="make"):
+    """A user's file whose functions are `body`; its augmentation."""
+    file = folder / "own.py"
+    file.write_text(textwrap.dedent(IMPORTS) + textwrap.dedent(body))
+    return make_augmentation(f"{file}:{function}", OWN_SIZE)
+
+
+def test_own_function_of_a_file(tmp_path):
+    body = """
+    def make(size):
+        assert size == {"shortest_edge": 40, "longest_edge": 60}
+        return v2.Compose([v2.RandomRotation((90, 90), expand=True), v2.ConvertBoundingBoxFormat("XYXY")])
+    """
+    augmentation = own_augmentation(tmp_path, body)
+    assert not augmentation.resizes
+    result = augment(augmentation, Image.new("RGB", (40, 30)), [[4, 6, 10, 5]])
+    assert result.image.size == (30, 40)
+    assert result.boxes.tolist() == [[6, 26, 5, 10]], "x, y, width, height again"
+    assert augmentation.shape(30, 40, torch.zeros(0, 4)) == (30, 40), "what a user does is not foretold"
+
+
+def test_own_function_of_a_module(tmp_path, monkeypatch):
+    (tmp_path / "my_package").mkdir()
+    (tmp_path / "my_package" / "augment.py").write_text(
+        "from torchvision.transforms import v2\ndef make(size): return v2.RandomHorizontalFlip(1.0)\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    result = augment(
+        make_augmentation("my_package.augment:make", OWN_SIZE), Image.new("RGB", (40, 30)), [[4, 6, 9, 5]]
+    )
+    assert result.boxes.tolist() == [[27, 6, 9, 5]]
+
+
+def test_own_function_may_remove_boxes_and_say_that_it_resizes(tmp_path):
+    body = """
+    def make(size):
+        crop = v2.CenterCrop(20)
+        return Augmentation(v2.Compose([crop, v2.SanitizeBoundingBoxes(min_size=3)]), resizes=True)
+    """
+    augmentation = own_augmentation(tmp_path, body)
+    assert augmentation.resizes
+    result = augment(augmentation, Image.new("RGB", (60, 60)), [[0, 0, 9, 9], [21, 21, 5, 5], [38, 21, 9, 9]])
+    assert result.objects.tolist() == [1]
+    assert result.boxes.tolist() == [[1, 1, 5, 5]]
+
+
+def test_own_augmentation_travels_to_another_process(tmp_path):
+    body = """
+    class Own(v2.Transform):
+        def transform(self, inpt, params):
+            return functional.horizontal_flip(inpt)
+
+    def make(size):
+        return Own()
+    """
+    again = pickle.loads(pickle.dumps(own_augmentation(tmp_path, body)))
+    assert augment(again, Image.new("RGB", (40, 30)), [[4, 6, 9, 5]]).boxes.tolist() == [[27, 6, 9, 5]]
+
+
+WRONG = {
+    "5": "must return a torchvision v2.Transform or an Augmentation, got 5",
+    "v2.ToImage()": "must return a PIL picture, got Image; leave tensors and normalisation",
+    "v2.Lambda(lambda boxes: boxes.as_subclass(torch.Tensor), BoundingBoxes)": "boxes as tv_tensors.BoundingBoxes",
+    "v2.Lambda(lambda image: image.resize((9, 7)), Image)": "is 7 x 9 pixels .* to one of 40 x 60: it must resize and",
+    "v2.SanitizeBoundingBoxes(min_size=15, labels_getter=None)": "returned 1 boxes for 2 objects",
+    "v2.Lambda(lambda image: image.rotate(random.random() * 90), Image)": "another picture or other boxes each time",
+}
+
+
+@pytest.mark.parametrize("transform", WRONG)
+def test_own_function_that_cannot_be_used(tmp_path, transform):
+    body = f"""
+    from PIL.Image import Image
+    from torchvision.tv_tensors import BoundingBoxes
+    def make(size):
+        return {transform}
+    """
+    with pytest.raises(InputError, match=WRONG[transform]):
+        own_augmentation(tmp_path, body)
+
+
+def test_own_function_that_is_not_there(tmp_path):
+    with pytest.raises(InputError, match=r"nowhere\.py: there is no such Python file"):
+        make_augmentation("nowhere.py:make", OWN_SIZE)
+    with pytest.raises(InputError, match=r"own\.py has no function 'make'; it has .*build"):
+        own_augmentation(tmp_path, "def build(size): pass")
+    with pytest.raises(InputError, match=r"no_such_package: cannot be imported .*PYTHONPATH, or name the file"):
+        make_augmentation("no_such_package:make", OWN_SIZE)
+    with pytest.raises(InputError, match="cannot be imported"):
+        make_augmentation(":make", OWN_SIZE)

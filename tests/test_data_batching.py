@@ -2,6 +2,7 @@
 
 from itertools import chain
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -13,10 +14,12 @@ from hf_dino.data import (
     SameSizeBatchSampler,
     TrainingBatchSampler,
     TrainingCollator,
+    make_augmentation,
     read_coco,
     steps_per_epoch,
     training_loader,
 )
+from hf_dino.data.batching import training_shapes
 
 
 def batches(length, step_size, **options):
@@ -64,6 +67,61 @@ def test_uneven_shares_are_an_error():
         InputError, match=r"a batch of 6 .* 2 processes x 2 accumulated batches; choose a multiple of 4"
     ):
         batches(10, 6, world_size=2, accumulation=2)
+
+
+SHAPES = [(int(height), int(width)) for height, width in np.random.default_rng(0).integers(20, 90, (50, 2))]
+
+
+def padded(batches):
+    """Pixels that batches of pictures of `SHAPES` have, over those that pictures have."""
+    sizes = [np.array([SHAPES[index] for index in batch]) for batch in batches]
+    return sum(len(size) * size.max(axis=0).prod() for size in sizes) / sum(size.prod(axis=1).sum() for size in sizes)
+
+
+@pytest.mark.parametrize(("length", "step_size"), [(50, 16), (48, 16), (3, 8), (20, 4)])
+@pytest.mark.parametrize(("world_size", "accumulation"), [(1, 1), (2, 1), (1, 2), (2, 2), (4, 1)])
+def test_like_shapes_change_who_sees_a_picture_but_not_when(length, step_size, world_size, accumulation):
+    whole = batches(length, step_size)
+    parts = {"world_size": world_size, "accumulation": accumulation, "shape_of": SHAPES.__getitem__}
+    shares = [batches(length, step_size, rank=rank, **parts) for rank in range(world_size)]
+    for step, pictures in enumerate(whole):
+        mine = [share[step * accumulation : (step + 1) * accumulation] for share in shares]
+        assert sorted(chain(*chain(*mine))) == sorted(pictures)
+        assert {len(batch) for batch in chain(*mine)} == {step_size // world_size // accumulation}
+    resumed = batches(length, step_size, rank=0, first_step=1, **parts)
+    assert resumed == shares[0][accumulation:]
+
+
+def test_like_shapes_save_padding():
+    options = {"accumulation": 8, "epoch": 3}
+    before, after = (batches(48, 16, **options, **more) for more in ({}, {"shape_of": SHAPES.__getitem__}))
+    assert padded(before) > 1.4
+    assert padded(after) < 1.25
+    # tall before wide, and of each kind neighbours are the ones of like length
+    lengths = [width if width >= height else -height for height, width in (SHAPES[i] for i in chain(*after[:8]))]
+    assert lengths == sorted(lengths)
+
+
+def test_processes_get_like_shapes_at_the_same_time():
+    shares = [batches(48, 16, rank=rank, world_size=2, accumulation=4, shape_of=SHAPES.__getitem__) for rank in (0, 1)]
+    together = [[*mine, *other] for mine, other in zip(*shares)]
+    assert padded(together) < padded(batches(48, 16, accumulation=4)), "even over the processes"
+
+
+@pytest.mark.parametrize("name", ["dino", "photometric", "flip", "none"])
+@pytest.mark.parametrize("size", [{"shortest_edge": 40, "longest_edge": 67}, {"height": 32, "width": 48}])
+def test_shapes_are_those_that_batches_have(tmp_path, name, size):
+    sizes = [(40, 60), (60, 40), (30, 90), (50, 50)]
+    objects = [annotation(image_id, 7, [3, 4, 20, 15]) for image_id in (1, 3)]
+    augmentation = make_augmentation(name, size)
+    resizes = augmentation is not None and augmentation.resizes
+    collate = TrainingCollator(DinoDetrImageProcessor(size=size), {3: 0, 7: 1}, 2, not resizes)
+    data = read_coco(*write_coco(tmp_path, objects, sizes=sizes))
+    for epoch in range(3):
+        pictures = DetectionDataset(data, augmentation, seed=5, epoch=epoch)
+        shape_of = training_shapes(pictures, collate)
+        for index in range(len(sizes)):
+            assert collate([pictures[index]])["pixel_values"].shape[-2:] == shape_of(index)
 
 
 def test_evaluation_batches_have_one_size_and_cover_everything_once():

@@ -1,6 +1,6 @@
-"""Data sets in COCO's format, augmentation, batches, and the generated `shapes` data set."""
+"""Data sets in any of the usual formats, their check, augmentation, batches, and the generated `shapes` data set."""
 
-from .augmentation import AUGMENTATIONS, Augmentation, make_augmentation
+from .augmentation import AUGMENTATIONS, Augmentation, evaluation_size, make_augmentation
 from .batching import (
     EvaluationCollator,
     SameSizeBatchSampler,
@@ -10,7 +10,9 @@ from .batching import (
     processed_shape,
     steps_per_epoch,
     training_loader,
+    training_shapes,
 )
+from .check import DataReport, SplitCounts, check_data
 from .coco import read_coco
 from .dataset import (
     AnnotatedPicture,
@@ -21,6 +23,7 @@ from .dataset import (
     label_of_category,
 )
 from .errors import InputError
+from .formats import read_data
 from .images import list_pictures, read_image
 
 
@@ -28,22 +31,28 @@ __all__ = [
     "AUGMENTATIONS",
     "AnnotatedPicture",
     "Augmentation",
+    "DataReport",
     "DetectionData",
     "DetectionDataset",
     "EvaluationCollator",
     "InputError",
     "SameSizeBatchSampler",
+    "SplitCounts",
     "TrainingBatchSampler",
     "TrainingCollator",
+    "check_data",
     "clip_boxes",
     "contiguous_id2label",
+    "evaluation_size",
     "evaluation_loader",
     "label_of_category",
     "list_pictures",
     "make_augmentation",
     "processed_shape",
     "read_coco",
+    "read_data",
     "read_image",
     "steps_per_epoch",
     "training_loader",
+    "training_shapes",
 ]

@@ -1,10 +1,18 @@
-"""Training augmentation by name, as a picture with its boxes going in and coming out.
+"""Training augmentation, by name or a user's own, as a picture with its boxes going in and coming out.
 
 The original's recipe, DINO `datasets/coco.py` (https://github.com/IDEA-Research/DINO), inherited from DETR: flip, then
 either resize to one of eleven sizes, or resize, crop a part and resize that.
 """
 
-from collections.abc import Mapping, Sequence
+import importlib
+import importlib.util
+import logging
+import sys
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -17,10 +25,14 @@ from ..image_processing_dino_detr import SHORTEST_EDGE, resized_shape
 from .errors import InputError
 
 
+logger = logging.getLogger(__name__)
+
 # pixels, for pictures whose short side the processor makes SHORTEST_EDGE long; other sizes scale them all
 _SCALES = range(480, 801, 32)
 _SCALES_BEFORE_CROP = (400, 500, 600)
 _CROP = (384, 600)
+# The original's data_aug_scale_overlap for its best results. It makes 1333 1999, where people (and we) say 2000.
+_LARGE = 1.5
 # in pixels; less than this is left of a box where a crop ends just beside it, and rounding would make it nothing
 _SMALLEST_SIDE = 1e-2
 
@@ -45,7 +57,8 @@ class Augmentation:
     Draws from torch's global random numbers, so a caller that seeds them gets the same picture again.
 
     Args:
-        transform (`v2.Transform`): Takes and returns a PIL picture and `tv_tensors.BoundingBoxes`.
+        transform (`v2.Transform`): Takes and returns a dict of `image`, a PIL picture, `boxes`,
+            `tv_tensors.BoundingBoxes` in pixels, and `labels` of shape `(num_boxes,)`, which number the objects.
         resizes (`bool`): Whether its pictures have their final size, so that the image processor must not resize.
     """
 
@@ -54,20 +67,49 @@ class Augmentation:
         self.resizes = resizes
 
     def __call__(self, image: Image.Image, boxes: torch.Tensor, objects: torch.Tensor) -> Augmented:
-        """Augment `image` and its `boxes` (x, y, width, height in pixels); `objects` numbers them."""
-        canvas = (image.height, image.width)
-        image, boxes = self.transform(image, tv_tensors.BoundingBoxes(boxes, format="XYWH", canvas_size=canvas))
-        boxes = tvF.clamp_bounding_boxes(boxes).as_subclass(torch.Tensor)
+        """Augment `image` and its `boxes` (x, y, width, height in pixels); `objects` numbers them.
+
+        Raises:
+            InputError: If the transform returns no PIL picture, or boxes that do not belong to it.
+        """
+        image, boxes, objects = _checked(self.transform(_sample(image, (image.height, image.width), boxes, objects)))
+        boxes = tvF.clamp_bounding_boxes(tvF.convert_bounding_box_format(boxes, new_format="XYWH"))
+        boxes = boxes.as_subclass(torch.Tensor)
         visible = (boxes[:, 2:] > _SMALLEST_SIDE).all(dim=1)
         return Augmented(image, boxes[visible], objects[visible])
+
+    def shape(self, height: int, width: int, boxes: torch.Tensor) -> tuple[int, int]:
+        """Say what `(height, width)` a picture of `height` x `width` pixels would get from the same random numbers."""
+        no_pixels = tv_tensors.Image(torch.empty(3, height, width, dtype=torch.uint8, device="meta"))
+        image = self.transform(_sample(no_pixels, (height, width), boxes, torch.arange(len(boxes))))["image"]
+        return image.shape[-2], image.shape[-1]
+
+
+@contextmanager
+def random_numbers_of(seed: int, epoch: int, image_id: int) -> Iterator[None]:
+    """Draw torch's random numbers on the CPU from a sequence that belongs to one picture in one epoch of one run."""
+    with torch.random.fork_rng(devices=[]):
+        # crc32 rather than hash(): the same number in every process. Not torch.manual_seed: it would seed accelerators
+        # too, which draw the noise of the training
+        torch.default_generator.manual_seed(zlib.crc32(f"{seed} {epoch} {image_id}".encode()))
+        yield
 
 
 def make_augmentation(name: str, size: Mapping[str, int]) -> Augmentation | None:
     """Build an augmentation for the picture size that a model is trained at.
 
     Args:
-        name (`str`): `"dino"` for the original's recipe, its sizes scaled to `size`; `"flip"` for a mirror image half
-            of the time; `"none"`.
+        name (`str`): A preset:
+
+            - `"dino"`: the original's recipe, its sizes scaled to `size`.
+            - `"dino-large"`: the same with all sizes 1.5 times larger. See [`evaluation_size`].
+            - `"photometric"`: `"dino"`, and brightness, contrast, saturation, hue and channels distorted as in SSD.
+            - `"flip"`: a mirror image half of the time.
+            - `"none"`.
+
+            Or a function of one's own, `path/to/file.py:function` or `package.module:function`. It gets `size` and
+            returns a `v2.Transform`, whose pictures the image processor resizes, or an [`Augmentation`]. Random
+            numbers must come from torch.
         size (`Mapping[str, int]`): The image processor's: `shortest_edge` and `longest_edge`, or `height` and `width`,
             in pixels. With the latter every picture gets exactly that size.
 
@@ -75,11 +117,38 @@ def make_augmentation(name: str, size: Mapping[str, int]) -> Augmentation | None
         `Augmentation` or `None`.
 
     Raises:
-        InputError: If the name is unknown.
+        InputError: If the name is unknown, or there is no such function, or what it returns cannot be used.
     """
+    if ":" in name:
+        return _OfUser(name, size)
     if name not in _PRESETS:
-        raise InputError(f"unknown augmentation {name!r}; choose one of {', '.join(_PRESETS)}")
+        raise InputError(
+            f"unknown augmentation {name!r}; choose one of {', '.join(_PRESETS)}, or name a function of yours, "
+            f"path/to/file.py:function or package.module:function"
+        )
     return _PRESETS[name](size)
+
+
+def evaluation_size(name: str, size: Mapping[str, int]) -> dict[str, int]:
+    """Say at what size to evaluate a model that is trained with an augmentation: the largest that it was shown.
+
+    Args:
+        name (`str`): As for [`make_augmentation`].
+        size (`Mapping[str, int]`): As for [`make_augmentation`].
+
+    Returns:
+        `dict[str, int]`: The same keys, in pixels.
+
+    Example:
+
+    ```python
+    >>> evaluation_size("dino-large", {"shortest_edge": 800, "longest_edge": 1333})
+    {'shortest_edge': 1200, 'longest_edge': 2000}
+
+    ```
+    """
+    factor = _LARGE if name == "dino-large" else 1
+    return {side: round(length * factor) for side, length in size.items()}
 
 
 def _dino(size: Mapping[str, int]) -> Augmentation:
@@ -98,12 +167,131 @@ def _dino(size: Mapping[str, int]) -> Augmentation:
     return Augmentation(v2.Compose([v2.RandomHorizontalFlip(0.5), v2.RandomChoice([final, crop])]), resizes=True)
 
 
+def _dino_large(size: Mapping[str, int]) -> Augmentation:
+    large = evaluation_size("dino-large", size)
+    if min(size.values()) > SHORTEST_EDGE:
+        logger.warning(
+            "dino-large makes pictures %s pixels, 1.5 times the model's %s; `dino` would stay at the model's size",
+            *("/".join(map(str, sorted(each.values()))) for each in (large, size)),
+        )
+    return _dino(large)
+
+
+def _photometric(size: Mapping[str, int]) -> Augmentation:
+    return Augmentation(v2.Compose([v2.RandomPhotometricDistort(), _dino(size).transform]), resizes=True)
+
+
 def _flip(size: Mapping[str, int]) -> Augmentation:
     return Augmentation(v2.RandomHorizontalFlip(0.5), resizes=False)
 
 
-_PRESETS = {"dino": _dino, "flip": _flip, "none": lambda size: None}
+_PRESETS: dict[str, Callable[[Mapping[str, int]], Augmentation | None]] = {
+    "dino": _dino,
+    "dino-large": _dino_large,
+    "photometric": _photometric,
+    "flip": _flip,
+    "none": lambda size: None,
+}
 AUGMENTATIONS = tuple(_PRESETS)
+
+
+class _OfUser(Augmentation):
+    """What a user's function returns, tried once before it meets data."""
+
+    def __init__(self, name: str, size: Mapping[str, int]):
+        made = _user_function(name)(dict(size))
+        if isinstance(made, v2.Transform):
+            made = Augmentation(made, resizes=False)
+        if not isinstance(made, Augmentation):
+            raise InputError(f"{name}: must return a torchvision v2.Transform or an Augmentation, got {made!r}")
+        super().__init__(made.transform, made.resizes)
+        self.origin = name, dict(size)
+        self._try(name, (max(size.values()), min(size.values())))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Another process calls the function again: it could not import a class from a file that has no module."""
+        return type(self), self.origin
+
+    def shape(self, height: int, width: int, boxes: torch.Tensor) -> tuple[int, int]:
+        """The shape before, as not every transform can do without pixels."""
+        return height, width
+
+    def _try(self, name: str, picture_size: tuple[int, int]) -> None:
+        width, height = picture_size
+        boxes = torch.tensor([[0.1, 0.1, 0.3, 0.3], [0.2, 0.3, 0.7, 0.6]]) * torch.tensor([width, height] * 2)
+        with torch.random.fork_rng(devices=[]):
+            noise = tvF.to_pil_image(torch.randint(256, (3, height, width), dtype=torch.uint8))
+            for seed in range(4):
+                once, again = (self._seeded(seed, noise, boxes) for _ in range(2))
+                if once != again:
+                    raise InputError(
+                        f"{name}: gives another picture or other boxes each time; draw all random numbers from "
+                        f"torch, whose seed is set for each picture, so that a run can be repeated and resumed"
+                    )
+
+    def _seeded(self, seed: int, image: Image.Image, boxes: torch.Tensor) -> tuple[bytes, list[list[float]]]:
+        torch.default_generator.manual_seed(seed)
+        augmented = self(image.copy(), boxes.clone(), torch.arange(len(boxes)))
+        return augmented.image.tobytes(), augmented.boxes.tolist()
+
+
+def _user_function(name: str) -> Callable[[dict[str, int]], Any]:
+    place, _, function = name.rpartition(":")
+    module = _module_of_file(Path(place)) if place.endswith(".py") else _installed_module(place)
+    if not callable(found := getattr(module, function, None)):
+        functions = [each for each, value in vars(module).items() if callable(value) and not each.startswith("_")]
+        raise InputError(f"{name}: {place} has no function {function!r}; it has {', '.join(functions) or 'none'}")
+    return found
+
+
+def _module_of_file(path: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(f"augmentation_of_user_{path.stem}", path)
+    if not path.is_file() or spec is None or spec.loader is None:
+        raise InputError(f"{path}: there is no such Python file, which --augmentation names")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses and pickle look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+def _installed_module(name: str) -> ModuleType:
+    try:
+        return importlib.import_module(name)
+    except (ModuleNotFoundError, ValueError) as error:
+        raise InputError(
+            f"{name}: cannot be imported ({error}); install it, add its folder to PYTHONPATH, or name the file, "
+            f"path/to/file.py:function"
+        ) from None
+
+
+def _sample(image: Any, canvas: tuple[int, int], boxes: torch.Tensor, objects: torch.Tensor) -> dict[str, Any]:
+    """What a transform gets. Torchvision takes a tensor named "labels" to be one value per box."""
+    boxes = tv_tensors.BoundingBoxes(boxes, format="XYWH", canvas_size=canvas)
+    return {"image": image, "boxes": boxes, "labels": objects}
+
+
+def _checked(sample: Any) -> tuple[Image.Image, tv_tensors.BoundingBoxes, torch.Tensor]:
+    if not isinstance(sample, dict) or not {"image", "boxes", "labels"} <= sample.keys():
+        raise InputError(f"the augmentation must return the dict that it gets, got {type(sample).__name__}")
+    image, boxes, objects = sample["image"], sample["boxes"], sample["labels"]
+    if not isinstance(image, Image.Image):
+        raise InputError(
+            f"the augmentation must return a PIL picture, got {type(image).__name__}; leave tensors and normalisation "
+            f"to the image processor, or end with v2.ToPILImage()"
+        )
+    if not isinstance(boxes, tv_tensors.BoundingBoxes):
+        raise InputError(f"the augmentation must return boxes as tv_tensors.BoundingBoxes, got {type(boxes).__name__}")
+    if boxes.canvas_size != (image.height, image.width):
+        raise InputError(
+            f"the augmentation's picture is {image.height} x {image.width} pixels (height x width), but its boxes "
+            f"belong to one of {boxes.canvas_size[0]} x {boxes.canvas_size[1]}: it must resize and crop both"
+        )
+    if len(boxes) != len(objects):
+        raise InputError(
+            f"the augmentation returned {len(boxes)} boxes for {len(objects)} objects: what removes boxes must remove "
+            f"their entries of 'labels' too, as v2.SanitizeBoundingBoxes does"
+        )
+    return image, boxes, objects
 
 
 class ResizeShortestEdge(v2.Transform):

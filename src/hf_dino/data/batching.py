@@ -1,6 +1,6 @@
 """Which pictures share a batch, and how items become one: shuffled for training, of equal size for evaluation."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +10,7 @@ from transformers import BaseImageProcessor
 
 from ..image_processing_dino_detr import resized_shape
 from ..loss_dino_detr import check_labels
+from .augmentation import random_numbers_of
 from .dataset import DetectionData, DetectionDataset
 from .errors import InputError
 
@@ -18,7 +19,9 @@ class TrainingBatchSampler(Sampler[list[int]]):
     """One epoch's batches of one process: every picture in an order that only `seed` and `epoch` decide.
 
     Every optimizer step sees exactly `step_size` pictures, whatever the number of processes and accumulated batches:
-    the last step of an epoch is filled up from the epoch's first pictures.
+    the last step of an epoch is filled up from the epoch's first pictures. With `shape_of`, batches get pictures of
+    like shapes, so that fewer pixels are padding; what is in a step stays as it is, only who takes which part of it
+    changes. A step that is one batch is therefore not helped.
 
     Args:
         length (`int`): Number of pictures.
@@ -29,6 +32,8 @@ class TrainingBatchSampler(Sampler[list[int]]):
         world_size (`int`, *optional*, defaults to 1): Number of processes.
         accumulation (`int`, *optional*, defaults to 1): Batches per optimizer step and process.
         first_step (`int`, *optional*, defaults to 0): Optimizer steps of this epoch that are done already.
+        shape_of (`Callable[[int], tuple[int, int]]`, *optional*): From [`training_shapes`]: `(height, width)` in
+            pixels of a picture in its batch. Asked for a step's pictures when the step comes.
 
     Raises:
         InputError: If `step_size` cannot be shared out evenly.
@@ -54,6 +59,7 @@ class TrainingBatchSampler(Sampler[list[int]]):
         world_size: int = 1,
         accumulation: int = 1,
         first_step: int = 0,
+        shape_of: Callable[[int], tuple[int, int]] | None = None,
     ):
         if step_size % (world_size * accumulation):
             raise InputError(
@@ -63,14 +69,23 @@ class TrainingBatchSampler(Sampler[list[int]]):
         steps = steps_per_epoch(length, step_size)
         order = torch.randperm(length, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
         order = order.repeat(-(-steps * step_size // length))[: steps * step_size]
-        shares = order.view(steps, accumulation, world_size, -1)[first_step:, :, rank]
-        self.batches: list[list[int]] = shares.flatten(0, 1).tolist()
+        self.steps: list[list[int]] = order.view(steps, step_size)[first_step:].tolist()
+        self.rank, self.world_size, self.accumulation = rank, world_size, accumulation
+        self.shape_of = shape_of or (lambda index: (0, 0))  # all alike: sorting leaves the order as it is
 
     def __len__(self) -> int:
-        return len(self.batches)
+        return len(self.steps) * self.accumulation
 
     def __iter__(self) -> Iterator[list[int]]:
-        return iter(self.batches)
+        for step in self.steps:
+            pictures = torch.tensor(sorted(step, key=self._place))
+            # neighbours go to the processes at the same time, so that none waits long for another
+            yield from pictures.view(self.accumulation, self.world_size, -1)[:, self.rank].tolist()
+
+    def _place(self, index: int) -> int:
+        """Where a picture comes in its step: tall ones from large to small, then wide ones from small to large."""
+        height, width = self.shape_of(index)
+        return width if width >= height else -height
 
 
 class SameSizeBatchSampler(Sampler[list[int]]):
@@ -177,6 +192,29 @@ class EvaluationCollator:
 def steps_per_epoch(num_pictures: int, step_size: int) -> int:
     """Optimizer steps that show every picture at least once."""
     return -(-num_pictures // step_size)
+
+
+def training_shapes(data: DetectionDataset, collate: TrainingCollator) -> Callable[[int], tuple[int, int]]:
+    """Foretell the `(height, width)` in pixels that each item gets in its batch, without reading a picture.
+
+    Aspect ratios alone would not do: the original's augmentation draws a new size and crop for every picture, which
+    are the same again here, since they are drawn from the picture's own random numbers.
+
+    Args:
+        data (`DetectionDataset`): Of the epoch. A user's own augmentation is not foretold: its pictures count as they
+            are on disk.
+        collate (`TrainingCollator`): What makes batches of its items.
+    """
+
+    def shape_of(index: int) -> tuple[int, int]:
+        picture = data.data.pictures[index]
+        shape = picture.height, picture.width
+        if data.augmentation is not None:
+            with random_numbers_of(data.seed, data.epoch, picture.image_id):
+                shape = data.augmentation.shape(*shape, torch.from_numpy(picture.clipped_boxes))
+        return processed_shape(collate.processor, *shape) if collate.do_resize else shape
+
+    return shape_of
 
 
 def processed_shape(processor: BaseImageProcessor, height: int, width: int) -> tuple[int, int]:

@@ -4,22 +4,15 @@ Format: https://cocodataset.org/#format-data, boxes as `[x, y, width, height]` i
 """
 
 import json
-import logging
-import math
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from PIL import Image
-
-from .dataset import AnnotatedPicture, DetectionData, clip_boxes, few
+from .dataset import Complain, DetectionData, PictureMaker, distinct, few, refuse, require_pictures
 from .errors import InputError
-from .images import PICTURE_SUFFIXES, read_image
-
-
-logger = logging.getLogger(__name__)
+from .images import PICTURE_SUFFIXES
+from .splits import by_split, split_of
 
 
 def read_coco(images: str | Path, annotations: str | Path) -> DetectionData:
@@ -39,21 +32,66 @@ def read_coco(images: str | Path, annotations: str | Path) -> DetectionData:
         InputError: If the file is missing, truncated, no COCO annotations, or contradicts itself, or if pictures are
             missing. The message names the first few offenders.
     """
-    images, source = Path(images), Path(annotations)
-    content = _read_json(source)
-    categories = _categories(content, source)
-    entries = {entry["id"]: entry for entry in content["images"]}
-    objects: dict[int, list[dict]] = {image_id: [] for image_id in entries}
-    for annotation in content["annotations"]:
-        objects[annotation["image_id"]].append(annotation)
-    _check_files(images, [entry["file_name"] for entry in entries.values()], source)
+    return require_pictures(read_coco_file([Path(images)], Path(annotations)))
 
-    remarks: Counter[str] = Counter()
-    pictures = [_picture(entry, objects[image_id], images, remarks) for image_id, entry in entries.items()]
-    for what, count in remarks.items():
-        if count:
-            logger.warning("%s: %d %s", source, count, what)
-    return DetectionData(source, pictures, categories)
+
+def read_coco_file(folders: Sequence[Path], source: Path, complain: Complain = refuse) -> DetectionData:
+    """Read an annotation file whose pictures are in that of `folders` which holds most of the first few.
+
+    Objects of unknown pictures or categories are complained of, and left out where that does not stop.
+    """
+    content = _read_json(source)
+    categories = distinct({entry["id"]: str(entry["name"]) for entry in content["categories"]}, source)
+    folder = _picture_folder(folders, content, source)
+    objects: dict[int, list[dict]] = {entry["id"]: [] for entry in content["images"]}
+    for annotation in _annotations(content, source, complain):
+        objects[annotation["image_id"]].append(annotation)
+    maker = PictureMaker(source, complain=complain)
+    for entry in content["images"]:
+        found = objects[entry["id"]]
+        maker.add(
+            folder / entry["file_name"],
+            _annotated_size(entry),
+            [annotation["bbox"] for annotation in found],
+            [annotation["category_id"] for annotation in found],
+            image_id=entry["id"],
+            areas=[annotation.get("area") for annotation in found],
+            iscrowd=[annotation.get("iscrowd") for annotation in found],
+        )
+    return maker.finish(categories)
+
+
+CocoFiles = tuple[list[Path], Path]  # folders that may hold the pictures, the likeliest first; the annotation file
+
+
+def find_coco(folder: Path) -> dict[str, CocoFiles]:
+    """Find annotation files named after splits: in the folder, in `annotations`, or Roboflow's beside the pictures.
+
+    Where some are called `instances_…`, as COCO's own, the others hold no boxes.
+    """
+    files = [*sorted(folder.glob("*.json")), *sorted(folder.glob("annotations/*.json"))]
+    files = [file for file in files if file.name.startswith("instances_")] or files
+    named = [(file.stem, file) for file in files]
+    named += [(file.parent.name, file) for file in sorted(folder.glob("*/_annotations.coco.json"))]
+    return {split: (_folders(folder, split, file), file) for split, file in by_split(named).items()}
+
+
+def find_lone_coco(folder: Path) -> dict[str, CocoFiles]:
+    """Find the only JSON file, whatever its name: for training."""
+    files = [*folder.glob("*.json"), *folder.glob("annotations/*.json")]
+    return {"train": (_folders(folder, "train", files[0]), files[0])} if len(files) == 1 else {}
+
+
+def _folders(folder: Path, split: str, file: Path) -> list[Path]:
+    nested = [*sorted(folder.iterdir()), *sorted((folder / "images").glob("*"))]
+    places = [entry for entry in nested if entry.is_dir()]
+    named = [place for place in places if split_of(place.name) == split]
+    return [*named, file.parent, folder, *places]
+
+
+def read_coco_files(splits: Mapping[str, CocoFiles], source: Path, complain: Complain) -> dict[str, DetectionData]:
+    """Read what [`find_coco`] found."""
+    return {split: read_coco_file(*files, complain) for split, files in splits.items()}
 
 
 def _read_json(source: Path) -> dict:
@@ -70,7 +108,7 @@ def _read_json(source: Path) -> dict:
 
 
 _LARGEST_ID = 2**63 - 1
-_CROWD = (1, "1")  # True is 1; some tools write numbers as text
+_FEW_PICTURES = 20  # tell which folder is meant
 _REQUIRED_FIELDS = {
     "images": {"id", "file_name"},
     "categories": {"id", "name"},
@@ -105,69 +143,42 @@ def _check_structure(content: Any, source: Path) -> None:
         ]
         if wrong:
             raise InputError(f"{source}: ids of {part!r} must be different integers of 64 bits; got {few(wrong)}")
+
+
+def _annotations(content: dict, source: Path, complain: Complain) -> list[dict]:
+    """The annotations whose picture and category are listed."""
+    known_annotations = content["annotations"]
     for field, part in (("image_id", "images"), ("category_id", "categories")):
         known = {entry["id"] for entry in content[part]}
-        named = [entry[field] for entry in content["annotations"]]
-        wrong = sorted({repr(i) for i in named if not isinstance(i, int | float) or i not in known})
-        if wrong:
-            raise InputError(f"{source}: annotations name {field} {few(wrong)}, which {part!r} does not list")
+        unknown = [each for each in known_annotations if not _is_among(each[field], known)]
+        if unknown:
+            complain(
+                f"{source}: annotations name {field} {few(sorted({repr(each[field]) for each in unknown}))}, which "
+                f"{part!r} does not list"
+            )
+            known_annotations = [each for each in known_annotations if _is_among(each[field], known)]
+    return known_annotations
 
 
-def _categories(content: dict, source: Path) -> dict[int, str]:
-    categories = {entry["id"]: str(entry["name"]) for entry in sorted(content["categories"], key=lambda c: c["id"])}
-    doubled = [name for name, count in Counter(categories.values()).items() if count > 1]
-    if doubled:
-        raise InputError(
-            f"{source}: several categories are named {few(map(repr, doubled))}; give each its own name, since models "
-            "and data sets are matched by name"
-        )
-    return categories
+def _is_among(number: Any, known: set[int]) -> bool:
+    return isinstance(number, int | float) and number in known  # a list cannot be looked for in a set
 
 
-def _check_files(folder: Path, names: Iterable[str], source: Path) -> None:
+def _picture_folder(folders: Sequence[Path], content: dict, source: Path) -> Path:
+    names = [entry["file_name"] for entry in content["images"][:_FEW_PICTURES]]
+    held = {folder: sum((folder / name).is_file() for name in names) for folder in folders}
+    folder = max(held, key=lambda folder: held[folder])  # the first of several
     if not folder.is_dir():
         raise InputError(f"{folder}: there is no such folder of pictures")
-    missing = [name for name in names if not (folder / name).is_file()]
-    if missing and not any(path.suffix.lower() in PICTURE_SUFFIXES for path in folder.rglob("*")):
-        raise InputError(f"{folder}: the folder holds no pictures, though {source} names {few(missing)}")
-    if missing:
-        raise InputError(f"{folder}: {len(missing)} of the pictures in {source} are missing: {few(missing)}")
+    if not held[folder] and not any(path.suffix.lower() in PICTURE_SUFFIXES for path in folder.rglob("*")):
+        raise InputError(f"{folder}: the folder holds no pictures, though {source} names {few(names)}")
+    return folder
 
 
-def _picture(entry: dict, objects: list[dict], folder: Path, remarks: Counter[str]) -> AnnotatedPicture:
-    path = folder / entry["file_name"]
-    height, width = _annotated_size(entry, path)
-    boxes = np.array([_numbers(annotation["bbox"]) for annotation in objects], dtype=np.float64).reshape(-1, 4)
-    finite = np.asarray(np.isfinite(boxes).all(axis=1))
-    boxes[~finite] = 0
-    clipped = clip_boxes(boxes, height, width)
-    has_size, reaches_inside = (boxes[:, 2:] > 0).all(axis=1), (clipped[:, 2:] > 0).all(axis=1)
-    # COCO itself rounds boxes to hundredths of a pixel, so only a whole pixel counts as being outside
-    over_border = reaches_inside & (np.abs(clipped - boxes).max(axis=1, initial=0) >= 1)
-    remarks["boxes are not four finite numbers: dropped"] += int((~finite).sum())
-    remarks["boxes have no width or no height: dropped"] += int((finite & ~has_size).sum())
-    remarks["boxes lie outside their picture: dropped"] += int((has_size & ~reaches_inside).sum())
-    remarks["boxes reach over the border of their picture: clipped for training"] += int(over_border.sum())
-    kept = np.flatnonzero(reaches_inside)
-    areas = [_area(objects[i].get("area"), boxes[i]) for i in kept]
-    return AnnotatedPicture(
-        image_id=entry["id"],
-        path=path,
-        height=height,
-        width=width,
-        boxes=boxes[kept],
-        category_ids=np.array([objects[i]["category_id"] for i in kept], dtype=np.int64),
-        areas=np.array(areas, dtype=np.float64),
-        iscrowd=np.array([int(objects[i].get("iscrowd") in _CROWD) for i in kept], dtype=np.int64),
-    )
-
-
-def _annotated_size(entry: dict, path: Path) -> tuple[int, int]:
-    """`(height, width)` from the annotation file, or from the picture where the file does not say."""
-    if entry.get("height") and entry.get("width"):
-        return int(float(entry["height"])), int(float(entry["width"]))
-    image: Image.Image = read_image(path)
-    return image.height, image.width
+def _annotated_size(entry: dict) -> tuple[int, int] | None:
+    """`(height, width)` from the annotation file, if it says both."""
+    height, width = entry.get("height"), entry.get("width")
+    return (int(float(height)), int(float(width))) if height and width else None
 
 
 def _is_count(value: Any) -> bool:
@@ -176,18 +187,3 @@ def _is_count(value: Any) -> bool:
         return float(value) >= 1 and float(value).is_integer()
     except (TypeError, ValueError):
         return False
-
-
-def _numbers(box: Any) -> list[float]:
-    """A box as four floats, NaN where it is anything else."""
-    try:
-        numbers = [float(value) for value in box]
-    except (TypeError, ValueError):
-        return [float("nan")] * 4
-    return numbers if len(numbers) == 4 else [float("nan")] * 4
-
-
-def _area(annotated: Any, box: np.ndarray) -> float:
-    """The annotated area, which is that of a mask where there is one, or the box's where the file has none."""
-    usable = isinstance(annotated, int | float) and math.isfinite(annotated) and annotated > 0
-    return float(annotated) if usable else float(box[2] * box[3])

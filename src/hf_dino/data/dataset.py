@@ -1,18 +1,33 @@
 """What a data set is, whatever files it came from: pictures, objects, categories, and training items of them."""
 
-import zlib
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+import logging
+import math
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
+from PIL import Image
 from torch.utils.data import Dataset
 
 from ..configuration_dino_detr import UNUSED_LABEL
+from .augmentation import Augmentation, random_numbers_of
 from .errors import InputError
-from .images import read_image
+from .images import PictureSource, picture_size, read_image
+from .splits import SPLIT_OF_WORD
+
+
+logger = logging.getLogger(__name__)
+
+Complain = Callable[[str], None]  # is told what stops a training and yet leaves the rest of the data readable
+
+
+def refuse(message: str) -> NoReturn:
+    """Complain by stopping at once."""
+    raise InputError(message)
 
 
 @dataclass(frozen=True)
@@ -20,8 +35,8 @@ class AnnotatedPicture:
     """One picture and its objects, crowd regions included.
 
     Attributes:
-        image_id (`int`): The picture's id in the annotation file.
-        path (`Path`): The picture file.
+        image_id (`int`): The picture's id in the annotation file, or its number counted from 1.
+        path (`Path` or `StoredPicture`): The picture file, or where else the picture is: what [`read_image`] takes.
         height (`int`): In pixels, as annotated.
         width (`int`): In pixels, as annotated.
         boxes (`np.ndarray` of shape `(num_objects, 4)`): x, y, width, height in pixels, as annotated, which may reach
@@ -29,16 +44,21 @@ class AnnotatedPicture:
         category_ids (`np.ndarray` of shape `(num_objects,)`): Raw category ids.
         areas (`np.ndarray` of shape `(num_objects,)`): In square pixels, of the mask where the file has one.
         iscrowd (`np.ndarray` of shape `(num_objects,)`): 1 where the box holds a crowd rather than one object, else 0.
+            Such a box is not trained on, and what is found in it counts neither for nor against a model.
     """
 
     image_id: int
-    path: Path
+    path: PictureSource
     height: int
     width: int
     boxes: np.ndarray
     category_ids: np.ndarray
     areas: np.ndarray
     iscrowd: np.ndarray
+
+    def read(self) -> Image.Image:
+        """Read the pixels: [`read_image`] with the annotated size."""
+        return read_image(self.path, (self.height, self.width))
 
     @property
     def clipped_boxes(self) -> np.ndarray:
@@ -48,23 +68,28 @@ class AnnotatedPicture:
 
 @dataclass(frozen=True)
 class DetectionData:
-    """A checked annotation file.
+    """One split of a data set, checked.
 
     Attributes:
-        source (`Path`): The annotation file.
-        pictures (`list[AnnotatedPicture]`): In the file's order, pictures without objects included.
+        source (`Path` or `str`): The annotation file or folder, or the data set's name on the Hub.
+        pictures (`list[AnnotatedPicture]`): In the source's order, pictures without objects included.
         categories (`dict[int, str]`): Category id to name, in rising order of id.
+        remarks (`dict[str, list[str]]`): What was done to which boxes; for each box the name of its picture.
     """
 
-    source: Path
+    source: Path | str
     pictures: list[AnnotatedPicture]
     categories: dict[int, str]
+    remarks: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
-        """What people may call it: the folder of the annotation file, or the one above a folder `annotations`."""
-        folder = self.source.resolve().parent
-        return (folder.parent if folder.name == "annotations" else folder).name or self.source.stem
+        """What people may call it: its folder, but the one above `annotations` or `train`, or its name on the Hub."""
+        if isinstance(self.source, str):
+            return self.source
+        place = self.source.resolve()
+        folder = place if place.is_dir() else place.parent
+        return (folder.parent if folder.name in ("annotations", *SPLIT_OF_WORD) else folder).name or place.stem
 
     @property
     def used_category_ids(self) -> set[int]:
@@ -79,8 +104,8 @@ class DetectionDataset(Dataset[dict[str, Any]]):
     a resumed run see the pictures that the uninterrupted one would have seen.
 
     Args:
-        data (`DetectionData`): From [`read_coco`].
-        augmentation (`Callable`, *optional*): From [`make_augmentation`]; takes and returns a picture, its boxes
+        data (`DetectionData`): From [`read_data`] or [`read_coco`].
+        augmentation (`Augmentation`, *optional*): From [`make_augmentation`]; takes and returns a picture, its boxes
             (x, y, width, height in pixels) and, of shape `(num_boxes,)`, the number of the object each belongs to.
         seed (`int`, *optional*, defaults to 0): With `epoch` and the picture's id, decides the augmentation.
         epoch (`int`, *optional*, defaults to 0): Make one data set per epoch.
@@ -91,7 +116,7 @@ class DetectionDataset(Dataset[dict[str, Any]]):
           and `iscrowd`, ready for the image processor.
     """
 
-    def __init__(self, data: DetectionData, augmentation: Callable | None = None, seed: int = 0, epoch: int = 0):
+    def __init__(self, data: DetectionData, augmentation: Augmentation | None = None, seed: int = 0, epoch: int = 0):
         self.data = data
         self.augmentation = augmentation
         self.seed = seed
@@ -102,14 +127,11 @@ class DetectionDataset(Dataset[dict[str, Any]]):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         picture = self.data.pictures[index]
-        image = read_image(picture.path, (picture.height, picture.width))
+        image: Image.Image = picture.read()
         boxes, objects = torch.from_numpy(picture.clipped_boxes), torch.arange(len(picture.boxes))
         areas = torch.from_numpy(picture.areas)
         if self.augmentation is not None:
-            # crc32 rather than hash(): the same number in every process
-            seed = zlib.crc32(f"{self.seed} {self.epoch} {picture.image_id}".encode())
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(seed)
+            with random_numbers_of(self.seed, self.epoch, picture.image_id):
                 image, boxes, objects = self.augmentation(image, boxes, objects)
             areas = boxes[:, 2] * boxes[:, 3]
         annotations = [
@@ -122,6 +144,150 @@ class DetectionDataset(Dataset[dict[str, Any]]):
             for row, number in enumerate(objects.tolist())
         ]
         return {"image": image, "annotation": {"image_id": picture.image_id, "annotations": annotations}}
+
+
+class PictureMaker:
+    """Makes [`AnnotatedPicture`]s of what files say, whatever their format, and remembers what it did to boxes.
+
+    Boxes that are empty, not finite or wholly outside their picture are dropped; boxes that reach over the border are
+    kept and counted.
+
+    Args:
+        source (`Path` or `str`): Of the data set.
+        split (`str`, *optional*): Said in messages, where the source does not say it.
+        complain (`Callable`, *optional*): Is told of a picture whose size nobody knows. Stops, if not given.
+    """
+
+    def __init__(self, source: Path | str, split: str = "", complain: Complain = refuse):
+        self.source = source
+        self.title = f"{source} ({split})" if split else str(source)
+        self.complain = complain
+        self.pictures: list[AnnotatedPicture] = []
+        self.remarks: dict[str, list[str]] = defaultdict(list)
+
+    def add(
+        self,
+        path: PictureSource,
+        size: tuple[int, int] | None,
+        boxes: Sequence[Any] | np.ndarray,
+        category_ids: Sequence[int],
+        *,
+        image_id: int | None = None,
+        areas: Sequence[Any] | None = None,
+        iscrowd: Sequence[Any] | None = None,
+    ) -> None:
+        """Add a picture.
+
+        Args:
+            path (`Path` or `StoredPicture`): The picture.
+            size (`tuple[int, int]` or `None`): `(height, width)` in pixels, as annotated; otherwise the picture's.
+            boxes (sequence of length `num_objects`): x, y, width, height in pixels, or anything: what is not four
+                finite numbers is dropped.
+            category_ids (`Sequence[int]` of length `num_objects`): Raw category ids.
+            image_id (`int`, *optional*): The picture's number, counted from 1, where none is given.
+            areas (sequence of length `num_objects`, *optional*): In square pixels; what is no positive number is
+                replaced by the area of the box.
+            iscrowd (sequence of length `num_objects`, *optional*): 1 (or "1", or `True`) marks a crowd.
+        """
+        try:
+            height, width = size or picture_size(path)
+        except InputError as error:
+            self.complain(str(error))
+            return
+        found = np.array([_numbers(box) for box in boxes], dtype=np.float64).reshape(-1, 4)
+        kept = self._inspect(found, height, width, path)
+        areas = [None] * len(found) if areas is None else areas
+        iscrowd = [0] * len(found) if iscrowd is None else iscrowd
+        self.pictures.append(
+            AnnotatedPicture(
+                image_id=len(self.pictures) + 1 if image_id is None else image_id,
+                path=path,
+                height=height,
+                width=width,
+                boxes=found[kept],
+                category_ids=np.array([category_ids[i] for i in kept], dtype=np.int64),
+                areas=np.array([_area(areas[i], found[i]) for i in kept], dtype=np.float64),
+                iscrowd=np.array([int(iscrowd[i] in _CROWD) for i in kept], dtype=np.int64),
+            )
+        )
+
+    def _inspect(self, boxes: np.ndarray, height: int, width: int, path: PictureSource) -> np.ndarray:
+        """Return the numbers of the boxes to keep, and remember what is said of them and of the others."""
+        finite = np.asarray(np.isfinite(boxes).all(axis=1))
+        boxes[~finite] = 0
+        clipped = clip_boxes(boxes, height, width)
+        has_size, reaches_inside = (boxes[:, 2:] > 0).all(axis=1), (clipped[:, 2:] > 0).all(axis=1)
+        # COCO itself rounds boxes to hundredths of a pixel, so only a whole pixel counts as being outside
+        over_border = reaches_inside & (np.abs(clipped - boxes).max(axis=1, initial=0) >= 1)
+        for what, which in {
+            "boxes are not four finite numbers: dropped": ~finite,
+            "boxes have no width or no height: dropped": finite & ~has_size,
+            "boxes lie outside their picture: dropped": has_size & ~reaches_inside,
+            "boxes reach over the border of their picture: clipped for training": over_border,
+        }.items():
+            self.remark(what, path, int(which.sum()))
+        return np.flatnonzero(reaches_inside)
+
+    def remark(self, what: str, path: PictureSource, count: int = 1) -> None:
+        """Remember what was done `count` times about a picture."""
+        if count:
+            self.remarks[what] += [str(path)] * count
+
+    def finish(self, categories: Mapping[int, str]) -> DetectionData:
+        """Log what was done to boxes and hand over the data."""
+        for what, pictures in self.remarks.items():
+            logger.warning("%s: %d %s", self.title, len(pictures), what)
+        return DetectionData(self.source, self.pictures, dict(sorted(categories.items())), dict(self.remarks))
+
+
+_CROWD = (1, "1")  # True is 1; some tools write numbers as text
+
+
+def _numbers(box: Any) -> list[float]:
+    """A box as four floats, NaN where it is anything else."""
+    try:
+        numbers = [float(value) for value in box]
+    except (TypeError, ValueError):
+        return [float("nan")] * 4
+    return numbers if len(numbers) == 4 else [float("nan")] * 4
+
+
+def _area(annotated: Any, box: np.ndarray) -> float:
+    """The annotated area, which is that of a mask where there is one, or the box's where the file has none."""
+    usable = isinstance(annotated, int | float) and math.isfinite(annotated) and annotated > 0
+    return float(annotated) if usable else float(box[2] * box[3])
+
+
+def require_pictures(data: DetectionData) -> DetectionData:
+    """Return `data`.
+
+    Raises:
+        InputError: If a picture file is missing.
+    """
+    paths = [picture.path for picture in data.pictures if isinstance(picture.path, Path)]
+    missing = [path for path in paths if not path.is_file()]
+    if missing:
+        names = few(path.name for path in missing)
+        raise InputError(
+            f"{data.source}: {len(missing)} of the pictures in {missing[0].parent} are missing: {names}; restore "
+            "them, or take them out of the annotations"
+        )
+    return data
+
+
+def distinct(categories: Mapping[int, str], source: Path | str) -> dict[int, str]:
+    """Return `categories`, in rising order of id.
+
+    Raises:
+        InputError: If two have one name.
+    """
+    doubled = [name for name, count in Counter(categories.values()).items() if count > 1]
+    if doubled:
+        raise InputError(
+            f"{source}: several categories are named {few(map(repr, doubled))}; give each its own name, since models "
+            "and data sets are matched by name"
+        )
+    return dict(sorted(categories.items()))
 
 
 def clip_boxes(boxes: np.ndarray, height: int, width: int) -> np.ndarray:

@@ -1,9 +1,13 @@
-"""Read a picture file as the RGB pixels that its annotations were drawn on."""
+"""Read a picture as the RGB pixels that its annotations were drawn on, wherever its bytes are."""
 
 import logging
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO, Protocol, TypeAlias
 
-from PIL import ExifTags, Image, ImageOps
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from ..image_processing_dino_detr import to_rgb
 from .errors import InputError
@@ -14,7 +18,20 @@ logger = logging.getLogger(__name__)
 PICTURE_SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
 
 
-def read_image(path: str | Path, annotated_size: tuple[int, int] | None = None) -> Image.Image:
+class StoredPicture(Protocol):
+    """A picture that is no file of its own. `str()` names it in messages, and another process can have it too."""
+
+    def open(self, mode: str = "rb", /) -> BinaryIO:
+        """Open its encoded bytes, as `Path.open("rb")` does."""
+        ...
+
+
+PictureSource: TypeAlias = Path | StoredPicture
+
+_QUARTER_TURNS = (5, 6, 7, 8)  # EXIF orientations that exchange height and width
+
+
+def read_image(source: str | PictureSource, annotated_size: tuple[int, int] | None = None) -> Image.Image:
     """Read one picture as 8-bit RGB, turned the way a viewer shows it.
 
     Palette, grey and CMYK pictures are converted, transparent parts lie on white, and 16-bit grey is divided by 257
@@ -22,7 +39,7 @@ def read_image(path: str | Path, annotated_size: tuple[int, int] | None = None) 
     drawn on the pixels as stored, which `annotated_size` tells.
 
     Args:
-        path (`str` or `Path`): The picture file.
+        source (`str`, `Path` or `StoredPicture`): The picture file, or where else the picture is.
         annotated_size (`tuple[int, int]`, *optional*):
             `(height, width)` in pixels that the annotations give for this picture.
 
@@ -30,25 +47,31 @@ def read_image(path: str | Path, annotated_size: tuple[int, int] | None = None) 
         `PIL.Image.Image`: The picture in mode `"RGB"`.
 
     Raises:
-        InputError: If the file is missing, broken or of an unsupported kind, or has another size than annotated.
+        InputError: If the picture is missing, broken or of an unsupported kind, or has another size than annotated.
     """
-    path = Path(path)
-    try:
-        with Image.open(path) as image:
-            image.load()
-    except FileNotFoundError:
-        raise InputError(f"{path}: there is no such picture file") from None
-    # Pillow reports broken files by whichever of these its decoder happened to stumble over
-    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
-        raise InputError(f"{path}: cannot be read as a picture ({error}); repair or remove the file") from None
-    upright = _upright(image, annotated_size, path)
+    source = Path(source) if isinstance(source, str) else source
+    with _opened(source) as image:
+        image.load()
+        turn = _drawn_upright(image, annotated_size, source)
+    upright = ImageOps.exif_transpose(image) if turn else image
     try:
         converted = to_rgb(upright)
     except ValueError as error:
-        raise InputError(f"{path}: {error}") from None
+        raise InputError(f"{source}: {error}") from None
     if upright.mode.startswith("I"):
-        _log_once("16-bit", f"{path} has 16-bit grey values: divided by 257 to get 8 bits")
+        _log_once("16-bit", f"{source} has 16-bit grey values: divided by 257 to get 8 bits")
     return converted
+
+
+def picture_size(source: PictureSource, annotated_size: tuple[int, int] | None = None) -> tuple[int, int]:
+    """Say what `(height, width)` [`read_image`] would return, from the head of the file: fast, but not proven.
+
+    Raises:
+        InputError: If the head is missing, broken or of an unsupported kind, or tells another size than annotated.
+    """
+    with _opened(source) as image:
+        turned = _drawn_upright(image, annotated_size, source) and _orientation(image) in _QUARTER_TURNS
+    return (image.width, image.height) if turned else (image.height, image.width)
 
 
 def list_pictures(paths: list[Path]) -> list[Path]:
@@ -61,29 +84,58 @@ def list_pictures(paths: list[Path]) -> list[Path]:
     for path in paths:
         if not path.exists():
             raise InputError(f"{path}: there is no such file or folder")
-        found = [path] if path.is_file() else sorted(entry for entry in path.iterdir() if _is_picture(entry))
+        found = [path] if path.is_file() else sorted(entry for entry in path.iterdir() if is_picture(entry))
         if not found:
             raise InputError(f"{path}: the folder holds no pictures ({', '.join(sorted(PICTURE_SUFFIXES))})")
         files.extend(found)
     return files
 
 
-def _is_picture(path: Path) -> bool:
+def is_picture(path: Path) -> bool:
+    """Whether the name is that of a picture and the file is there."""
     return path.suffix.lower() in PICTURE_SUFFIXES and path.is_file()
 
 
-def _upright(image: Image.Image, annotated_size: tuple[int, int] | None, path: Path) -> Image.Image:
-    turned = ImageOps.exif_transpose(image)
-    if annotated_size is None or (turned.height, turned.width) == annotated_size:
-        return turned
-    if (image.height, image.width) == annotated_size:
-        _log_once("EXIF rotation left out", f"{path} is annotated as stored: its EXIF rotation is not applied")
-        return image
-    orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
+def short_name(source: str | PictureSource) -> str:
+    """Name a picture by its file and folder only, for people who know where the data is."""
+    return "/".join(re.split(r"[/\\]", str(source))[-2:])
+
+
+@contextmanager
+def _opened(source: PictureSource) -> Iterator[Image.Image]:
+    try:
+        with source.open("rb") as file, Image.open(file) as image:
+            yield image
+    except InputError:
+        raise
+    except FileNotFoundError:
+        raise InputError(f"{source}: there is no such picture file") from None
+    # Pillow reports broken files by whichever of these its decoder happened to stumble over
+    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
+        # where Pillow does not know the kind, its own words name a file object
+        reason = "it is of no known kind" if isinstance(error, UnidentifiedImageError) else error
+        raise InputError(f"{source}: cannot be read as a picture ({reason}); repair or remove the file") from None
+
+
+def _orientation(image: Image.Image) -> int:
+    # The method of Pillow's PNG class decodes the whole picture to find EXIF data behind the pixels. Nobody puts it
+    # there, and the base class has what stands before them.
+    return Image.Image.getexif(image).get(ExifTags.Base.Orientation, 1)
+
+
+def _drawn_upright(image: Image.Image, annotated_size: tuple[int, int] | None, source: PictureSource) -> bool:
+    """Whether the annotations were drawn on the picture as a viewer shows it, rather than on the pixels as stored."""
+    stored, orientation = (image.height, image.width), _orientation(image)
+    shown = stored[::-1] if orientation in _QUARTER_TURNS else stored
+    if annotated_size is None or annotated_size == shown:
+        return True
+    if stored == annotated_size:
+        _log_once("EXIF rotation left out", f"{source} is annotated as stored: its EXIF rotation is not applied")
+        return False
     raise InputError(
-        f"{path}: the annotations say {annotated_size[1]} x {annotated_size[0]} pixels (width x height) but the file "
-        f"has {image.width} x {image.height} (EXIF orientation {orientation}); annotate this file or restore the one "
-        "that was annotated"
+        f"{source}: the annotations say {annotated_size[1]} x {annotated_size[0]} pixels (width x height) but the "
+        f"file has {image.width} x {image.height} (EXIF orientation {orientation}); annotate this file or restore the "
+        "one that was annotated"
     )
 
 

@@ -1,0 +1,171 @@
+"""Look at a data set for detection before training on it: `python -m hf_dino.data {check,augment} SOURCE`.
+
+SOURCE is a folder in the format of COCO, Pascal VOC, YOLO or Hugging Face `datasets`, or a name on the Hub.
+It is never changed.
+"""
+
+import argparse
+import logging
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..training.arguments import HelpFormatter, at_least, parse_size
+from .augmentation import AUGMENTATIONS, make_augmentation
+from .check import SIZES, DataReport, check_data
+from .coco import read_coco_file
+from .dataset import Complain, DetectionData, refuse
+from .errors import InputError
+from .extras import import_extra
+from .formats import read_data
+from .sheet import choose_augmented, choose_samples, draw_sheet, require_new
+from .splits import split_of
+
+
+_MOST_LINES = 20  # of errors, and of warnings
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line; `arguments` replace those of the process. Return the exit status, 1 for errors."""
+    logging.basicConfig(level=logging.ERROR, format="%(message)s")  # the report says what would be logged
+    options = _parse(arguments)
+    try:
+        return options.run(options)
+    except (InputError, ImportError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+
+
+def _parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m hf_dino.data", description=__doc__, formatter_class=HelpFormatter)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    for name, (run, say, add) in _COMMANDS.items():
+        command = commands.add_parser(name, help=say, description=say, formatter_class=HelpFormatter)
+        _add_source(command)
+        add(command)
+        command.set_defaults(run=run)
+    options = parser.parse_args(arguments)
+    given = [option is not None for option in (options.source, options.images, options.annotations)]
+    if given not in ([True, False, False], [False, True, True]):
+        parser.error("give either SOURCE, or --images and --annotations")
+    return options
+
+
+def _add_source(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "source", nargs="?", metavar="SOURCE", help="a folder, or OWNER/NAME[:CONFIGURATION] on the Hub"
+    )
+    command.add_argument("--images", type=Path, metavar="DIR", help="instead of SOURCE: the pictures of a COCO file")
+    command.add_argument("--annotations", type=Path, metavar="FILE", help="instead of SOURCE: the COCO file")
+    command.add_argument("--streaming", action="store_true", help="fetch pictures one by one, and keep them")
+    command.add_argument("--limit", type=at_least(1), metavar="N", help="of a stream: pictures of each split")
+    command.add_argument("--cache", type=Path, metavar="DIR", help="of a stream: the folder to keep it in")
+
+
+def _add_check(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--quick", action="store_true", help="read the head of each picture only")
+    command.add_argument("--num-workers", type=at_least(1), metavar="N", help="threads (default: one per processor)")
+    command.add_argument("--sheet", type=Path, metavar="FILE", help="draw some pictures with their boxes; a new file")
+    command.add_argument("--num-pictures", type=at_least(1), default=12, metavar="N", help="on the sheet")
+
+
+def _add_augment(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--augmentation", default="dino", metavar="NAME", help=f"one of {', '.join(AUGMENTATIONS)}")
+    size = "SHORTEST [LONGEST] edge, or HEIGHTxWIDTH, as in training"
+    command.add_argument("--image-size", nargs="+", default=["800", "1333"], metavar="PIXELS", help=size)
+    command.add_argument("--output", type=Path, required=True, metavar="FILE", help="the sheet; a new file")
+    command.add_argument("--num-pictures", type=at_least(1), default=4, metavar="N", help="each a row of the sheet")
+    command.add_argument("--num-views", type=at_least(1), default=3, metavar="N", help="of each, beside the original")
+    command.add_argument("--seed", type=at_least(0), default=0, help="of the augmentation, as in training")
+
+
+def check(options: argparse.Namespace) -> int:
+    """Print the report and draw the sheet."""
+    if options.sheet:
+        require_new(options.sheet)
+    rich = import_extra("rich.progress", "train", "the report")
+    errors: list[str] = []
+    splits = _read(options, errors.append)
+    total = sum(len(data.pictures) for data in splits.values())
+    with rich.Progress(transient=True) as progress:
+        task = progress.add_task("pictures", total=total)
+        found = check_data(
+            splits,
+            decode=not options.quick,
+            num_workers=options.num_workers,
+            on_picture=lambda: progress.advance(task),
+        )
+    report = DataReport(errors + found.errors, found.warnings, found.counts)
+    print_report(report)
+    if options.sheet:
+        draw_sheet(choose_samples(splits, options.num_pictures), options.sheet)
+        print(f"sheet: {options.sheet}")
+    return 1 if report.errors else 0
+
+
+def augment(options: argparse.Namespace) -> int:
+    """Draw pictures as they are and as epochs of training see them."""
+    require_new(options.output)
+    augmentation = make_augmentation(options.augmentation, parse_size(options.image_size))
+    data = next(iter(_read(options, refuse).values()))
+    views, count, seed = options.num_views, options.num_pictures, options.seed
+    draw_sheet(choose_augmented(data, augmentation, count, views, seed), options.output, columns=1 + views)
+    print(f"sheet: {options.output}")
+    return 0
+
+
+def _read(options: argparse.Namespace, complain: Complain) -> dict[str, DetectionData]:
+    if options.source is None:
+        split = split_of(options.annotations.stem) or "train"
+        return {split: read_coco_file([options.images], options.annotations, complain)}
+    return read_data(
+        options.source,
+        streaming=options.streaming,
+        limit=options.limit,
+        cache=options.cache,
+        complain=complain,
+    )
+
+
+def print_report(report: DataReport) -> None:
+    """Print counts as tables, then warnings, then errors."""
+    console = import_extra("rich.console", "train", "the report").Console()
+    columns = ("pictures", "without objects", "objects", "crowds", *SIZES)
+    console.print(
+        _table(
+            ("split", *columns),
+            {
+                split: (each.pictures, each.without_objects, each.objects, each.crowds, *each.sizes.values())
+                for split, each in report.counts.items()
+            },
+        )
+    )
+    names = dict.fromkeys(name for each in report.counts.values() for name in each.classes)
+    objects = {name: [each.classes.get(name, "—") for each in report.counts.values()] for name in names}
+    console.print(_table(("class", *report.counts), objects))
+    for kind, style, messages in (("warning", "yellow", report.warnings), ("error", "red", report.errors)):
+        for message in messages[:_MOST_LINES]:
+            console.print(f"{kind}: {message}", style=style, markup=False, highlight=False, soft_wrap=True)
+        if len(messages) > _MOST_LINES:
+            console.print(f"… and {len(messages) - _MOST_LINES} more {kind}s", style=style)
+    console.print(f"{len(report.errors)} errors, {len(report.warnings)} warnings", highlight=False)
+
+
+def _table(header: Sequence[str], rows: Mapping[str, Sequence[object]]) -> Any:
+    table = import_extra("rich.table", "train", "the report").Table(header[0])
+    for name in header[1:]:
+        table.add_column(name, justify="right")
+    for name, numbers in rows.items():
+        table.add_row(name, *map(str, numbers))
+    return table
+
+
+_COMMANDS: dict[str, tuple[Callable[[argparse.Namespace], int], str, Callable[[argparse.ArgumentParser], Any]]] = {
+    "check": (check, "Report what is wrong with the data; exit status 1 if it would stop a training.", _add_check),
+    "augment": (augment, "Draw pictures with their boxes as training sees them.", _add_augment),
+}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

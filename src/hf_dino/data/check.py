@@ -1,0 +1,242 @@
+"""Say what is wrong with a data set before it costs a night, and change nothing."""
+
+import hashlib
+import os
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple
+
+import numpy as np
+
+from .dataset import AnnotatedPicture, DetectionData, few
+from .errors import InputError
+from .images import PictureSource, picture_size, short_name
+
+
+# COCO's sizes of objects: areas in square pixels, each below its limit and not below the one before
+SIZES = {"small": 32.0**2, "medium": 96.0**2, "large": np.inf}
+_MANY_OVER_BORDER = 0.25  # of the boxes, which hardly happens to boxes of the right format
+
+
+@dataclass(frozen=True)
+class SplitCounts:
+    """What a split holds.
+
+    Attributes:
+        pictures (`int`): Of all kinds.
+        without_objects (`int`): Pictures without a box, or with crowds only.
+        crowds (`int`): Boxes of crowds, which no other number includes.
+        classes (`dict[str, int]`): Objects of each class, 0 for one that is listed only.
+        sizes (`dict[str, int]`): Objects of each of COCO's sizes, `SIZES`.
+    """
+
+    pictures: int
+    without_objects: int
+    crowds: int
+    classes: dict[str, int]
+    sizes: dict[str, int]
+
+    @property
+    def objects(self) -> int:
+        """Of all classes."""
+        return sum(self.classes.values())
+
+
+@dataclass(frozen=True)
+class DataReport:
+    """What [`check_data`] found.
+
+    Attributes:
+        errors (`list[str]`): What would stop a training, or make it learn nothing.
+        warnings (`list[str]`): What is put right, and what one may want to know.
+        counts (`dict[str, SplitCounts]`): By split.
+    """
+
+    errors: list[str]
+    warnings: list[str]
+    counts: dict[str, SplitCounts]
+
+    def raise_if_errors(self) -> None:
+        """Stop.
+
+        Raises:
+            InputError: If there are errors. The message says the first few.
+        """
+        if self.errors:
+            more = f"\n… and {len(self.errors) - 5} more" if len(self.errors) > 5 else ""
+            raise InputError("the data cannot be trained on:\n" + "\n".join(self.errors[:5]) + more)
+
+
+def check_data(
+    splits: Mapping[str, DetectionData],
+    *,
+    decode: bool = True,
+    num_workers: int | None = None,
+    on_picture: Callable[[], object] = lambda: None,
+) -> DataReport:
+    """Look at every picture and box of a data set.
+
+    Args:
+        splits (`Mapping[str, DetectionData]`): From [`read_data`], with keys `"train"`, `"validation"` and `"test"`.
+        decode (`bool`, *optional*, defaults to `True`): Read every picture to its last pixel. Otherwise only the head
+            of each file is read, which is several times faster and finds missing files and wrong sizes, but not
+            pictures that were cut short.
+        num_workers (`int`, *optional*): Threads; by default one for each processor.
+        on_picture (`Callable`, *optional*): Called after each picture, from any thread.
+
+    Returns:
+        `DataReport`: Errors, warnings and counts.
+    """
+    counts = {split: _count(data) for split, data in splits.items()}
+    with ThreadPoolExecutor(num_workers or os.cpu_count()) as pool:
+        inspected = list(_inspect_all(splits, pool, partial(_inspect, decode=decode, on_picture=on_picture)))
+        warnings = [
+            *(warning for split, data in splits.items() for warning in _about_boxes(split, data)),
+            *_about_counts(counts),
+            *_about_doubles(inspected, pool),
+        ]
+    errors = [
+        *(f"{each.split}: {each.problem}" for each in inspected if each.problem),
+        *(error for split, data in splits.items() for error in _misread_boxes(split, data)),
+        *_unknown_classes(counts),
+    ]
+    return DataReport(errors, warnings, counts)
+
+
+class Inspected(NamedTuple):
+    """What was seen of a picture.
+
+    Attributes:
+        split (`str`): That it is in.
+        path (`Path` or `StoredPicture`): Where it is.
+        problem (`str` or `None`): Why it cannot be used.
+        length (`int`): Of its file in bytes; -1 where it cannot be used.
+    """
+
+    split: str
+    path: PictureSource
+    problem: str | None
+    length: int
+
+
+def _inspect_all(
+    splits: Mapping[str, DetectionData],
+    pool: ThreadPoolExecutor,
+    inspect: Callable[[tuple[str, AnnotatedPicture]], Inspected],
+) -> Iterator[Inspected]:
+    return pool.map(inspect, [(split, picture) for split, data in splits.items() for picture in data.pictures])
+
+
+def _inspect(entry: tuple[str, AnnotatedPicture], decode: bool, on_picture: Callable[[], object]) -> Inspected:
+    split, picture = entry
+    try:
+        if decode:
+            picture.read()
+        else:
+            picture_size(picture.path, (picture.height, picture.width))
+        with picture.path.open("rb") as file:
+            return Inspected(split, picture.path, None, file.seek(0, os.SEEK_END))
+    except InputError as error:
+        return Inspected(split, picture.path, str(error), -1)
+    finally:
+        on_picture()
+
+
+def _about_doubles(inspected: Sequence[Inspected], pool: ThreadPoolExecutor) -> Iterator[str]:
+    """Pictures that are there twice, byte by byte. Only those of equal length are read for that."""
+    lengths = Counter(each.length for each in inspected)
+    suspects = [each for each in inspected if lengths[each.length] > 1 and each.problem is None]
+    groups: dict[bytes, list[Inspected]] = defaultdict(list)
+    for each, digest in zip(suspects, pool.map(_digest, [each.path for each in suspects])):
+        groups[digest].append(each)
+    kinds: dict[str, list[str]] = defaultdict(list)
+    for group in groups.values():
+        if len(group) > 1:
+            where = sorted({each.split for each in group})
+            kind = f"in both {' and '.join(where)}" if len(where) > 1 else f"more than once in {where[0]}"
+            kinds[kind].append(" = ".join(short_name(each.path) for each in group[:2]))
+    for kind, names in sorted(kinds.items()):
+        yield f"{len(names)} pictures are {kind}: {few(names, 3)}"
+
+
+def _digest(path: PictureSource) -> bytes:
+    with path.open("rb") as file:
+        return hashlib.blake2b(file.read(), digest_size=16).digest()
+
+
+def _about_boxes(split: str, data: DetectionData) -> Iterator[str]:
+    for what, pictures in data.remarks.items():
+        yield f"{split}: {len(pictures)} {what}; {few(dict.fromkeys(map(short_name, pictures)), 3)}"
+    doubled = {short_name(picture.path): count for picture in data.pictures if (count := _num_doubled(picture))}
+    if doubled:
+        yield f"{split}: {sum(doubled.values())} boxes are there twice, of the same class; {few(doubled, 3)}"
+
+
+def _num_doubled(picture: AnnotatedPicture) -> int:
+    objects = list(zip(picture.category_ids.tolist(), map(tuple, picture.boxes.tolist())))
+    return len(objects) - len(set(objects))
+
+
+def _misread_boxes(split: str, data: DetectionData) -> Iterator[str]:
+    """Boxes that are written in another way than x, y, width, height in pixels."""
+    boxes = np.concatenate([np.empty((0, 4)), *(picture.boxes for picture in data.pictures)])
+    clipped = np.concatenate([np.empty((0, 4)), *(picture.clipped_boxes for picture in data.pictures)])
+    if len(boxes) and boxes.max() <= 1:
+        yield f"{split}: no box is larger than a pixel; they seem to be fractions, but must be in pixels"
+    over_border = (np.abs(boxes - clipped).max(axis=1, initial=0) >= 1).sum()
+    if over_border > _MANY_OVER_BORDER * len(boxes) and (boxes[:, 2:] > boxes[:, :2]).all():
+        yield (
+            f"{split}: boxes seem to be x0, y0, x1, y1, but must be x, y, width, height: as they are, {over_border} "
+            f"of {len(boxes)} reach over the border of their picture"
+        )
+
+
+def _count(data: DetectionData) -> SplitCounts:
+    crowd = _joined((picture.iscrowd for picture in data.pictures), bool)
+    category_ids = _joined((picture.category_ids for picture in data.pictures), np.int64)[~crowd]
+    areas = _joined((picture.areas for picture in data.pictures), np.float64)[~crowd]
+    objects = Counter(category_ids.tolist())
+    size = np.searchsorted([*SIZES.values()], areas, side="right")
+    return SplitCounts(
+        pictures=len(data.pictures),
+        without_objects=sum(bool(picture.iscrowd.all()) for picture in data.pictures),
+        crowds=int(crowd.sum()),
+        classes={name: objects[number] for number, name in data.categories.items()},
+        sizes={name: int((size == number).sum()) for number, name in enumerate(SIZES)},
+    )
+
+
+def _joined(arrays: Iterable[np.ndarray], dtype: type) -> np.ndarray:
+    return np.concatenate([np.empty(0, dtype), *arrays]).astype(dtype)
+
+
+def _unknown_classes(counts: Mapping[str, SplitCounts]) -> Iterator[str]:
+    train = counts.get("train")
+    if train is None:
+        return
+    if not train.objects:
+        yield "train: has no object to learn from"
+    for split, each in counts.items():
+        unknown = [name for name, count in each.classes.items() if count and name not in train.classes]
+        if unknown:
+            yield (
+                f"{split}: has objects of classes that train does not list: {few(map(repr, unknown))}; train's are "
+                f"{few(map(repr, train.classes), 20)}"
+            )
+
+
+def _about_counts(counts: Mapping[str, SplitCounts]) -> Iterator[str]:
+    for split, each in counts.items():
+        if each.without_objects:
+            yield f"{split}: {each.without_objects} of {each.pictures} pictures have no objects"
+        unused = [name for name, count in each.classes.items() if not count]
+        if unused:
+            yield f"{split}: {len(unused)} of {len(each.classes)} classes have no objects: {few(map(repr, unused))}"
+    everywhere = set.intersection(*(set(each.classes) for each in counts.values())) if counts else set()
+    for split, each in counts.items():
+        own = [name for name in each.classes if name not in everywhere]
+        if own:
+            yield f"{split}: lists classes that another split does not list: {few(map(repr, own))}"

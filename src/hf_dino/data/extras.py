@@ -1,0 +1,41 @@
+"""Libraries that only some users need: imported when they are used, and asked for by the name of their extra."""
+
+import importlib
+import warnings
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+
+
+def import_extra(module: str, extra: str, purpose: str) -> ModuleType:
+    """Import `module`, which `pip install 'hf-dino[extra]'` brings.
+
+    Raises:
+        ImportError: If it is not installed; the message says what for and how to install it.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="OpenCV", category=UserWarning)  # supervision has a substitute
+            return importlib.import_module(module)
+    except ImportError as error:
+        raise ImportError(f"{purpose} needs {module.split('.')[0]}: pip install 'hf-dino[{extra}]'") from error
+
+
+def boxes_of(detections: Any) -> np.ndarray:
+    """Return the boxes of supervision's detections as x, y, width, height in pixels.
+
+    Its corners are in single precision; what that adds beyond thousandths of a pixel is taken off again, so that a
+    box is the same whatever format it came in.
+
+    Example:
+
+    ```python
+    >>> from types import SimpleNamespace
+    >>> boxes_of(SimpleNamespace(xyxy=np.array([[11.3, 2, 20, 30.125]], dtype=np.float32))).tolist()
+    [[11.3, 2.0, 8.7, 28.125]]
+
+    ```
+    """
+    corners = detections.xyxy.astype(np.float64)
+    return np.round(np.concatenate([corners[:, :2], corners[:, 2:] - corners[:, :2]], axis=1), 3)

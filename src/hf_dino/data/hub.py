@@ -1,0 +1,333 @@
+"""Data sets of Hugging Face `datasets`: folders of pictures with metadata, saved ones, and names on the Hub.
+
+Each row is a picture with a column `objects` of boxes (x, y, width, height in pixels) and categories, as in
+https://huggingface.co/docs/datasets/image_dataset#object-detection.
+"""
+
+import io
+import json
+import os
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from types import ModuleType
+from typing import Any, BinaryIO, NamedTuple, TypeVar
+
+from tqdm import tqdm
+
+from .dataset import Complain, DetectionData, PictureMaker, distinct, few
+from .errors import InputError
+from .extras import import_extra
+from .images import PICTURE_SUFFIXES, PictureSource
+from .splits import SPLITS, split_of
+
+
+# the names that columns have in the data sets on the Hub, the first found is meant
+_OBJECTS = ("objects", "annotations")
+_BOXES = ("bbox", "bboxes", "boxes", "box")
+_CATEGORIES = ("category", "categories", "category_id", "category_ids", "label", "labels", "class_labels")
+_CROWDS = ("iscrowd", "is_crowd")
+_OF_PICTURE = ("image_id", "height", "width")
+_USED = frozenset({*_OBJECTS, *_BOXES, *_CATEGORIES, *_CROWDS, *_OF_PICTURE, "area"})
+
+_NAME = re.compile(r"(?P<path>[\w.-]+(/[\w.-]+)?)(:(?P<name>[\w.-]+))?(@(?P<revision>[\w.-]+))?")
+_READ_AHEAD = 32  # pictures of a stream fetched at once
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class TablePicture:
+    """A picture in a table of `datasets`, read when asked for. Other processes get the table's file, not its bytes.
+
+    Attributes:
+        table (`datasets.Dataset`): With the undecoded pictures in `column`.
+        column (`str`): Of the pictures.
+        row (`int`): Counted from 0.
+        title (`str`): Of the table.
+    """
+
+    table: Any
+    column: str
+    row: int
+    title: str
+
+    def open(self, mode: str = "rb", /) -> BinaryIO:
+        """Open the encoded picture."""
+        return io.BytesIO(_content(self.table[self.row][self.column]))
+
+    def __str__(self) -> str:
+        return f"{self.title}, row {self.row}: {self.table[self.row][self.column]['path'] or 'picture without name'}"
+
+
+class Row(NamedTuple):
+    """One row: its picture, and what it says of it.
+
+    Attributes:
+        picture (`Path` or `StoredPicture`): The picture.
+        said (`dict`): Those columns of the row that are of use.
+    """
+
+    picture: PictureSource
+    said: Mapping[str, Any]
+
+
+def find_saved(folder: Path) -> dict[str, Any]:
+    """Find what `save_to_disk` wrote."""
+    if not (folder / "dataset_dict.json").is_file() and not all(
+        (folder / name).is_file() for name in ("dataset_info.json", "state.json")
+    ):
+        return {}
+    return _by_split(_load(str(folder), lambda: _datasets().load_from_disk(str(folder))), folder)
+
+
+def find_picture_folder(folder: Path) -> dict[str, Any]:
+    """Find pictures with metadata files, divided into folders of splits or not, or Parquet files."""
+    patterns = ("metadata.jsonl", "metadata.csv", "metadata.parquet", "*.parquet")
+    if not any(any(folder.glob(f"{depth}{pattern}")) for depth in ("", "*/") for pattern in patterns):
+        return {}
+    return _by_split(_load(str(folder), lambda: _datasets().load_dataset(str(folder))), folder)
+
+
+def load_name(name: str) -> dict[str, Any]:
+    """Load the splits of a data set on the Hub: `owner/name`, with `:configuration` and `@revision` if need be."""
+    return _by_split(_load(name, lambda: _datasets().load_dataset(**_parse(name))), name)
+
+
+def is_name(text: str) -> bool:
+    """Whether this could be a name on the Hub."""
+    return _NAME.fullmatch(text) is not None
+
+
+def _parse(name: str) -> dict[str, str]:
+    if Path(name).is_dir():
+        return {"path": name}
+    match = _NAME.fullmatch(name)
+    if match is None:
+        raise InputError(f"{name}: is neither a folder nor a name on the Hub, OWNER/NAME[:CONFIGURATION][@REVISION]")
+    return {key: value for key, value in match.groupdict().items() if value}
+
+
+def _datasets() -> ModuleType:
+    return import_extra("datasets", "hub-data", "reading Hugging Face data sets")
+
+
+def _load(name: str, load: Any) -> Any:
+    try:
+        return load()
+    except (_datasets().exceptions.DatasetsError, OSError, ValueError) as error:
+        raise InputError(
+            f"{name}: `datasets` cannot load it ({error}). If it has several configurations, write NAME:CONFIGURATION"
+        ) from None
+
+
+def _by_split(loaded: Any, source: Path | str) -> dict[str, Any]:
+    """Sort tables by split; a single one is for training, whatever its name."""
+    tables = dict(loaded) if isinstance(loaded, dict) else {"train": loaded}
+    if len(tables) == 1 and split_of(next(iter(tables))) is None:
+        tables = {"train": next(iter(tables.values()))}
+    found = {split_of(name): table for name, table in reversed(tables.items())}  # of two for one split, the first
+    ordered = {split: found[split] for split in SPLITS if split in found}
+    if not ordered:
+        raise InputError(f"{source}: none of its splits is called after {few(SPLITS)}: {few(tables)}")
+    return ordered
+
+
+def read_tables(splits: Mapping[str, Any], source: Path | str, complain: Complain) -> dict[str, DetectionData]:
+    """Read tables of `datasets`. Their pictures stay where they are: on disk, in Arrow files or beside them."""
+    rows = {split: list(_table_rows(table, f"{source} ({split})")) for split, table in splits.items()}
+    names = {split: _class_names(table.features) for split, table in splits.items()}
+    return _read_rows(rows, names, source, complain)
+
+
+def _table_rows(table: Any, title: str) -> Iterator[Row]:
+    column = _picture_column(table.features, title)
+    pictures = table.select_columns([column]).cast_column(column, _datasets().Image(decode=False))
+    said = table.select_columns([name for name in table.column_names if name in _USED])
+    for number, row in enumerate(said):
+        yield Row(TablePicture(pictures, column, number, title), row)
+
+
+def read_stream(
+    name: str, splits: Sequence[str], limit: int | None, cache: Path | None, complain: Complain
+) -> dict[str, DetectionData]:
+    """Read a data set as it comes over the net, keeping its pictures in a folder of their own.
+
+    Training asks for pictures in any order and again, and a resumed run for exactly those that the interrupted one
+    would have seen, which a stream cannot give. So on the first pass the pictures are written as they are encoded,
+    each once it is complete, with what is said of them in a file `metadata.jsonl`; a pass that was cut short goes on
+    where it was. What comes out is a folder of pictures like any other. Without `limit` it saves no space on the disk
+    compared to a download, only the second copy in Arrow files.
+
+    Args:
+        name (`str`): On the Hub, or a folder.
+        splits (`Sequence[str]`): To read, if there are any; else all.
+        limit (`int` or `None`): The most pictures of a split, the first ones.
+        cache (`Path` or `None`): The folder; by default one beside what `datasets` itself keeps of this very version.
+        complain (`Callable`): Is told of what stops a training.
+    """
+    builder = _load(name, lambda: _datasets().load_dataset_builder(**_parse(name)))
+    streams = _by_split(_load(name, builder.as_streaming_dataset), name)
+    cache = cache or Path(f"{builder.cache_dir}-pictures")
+    chosen = {split: stream for split, stream in streams.items() if not splits or split in splits}
+    rows = {split: _keep(stream, cache / split, f"{name} ({split})", limit) for split, stream in chosen.items()}
+    names = {split: _class_names(stream.features) for split, stream in chosen.items()}
+    return _read_rows(rows, names, name, complain)
+
+
+def _keep(stream: Any, folder: Path, title: str, limit: int | None) -> list[Row]:
+    """Write what is missing of a stream's first `limit` pictures, and return the rows."""
+    filelock = import_extra("filelock", "hub-data", "reading a stream")  # what `datasets` locks with
+    if stream.features is None:
+        raise InputError(f"{title}: cannot be streamed, since its columns are not known beforehand; do without")
+    column = _picture_column(stream.features, title)
+    folder.mkdir(parents=True, exist_ok=True)
+    with filelock.FileLock(folder / ".lock"):  # the other processes of a run wait, then find everything there
+        rows = _kept_rows(folder)
+        missing = None if limit is None else max(0, limit - len(rows))
+        if missing != 0 and not (folder / "complete").is_file():
+            new = [
+                *_write_rows(islice(stream.decode(False).skip(len(rows)), missing), column, folder, len(rows), title)
+            ]
+            if missing is None or len(new) < missing:
+                (folder / "complete").touch()
+            rows += new
+    return [Row(folder / row["file_name"], row) for row in rows[:limit]]
+
+
+def _kept_rows(folder: Path) -> list[dict[str, Any]]:
+    """The rows written so far; a last line that was cut short is taken off the file."""
+    file = folder / "metadata.jsonl"
+    written = file.read_bytes() if file.is_file() else b""
+    whole = written[: written.rfind(b"\n") + 1]
+    if len(whole) < len(written):
+        os.truncate(file, len(whole))
+    return [json.loads(line) for line in whole.splitlines()]
+
+
+def _write_rows(rows: Iterable[dict], column: str, folder: Path, first: int, title: str) -> Iterator[dict[str, Any]]:
+    with open(folder / "metadata.jsonl", "a", encoding="utf-8") as file, ThreadPoolExecutor(_READ_AHEAD) as pool:
+        progress = tqdm(_fetched(rows, column, pool), desc=f"fetching {title}", initial=first, disable=None)
+        for number, (row, content) in enumerate(progress, start=first):
+            suffix = Path(row[column]["path"] or "").suffix.lower()
+            path = folder / f"{number:08}{suffix if suffix in PICTURE_SUFFIXES else ''}"
+            beside = path.with_name(f".{path.name}")
+            beside.write_bytes(content)
+            os.replace(beside, path)
+            kept = {"file_name": path.name, **{name: value for name, value in row.items() if name in _USED}}
+            file.write(json.dumps(kept) + "\n")
+            file.flush()
+            yield kept
+
+
+def _fetched(rows: Iterable[dict], column: str, pool: ThreadPoolExecutor) -> Iterator[tuple[dict, bytes]]:
+    iterator = iter(rows)
+    while batch := list(islice(iterator, _READ_AHEAD)):
+        yield from zip(batch, pool.map(lambda row: _content(row[column]), batch))
+
+
+def _content(stored: Mapping[str, Any]) -> bytes:
+    """The encoded picture, from the table or from the file or address that it names."""
+    if stored["bytes"] is not None:
+        return stored["bytes"]
+    # knows local paths and every address that `datasets` gives
+    fsspec = import_extra("fsspec", "hub-data", "reading Hugging Face data sets")
+    with fsspec.open(stored["path"], "rb") as file:
+        return file.read()
+
+
+def _read_rows(
+    rows: Mapping[str, Sequence[Row]],
+    names: Mapping[str, Sequence[str] | None],
+    source: Path | str,
+    complain: Complain,
+) -> dict[str, DetectionData]:
+    columns = {split: [_columns(row, f"{source} ({split})") for row in found] for split, found in rows.items()}
+    found_names = _found_names(category for split in columns.values() for each in split for category in each[1])
+    data = {}
+    for split, found in rows.items():
+        listed = names[split]
+        categories = found_names if listed is None else distinct(dict(enumerate(listed)), source)
+        ids: dict[Any, int] = {number: number for number in categories} | {n: i for i, n in categories.items()}
+        maker = PictureMaker(source, split, complain)
+        image_ids = _distinct_ids([row.said.get("image_id") for row in found])
+        for row, image_id, (boxes, named, areas, crowds) in zip(found, image_ids, columns[split]):
+            known = [i for i, name in enumerate(named) if name in ids]
+            if len(known) < len(named):
+                complain(f"{row.picture}: objects of unknown categories: {few(set(named) - ids.keys())}")
+            maker.add(
+                row.picture,
+                _size(row.said),
+                [boxes[i] for i in known],
+                [ids[named[i]] for i in known],
+                image_id=image_id,
+                areas=[areas[i] for i in known],
+                iscrowd=[crowds[i] for i in known],
+            )
+        data[split] = maker.finish(categories)
+    return data
+
+
+def _columns(row: Row, title: str) -> tuple[Sequence[Any], ...]:
+    """Boxes, categories, areas and crowd marks of a row's objects, equally many."""
+    objects = next((row.said[name] for name in _OBJECTS if name in row.said), row.said)
+    objects = json.loads(objects or "{}") if isinstance(objects, str) else objects  # from a CSV file
+    if isinstance(objects, list):  # of objects, rather than a list for each of their columns
+        objects = {key: [each.get(key) for each in objects] for key in (objects[0] if objects else ())}
+    if not objects:
+        return (), (), (), ()
+    boxes, named = _first(objects, _BOXES), _first(objects, _CATEGORIES)
+    if boxes is None or named is None or len(boxes) != len(named):
+        raise InputError(
+            f"{title}: the objects of a picture need boxes ({few(_BOXES)}) and as many categories "
+            f"({few(_CATEGORIES, 9)}); got {str(objects)[:200]}"
+        )
+    areas, crowds = _first(objects, ("area",)), _first(objects, _CROWDS)
+    return boxes, named, areas or [None] * len(boxes), crowds or [0] * len(boxes)
+
+
+def _first(columns: Mapping[str, Any], names: Iterable[str]) -> Any:
+    return next((columns[name] for name in names if columns.get(name) is not None), None)
+
+
+def _found_names(categories: Iterable[Any]) -> dict[int, str]:
+    """Number the categories that are named by words from 0, in the order of words; numbers stay what they are."""
+    found = set(categories)
+    if all(isinstance(category, int) for category in found):
+        return {number: str(number) for number in sorted(found)}
+    return dict(enumerate(sorted(map(str, found))))
+
+
+def _distinct_ids(image_ids: Sequence[Any]) -> Sequence[int | None]:
+    """The ids, or none where they are not distinct whole numbers."""
+    usable = all(type(image_id) is int for image_id in image_ids) and len(set(image_ids)) == len(image_ids)
+    return image_ids if usable else [None] * len(image_ids)
+
+
+def _size(said: Mapping[str, Any]) -> tuple[int, int] | None:
+    height, width = said.get("height"), said.get("width")
+    return (int(height), int(width)) if height and width else None
+
+
+def _picture_column(features: Mapping[str, Any], title: str) -> str:
+    pictures = [name for name, feature in features.items() if isinstance(feature, _datasets().Image)]
+    if not pictures:
+        raise InputError(f"{title}: has no column of pictures; its columns are {few(features, 20)}")
+    return "image" if "image" in pictures else pictures[0]
+
+
+def _class_names(features: Mapping[str, Any]) -> list[str] | None:
+    """The names of a `ClassLabel` of the objects' categories, if it is one."""
+    objects = _unwrapped(_first(features, _OBJECTS) or features)
+    category = _first(objects, _CATEGORIES) if isinstance(objects, Mapping) else None
+    return getattr(_unwrapped(category), "names", None)
+
+
+def _unwrapped(feature: Any) -> Any:
+    """What a list, or a list of lists, is of."""
+    while hasattr(feature, "feature"):
+        feature = feature.feature
+    return feature

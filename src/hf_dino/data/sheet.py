@@ -1,0 +1,146 @@
+"""A sheet of sample pictures with their boxes, to see in a minute what a model would be shown."""
+
+import io
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from ..visualization import draw_detections
+from .augmentation import Augmentation
+from .dataset import DetectionData, DetectionDataset
+from .errors import InputError
+from .images import short_name
+
+
+_CELL = 480  # pixels, the longer side of each picture on the sheet
+_GAP = 8
+_CAPTION = 20  # pixels, the height of a line
+
+
+class Sample(NamedTuple):
+    """A picture on a sheet.
+
+    Attributes:
+        image (`PIL.Image.Image`): RGB.
+        boxes (`np.ndarray` of shape `(num_objects, 4)`): x, y, width, height in pixels.
+        names (`list[str]` of length `num_objects`): What to write at each box.
+        caption (`str`): What to write below.
+    """
+
+    image: Image.Image
+    boxes: np.ndarray
+    names: Sequence[str]
+    caption: str
+
+
+def draw_sheet(samples: Iterable[Sample], path: str | Path, columns: int | None = None) -> None:
+    """Draw samples side by side into a new file.
+
+    Args:
+        samples (`Iterable[Sample]`): From [`choose_samples`], for instance.
+        path (`str` or `Path`): The picture file, whose suffix gives the format.
+        columns (`int`, *optional*): Samples in a row; by default about as many as there are rows.
+
+    Raises:
+        InputError: If there is such a file already, its suffix is that of no format, or there are no samples.
+        ImportError: If supervision or matplotlib is not installed.
+    """
+    path = Path(path)
+    require_new(path)
+    cells = [_cell(sample) for sample in samples]
+    if not cells:
+        raise InputError(f"{path}: there is no picture to draw")
+    columns = columns or math.ceil(math.sqrt(len(cells)))
+    rows = [cells[start : start + columns] for start in range(0, len(cells), columns)]
+    heights = [max(cell.height for cell in row) + _GAP for row in rows]
+    sheet = Image.new("RGB", (columns * (_CELL + _GAP) + _GAP, sum(heights) + _GAP), "white")
+    for number, row in enumerate(rows):
+        for column, cell in enumerate(row):
+            sheet.paste(cell, (column * (_CELL + _GAP) + _GAP, sum(heights[:number]) + _GAP))
+    encoded = io.BytesIO()
+    sheet.save(encoded, format=_format(path))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "xb") as file:
+        file.write(encoded.getvalue())
+
+
+def require_new(path: Path) -> None:
+    """See that a picture can be written there.
+
+    Raises:
+        InputError: If there is such a file already, or its suffix is that of no format.
+    """
+    if path.exists():
+        raise InputError(f"{path}: is there already and is not overwritten; choose another name")
+    _format(path)
+
+
+def _format(path: Path) -> str:
+    formats = Image.registered_extensions()
+    if path.suffix.lower() not in formats:
+        raise InputError(f"{path}: a picture's name ends in .png or .jpg")
+    return formats[path.suffix.lower()]
+
+
+def _cell(sample: Sample) -> Image.Image:
+    factor = _CELL / max(sample.image.size)
+    size = (max(1, round(sample.image.width * factor)), max(1, round(sample.image.height * factor)))
+    boxes = np.asarray(sample.boxes, dtype=np.float64).reshape(-1, 4) * factor
+    corners = np.concatenate([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], axis=1)
+    drawn = draw_detections(sample.image.resize(size, Image.Resampling.BICUBIC), corners, sample.names)
+    cell = Image.new("RGB", (_CELL, drawn.height + _CAPTION), "white")
+    cell.paste(drawn, (0, 0))
+    font = ImageFont.load_default(_CAPTION * 0.65)
+    ImageDraw.Draw(cell).text((2, drawn.height + 2), sample.caption, fill="black", font=font)
+    return cell
+
+
+def choose_samples(splits: Mapping[str, DetectionData], count: int) -> list[Sample]:
+    """Choose pictures evenly over the splits, with objects where there are any, and leave out what cannot be read."""
+    share = -(-count // max(1, len(splits)))
+    return [
+        sample
+        for split, data in splits.items()
+        for index in _spread(data, share)
+        for sample in _samples({split: DetectionDataset(data)}, index)
+    ][:count]
+
+
+def choose_augmented(
+    data: DetectionData, augmentation: Augmentation | None, count: int, views: int, seed: int
+) -> list[Sample]:
+    """Choose `count` pictures, each as it is and then as `views` epochs of training see it."""
+    datasets = {"as it is": DetectionDataset(data)}
+    datasets |= {f"epoch {epoch}": DetectionDataset(data, augmentation, seed, epoch) for epoch in range(views)}
+    return [sample for index in _spread(data, count) for sample in _samples(datasets, index)]
+
+
+def _spread(data: DetectionData, count: int) -> list[int]:
+    """Numbers of up to `count` pictures, evenly over those with objects, or over all if none has any."""
+    with_objects = [index for index, picture in enumerate(data.pictures) if len(picture.boxes)]
+    indices = with_objects or list(range(len(data.pictures)))
+    return [
+        indices[int(place)] for place in np.unique(np.linspace(0, len(indices) - 1, min(count, len(indices))).round())
+    ]
+
+
+def _samples(datasets: Mapping[str, DetectionDataset], index: int) -> list[Sample]:
+    """Picture `index` of each; none if it cannot be read, which is for the check to say."""
+    try:
+        return [_sample(dataset, index, name) for name, dataset in datasets.items()]
+    except InputError:
+        return []
+
+
+def _sample(dataset: DetectionDataset, index: int, caption: str) -> Sample:
+    item: dict[str, Any] = dataset[index]
+    objects = item["annotation"]["annotations"]
+    boxes = np.array([each["bbox"] for each in objects], dtype=np.float64).reshape(-1, 4)
+    names = [
+        dataset.data.categories[each["category_id"]] + (" (crowd)" if each["iscrowd"] else "") for each in objects
+    ]
+    return Sample(item["image"], boxes, names, f"{caption}: {short_name(dataset.data.pictures[index].path)}")

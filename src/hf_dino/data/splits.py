@@ -1,0 +1,58 @@
+"""Which part of a data set a file or folder holds, by its name."""
+
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+from .errors import InputError
+
+
+SPLITS = ("train", "validation", "test")
+SPLIT_OF_WORD = {
+    "train": "train",
+    "training": "train",
+    "val": "validation",
+    "valid": "validation",
+    "validation": "validation",
+    "dev": "validation",
+    "test": "test",
+    "testing": "test",
+}
+
+
+def split_of(name: str) -> str | None:
+    """Tell the split that a name speaks of, if any.
+
+    Example:
+
+    ```python
+    >>> split_of("instances_val2017"), split_of("Train"), split_of("_annotations.coco")
+    ('validation', 'train', None)
+
+    ```
+    """
+    return next((SPLIT_OF_WORD[word] for word in re.findall("[a-z]+", name.lower()) if word in SPLIT_OF_WORD), None)
+
+
+def by_split(named: Iterable[tuple[str, Path]]) -> dict[str, Path]:
+    """Sort paths by the split that their names speak of, leaving out those that speak of none.
+
+    Raises:
+        InputError: If two speak of the same.
+    """
+    found: dict[str, Path] = {}
+    for name, path in named:
+        split = split_of(name)
+        if split in found:
+            raise InputError(
+                f"cannot tell which is the {split} split: {found[split]} or {path}; move one of them away, or name a "
+                "folder of pictures and its COCO file explicitly"
+            )
+        if split:
+            found[split] = path
+    return {split: found[split] for split in SPLITS if split in found}
+
+
+def split_folders(folder: Path) -> dict[str, Path]:
+    """The folders directly within `folder` that are named after splits."""
+    return by_split((entry.name, entry) for entry in sorted(folder.iterdir()) if entry.is_dir())

@@ -1,0 +1,142 @@
+"""Data sets in the format of Pascal VOC: an XML file per picture.
+
+Format: http://host.robots.ox.ac.uk/pascal/VOC/voc2012/htmldoc/devkit_doc.html. `bndbox` counts pixels from 1 and
+includes the last one, so a box from 1 to 10 is x 0 and width 10; supervision reads it so.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+from xml.etree.ElementTree import Element, ParseError
+
+from .dataset import Complain, DetectionData, PictureMaker
+from .errors import InputError
+from .extras import boxes_of, import_extra
+from .images import is_picture
+from .splits import SPLIT_OF_WORD, split_folders
+
+
+# where a folder may have its pictures and its XML files
+_PLACES = (("JPEGImages", "Annotations"), ("images", "annotations"), (".", "."))
+
+Pairs = Sequence[tuple[Path, Path]]  # a picture and its annotation file, either of which may be missing
+
+
+class VocAnnotation(NamedTuple):
+    """What an XML file says.
+
+    Attributes:
+        size (`tuple[int, int]` or `None`): `(height, width)` in pixels, where it is there.
+        names (`list[str]` of length `num_objects`): Classes.
+        boxes (`list` of length `num_objects`): x, y, width, height in pixels; `None` where the file has none.
+        difficult (`list[int]` of length `num_objects`): 1 for an object that VOC's evaluation leaves out.
+    """
+
+    size: tuple[int, int] | None = None
+    names: Sequence[str] = ()
+    boxes: Sequence[Any] = ()
+    difficult: Sequence[int] = ()
+
+
+def find_voc(folder: Path) -> dict[str, Pairs]:
+    """Find the splits: lists in ImageSets/Main, or folders of their own, or else everything is for training."""
+    lists = folder / "ImageSets" / "Main"
+    if lists.is_dir() and all((folder / place).is_dir() for place in _PLACES[0]):
+        return _listed(lists, *(folder / place for place in _PLACES[0]))
+    folders = {split: place for split, place in split_folders(folder).items() if _places(place)} or {"train": folder}
+    return {split: _pairs(*places) for split, place in folders.items() if (places := _places(place))}
+
+
+def _places(folder: Path) -> tuple[Path, Path] | None:
+    """The folders of pictures and of XML files, if `folder` has any of the latter."""
+    places = [(folder / pictures, folder / annotations) for pictures, annotations in _PLACES]
+    return next((place for place in places if place[0].is_dir() and any(place[1].glob("*.xml"))), None)
+
+
+def _pairs(pictures: Path, annotations: Path) -> Pairs:
+    found = sorted(path for path in pictures.iterdir() if is_picture(path))
+    stems = {path.stem for path in found}
+    alone = [pictures / f"{file.stem}.jpg" for file in sorted(annotations.glob("*.xml")) if file.stem not in stems]
+    return [(path, annotations / f"{path.stem}.xml") for path in (*found, *alone)]
+
+
+def _listed(lists: Path, pictures: Path, annotations: Path) -> dict[str, Pairs]:
+    by_stem = {path.stem: path for path in sorted(pictures.iterdir()) if is_picture(path)}
+    files = {SPLIT_OF_WORD[file.stem]: file for file in sorted(lists.glob("*.txt")) if file.stem in SPLIT_OF_WORD}
+    if "train" not in files and (lists / "trainval.txt").is_file():
+        files["train"] = lists / "trainval.txt"
+    stems = {split: [line.split()[0] for line in _lines(file)] for split, file in files.items()}
+    return {
+        split: [(by_stem.get(stem, pictures / f"{stem}.jpg"), annotations / f"{stem}.xml") for stem in listed]
+        for split, listed in stems.items()
+    } or {"train": _pairs(pictures, annotations)}
+
+
+def _lines(file: Path) -> list[str]:
+    return [line for line in file.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+
+
+def read_voc(splits: Mapping[str, Pairs], source: Path, complain: Complain) -> dict[str, DetectionData]:
+    """Read XML files with supervision, but without the pictures, which it would decode to know their size.
+
+    Classes are numbered from 1 in the order of their names, over all of `splits`. Difficult objects become crowds,
+    which are neither trained on nor counted.
+    """
+    annotations = {split: [_read(file, complain) for _, file in pairs] for split, pairs in splits.items()}
+    names = sorted({name for split in annotations.values() for each in split for name in each.names if name})
+    if not names:
+        raise InputError(f"{source}: no annotation file has an object")
+    ids = {name: number for number, name in enumerate(names, start=1)}
+    data = {}
+    for split, pairs in splits.items():
+        maker = PictureMaker(source, split, complain)
+        for (path, file), said in zip(pairs, annotations[split]):
+            category_ids = [ids.get(name, 0) for name in said.names]
+            maker.add(path, said.size, said.boxes, category_ids, iscrowd=said.difficult)
+            if not file.is_file():
+                maker.remark("pictures have no annotation file: taken to be without objects", path)
+        data[split] = maker.finish({number: name for name, number in ids.items()})
+    return data
+
+
+def _read(file: Path, complain: Complain) -> VocAnnotation:
+    formats = import_extra("supervision.dataset.formats.pascal_voc", "train", "reading Pascal VOC")
+    try:
+        root = formats.parse(file).getroot()
+    except FileNotFoundError:
+        return VocAnnotation()
+    except (OSError, ValueError, ParseError) as error:
+        complain(f"{file}: cannot be read as XML ({error})")
+        return VocAnnotation()
+    elements = root.findall("object")
+    for element in elements:
+        for polygon in element.findall("polygon"):  # of which supervision would draw masks
+            element.remove(polygon)
+    objects = _objects(elements, formats.detections_from_xml_obj)
+    return VocAnnotation(
+        _size(root),
+        [name for name, _ in objects],
+        [box for _, box in objects],
+        [int(element.findtext("difficult", "0").strip() == "1") for element in elements],
+    )
+
+
+def _objects(elements: list[Element], read: Callable) -> list[tuple[str, Any]]:
+    """Name and box of each; no name and no numbers for one that supervision refuses."""
+    annotation = Element("annotation")
+    annotation.extend(elements)
+    try:
+        detections, names = read(annotation, [], (1, 1))
+    except ValueError:
+        if len(elements) > 1:
+            return [pair for element in elements for pair in _objects([element], read)]
+        return [("", None)]
+    return [(names[number], box) for number, box in zip(detections.class_id, boxes_of(detections))]
+
+
+def _size(root: Element) -> tuple[int, int] | None:
+    try:
+        height, width = (int(float(root.findtext(f"size/{side}", ""))) for side in ("height", "width"))
+    except ValueError:
+        return None
+    return (height, width) if min(height, width) > 0 else None

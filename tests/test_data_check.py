@@ -1,0 +1,258 @@
+"""What would cost a night is found in a minute, and nothing of the user's is changed."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from coco_files import annotation, write_coco
+from data_formats import coco_text, draw, voc_xml, write, write_shapes
+from hf_dino.data import InputError, check_data, read_coco, read_data
+from hf_dino.data.__main__ import main
+from hf_dino.data.sheet import Sample, draw_sheet
+
+
+def data(folder, annotations=(), **options):
+    return read_coco(*write_coco(folder, annotations, **options))
+
+
+def good(folder, **options):
+    """One picture with a dog and a cat."""
+    return data(folder, [annotation(1, 3, [1, 2, 30, 20]), annotation(1, 7, [5, 6, 9, 9])], **options)
+
+
+def contents(folder):
+    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_nothing_is_found_in_good_data_and_everything_is_counted(tmp_path):
+    objects = [annotation(1, 3, [0, 0, 8, 8]), annotation(1, 7, [0, 0, 32, 32]), annotation(1, 7, [0, 0, 96, 96])]
+    crowd = annotation(1, 3, [0, 0, 10, 10], iscrowd=1)
+    report = check_data({"train": data(tmp_path, [*objects, crowd], sizes=[(100, 100)])})
+    assert (report.errors, report.warnings) == ([], [])
+    counts = report.counts["train"]
+    assert (counts.pictures, counts.without_objects, counts.objects, counts.crowds) == (1, 0, 3, 1)
+    assert counts.classes == {"dog": 1, "cat": 2}
+    assert counts.sizes == {"small": 1, "medium": 1, "large": 1}
+    report.raise_if_errors()
+
+
+@pytest.mark.parametrize("decode", [True, False])
+def test_pictures_missing_broken_and_of_another_size(tmp_path, decode):
+    read = data(tmp_path, [annotation(n, 3, [1, 2, 3, 4]) for n in (1, 2, 3, 4)], sizes=[(40, 60)] * 4)
+    pictures = tmp_path / "pictures"
+    (pictures / "1.png").unlink()
+    (pictures / "2.png").write_bytes(b"no picture")
+    draw(pictures / "3.png", (41, 60))
+    whole = (pictures / "4.png").read_bytes()
+    (pictures / "4.png").write_bytes(whole[: len(whole) // 2])
+    seen = []
+    report = check_data({"train": read}, decode=decode, on_picture=lambda: seen.append(1))
+    messages = [
+        "1.png: there is no such picture file",
+        "2.png: cannot be read as a picture (it is of no known kind)",
+        "3.png: the annotations say 60 x 40 pixels (width x height) but the file has 60 x 41",
+        *(["4.png: cannot be read as a picture"] if decode else []),  # whose head is whole
+    ]
+    assert len(report.errors) == len(messages)
+    for error, message in zip(report.errors, messages):
+        assert error.startswith("train: ")
+        assert message in error
+    assert len(seen) == 4
+    with pytest.raises(InputError, match=r"(?s)cannot be trained on:\ntrain: .*1\.png: there is no such"):
+        report.raise_if_errors()
+
+
+def test_quick_check_accepts_pictures_that_lie_on_their_side_as_annotated(tmp_path):
+    read = good(tmp_path)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (40, 60)).save(tmp_path / "pictures" / "1.png", exif=exif)
+    assert check_data({"train": read}, decode=False).errors == []
+    assert read.pictures[0].read().size == (60, 40)
+
+
+def test_boxes_that_were_put_right_are_told_with_their_pictures(tmp_path):
+    boxes = [[5, 5, 0, 5], [70, 5, 9, 9], [-10, 30, 20, 20], [1, 1, 2, 2], [1, 1, 2, 2]]
+    report = check_data({"train": data(tmp_path, [annotation(1, 3, box) for box in boxes])})
+    assert report.errors == []
+    assert report.warnings[:4] == [
+        "train: 1 boxes have no width or no height: dropped; pictures/1.png",
+        "train: 1 boxes lie outside their picture: dropped; pictures/1.png",
+        "train: 1 boxes reach over the border of their picture: clipped for training; pictures/1.png",
+        "train: 1 boxes are there twice, of the same class; pictures/1.png",
+    ]
+
+
+def test_boxes_in_another_way_of_writing(tmp_path):
+    corners = [[20, 10, 50, 30], [30, 20, 55, 35], [2, 2, 20, 20]]
+    wrong = data(tmp_path / "corners", [annotation(1, 3, box) for box in corners])
+    (error,) = check_data({"train": wrong}).errors
+    assert error == (
+        "train: boxes seem to be x0, y0, x1, y1, but must be x, y, width, height: as they are, 2 of 3 reach over the "
+        "border of their picture"
+    )
+    (error,) = check_data({"train": data(tmp_path / "b", [annotation(1, 3, [0.1, 0.2, 0.5, 0.3])])}).errors
+    assert "they seem to be fractions" in error
+
+
+def test_classes_that_differ_between_splits(tmp_path):
+    train = good(tmp_path / "a")
+    other = data(tmp_path / "b", [annotation(1, 5, [1, 2, 3, 4])], categories={5: "bird", 7: "cat"}, sizes=[(40, 70)])
+    report = check_data({"train": train, "validation": other})
+    assert report.errors == [
+        "validation: has objects of classes that train does not list: 'bird'; train's are 'dog', 'cat'"
+    ]
+    assert "train: lists classes that another split does not list: 'dog'" in report.warnings
+    assert "validation: lists classes that another split does not list: 'bird'" in report.warnings
+    assert "validation: 1 of 2 classes have no objects: 'cat'" in report.warnings
+
+
+def test_the_same_picture_in_two_splits_and_twice_in_one(tmp_path):
+    train = data(tmp_path / "a", [annotation(1, 3, [1, 2, 3, 4])], sizes=[(40, 60), (40, 60), (30, 30)])
+    (tmp_path / "a" / "pictures" / "2.png").write_bytes((tmp_path / "a" / "pictures" / "1.png").read_bytes())
+    validation = data(tmp_path / "b", [annotation(1, 3, [1, 2, 3, 4])])
+    warnings = check_data({"train": train, "validation": validation}, decode=False).warnings
+    assert "1 pictures are in both train and validation: pictures/1.png = pictures/2.png" in warnings
+    only = check_data({"train": train}).warnings
+    assert "1 pictures are more than once in train: pictures/1.png = pictures/2.png" in only
+
+
+def test_pictures_without_objects_and_nothing_to_learn(tmp_path):
+    report = check_data({"train": data(tmp_path, sizes=[(40, 60), (30, 30)])})
+    assert report.errors == ["train: has no object to learn from"]
+    assert "train: 2 of 2 pictures have no objects" in report.warnings
+    assert check_data({}).errors == []
+
+
+def test_the_two_boxes_of_blood_cells(shared):
+    splits = read_data(shared / "data" / "bccd")
+    report = check_data(splits, decode=False)
+    assert report.errors == []
+    assert report.warnings == [
+        "train: 1 boxes have no width or no height: dropped; images/BloodImage_00343.jpg",
+        "validation: 1 boxes have no width or no height: dropped; images/BloodImage_00338.jpg",
+    ]
+
+
+def test_command_line_on_good_data(tmp_path, capsys):
+    write_shapes(tmp_path / "shapes")
+    before = contents(tmp_path / "shapes")
+    sheet = tmp_path / "sheets" / "sheet.png"
+    assert main(["check", str(tmp_path / "shapes"), "--sheet", str(sheet), "--num-pictures", "4"]) == 0
+    printed = capsys.readouterr().out
+    assert "circle" in printed
+    assert "train: 1 of 5 pictures have no objects" in printed
+    assert "0 errors" in printed
+    assert contents(tmp_path / "shapes") == before
+
+    with Image.open(sheet) as drawn:
+        pixels = np.asarray(drawn.convert("RGB"))
+    assert pixels.shape[1] > 2 * 480
+    assert len(np.unique(pixels.reshape(-1, 3), axis=0)) > 1000
+    assert main(["check", str(tmp_path / "shapes"), "--sheet", str(sheet)]) == 1
+    assert "is there already and is not overwritten" in capsys.readouterr().err
+
+
+def test_command_line_tells_all_that_is_wrong(tmp_path, capsys):
+    folder = tmp_path / "data"
+    content = json.loads(coco_text("1.png", "2.png", "3.png"))
+    content["annotations"] += [{"image_id": 9, "category_id": 1, "bbox": [1, 2, 3, 4]}]
+    content["annotations"] += [{"image_id": 1, "category_id": 8, "bbox": [1, 2, 3, 4]}]
+    write(folder / "train.json", json.dumps(content))
+    draw(folder / "train" / "1.png")
+    write(folder / "train" / "2.png", "no picture")
+    before = contents(folder)
+    assert main(["check", str(folder), "--quick", "--num-workers", "1"]) == 1
+    printed = capsys.readouterr().out
+    for message in (
+        "annotations name image_id 9, which 'images' does not list",
+        "annotations name category_id 8, which 'categories' does not list",
+        "2.png: cannot be read as a picture",
+        "3.png: there is no such picture file",
+        "4 errors",
+    ):
+        assert message in printed
+    assert contents(folder) == before
+
+
+def test_command_line_on_a_pair_and_on_nothing(tmp_path, capsys):
+    pictures, file = write_coco(tmp_path, [annotation(1, 3, [1, 2, 30, 20]), annotation(1, 7, [1, 2, 30, 20])])
+    assert main(["check", "--images", str(pictures), "--annotations", str(file)]) == 0
+    assert main(["check", str(tmp_path / "gone")]) == 1
+    assert "error: " in capsys.readouterr().err
+    for words in (
+        ["check"],
+        ["check", "--images", str(pictures)],
+        ["check", str(tmp_path), "--images", str(pictures)],
+    ):
+        with pytest.raises(SystemExit):
+            main(words)
+
+
+VOC = voc_xml((40, 60), [("cell", [1, 2, 30, 20])])
+
+
+@pytest.mark.parametrize(
+    ("files", "messages"),
+    [
+        (
+            {"1.png": None, "1.xml": VOC, "2.png": None, "2.xml": "<annotation>", "3.xml": VOC},
+            ["2.xml: cannot be read as XML", "3.jpg: there is no such picture file", "2 errors"],
+        ),
+        (
+            {
+                "classes.txt": "cell",
+                "images/1.png": None,
+                "labels/1.txt": "7 0.5 0.5 0.2 0.2\n0 0.5 0.5 0.2 0.2\n",
+                "images/2.png": "no picture",
+            },
+            ["classes that have no name: 7 in ", "2.png: cannot be read as a picture", "2 errors"],
+        ),
+    ],
+)
+def test_errors_of_other_formats_do_not_hide_each_other(tmp_path, capsys, files, messages):
+    for name, text in files.items():
+        draw(tmp_path / name) if text is None else write(tmp_path / name, text)
+    assert main(["check", str(tmp_path)]) == 1
+    printed = capsys.readouterr().out
+    assert [message for message in messages if message not in printed] == []
+
+
+def test_augmented_samples_are_drawn(tmp_path, capsys):
+    write_shapes(tmp_path / "shapes")
+    words = [
+        "augment",
+        str(tmp_path / "shapes"),
+        "--image-size",
+        "64",
+        "100",
+        "--num-pictures",
+        "2",
+        "--num-views",
+        "2",
+    ]
+    assert main([*words, "--augmentation", "dino", "--output", str(tmp_path / "a.png")]) == 0
+    with Image.open(tmp_path / "a.png") as drawn:
+        assert drawn.width == 3 * 488 + 8
+        first, second = (np.asarray(drawn.crop((left, 8, left + 480, 300))).astype(int) for left in (8, 496))
+    assert np.abs(first - second).mean() > 5
+    assert main([*words, "--augmentation", "nonsense", "--output", str(tmp_path / "b.png")]) == 1
+    assert "unknown augmentation 'nonsense'" in capsys.readouterr().err
+    assert not (tmp_path / "b.png").exists()
+
+
+def test_a_sheet_is_a_new_picture_of_a_known_format(tmp_path):
+    sample = Sample(Image.new("RGB", (30, 20)), np.zeros((0, 4)), [], "nothing")
+    for path, samples, message in (
+        (tmp_path / "a.txt", [sample], "a picture's name ends in"),
+        (tmp_path / "a.png", [], "there is no picture to draw"),
+    ):
+        with pytest.raises(InputError, match=message):
+            draw_sheet(samples, path)
+    draw_sheet([sample], tmp_path / "a.png")
+    before = (tmp_path / "a.png").read_bytes()
+    with pytest.raises(InputError, match="not overwritten"):
+        draw_sheet([sample], tmp_path / "a.png")
+    assert (tmp_path / "a.png").read_bytes() == before

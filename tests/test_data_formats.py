@@ -1,0 +1,515 @@
+"""The same pictures give the same data and the same batches in every format; each layout is told by looking."""
+
+import json
+import logging
+import pickle
+
+import datasets
+import numpy as np
+import pytest
+import torch
+
+from data_formats import (
+    FORMATS,
+    as_picture_folder,
+    class_names,
+    coco_text,
+    draw,
+    voc_xml,
+    write,
+    write_shapes,
+    yolo_lines,
+)
+from hf_dino import DinoDetrImageProcessor
+from hf_dino.data import (
+    DetectionDataset,
+    InputError,
+    TrainingCollator,
+    hub,
+    label_of_category,
+    make_augmentation,
+    read_data,
+)
+from hf_dino.data.__main__ import main
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    """What `datasets` keeps goes into the test's own folder."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    datasets.disable_progress_bars()
+
+
+@pytest.fixture(scope="module")
+def shapes(tmp_path_factory):
+    return write_shapes(tmp_path_factory.mktemp("data") / "shapes")
+
+
+def contents(data):
+    """All that a model could be told about the pictures of a split."""
+    return [
+        {
+            "image_id": picture.image_id,
+            "pixels": picture.read().tobytes(),
+            "size": (picture.height, picture.width),
+            "boxes": picture.boxes.tolist(),
+            "names": [data.categories[number] for number in picture.category_ids],
+            "areas": picture.areas.tolist(),
+            "iscrowd": picture.iscrowd.tolist(),
+        }
+        for picture in data.pictures
+    ]
+
+
+def batch(data, names, augmentation):
+    """The first three pictures of an epoch."""
+    size = {"shortest_edge": 64, "longest_edge": 100}
+    augment = make_augmentation(augmentation, size)
+    labels = label_of_category(data, dict(enumerate(names)))
+    resize = augment is None or not augment.resizes
+    collate = TrainingCollator(DinoDetrImageProcessor(size=size), labels, len(names), resize)
+    dataset = DetectionDataset(data, augment, seed=3, epoch=1)
+    return collate([dataset[index] for index in range(3)])
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_the_same_pictures_give_the_same_data_and_batches(shapes, tmp_path, name):
+    expected = read_data(shapes)
+    FORMATS[name](shapes, tmp_path / "data")
+    data = read_data(tmp_path / "data")
+    assert list(data) == list(expected) == ["train", "validation", "test"]
+    for split in data:
+        assert contents(data[split]) == contents(expected[split])
+        assert sorted(data[split].categories.values()) == sorted(class_names(shapes))
+    assert not len(data["train"].pictures[1].boxes)
+    assert sum(len(picture.boxes) for picture in data["train"].pictures) > 3
+    for augmentation in ("none", "dino"):
+        got, wanted = (batch(each["train"], class_names(shapes), augmentation) for each in (data, expected))
+        assert torch.equal(got["pixel_values"], wanted["pixel_values"])
+        assert torch.equal(got["pixel_mask"], wanted["pixel_mask"])
+        for label, other in zip(got["labels"], wanted["labels"]):
+            assert label.keys() == other.keys()
+            assert all(torch.equal(torch.as_tensor(label[key]), torch.as_tensor(other[key])) for key in label)
+
+
+def test_a_saved_table_is_read_from_its_file_by_other_processes_too(shapes, tmp_path):
+    as_picture_folder(shapes, tmp_path / "pictures")
+    datasets.load_dataset(str(tmp_path / "pictures")).save_to_disk(str(tmp_path / "saved"))
+    data = read_data(tmp_path / "saved")
+    expected = read_data(shapes)
+    assert {split: contents(each) for split, each in data.items()} == {s: contents(e) for s, e in expected.items()}
+    sent = pickle.dumps(data["train"])
+    assert len(sent) < sum(len(picture.path.open().read()) for picture in data["train"].pictures)
+    assert contents(pickle.loads(sent)) == contents(expected["train"])
+    assert str(data["train"].pictures[2].path) == f"{tmp_path / 'saved'} (train), row 2: 000003.png"
+
+
+@pytest.mark.parametrize("form", ["dict of lists", "list of dicts", "columns"])
+def test_objects_of_hub_tables_in_their_several_forms(tmp_path, form):
+    draw(tmp_path / "a.png")
+    draw(tmp_path / "b.png")
+    box, label = datasets.Sequence(datasets.Value("float32"), 4), datasets.ClassLabel(names=["cell", "virus"])
+    boxes, labels = [[1, 2, 3, 4], [5, 6, 7, 8.5]], [1, 0]
+    as_columns = {"bbox": boxes, "category": labels}
+    feature, objects = {
+        "dict of lists": (
+            datasets.Sequence({"bbox": box, "category": label}),
+            [as_columns, {"bbox": [], "category": []}],
+        ),
+        "list of dicts": (
+            [{"bbox": box, "category": label}],
+            [[{"bbox": box, "category": label} for box, label in zip(boxes, labels)], []],
+        ),
+        "columns": (None, None),
+    }[form]
+    features = {"image": datasets.Image(), "height": datasets.Value("int32"), "width": datasets.Value("int32")}
+    rows = {"image": [str(tmp_path / "a.png"), str(tmp_path / "b.png")], "height": [40, 40], "width": [60, 60]}
+    if feature is None:
+        features |= {"bboxes": datasets.Sequence(box), "label": datasets.Sequence(label)}
+        rows |= {"bboxes": [boxes, []], "label": [labels, []]}
+    else:
+        features["objects"], rows["objects"] = feature, objects
+    table = datasets.Dataset.from_dict(rows, features=datasets.Features(features))
+    table.save_to_disk(str(tmp_path / "saved"))
+    (data,) = read_data(tmp_path / "saved").values()
+    assert data.categories == {0: "cell", 1: "virus"}
+    assert data.pictures[0].boxes.tolist() == boxes
+    assert data.pictures[0].category_ids.tolist() == labels
+    assert data.pictures[1].boxes.shape == (0, 4)
+
+
+def test_metadata_in_csv(tmp_path):
+    draw(tmp_path / "data" / "a.png")
+    objects = json.dumps({"bbox": [[1, 2, 3, 4]], "categories": [7]}).replace('"', '""')
+    write(tmp_path / "data" / "metadata.csv", f'file_name,objects\na.png,"{objects}"\n')
+    (data,) = read_data(tmp_path / "data").values()
+    assert (data.categories, data.pictures[0].boxes.tolist()) == ({7: "7"}, [[1, 2, 3, 4]])
+
+
+YAML = "names: [cell]\n"
+XML, LINES = voc_xml((40, 60), [("cell", [1, 2, 30, 20])]), yolo_lines((40, 60), [(0, [1, 2, 30, 20])])
+ROW = json.dumps({"file_name": "1.png", "objects": {"bbox": [[1, 2, 30, 20]], "categories": ["cell"]}}) + "\n"
+TRAIN_AND_VALIDATION = ["train", "validation"]
+
+# what a folder holds, and the splits it has; text None is a picture
+LAYOUTS = {
+    "coco": (
+        {
+            "annotations/instances_train2017.json": coco_text("1.png"),
+            "annotations/person_keypoints_train2017.json": "{}",
+            "annotations/instances_val2017.json": coco_text("1.png"),
+            "images/train2017/1.png": None,
+            "images/val2017/1.png": None,
+        },
+        TRAIN_AND_VALIDATION,
+    ),
+    "coco files beside one folder": (
+        {"train.json": coco_text("1.png"), "val.json": coco_text("2.png"), "images/1.png": None, "images/2.png": None},
+        TRAIN_AND_VALIDATION,
+    ),
+    "coco, with other folders and files around": (
+        {
+            "train.json": coco_text("1.png"),
+            "shapes.json": "{}",
+            "settings.yaml": "{{ no: yaml",
+            "pictures/1.png": None,
+            "train/2.png": None,
+            "train_old/2.png": None,
+        },
+        ["train"],
+    ),
+    "coco files that name the folder": (
+        {"train.json": coco_text("pictures/1.png"), "pictures/1.png": None},
+        ["train"],
+    ),
+    "roboflow's coco": (
+        {
+            "train/_annotations.coco.json": coco_text("1.png"),
+            "train/1.png": None,
+            "valid/_annotations.coco.json": coco_text("1.png"),
+            "valid/1.png": None,
+        },
+        TRAIN_AND_VALIDATION,
+    ),
+    "one coco file": ({"labels.json": coco_text("1.png"), "data/1.png": None}, ["train"]),
+    "voc": (
+        {
+            "ImageSets/Main/trainval.txt": "1\n",
+            "ImageSets/Main/test.txt": "2\n",
+            "Annotations/1.xml": XML,
+            "Annotations/2.xml": XML,
+            "JPEGImages/1.png": None,
+            "JPEGImages/2.png": None,
+        },
+        ["train", "test"],
+    ),
+    "voc without lists": ({"Annotations/1.xml": XML, "JPEGImages/1.png": None}, ["train"]),
+    "voc in folders of splits": (
+        {"train/1.xml": XML, "train/1.png": None, "val/1.xml": XML, "val/1.png": None},
+        TRAIN_AND_VALIDATION,
+    ),
+    "xml beside pictures": ({"1.xml": XML, "1.png": None}, ["train"]),
+    "yolo": (
+        {
+            "data.yaml": YAML + "train: images/train\nval: images/val\ntest:\n",
+            "images/train/1.png": None,
+            "images/val/1.png": None,
+            "labels/train/1.txt": LINES,
+            "labels/val/1.txt": LINES,
+        },
+        TRAIN_AND_VALIDATION,
+    ),
+    "roboflow's yolo": (
+        {
+            "data.yaml": "names: {0: cell}\ntrain: ../train/images\nval: ../valid/images\ntest: ../test/images\n",
+            "train/images/1.png": None,
+            "valid/images/1.png": None,
+            "train/labels/1.txt": LINES,
+            "valid/labels/1.txt": LINES,
+        },
+        TRAIN_AND_VALIDATION,
+    ),
+    "yolo with a list of pictures": (
+        {
+            "set.yml": YAML + "train: train.txt\n",
+            "train.txt": "./images/1.png\n",
+            "images/1.png": None,
+            "images/2.png": None,
+            "labels/1.txt": LINES,
+        },
+        ["train"],
+    ),
+    "yolo without yaml": (
+        {"images/1.png": None, "labels/1.txt": LINES, "classes.txt": "cell\n"},
+        ["train"],
+    ),
+    "yolo without yaml, in splits": (
+        {"images/val/1.png": None, "labels/val/1.txt": LINES, "labels/classes.txt": "cell\n"},
+        ["validation"],
+    ),
+    "datasets": ({"metadata.jsonl": ROW, "1.png": None}, ["train"]),
+    "datasets in folders of splits": (
+        {"train/metadata.jsonl": ROW, "train/1.png": None, "val/metadata.jsonl": ROW, "val/1.png": None},
+        TRAIN_AND_VALIDATION,
+    ),
+}
+
+
+def lay_out(folder, files):
+    for name, text in files.items():
+        draw(folder / name) if text is None else write(folder / name, text)
+    return folder
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_every_layout_is_told_by_looking(tmp_path, name):
+    files, splits = LAYOUTS[name]
+    data = read_data(lay_out(tmp_path / "cells", files))
+    assert list(data) == splits
+    for each in data.values():
+        assert [*each.categories.values()] == ["cell"]
+        assert len(each.pictures) == 1
+        assert each.pictures[0].boxes == pytest.approx(np.array([[1, 2, 30, 20]]), abs=1e-3)
+        assert each.name == "cells"
+
+
+def test_splits_can_be_chosen(tmp_path):
+    folder = lay_out(tmp_path, LAYOUTS["voc"][0])
+    assert list(read_data(folder, splits=["test"])) == ["test"]
+    with pytest.raises(InputError, match="has no split for validation; it has train"):
+        read_data(folder, splits=["train", "validation"])
+    with pytest.raises(InputError, match="there are no splits called val; choose of train, validation, test"):
+        read_data(folder, splits=["val"])
+
+
+def test_voc_counts_pixels_from_one_and_difficult_objects_are_crowds(tmp_path):
+    draw(tmp_path / "1.png")
+    write(tmp_path / "1.xml", voc_xml((40, 60), [("cell", [0, 0, 60, 40])], difficult="1"))
+    (picture,) = read_data(tmp_path)["train"].pictures
+    assert "<xmin>1</xmin>" in (tmp_path / "1.xml").read_text()
+    assert (picture.boxes.tolist(), picture.iscrowd.tolist()) == ([[0, 0, 60, 40]], [1])
+
+
+def test_voc_classes_have_one_number_in_all_splits(tmp_path):
+    for split, names in (("train", "zebra ant"), ("val", "bee zebra")):
+        draw(tmp_path / split / "1.png")
+        write(tmp_path / split / "1.xml", voc_xml((40, 60), [(name, [1, 2, 3, 4]) for name in names.split()]))
+    data = read_data(tmp_path)
+    assert data["train"].categories == data["validation"].categories == {1: "ant", 2: "bee", 3: "zebra"}
+    assert [each.pictures[0].category_ids.tolist() for each in data.values()] == [[3, 1], [2, 3]]
+
+
+def test_size_is_the_pictures_where_the_xml_does_not_say_it(tmp_path):
+    draw(tmp_path / "1.png", (30, 50))
+    write(tmp_path / "1.xml", voc_xml((0, 0), [("cell", [1, 2, 3, 4])]))
+    (picture,) = read_data(tmp_path)["train"].pictures
+    assert (picture.height, picture.width) == (30, 50)
+
+
+def test_polygons_and_keypoints_of_yolo_become_boxes(tmp_path):
+    lines = "0 0.1 0.1 0.5 0.1 0.5 0.5\n1 0.5 0.5 0.2 0.2 0.4 0.4 2\n"
+    files = {
+        "data.yaml": "names: [a, b]\ntrain: images\nkpt_shape: [1, 3]\n",
+        "images/1.png": None,
+        "labels/1.txt": lines,
+    }
+    (picture,) = read_data(lay_out(tmp_path, files))["train"].pictures
+    assert picture.boxes == pytest.approx(np.array([[6, 4, 24, 16], [24, 16, 12, 8]]), abs=1e-3)
+
+
+def test_yolo_classes_without_names_are_their_numbers(tmp_path):
+    lay_out(tmp_path, {"images/1.png": None, "labels/1.txt": LINES + LINES.replace("0 ", "12 ", 1)})
+    assert read_data(tmp_path)["train"].categories == {0: "0", 12: "12"}
+
+
+BOXES = [[1, 2, 30, 20], [5, 5, 0, 5], [70, 5, 9, 9], [-10, 30, 20, 20]]
+REMARKS = {
+    "boxes have no width or no height: dropped": 1,
+    "boxes lie outside their picture: dropped": 1,
+    "boxes reach over the border of their picture: clipped for training": 1,
+}
+NOT_NUMBERS = {"boxes are not four finite numbers: dropped": 1}
+BAD_BOXES = {
+    "coco": (
+        {
+            "train.json": json.dumps(
+                json.loads(coco_text("1.png"))
+                | {"annotations": [{"image_id": 0, "category_id": 1, "bbox": box} for box in [*BOXES, [1, 2, "x", 4]]]}
+            ),
+            "train/1.png": None,
+        },
+        REMARKS | NOT_NUMBERS,
+    ),
+    "voc": (
+        {
+            "1.png": None,
+            "1.xml": voc_xml((40, 60), [("cell", box) for box in [BOXES[0], *BOXES[2:], [1, 2, 3, float("nan")]]]),
+        },
+        {what: 1 for what in (*REMARKS, *NOT_NUMBERS) if "no width" not in what},
+    ),
+    "yolo": (
+        {
+            "images/1.png": None,
+            "labels/1.txt": yolo_lines((40, 60), [(0, box) for box in BOXES]) + "0 0.5 0.5 -0.1 0.2\n",
+            "classes.txt": "cell",
+        },
+        REMARKS | NOT_NUMBERS,
+    ),
+    "datasets": (
+        {
+            "1.png": None,
+            "metadata.jsonl": json.dumps(
+                {"file_name": "1.png", "objects": {"bbox": [*BOXES, [1, 2, 3]], "categories": ["cell"] * 5}}
+            ),
+        },
+        REMARKS | NOT_NUMBERS,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BAD_BOXES)
+def test_bad_boxes_are_treated_alike_in_every_format(tmp_path, caplog, name):
+    files, remarks = BAD_BOXES[name]
+    with caplog.at_level(logging.WARNING, logger="hf_dino"):
+        data = read_data(lay_out(tmp_path, files))["train"]
+    (picture,) = data.pictures
+    assert picture.boxes == pytest.approx(np.array([BOXES[0], BOXES[3]]), abs=1e-3)
+    assert {what: len(pictures) for what, pictures in data.remarks.items()} == remarks
+    assert all(f"{count} {what}" in caplog.text for what, count in remarks.items())
+
+
+NOT_READABLE = {
+    "nothing known": (
+        {"notes.txt": "?"},
+        r"no known format. Looked for:\n  datasets: .*\n  YOLO: .*\n.*folder holds notes",
+    ),
+    "two files for a split": (
+        {"train.json": coco_text("1.png"), "train_v2.json": coco_text("1.png"), "1.png": None},
+        r"cannot tell which is the train split: .*train\.json or .*train_v2\.json",
+    ),
+    "yaml": ({"data.yaml": "names: [a"}, r"data\.yaml: cannot be read as YAML"),
+    "yaml without classes": (
+        {"data.yaml": "names: 3\ntrain: images"},
+        "names must be a list, or be numbered from 0; got 3",
+    ),
+    "yaml of empty folders": (
+        {"data.yaml": YAML + "train: gone\nval: gone2\n"},
+        r"none of the folders that it names exists: gone, gone2",
+    ),
+    "a class without a name": (
+        {"images/1.png": None, "labels/1.txt": LINES.replace("0 ", "4 ", 1), "classes.txt": "cell"},
+        r"labels use classes that have no name: 4 in .*1\.txt; there are \{0: 'cell'\}",
+    ),
+    "a label without a picture": (
+        {"images/1.png": None, "labels/1.txt": LINES, "labels/2.txt": LINES},
+        r"2\.jpg: there is no such picture file",
+    ),
+    "voc without a picture": (
+        {"1.png": None, "1.xml": XML, "2.xml": XML},
+        r"1 of the pictures in .* are missing: 2\.jpg; restore them, or take them out",
+    ),
+    "broken xml": ({"1.png": None, "1.xml": XML[:-9]}, r"1\.xml: cannot be read as XML \(unclosed token"),
+    "voc without objects": ({"1.png": None, "1.xml": voc_xml((40, 60), [])}, "no annotation file has an object"),
+    "no json": ({"train.json": "[", "train/1.png": None}, r"train\.json: is not valid JSON"),
+    "datasets without boxes": (
+        {"metadata.jsonl": '{"file_name": "1.png", "objects": {"x": [1]}}', "1.png": None},
+        r"the objects of a picture need boxes \(bbox, .*; got \{'x': \[1\]\}",
+    ),
+    "datasets without pictures": (
+        {"metadata.jsonl": '{"file_name": "gone.png", "objects": {"bbox": []}}'},
+        r"`datasets` cannot load it|has no column of pictures",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", NOT_READABLE)
+def test_one_clear_error(tmp_path, name):
+    files, message = NOT_READABLE[name]
+    folder = lay_out(tmp_path / "data", files)
+    with pytest.raises(InputError, match="(?s)" + message):
+        read_data(folder)
+
+
+def test_no_such_folder_and_no_such_name(tmp_path, monkeypatch):
+    with pytest.raises(InputError, match="there is no such folder, and it cannot be a name on the Hub either"):
+        read_data(tmp_path / "gone")
+    with pytest.raises(InputError, match="there is no such folder, and it cannot be a name"):
+        read_data("a/b/c")
+
+    def refuse(**options):
+        raise FileNotFoundError(f"no data set {options}")
+
+    monkeypatch.setattr(hub._datasets(), "load_dataset", refuse)
+    asked = "{'path': 'owner/name', 'name': 'mini', 'revision': 'v1'}"
+    with pytest.raises(InputError, match=f"owner/name:mini@v1: `datasets` cannot load it .no data set {asked}"):
+        read_data("owner/name:mini@v1")
+
+
+def test_a_missing_library_is_asked_for_by_its_extra(tmp_path, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "datasets", None)
+    with pytest.raises(ImportError, match=r"needs datasets: pip install 'hf-dino\[hub-data\]'"):
+        read_data(lay_out(tmp_path, LAYOUTS["datasets"][0]))
+
+
+@pytest.fixture
+def folder(shapes, tmp_path):
+    as_picture_folder(shapes, tmp_path / "pictures")
+    return tmp_path / "pictures"
+
+
+def test_a_stream_gives_the_same_and_is_fetched_once(shapes, folder, tmp_path, monkeypatch):
+    fetched = []
+    content = hub._content
+    monkeypatch.setattr(hub, "_content", lambda stored: fetched.append(stored) or content(stored))
+    first = read_data(folder, streaming=True, cache=tmp_path / "kept")
+    assert {split: contents(data) for split, data in first.items()} == {
+        split: contents(data) for split, data in read_data(shapes).items()
+    }
+    assert len(fetched) == 10
+    read_data(folder, streaming=True, cache=tmp_path / "kept")
+    assert len(fetched) == 10
+    read_data(folder, streaming=True, splits=["test"])
+    assert len(fetched) == 12, "without a folder it is kept beside what `datasets` keeps"
+    assert len(list((tmp_path / "cache").rglob("*-pictures/test/*.png"))) == 2
+
+
+def test_a_stream_that_was_cut_short_goes_on_where_it_was(shapes, folder, tmp_path, monkeypatch):
+    content, kept = hub._content, tmp_path / "kept"
+    monkeypatch.setattr(hub, "_READ_AHEAD", 1)
+
+    def break_off(stored):
+        if stored["path"].endswith("4.png"):
+            raise ConnectionError("the net is down")
+        return content(stored)
+
+    monkeypatch.setattr(hub, "_content", break_off)
+    with pytest.raises(ConnectionError):
+        read_data(folder, streaming=True, splits=["train"], cache=kept)
+    rows = (kept / "train" / "metadata.jsonl").read_text()
+    assert rows.count("\n") == 3
+    (kept / "train" / "metadata.jsonl").write_text(rows + '{"file_name": "0000')  # as a killed process leaves it
+
+    fetched = []
+    monkeypatch.setattr(hub, "_content", lambda stored: fetched.append(stored["path"][-5]) or content(stored))
+    data = read_data(folder, streaming=True, splits=["train"], cache=kept)
+    assert fetched == ["4", "5"]
+    assert contents(data["train"]) == contents(read_data(shapes)["train"])
+
+
+def test_a_stream_can_be_limited_and_lengthened(shapes, folder, tmp_path):
+    def images(limit):
+        data = read_data(folder, streaming=True, splits=["train"], cache=tmp_path / "kept", limit=limit)
+        return contents(data["train"])
+
+    whole = contents(read_data(shapes)["train"])
+    assert images(2) == whole[:2]
+    assert images(4) == whole[:4]
+    assert images(1) == whole[:1]
+    assert images(None) == whole
+
+
+def test_a_stream_is_checked_like_any_other_data(folder, tmp_path, capsys):
+    kept = tmp_path / "kept"
+    assert main(["check", str(folder), "--streaming", "--limit", "2", "--cache", str(kept)]) == 0
+    assert "train: 1 of 2 pictures have no objects" in capsys.readouterr().out
+    assert len(list(kept.rglob("*.png"))) == 6
