@@ -1,13 +1,20 @@
-"""Measure a DINO model on a data set in COCO's format: the table that pycocotools prints, and every number as JSON.
+"""Measure a DINO model on a data set: the table that pycocotools prints, every number as JSON, and a report.
 
-    python examples/evaluate_coco.py --model runs/mine --images data/val --annotations data/val.json --json val.json
+    python examples/evaluate_coco.py --model runs/mine --data mine --report report.html
+    python examples/evaluate_coco.py --model runs/mine --images data/val --annotations data/val.json
+
+The report is one HTML file that says what is wrong with a model: average precision and best score threshold of each
+class, precision over recall, kinds of mistakes, which classes are taken for which, and the worst pictures.
 
 Categories are matched to the model's classes by name. Pictures are batched with others of the same resized size only,
 so the result does not depend on the batch size. `accelerate launch` shares the pictures out to several processes.
+Detections are kept in temporary files while the model runs; `TMPDIR` says where.
 """
 
 import argparse
 import logging
+import shlex
+import sys
 from pathlib import Path
 
 import torch
@@ -15,35 +22,52 @@ from accelerate import Accelerator
 from rich.logging import RichHandler
 from rich.progress import Progress
 
-from hf_dino.data import InputError, read_coco
-from hf_dino.evaluation import evaluate_model
+from hf_dino.data import SPLITS, InputError, read_coco, read_data
+from hf_dino.evaluation import ENGINES, analyse, check_engine, evaluate_model, write_coco_results
+from hf_dino.evaluation.report import write_report
 from hf_dino.loading import load_detector
 from hf_dino.training import at_least, check_new_files, write_json
 
 
-def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+def parse_arguments(words: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="folder or Hub name of the model")
-    parser.add_argument("--images", type=Path, required=True, help="folder of pictures")
-    parser.add_argument("--annotations", type=Path, required=True, help="COCO annotation file")
+    parser.add_argument("--data", help="folder, or OWNER/NAME on the Hub; instead of --images and --annotations")
+    parser.add_argument("--split", choices=SPLITS, default="validation", help="the part of --data")
+    parser.add_argument("--images", type=Path, help="folder of pictures")
+    parser.add_argument("--annotations", type=Path, help="COCO annotation file")
     parser.add_argument("--json", type=Path, help="file for the numbers; must not exist yet")
     parser.add_argument("--detections", type=Path, help="file for the detections, as COCO results; must not exist yet")
+    parser.add_argument("--report", type=Path, help="HTML file for what is right and wrong; must not exist yet")
+    parser.add_argument(
+        "--engine", choices=ENGINES, default="pycocotools", help="what scores; the other one is faster and as exact"
+    )
     parser.add_argument(
         "--backend", choices=("torchvision", "pil"), help="what resizes; pil does exactly as the original"
     )
     parser.add_argument("--batch-size", type=at_least(1), default=8, help="pictures of one size, for each process")
     parser.add_argument("--num-workers", type=at_least(0), default=2, help="processes that read, for each process")
     parser.add_argument("--mixed-precision", choices=("no", "fp16", "bf16"), help="default: what accelerate is set to")
-    return parser.parse_args(argv)
+    args = parser.parse_args(words)
+    if [args.data is None, args.images is None, args.annotations is None] not in ([0, 1, 1], [1, 0, 0]):
+        parser.error("give either --data, or --images and --annotations")
+    return args
 
 
 def main(argv: list[str] | None = None) -> None:
-    args = parse_arguments(argv)
+    words = sys.argv[1:] if argv is None else argv
+    args = parse_arguments(words)
     logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[RichHandler(show_path=False)])
-    check_new_files(args.json, args.detections)
-    data = read_coco(args.images, args.annotations)
-    model, processor = load_detector(args.model, backend=args.backend)
+    check_new_files(args.json, args.detections, args.report)
+    check_engine(args.engine)
     accelerator = Accelerator(cpu=not torch.accelerator.is_available(), mixed_precision=args.mixed_precision)
+    with accelerator.main_process_first():  # which downloads, if anything has to be
+        data = (
+            read_data(args.data, splits=[args.split])[args.split]
+            if args.data
+            else read_coco(args.images, args.annotations)
+        )
+    model, processor = load_detector(args.model, backend=args.backend)
     model = accelerator.prepare(model)
 
     with Progress(disable=not accelerator.is_main_process) as progress:
@@ -56,6 +80,7 @@ def main(argv: list[str] | None = None) -> None:
             batch_size=args.batch_size,
             num_workers=args.num_workers,
             on_batch=lambda count: progress.advance(task, count),
+            engine=args.engine,
         )
 
     if accelerator.is_main_process:
@@ -63,12 +88,17 @@ def main(argv: list[str] | None = None) -> None:
         if args.json is not None:
             write_json(args.json, {**scores.metrics, "ap_per_category": scores.ap_per_category})
         if args.detections is not None:
-            write_json(args.detections, detections)
+            write_coco_results(args.detections, detections)
+        if args.report is not None:
+            command = shlex.join(["python", "examples/evaluate_coco.py", *words])
+            details = {"model": args.model, "data": str(data.source), "scored by": args.engine, "command": command}
+            title = f"{args.model} on {data.name}"
+            write_report(args.report, data, scores, analyse(data, detections), title=title, details=details)
     accelerator.end_training()
 
 
 if __name__ == "__main__":
     try:
         main()
-    except (InputError, OSError) as error:
+    except (InputError, ImportError, OSError) as error:
         raise SystemExit(f"error: {error}") from None

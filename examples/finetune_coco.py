@@ -1,13 +1,25 @@
-r"""Fine-tune DINO on a data set in COCO's format, or train it from scratch, and leave a model that anyone can load.
+r"""Fine-tune DINO on a data set of your own, or train it from scratch, and leave a model that anyone can load.
+
+    accelerate launch examples/finetune_coco.py --model dino-4scale-r50 --data mine --output runs/mine
+
+`--data` is a folder in the format of COCO, Pascal VOC, YOLO or Hugging Face `datasets`, or a name on the Hub, with
+pictures to train on and to validate with; `python -m hf_dino.data check mine` tells what is wrong with it. Files in
+other places are named one by one:
 
     accelerate launch examples/finetune_coco.py --model dino-4scale-r50 --output runs/mine \
         --train-images data/train --train-annotations data/train.json \
         --val-images data/val --val-annotations data/val.json
 
 The defaults are the original's recipe for COCO: AdamW, 12 epochs of 16 pictures per step, one drop of the learning
-rate before the last epoch, the backbone at a tenth of it. It runs unchanged on a CPU, one GPU or many; `--resume` goes
-on where a run was stopped. In the output folder are the model with the best average precision on the validation
-pictures, its image processor and card, `metrics.json` with every number measured, `curves.png`, and `checkpoints/`.
+rate before the last epoch, the backbone at a tenth of it. `--recipe examples/recipes/...` takes others. It runs
+unchanged on a CPU, one GPU or many, and a step learns the same however its pictures are divided among processes and
+accumulated batches. Ctrl-C, SIGTERM and SIGUSR1 stop it after the step that it is in, with a checkpoint; `--resume`
+goes on from there, or from the last checkpoint if there was no time for one, and ends with the weights that an
+uninterrupted run would have.
+
+In the output folder are the model with the best average precision on the validation pictures, its image processor and
+card, `metrics.json` with every number measured, and while it runs `history.csv`, `history.jsonl`, `curves.png` and
+`checkpoints/`.
 
 Several processes on CPUs are started by `torchrun --nproc_per_node 2 examples/finetune_coco.py`: there `accelerate
 launch` would start one, whatever `--num_processes` says.
@@ -17,6 +29,8 @@ import argparse
 import logging
 import shlex
 import sys
+from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +38,12 @@ import torch
 import transformers
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import send_to_device, set_seed
+from accelerate.utils import broadcast_object_list, send_to_device, set_seed
 from rich.logging import RichHandler
+from transformers import BaseImageProcessor
 
+from hf_dino import DinoDetrForObjectDetection
+from hf_dino.backbone_weights import load_backbone_weights
 from hf_dino.data import (
     AUGMENTATIONS,
     DetectionData,
@@ -34,103 +51,326 @@ from hf_dino.data import (
     InputError,
     TrainingBatchSampler,
     TrainingCollator,
+    check_data,
+    evaluation_size,
     label_of_category,
     make_augmentation,
     read_coco,
+    read_data,
     steps_per_epoch,
     training_loader,
+    training_shapes,
 )
 from hf_dino.evaluation import CocoScores, evaluate_model
-from hf_dino.loading import load_detector_for, new_detector
+from hf_dino.loading import load_detector_for, new_detector, warn_of_frozen_batch_norms
 from hf_dino.training import (
+    SCHEDULES,
     HelpFormatter,
     LossMonitor,
+    RunHistory,
+    StopSignals,
     TrainingProgress,
     TrainingState,
+    WeightAverage,
+    apply_recipe,
     at_least,
+    check_disk_space,
     checkpoint_activations,
     checkpoint_path,
+    compile_layers,
+    config_field,
+    data_fingerprint,
     drop_steps,
     export_run,
     find_start,
-    freeze_stem,
-    learning_rate_factor,
+    freeze,
     load_checkpoint,
+    make_schedule,
     number_between,
     parameter_groups,
     parse_size,
-    prepare_checkpoints,
     read_state,
+    rescue_state,
+    run_folder,
     save_checkpoint,
     set_learning_rate,
+    stopped_improving,
+    tracked,
+    with_effective_batch,
 )
 
 
 # what may differ between a run and its resumption: where things are, how fast they are read, and how long it goes on
 NOT_SETTINGS = {
-    "output", "resume", "overwrite", "dataset_name", "report_to", "num_workers", "eval_batch_size", "eval_every",
-    "checkpoint_steps", "epochs", "max_steps", "gradient_checkpointing", "train_images", "train_annotations",
-    "val_images", "val_annotations", "test_images", "test_annotations",
+    "output", "resume", "overwrite", "recipe", "data", "streaming", "dataset_name", "report_to", "num_workers",
+    "eval_batch_size", "eval_every", "checkpoint_steps", "epochs", "max_steps", "early_stopping",
+    "gradient_checkpointing", "compile", "train_images", "train_annotations", "val_images", "val_annotations",
+    "test_images", "test_annotations",
 }  # fmt: skip
+SPLITS = {"train": "train", "val": "validation", "test": "test"}
 
 
 def parse_arguments(words: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter, allow_abbrev=False)
-    start = parser.add_mutually_exclusive_group(required=True)
+    positive, fraction, above_0 = number_between(0, 1e38), number_between(0, 1), at_least(1)
+
+    part = parser.add_argument_group("the model")
+    start = part.add_mutually_exclusive_group()
     start.add_argument("--model", help="folder or Hub name of the DINO model to fine-tune")
     start.add_argument("--config", type=Path, help="JSON file with fields of DinoDetrConfig, to train from scratch")
-    for split in ("train", "val", "test"):
-        parser.add_argument(f"--{split}-images", type=Path, required=split != "test", help="folder of pictures")
-        parser.add_argument(f"--{split}-annotations", type=Path, required=split != "test", help="COCO annotation file")
-    parser.add_argument("--dataset-name", help="for the model card (default: the folder of the annotation file)")
-    parser.add_argument("--output", type=Path, required=True, help="folder for the model; must be new or empty")
-    parser.add_argument("--resume", action="store_true", help="go on with the run in --output")
-    parser.add_argument("--overwrite", action="store_true", help="replace the model and checkpoints in --output")
+    backbone = "train from scratch, but a backbone that was pre-trained: torchvision/resnet50, or a folder or Hub name"
+    part.add_argument("--backbone-weights", metavar="NAME", help=backbone)
+    part.add_argument(
+        "--config-override", type=config_field, nargs="+", action="extend", default=[], metavar="FIELD=VALUE",
+        help="fields of DinoDetrConfig that are to differ",
+    )  # fmt: skip
+    part.add_argument("--freeze", nargs="*", metavar="STAGE", help="stem, backbone, backbone.stage1 ..., encoder, "
+                      "decoder; nothing after it trains all (default: the stem of a pre-trained ResNet)")  # fmt: skip
+
+    part = parser.add_argument_group("the data")
+    part.add_argument("--data", help="folder, or OWNER/NAME on the Hub; instead of the files below")
+    part.add_argument("--streaming", action="store_true", help="fetch a data set of the Hub picture by picture")
+    for split in SPLITS:
+        part.add_argument(f"--{split}-images", type=Path, help="folder of pictures")
+        part.add_argument(f"--{split}-annotations", type=Path, help="COCO annotation file")
+    part.add_argument("--dataset-name", help="for the model card (default: the folder of the data)")
     size = "SHORTEST [LONGEST] edge, or HEIGHTxWIDTH (default: the model's, 800 1333 for a new one)"
-    parser.add_argument("--image-size", nargs="+", metavar="PIXELS", help=size)
-    parser.add_argument(
-        "--augmentation", choices=AUGMENTATIONS, default="dino", help="dino: the original's flip, resize and crop"
-    )
-    parser.add_argument("--epochs", type=at_least(1), default=12, help="passes over the training pictures")
-    parser.add_argument("--max-steps", type=at_least(1), help="ends the run earlier, even within an epoch")
-    parser.add_argument("--batch-size", type=at_least(1), default=16, help="pictures per step, over all processes")
+    part.add_argument("--image-size", nargs="+", metavar="PIXELS", help=size)
+    augmentations = f"{', '.join(AUGMENTATIONS)}, or path/to/file.py:function"
+    part.add_argument("--augmentation", default="dino", metavar="NAME", help=augmentations)
+    part.add_argument(
+        "--bucketing", action=argparse.BooleanOptionalAction, default=False,
+        help="put pictures of like shapes into one batch, to pad less",
+    )  # fmt: skip
+    part.add_argument("--num-workers", type=at_least(0), default=2, help="processes that read, for each process")
+
+    part = parser.add_argument_group("the run")
+    part.add_argument("--output", type=Path, required=True, help="folder for the model; must be new or empty")
+    part.add_argument("--recipe", type=Path, help="YAML file with any of these options; those given here win")
+    part.add_argument("--resume", action="store_true", help="go on with the run in --output")
+    part.add_argument("--overwrite", action="store_true", help="replace the model and checkpoints in --output")
+    part.add_argument("--epochs", type=above_0, default=12, help="passes over the training pictures")
+    part.add_argument("--max-steps", type=above_0, help="ends the run earlier, even within an epoch")
+    stop = "end when so many evaluations in a row were no better than the best"
+    part.add_argument("--early-stopping", type=above_0, metavar="EVALUATIONS", help=stop)
+    part.add_argument("--seed", type=at_least(0, 2**31), default=0, help="of weights, order and augmentation")
+
+    part = parser.add_argument_group("a step")
+    part.add_argument("--batch-size", type=above_0, default=16, help="pictures per step, over all processes")
     parts = "batches that each process's pictures of a step are split into, to save memory"
-    parser.add_argument("--gradient-accumulation", type=at_least(1), default=1, help=parts)
-    parser.add_argument("--gradient-checkpointing", action="store_true", help="less memory, more time")
-    parser.add_argument("--mixed-precision", choices=("no", "fp16", "bf16"), help="default: what accelerate is set to")
-    parser.add_argument("--learning-rate", type=number_between(0, 1e38), default=1e-4, help="but the backbone's")
-    parser.add_argument("--backbone-lr-factor", type=number_between(0, 1e38), default=0.1, help="of that")
-    parser.add_argument("--weight-decay", type=number_between(0, 1e38), default=1e-4, help="AdamW's")
+    part.add_argument("--gradient-accumulation", type=above_0, default=1, help=parts)
+    part.add_argument(
+        "--gradient-checkpointing", action=argparse.BooleanOptionalAction, default=False,
+        help="less memory, more time",
+    )  # fmt: skip
+    part.add_argument("--compile", action="store_true", help="torch.compile: a minute at the start, then faster")
+    part.add_argument("--mixed-precision", choices=("no", "fp16", "bf16"), help="default: what accelerate is set to")
+    part.add_argument("--learning-rate", type=positive, default=1e-4, help="but the backbone's")
+    part.add_argument("--backbone-lr-factor", type=positive, default=0.1, help="of that")
+    part.add_argument("--sampling-lr-factor", type=positive, default=1.0, help="of that, for the sampling offsets")
+    part.add_argument("--weight-decay", type=positive, default=1e-4, help="AdamW's")
     clip = number_between(0, without_lowest=True)
-    parser.add_argument("--clip", type=clip, default=0.1, help="largest norm of the gradient; inf for no limit")
-    drop = number_between(0, 1e38)
-    parser.add_argument(
-        "--lr-drop", type=drop, nargs="*", default=[11 / 12], help="epochs, or below 1 fractions of the run"
-    )
-    parser.add_argument("--warmup-steps", type=at_least(0), default=0, help="in which the learning rate rises")
-    parser.add_argument("--seed", type=at_least(0, 2**31), default=0, help="of weights, order and augmentation")
-    parser.add_argument("--num-workers", type=at_least(0), default=2, help="processes that read, for each process")
-    parser.add_argument("--eval-batch-size", type=at_least(1), default=8, help="pictures, for each process")
-    parser.add_argument("--eval-every", type=at_least(1), default=1, metavar="EPOCHS", help="between evaluations")
-    parser.add_argument(
-        "--checkpoint-steps", type=at_least(1), metavar="STEPS", help="between checkpoints within an epoch"
-    )
-    parser.add_argument(
-        "--report-every", type=at_least(1), default=20, metavar="STEPS", help="between rows of the history"
-    )
+    part.add_argument("--clip", type=clip, default=0.1, help="largest norm of the gradient; inf for no limit")
+    part.add_argument("--schedule", choices=SCHEDULES, default="step", help="how the learning rate falls")
+    drop = "epochs, or below 1 fractions of the run, at which --schedule step drops to a tenth"
+    part.add_argument("--lr-drop", type=positive, nargs="*", default=[11 / 12], help=drop)
+    part.add_argument("--warmup-steps", type=at_least(0), default=0, help="in which the learning rate rises")
+    part.add_argument("--ema", type=fraction, help="evaluate and keep a running average of the weights, as 0.9997")
+
+    part = parser.add_argument_group("watching")
+    part.add_argument("--eval-batch-size", type=above_0, default=8, help="pictures, for each process")
+    part.add_argument("--eval-every", type=above_0, default=1, metavar="EPOCHS", help="between evaluations")
+    between = "between checkpoints within an epoch"
+    part.add_argument("--checkpoint-steps", type=above_0, metavar="STEPS", help=between)
+    part.add_argument("--report-every", type=above_0, default=20, metavar="STEPS", help="between rows of the history")
     trackers = [str(tracker.value) for tracker in get_available_trackers()]
-    parser.add_argument("--report-to", choices=trackers, help="a tracker of accelerate's that is installed")
-    args = parser.parse_args(words)
-    if (args.test_images is None) != (args.test_annotations is None):
-        parser.error("--test-images and --test-annotations belong together")
+    part.add_argument("--report-to", choices=trackers, help="a tracker of accelerate's that is installed")
+
+    args = apply_recipe(parser, words)
+    if not (args.model or args.config or args.backbone_weights):
+        parser.error("one of --model, --config and --backbone-weights is needed")
+    if args.model and args.backbone_weights:
+        parser.error("--model brings its backbone; leave out --backbone-weights")
+    check_files_or_data(parser, args)
     return args
+
+
+def check_files_or_data(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """See that either `--data` is given, or the files of at least training and validation."""
+    given = files_of_splits(args)
+    if args.data and any(file for pair in given.values() for file in pair):
+        parser.error("give either --data or the files of each split, not both")
+    for split, pair in given.items():
+        if None in pair and pair != (None, None):
+            parser.error(f"--{split}-images and --{split}-annotations belong together")
+    if not args.data and None in given["train"] + given["val"]:
+        parser.error("give --data, or --train-images, --train-annotations, --val-images and --val-annotations")
+
+
+def files_of_splits(args: argparse.Namespace) -> dict[str, tuple[Path, Path]]:
+    return {split: (vars(args)[f"{split}_images"], vars(args)[f"{split}_annotations"]) for split in SPLITS}
 
 
 def main(argv: list[str] | None = None) -> None:
     words = sys.argv[1:] if argv is None else argv
     args = parse_arguments(words)
-    size = parse_size(args.image_size) if args.image_size else None
+    accelerator = start_accelerator(args)
+    checkpoints = args.output / "checkpoints"
+    checkpoint = find_start(args.output, checkpoints, resume=args.resume, overwrite=args.overwrite)
+    data = read_splits(args, accelerator, is_new=checkpoint is None)
+    train, val = data.pop("train"), data["validation"]
     settings: dict[str, Any] = {name: str(value) for name, value in vars(args).items() if name not in NOT_SETTINGS}
+    settings |= {"pictures": len(train.pictures), "data": data_fingerprint(train)}
+    state = read_state(checkpoint, settings) if checkpoint else TrainingState(settings)
+
+    set_seed(args.seed)
+    model, processor = make_detector(args, train, is_new=checkpoint is None)
+    labels = label_of_category(train, model.config.id2label)
+    for other in data.values():
+        label_of_category(other, model.config.id2label)  # so that an unknown category is heard of now
+    augmentation = make_augmentation(args.augmentation, dict(processor.size))
+    processor.size = evaluation_size(args.augmentation, dict(processor.size))
+    do_resize = augmentation is None or not augmentation.resizes
+    collate = TrainingCollator(processor, labels, model.config.num_labels, do_resize)
+    groups = parameter_groups(model, args.learning_rate, args.backbone_lr_factor, args.sampling_lr_factor)
+    optimizer = torch.optim.AdamW(groups, weight_decay=args.weight_decay, fused=True)
+    model, optimizer = accelerator.prepare(model, optimizer)
+    average = WeightAverage(accelerator.unwrap_model(model), args.ema) if args.ema else None
+    averaged = average.applied if average else nullcontext  # for the model's evaluation and export
+
+    epoch_steps = steps_per_epoch(len(train.pictures), args.batch_size)
+    total_steps = min(args.epochs * epoch_steps, args.max_steps or sys.maxsize)
+    drops = drop_steps(args.lr_drop, total_steps=total_steps, steps_per_epoch=epoch_steps)
+    rate_at = make_schedule(args.schedule, total_steps=total_steps, drop_steps=drops, warmup_steps=args.warmup_steps)
+    monitor = LossMonitor(
+        accelerator,
+        model,
+        rescue=lambda: rescue_state(accelerator, model, optimizer, checkpoints, state),
+        files={picture.image_id: picture.path for picture in train.pictures},
+    )
+    accelerator.register_for_checkpointing(*filter(None, (average, monitor)))
+    check_disk_space(checkpoints, model, optimizer, average.averages.values() if average else ())
+    set_seed(args.seed, device_specific=True)  # from here on each process draws its own noise
+
+    def batches(epoch: int, first_step: int) -> Iterator[dict[str, Any]]:
+        pictures = DetectionDataset(train, augmentation, args.seed, epoch)
+        sampler = TrainingBatchSampler(
+            len(train.pictures),
+            args.batch_size,
+            seed=args.seed,
+            epoch=epoch,
+            rank=accelerator.process_index,
+            world_size=accelerator.num_processes,
+            accumulation=args.gradient_accumulation,
+            first_step=first_step,
+            shape_of=training_shapes(pictures, collate) if args.bucketing else None,
+        )
+        loader = training_loader(pictures, collate, sampler, num_workers=args.num_workers)
+        return with_effective_batch(loader, accelerator)
+
+    def evaluate(data: DetectionData, name: str) -> CocoScores:
+        share = -(-len(data.pictures) // accelerator.num_processes)
+        options = {"batch_size": args.eval_batch_size, "num_workers": args.num_workers}
+        with (
+            progress.count(name, share) as counted,
+            averaged(),
+            torch.random.fork_rng(devices=[]),  # loading draws a number, and training goes on as if it had not
+        ):
+            return evaluate_model(model, processor, data, accelerator, on_batch=counted, **options)[0]
+
+    def record(row: dict[str, float], measured: dict[str, float] | None = None) -> None:
+        history.add({"step": state.step, "epoch": state.step / epoch_steps, **row})
+        accelerator.log({**row, **(measured or {})}, step=state.step)
+
+    def evaluate_if_due() -> None:
+        is_due = state.step == total_steps or (state.step and state.step % (args.eval_every * epoch_steps) == 0)
+        if not is_due or state.evaluated:
+            return
+        scores = evaluate(val, "validation")
+        record(scores.metrics)
+        ap, ap50 = scores.metrics["ap"], scores.metrics["ap50"]
+        progress.scored(ap)
+        progress.say(f"step {state.step}: validation AP {ap:.3f}, AP50 {ap50:.3f}")
+        if ap > state.best_ap or state.best_step is None:
+            state.best_step, state.best_ap = state.step, ap
+        save_and_stop_if_asked()
+
+    def save_and_stop_if_asked() -> None:
+        save_checkpoint(accelerator, checkpoints, state)
+        if signals.agreed():
+            signals.leave(f"stopped after step {state.step} of {total_steps}; go on with --resume")
+
+    with (
+        run_folder(accelerator, checkpoints, checkpoint, overwrite=args.overwrite),
+        StopSignals(accelerator) as signals,
+        tracked(accelerator, state, args.output, vars(args)),
+        TrainingProgress(total_steps, state.step, accelerator.is_main_process, args.batch_size) as progress,
+    ):
+        if checkpoint:
+            load_checkpoint(accelerator, checkpoint)
+        history = RunHistory(args.output, state.history, accelerator.is_main_process)
+        evaluate_if_due()  # the run may have been stopped between a step and its evaluation
+        while state.step < total_steps and not stopped_improving(state.history, args.early_stopping):
+            model.train()
+            for batch in batches(*divmod(state.step, epoch_steps)):
+                monitor.begin(batch)
+                with accelerator.accumulate(model):
+                    outputs = model(**send_to_device(batch, accelerator.device, non_blocking=True))
+                    accelerator.backward(outputs.loss)
+                    monitor.add(outputs.loss, outputs.loss_dict)
+                    if accelerator.sync_gradients:
+                        norm = accelerator.clip_grad_norm_(model.parameters(), args.clip)
+                        losses = monitor.check(state.step, norm)
+                    rate = rate_at(state.step)
+                    set_learning_rate(optimizer, rate)
+                    optimizer.step()
+                    optimizer.zero_grad()
+                if not accelerator.sync_gradients:
+                    continue
+
+                if average:
+                    average.update()
+                state.step += 1
+                epoch, learning_rate = state.step / epoch_steps, args.learning_rate * rate
+                progress.step(epoch, losses, learning_rate)
+                at_end = state.step % epoch_steps == 0 or state.step == total_steps
+                at_checkpoint = args.checkpoint_steps and state.step % args.checkpoint_steps == 0
+                if state.step % args.report_every == 0 or at_checkpoint or at_end:
+                    row = monitor.averages()
+                    measured = progress.report(state.step, epoch, row or losses, learning_rate)
+                    record({**row, "learning_rate": learning_rate}, measured)
+                if at_end:
+                    break
+                if at_checkpoint or signals.agreed():
+                    save_and_stop_if_asked()
+
+            save_and_stop_if_asked()
+            evaluate_if_due()
+            history.plot()
+
+        load_checkpoint(accelerator, checkpoint_path(checkpoints, state.kept_step))
+        measured_on = {name: evaluate(pictures, name) for name, pictures in data.items()}
+
+    if accelerator.is_main_process:
+        again = [word for word in words if word not in ("--resume", "--overwrite")]
+        with averaged():
+            export_run(
+                args.output,
+                accelerator.unwrap_model(model),
+                processor,
+                state,
+                measured_on,
+                dataset=args.dataset_name or train.name,
+                command=shlex.join(["accelerate", "launch", "examples/finetune_coco.py", *again]),
+                base_model=args.model,
+            )
+        part, scores = list(measured_on.items())[-1]
+        print(f"{part}, checkpoint of step {state.kept_step}:\n{scores.table}\nmodel: {args.output}")
+    accelerator.end_training()
+
+
+def start_accelerator(args: argparse.Namespace) -> Accelerator:
+    """Make the accelerator, and let the log have one line for each thing that one process has to say."""
     accelerator = Accelerator(
         cpu=not torch.accelerator.is_available(),  # said so, several processes on CPUs find each other
         gradient_accumulation_steps=args.gradient_accumulation,
@@ -141,138 +381,51 @@ def main(argv: list[str] | None = None) -> None:
     level = logging.WARNING if accelerator.is_main_process else logging.ERROR
     logging.basicConfig(level=level, format="%(message)s", handlers=[RichHandler(show_path=False)])
     transformers.utils.logging.disable_progress_bar()  # there is one already
-    checkpoints = args.output / "checkpoints"
-    checkpoint = find_start(args.output, checkpoints, resume=args.resume, overwrite=args.overwrite)
-    data = {name: read_coco(*files) for name, files in coco_files(args).items()}
-    train, val = data.pop("train"), data["validation"]
-    settings["pictures"] = len(train.pictures)
-    state = read_state(checkpoint, settings) if checkpoint else TrainingState(settings)
+    return accelerator
 
-    set_seed(args.seed)
-    if args.config is not None:
-        model, processor = new_detector(args.config, train.categories, size)
+
+def read_splits(args: argparse.Namespace, accelerator: Accelerator, *, is_new: bool) -> dict[str, DetectionData]:
+    """Read the data and, where a run begins, look for what would make it a waste of time."""
+    if args.data:
+        with accelerator.main_process_first():  # which downloads, if anything has to be
+            data = read_data(args.data, streaming=args.streaming)
+        if missing := [split for split in ("train", "validation") if split not in data]:
+            raise InputError(f"{args.data}: has no split for {' and '.join(missing)}; it has {', '.join(data)}")
     else:
-        model, processor = load_detector_for(args.model, train.categories, size)
-    labels = label_of_category(train, model.config.id2label)
-    for other in data.values():
-        label_of_category(other, model.config.id2label)  # so that an unknown category is heard of now
-    augmentation = make_augmentation(args.augmentation, dict(processor.size))
-    do_resize = augmentation is None or not augmentation.resizes
-    collate = TrainingCollator(processor, labels, model.config.num_labels, do_resize)
+        data = {SPLITS[split]: read_coco(*pair) for split, pair in files_of_splits(args).items() if all(pair)}
+    if is_new:
+        reports = [check_data(data, decode=False) if accelerator.is_main_process else None]
+        (report,) = broadcast_object_list(reports)
+        for warning in report.warnings:
+            logging.getLogger("hf_dino.data").warning(warning)
+        report.raise_if_errors()
+    return data
+
+
+def make_detector(
+    args: argparse.Namespace, train: DetectionData, *, is_new: bool
+) -> tuple[DinoDetrForObjectDetection, BaseImageProcessor]:
+    """Make the model for the classes of the data, and say what of it is to be trained."""
+    size = parse_size(args.image_size) if args.image_size else None
+    fields = dict(args.config_override)
+    if args.model:
+        model, processor = load_detector_for(args.model, train.categories, size, fields)
+    else:
+        model, processor = new_detector(args.config, train.categories, size, fields)
+        if not args.backbone_weights:
+            warn_of_frozen_batch_norms(model)
+    if args.backbone_weights and is_new:
+        load_backbone_weights(model, args.backbone_weights)
     if args.gradient_checkpointing:
         checkpoint_activations(model)
-    freeze_stem(model)
-    groups = parameter_groups(model, args.learning_rate, args.backbone_lr_factor)
-    model, optimizer = accelerator.prepare(
-        model, torch.optim.AdamW(groups, weight_decay=args.weight_decay, fused=True)
-    )
-    epoch_steps = steps_per_epoch(len(train.pictures), args.batch_size)
-    total_steps = min(args.epochs * epoch_steps, args.max_steps or sys.maxsize)
-    drops = drop_steps(args.lr_drop, total_steps=total_steps, steps_per_epoch=epoch_steps)
-    # from here on each process draws its own noise
-    set_seed(args.seed, device_specific=True)
-    if accelerator.is_main_process:
-        prepare_checkpoints(checkpoints, resume=args.resume)
-    if checkpoint:
-        load_checkpoint(accelerator, checkpoint)
-    accelerator.init_trackers("hf_dino")
-    monitor = LossMonitor(with_scaler=accelerator.scaler is not None)
-
-    def evaluate(data: DetectionData, name: str) -> CocoScores:
-        share = -(-len(data.pictures) // accelerator.num_processes)
-        options = {"batch_size": args.eval_batch_size, "num_workers": args.num_workers}
-        with progress.count(name, share) as counted:
-            return evaluate_model(model, processor, data, accelerator, on_batch=counted, **options)[0]
-
-    def record(row: dict[str, float]) -> None:
-        state.history.append({"step": state.step, "epoch": state.step / epoch_steps, **row})
-        accelerator.log(row, step=state.step)
-
-    with TrainingProgress(total_steps, state.step, accelerator.is_main_process) as progress:
-        while state.step < total_steps:
-            epoch, first_step = divmod(state.step, epoch_steps)
-            batches = TrainingBatchSampler(
-                len(train.pictures),
-                args.batch_size,
-                seed=args.seed,
-                epoch=epoch,
-                rank=accelerator.process_index,
-                world_size=accelerator.num_processes,
-                accumulation=args.gradient_accumulation,
-                first_step=first_step,
-            )
-            pictures = DetectionDataset(train, augmentation, args.seed, epoch)
-            model.train()
-            for batch in training_loader(pictures, collate, batches, num_workers=args.num_workers):
-                batch = send_to_device(batch, accelerator.device, non_blocking=True)
-                with accelerator.accumulate(model):
-                    outputs = model(**batch)
-                    accelerator.backward(outputs.loss)
-                    monitor.add(outputs.loss, outputs.loss_dict, batch["labels"])
-                    if accelerator.sync_gradients:
-                        loss = monitor.check(state.step)
-                        accelerator.clip_grad_norm_(model.parameters(), args.clip)
-                    factor = learning_rate_factor(state.step, drop_steps=drops, warmup_steps=args.warmup_steps)
-                    set_learning_rate(optimizer, factor)
-                    optimizer.step()
-                    optimizer.zero_grad()
-                if not accelerator.sync_gradients:
-                    continue
-
-                state.step += 1
-                progress.step(state.step / epoch_steps, loss)
-                at_end = state.step % epoch_steps == 0 or state.step == total_steps
-                at_checkpoint = args.checkpoint_steps and state.step % args.checkpoint_steps == 0
-                if state.step % args.report_every == 0 or at_checkpoint or at_end:
-                    row = monitor.averages()
-                    record({**row, "learning_rate": args.learning_rate * factor})
-                    progress.report(state.step, state.step / epoch_steps, row.get("loss", loss))
-                if at_checkpoint and not at_end:
-                    save_checkpoint(accelerator, checkpoints, state)
-                if at_end:
-                    break
-
-            if (epoch + 1) % args.eval_every == 0 or state.step == total_steps:
-                scores = evaluate(val, "validation")
-                record(scores.metrics)
-                ap, ap50 = scores.metrics["ap"], scores.metrics["ap50"]
-                progress.say(f"step {state.step}: validation AP {ap:.3f}, AP50 {ap50:.3f}")
-                if ap > state.best_ap or state.best_step is None:
-                    state.best_step, state.best_ap = state.step, ap
-            save_checkpoint(accelerator, checkpoints, state)
-
-        load_checkpoint(accelerator, checkpoint_path(checkpoints, state.kept_step))
-        measured = {name: evaluate(pictures, name) for name, pictures in data.items()}
-
-    if accelerator.is_main_process:
-        again = [word for word in words if word not in ("--resume", "--overwrite")]
-        export_run(
-            args.output,
-            accelerator.unwrap_model(model),
-            processor,
-            state,
-            measured,
-            dataset=args.dataset_name or train.name,
-            command=shlex.join(["accelerate", "launch", "examples/finetune_coco.py", *again]),
-            base_model=args.model,
-        )
-        part, scores = list(measured.items())[-1]
-        print(f"{part}, checkpoint of step {state.kept_step}:\n{scores.table}\nmodel: {args.output}")
-    accelerator.end_training()
-
-
-def coco_files(args: argparse.Namespace) -> dict[str, tuple[Path, Path]]:
-    """Folder of pictures and annotation file of each part of the data that was given."""
-    files = {
-        "train": (args.train_images, args.train_annotations),
-        "validation": (args.val_images, args.val_annotations),
-        "test": (args.test_images, args.test_annotations),
-    }
-    return {name: pair for name, pair in files.items() if pair[0] is not None}
+    if args.compile:
+        compile_layers(model)
+    freeze(model, args.freeze)
+    return model, processor
 
 
 if __name__ == "__main__":
     try:
         main()
-    except (InputError, FloatingPointError, OSError) as error:
+    except (InputError, FloatingPointError, ImportError, OSError) as error:
         raise SystemExit(f"error: {error}") from None

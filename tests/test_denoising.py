@@ -11,13 +11,13 @@ from hf_dino.denoising_dino_detr import (
 )
 
 
-def make_queries(labels, strategy="contrastive", num_queries=12, **overrides):
+def make_queries(labels, strategy="contrastive", num_queries=12, most_objects=0, **overrides):
     config = tiny_config(denoising=strategy, **overrides)
     torch.manual_seed(0)
     module = DENOISING_STRATEGIES[strategy](config)
     if hasattr(module, "label_embed"):
         torch.nn.init.normal_(module.label_embed.weight)
-    return module, module(labels, torch.zeros(len(labels), num_queries, config.d_model))
+    return module, module(labels, torch.zeros(len(labels), num_queries, config.d_model), most_objects)
 
 
 def slow_mask(num_groups, group_size, num_queries):
@@ -105,6 +105,18 @@ def test_a_crowded_picture_has_no_more_than_num_denoising(strategy):
     assert queries.inputs_embeds.shape[1] == 20 * copies
     chosen = queries.object_index[0][queries.object_index[0] != NOT_AN_OBJECT]
     assert len(chosen.unique()) == 20 and chosen.max() > 20  # a choice, not the first ones
+
+
+@pytest.mark.parametrize("strategy", list(DENOISING_STRATEGIES))
+@pytest.mark.parametrize("counts", [(2, 0), (0, 0)])
+@pytest.mark.parametrize("fullest", [4, 50])
+def test_a_part_of_a_step_has_the_queries_that_it_would_have_in_the_whole(strategy, counts, fullest):
+    settings = {"label_noise_ratio": 0, "box_noise_scale": 0, "num_denoising": 9}
+    _, whole = make_queries(make_labels(*counts, fullest), strategy, **settings)
+    _, part = make_queries(make_labels(*counts), strategy, most_objects=fullest, **settings)
+    assert part.num_groups == whole.num_groups
+    for name in ("inputs_embeds", "reference_points", "object_index"):
+        assert torch.equal(part[name], whole[name][: len(counts)])
 
 
 @pytest.mark.parametrize(("strategy", "probability"), [("contrastive", 0.5), ("plain", 1.0)])

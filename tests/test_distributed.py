@@ -4,12 +4,21 @@ Both processes are started once and go through all cases; the tests look at what
 """
 
 import itertools
+import os
+from statistics import fmean
 
 import pytest
 import torch
+from accelerate import Accelerator
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from conftest import TINY_SWIN, make_labels, tiny_model
+from hf_dino.data.batching import TrainingBatchSampler
+from hf_dino.training.effective_batch import effective_batch, with_effective_batch
+from hf_dino.training.ema import WeightAverage
+from hf_dino.training.sharding import whole_weights
 
 
 NUM_PROCESSES = 2
@@ -37,6 +46,10 @@ NOTHING_UNUSED = {
     "heads of their own": {"share_decoder_heads": False},
     "last layer only": {"auxiliary_loss": False},
 }
+# Objects of the pictures that a training of 20 steps goes through seven times, four pictures per step
+OBJECTS_OF_PICTURES = (3, 0, 5, 1, 2, 0, 4, 1, 6, 2)
+STEPS = 20
+
 OBJECTS_RUN_OUT = [(3, 1, 2, 0), (3, 1, 0, 0), (0, 0, 0, 0)]  # somewhere, on one process, everywhere
 
 
@@ -68,8 +81,76 @@ def without_gradient(network, first, last):
     return []
 
 
+def train(accumulation, as_one_batch=with_effective_batch):
+    """Take 20 steps as the training script does; say which pictures each was made of, its losses and gradients."""
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=accumulation)
+    model = tiny_model(**NO_NOISE).train()
+    model, optimizer = accelerator.prepare(model, torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=1e-4))
+    pixel_values = torch.randn(len(OBJECTS_OF_PICTURES), 3, 96, 128, generator=torch.Generator().manual_seed(0))
+    labels = make_labels(*OBJECTS_OF_PICTURES)
+    processes = {"rank": accelerator.process_index, "world_size": accelerator.num_processes}
+    pictures = [
+        batch
+        for epoch in range(7)
+        for batch in TrainingBatchSampler(len(labels), 4, seed=0, epoch=epoch, accumulation=accumulation, **processes)
+    ][: STEPS * accumulation]
+    batches = ({"pixel_values": pixel_values[batch], "labels": [labels[i] for i in batch]} for batch in pictures)
+    losses, gradients = [], []
+    for batch in as_one_batch(batches, accelerator):
+        with accelerator.accumulate(model):
+            loss = model(**batch).loss
+            accelerator.backward(loss)
+            losses.append(loss.item())
+            if accelerator.sync_gradients:
+                gradients.append(
+                    [parameter.grad.clone() for parameter in model.parameters() if parameter.requires_grad]
+                )
+                accelerator.clip_grad_norm_(model.parameters(), 0.1)
+            optimizer.step()
+            optimizer.zero_grad()
+    # a row per step, of all its batches in this process
+    return {
+        "pictures": torch.tensor(pictures).view(STEPS, -1).tolist(),
+        "losses": torch.tensor(losses, dtype=torch.float64).view(STEPS, -1).mean(dim=1).tolist(),
+        "gradients": gradients,
+    }
+
+
+def train_with_average(network, first=0, last=4, calls=1):
+    """Take two steps; say what the averaged weights are, and what they find in `calls` runs of this process alone."""
+    average = WeightAverage(network, 0.9)
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.01)
+    for _ in range(2):
+        learn(network.train(), (3, 1, 1, 3), first, last)
+        optimizer.step()
+        average.update()
+    with average.applied(), whole_weights(network), torch.no_grad():
+        for _ in range(calls):
+            logits = network.eval()(torch.ones(1, 3, 96, 128)).logits
+    state = average.state_dict()
+    resumed = WeightAverage(network, 0.9)
+    resumed.load_state_dict(state)
+    return {"logits": logits, "state": state, "resumed": resumed.state_dict()}
+
+
+def share_out(network):
+    """Let the processes have a part of the weights each, as FSDP2 does."""
+    mesh = init_device_mesh("cpu", (NUM_PROCESSES,))
+    for part in (network.model.backbone, *network.model.encoder.layers, *network.model.decoder.layers, network):
+        fully_shard(part, mesh=mesh)
+    return network
+
+
 def run_process(rank, folder):
     torch.set_num_threads(1)
+    # for accelerate, which finds the processes connected already
+    os.environ |= {
+        "MASTER_ADDR": "localhost",
+        "WORLD_SIZE": str(NUM_PROCESSES),
+        "LOCAL_WORLD_SIZE": str(NUM_PROCESSES),
+    }
+    count = str(NUM_PROCESSES)
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
     store = torch.distributed.FileStore(str(folder / "store"), NUM_PROCESSES)
     torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=NUM_PROCESSES)
     first, last = 2 * rank, 2 * rank + 2
@@ -81,7 +162,10 @@ def run_process(rank, folder):
         case: without_gradient(DistributedDataParallel(tiny_model(**overrides).train()), first, last)
         for case, overrides in NOTHING_UNUSED.items()
     }
-    torch.save({"learned": learned, "unused": unused}, folder / f"{rank}.pt")
+    trained = {accumulation: train(accumulation) for accumulation in (1, 2)}
+    shared = train_with_average(share_out(tiny_model(**NO_NOISE)), first, last, calls=1 + 2 * rank)
+    seen = {"learned": learned, "unused": unused, "trained": trained, "shared": shared}
+    torch.save(seen, folder / f"{rank}.pt")
     torch.distributed.destroy_process_group()
 
 
@@ -106,3 +190,59 @@ def test_two_processes_learn_what_one_does(processes, case):
 @pytest.mark.parametrize("case", NOTHING_UNUSED)
 def test_every_parameter_gets_a_gradient_on_every_process(processes, case):
     assert [process["unused"][case] for process in processes] == [[]] * NUM_PROCESSES
+
+
+def gap(gradients, others):
+    """The largest distance of a parameter's gradients, relative to their length or 1e-4 of that of all.
+
+    Some are zero but for rounding: biases of keys, before a softmax, and those before a group norm of single channels.
+    """
+    whole = torch.stack([gradient.norm() for gradient in others]).norm()
+    distances = [(one - other).norm() / max(other.norm(), 1e-4 * whole) for one, other in zip(gradients, others)]
+    return max(distances).item()
+
+
+@pytest.fixture(scope="module")
+def trained_alone():
+    """By one process and in one batch: what all others must equal."""
+    return train(accumulation=1)
+
+
+def assert_same_training(trained, expected):
+    """That all processes of one training together did in each step what a single one did in another."""
+    for step in range(STEPS):
+        pictures = [picture for process in trained for picture in process["pictures"][step]]
+        assert sorted(pictures) == sorted(expected["pictures"][step])
+        loss = fmean(process["losses"][step] for process in trained)
+        assert loss == pytest.approx(expected["losses"][step], rel=1e-5)
+        for process in trained:
+            assert gap(process["gradients"][step], expected["gradients"][step]) < 1e-4
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_two_processes_train_as_one(processes, trained_alone, accumulation):
+    assert_same_training([process["trained"][accumulation] for process in processes], trained_alone)
+
+
+@pytest.mark.parametrize("accumulation", [2, 4])
+def test_accumulated_batches_train_as_one(trained_alone, accumulation):
+    assert_same_training([train(accumulation)], trained_alone)
+
+
+def test_without_the_effective_batch_they_do_not(trained_alone):
+    with pytest.raises(AssertionError):
+        assert_same_training([train(2, as_one_batch=lambda batches, accelerator: batches)], trained_alone)
+
+
+@pytest.mark.filterwarnings("ignore:FSDP2-wrapped module")
+def test_shared_out_weights_are_averaged_and_run_in_each_process_alone(processes):
+    expected = train_with_average(tiny_model(**NO_NOISE))
+    for process in processes:
+        torch.testing.assert_close(process["shared"], expected, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(process["shared"]["resumed"], process["shared"]["state"], rtol=0, atol=0)
+
+
+def test_the_effective_batch_counts_the_objects_of_all_batches():
+    accelerator = Accelerator(cpu=True)
+    assert effective_batch([make_labels(2, 0), make_labels(5, 1)], accelerator) == (8 / 2, 5)
+    assert effective_batch([make_labels(0), make_labels(0), []], accelerator) == (1 / 3, 0)

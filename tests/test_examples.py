@@ -5,8 +5,10 @@ import json
 import os
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -204,8 +206,28 @@ def test_a_damaged_checkpoint_is_one_error(finished, examples, arguments, tmp_pa
 
 def test_a_loss_that_is_not_finite_stops_the_run(examples, arguments, tmp_path):
     broken = [*arguments, f"--output={tmp_path / 'run'}", "--learning-rate=1e30", "--clip=inf"]
-    with pytest.raises(FloatingPointError, match=r"the loss is .* at step \d .*image_id \[\d+, \d+\]"):
+    with pytest.raises(FloatingPointError, match=r"step \d .*loss is .* image_id \d+ \(.*\.png\), \d+"):
         examples["finetune_coco"].main(broken)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
+def test_a_run_that_its_job_scheduler_stops_goes_on(finished, examples, arguments, tmp_path, number):
+    """The signal goes to all that the job has started, also to the processes that read pictures."""
+    run = tmp_path / "run"
+    script = [sys.executable, str(ROOT / "examples" / "finetune_coco.py"), *arguments, f"--output={run}"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    job = subprocess.Popen([*script, "--num-workers=2"], env=environment, start_new_session=True)
+    rows = run / "history.jsonl"
+    while not (rows.exists() and rows.read_text().count("\n") >= 2):  # of two steps, in an epoch of three
+        assert job.poll() is None
+        time.sleep(0.01)
+    os.killpg(job.pid, number)
+    assert job.wait() == (-number if number == signal.SIGKILL else 128 + number)
+    examples["finetune_coco"].main([*arguments, f"--output={run}", "--resume"])
+    assert history(run) == history(finished)
+    ours, theirs = (load_file(folder / "model.safetensors") for folder in (run, finished))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
 def test_two_processes_on_cpus_find_each_other(arguments, tmp_path):
@@ -245,7 +267,7 @@ def test_categories_that_the_model_lacks_are_heard_of_at_once(examples, argument
     annotations["categories"][0]["name"] = "unheard-of"
     (tmp_path / "val.json").write_text(json.dumps(annotations))
     run = tmp_path / "run"
-    with pytest.raises(InputError, match="the model has no class for 'unheard-of'"):
+    with pytest.raises(InputError, match="has objects of classes that train does not list: 'unheard-of'"):
         examples["finetune_coco"].main([*arguments, f"--output={run}", f"--val-annotations={tmp_path / 'val.json'}"])
     assert not run.exists()
 

@@ -9,8 +9,9 @@ from transformers import DetrImageProcessor
 
 from conftest import tiny_config, tiny_model
 from hf_dino import DinoDetrImageProcessor
+from hf_dino.configuration_dino_detr import UNUSED_LABEL
 from hf_dino.data import InputError
-from hf_dino.loading import load_detector, load_detector_for, new_detector
+from hf_dino.loading import load_detector, load_detector_for, new_detector, warn_of_frozen_batch_norms
 from hf_dino.modeling_dino_detr import DinoDetrModel
 
 
@@ -125,6 +126,57 @@ def test_other_classes_start_anew_and_all_else_is_kept(saved, count):
     assert after["class_embed.0.bias"].sigmoid().allclose(torch.tensor(0.01)), "as if fresh"
 
 
+def saved_with(folder, names, **overrides):
+    tiny_model(id2label=dict(enumerate(names)), **overrides).save_pretrained(folder)
+    DinoDetrImageProcessor().save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.mark.parametrize("overrides", [{}, {"share_decoder_heads": False}, {"denoising": "none"}])
+@pytest.mark.parametrize("order", [["helmet", "Traffic Light", "person"], ["a", "person", "b", "c", "traffic-light"]])
+def test_rows_of_classes_of_the_same_name_are_copied(tmp_path, caplog, overrides, order):
+    names = [UNUSED_LABEL, "person", "car", UNUSED_LABEL, "traffic_light"]
+    folder = saved_with(tmp_path, names, **overrides)
+    before, _ = load_detector(folder)
+    after, _ = load_detector_for(folder, dict(enumerate(order, start=10)))
+    assert after.config.id2label == dict(enumerate(order))
+    where = {"person": 1, "traffic light": 4}
+    plain = [name.lower().replace("-", " ") for name in order]
+    rows = {label: where[name] for label, name in enumerate(plain) if name in where}
+    heads = 3 if "share_decoder_heads" in overrides else 1
+    assert len(after.class_layers()) == heads + 1 + (overrides.get("denoising") != "none")
+    learned, fresh = before.state_dict(), after.state_dict()
+    per_class = {name for name in learned if "class_embed" in name or "label_embed" in name}
+    for name, value in fresh.items():
+        if name not in per_class:
+            assert torch.equal(value, learned[name])
+            continue
+        assert len(value) == len(order)
+        for label in range(len(order)):
+            kept = [row for row in range(5) if torch.equal(value[label], learned[name][row])]
+            assert kept == ([rows[label]] if label in rows else []), name
+    new = [name for label, name in enumerate(order) if label not in rows]
+    copied = [order[label] for label in rows]
+    assert f"classes copied: {', '.join(copied)}; new: {', '.join(new)}" in caplog.text
+
+
+def test_an_exact_name_goes_before_one_that_is_only_alike(tmp_path, caplog):
+    folder = saved_with(tmp_path, ["Cup", "cup", "CUP"])
+    before, _ = load_detector(folder)
+    after, _ = load_detector_for(folder, {1: "cup"})
+    assert torch.equal(after.class_embed[0].weight[0], before.class_embed[0].weight[1])
+    assert "classes copied: cup; new: none" in caplog.text
+
+
+def test_rows_without_a_name_are_never_copied(tmp_path, caplog):
+    folder = saved_with(tmp_path, [UNUSED_LABEL, "cup"])
+    before, _ = load_detector(folder)
+    after, _ = load_detector_for(folder, {1: "n/a", 2: UNUSED_LABEL})
+    weights, learned = after.class_embed[0].weight, before.class_embed[0].weight
+    assert not any(torch.equal(row, other) for row in weights for other in learned)
+    assert "classes copied: none; new: n/a, N/A" in caplog.text
+
+
 def test_a_new_model_has_the_classes_of_the_data(tmp_path, caplog):
     fields = tiny_config().to_diff_dict()
     file = tmp_path / "config.json"
@@ -133,7 +185,17 @@ def test_a_new_model_has_the_classes_of_the_data(tmp_path, caplog):
     assert model.config.id2label == dict(enumerate(["class 4", "class 1", "class 2", "class 0", "class 3"]))
     assert model.config.d_model == 32
     assert dict(processor.size) == {"shortest_edge": 800, "longest_edge": 1333}
+    warn_of_frozen_batch_norms(model)
     assert "training from scratch with frozen batch norms" in caplog.text
+
+
+def test_fields_that_are_to_differ(saved, tmp_path):
+    model, _ = load_detector_for(str(saved), CATEGORIES, overrides={"box_noise_scale": 0.25})
+    assert model.config.box_noise_scale == 0.25
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps({**tiny_config().to_diff_dict(), "box_noise_scale": 0.5, "num_queries": 7}))
+    model, _ = new_detector(file, CATEGORIES, overrides={"box_noise_scale": 0.25})
+    assert (model.config.box_noise_scale, model.config.num_queries) == (0.25, 7)
 
 
 @pytest.mark.parametrize(

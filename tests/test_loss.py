@@ -155,6 +155,7 @@ def loss_of(labels, config=None, **changes):
         "num_denoising_groups": 2,
         "labels": labels,
         "config": config,
+        "num_boxes": count_boxes(labels, logits.device, average=True),
     }
     loss, terms = dino_detr_loss(**arguments | changes)
     return loss, terms, (logits, boxes, denoising_logits, denoising_boxes)
@@ -205,6 +206,19 @@ def test_perfect_boxes_cost_nothing_and_the_matcher_finds_them():
 def test_count_is_of_all_pictures_and_at_least_one():
     assert count_boxes(make_labels(2, 3), torch.device("cpu"), average=True) == 5
     assert count_boxes(make_labels(0, 0), torch.device("cpu"), average=True) == 1
+
+
+def test_the_loss_of_a_step_is_the_mean_over_its_batches():
+    labels = make_labels(2, 5, 0, 1)
+    queries = torch.tensor([[0, -1, 0, -1], [0, -1, 0, -1], [-1] * 4, [0, -1, 0, -1]])
+    whole, _, predictions = loss_of(labels, denoising_object_index=queries)
+    names = ("logits", "pred_boxes", "denoising_logits", "denoising_boxes")
+    parts = []
+    for first in (0, 2):
+        part = {name: tensor[first : first + 2] for name, tensor in zip(names, predictions)}
+        index = queries[first : first + 2]
+        parts.append(loss_of(labels[first : first + 2], denoising_object_index=index, num_boxes=8 / 2, **part)[0])
+    torch.testing.assert_close(sum(parts) / 2, whole, rtol=1e-12, atol=0)
 
 
 def corrupt(labels, picture, **entries):

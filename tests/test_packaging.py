@@ -88,7 +88,7 @@ def test_every_dependency_has_a_reason() -> None:
 
 
 # what is imported by another name than it is installed by
-DISTRIBUTIONS = {"PIL": "pillow"}
+DISTRIBUTIONS = {"PIL": "pillow", "yaml": "pyyaml"}
 
 
 def requirements(section: str) -> set[str]:

@@ -47,7 +47,8 @@ def shell_commands() -> list[list[str]]:
 @pytest.mark.parametrize("command", [c for c in shell_commands() if c[0] in ("python", "accelerate")], ids=" ".join)
 def test_shell_commands_name_scripts_and_options_that_exist(command):
     if command[1] == "-m":
-        program, options = command[1:3], command[3:]
+        first = next((i for i, word in enumerate(command[3:], start=3) if word.startswith("--")), len(command))
+        program, options = command[1:first], command[first:]  # with a word that chooses one of several programs
     else:
         at = next(i for i, word in enumerate(command) if word.endswith(".py"))
         program, options = [ROOT / command[at]], command[at + 1 :]

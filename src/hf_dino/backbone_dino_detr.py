@@ -81,8 +81,8 @@ class DinoDetrBackbone(nn.Module):
     def train(self, mode: bool = True) -> "DinoDetrBackbone":
         """As `nn.Module.train`, but frozen batch norms stay in evaluation mode."""
         super().train(mode)
-        if self.config.freeze_batch_norm:
-            for norm in self.batch_norms():
+        for norm in self.batch_norms():
+            if self.config.freeze_batch_norm or not norm.weight.requires_grad:
                 norm.eval()
         return self
 

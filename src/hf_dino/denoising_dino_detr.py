@@ -5,6 +5,7 @@ Papers: DN-DETR, https://arxiv.org/abs/2203.01305, section 4; DINO, https://arxi
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -17,6 +18,23 @@ from .initialization_dino_detr import init_as
 
 
 NOT_AN_OBJECT = -1
+
+
+class DinoDetrEffectiveBatch(NamedTuple):
+    """What a batch must know of the optimizer step that it is a part of to be learned as within one big batch.
+
+    A step's pictures may come in several batches, in several processes and one after the other. The mean over the
+    losses of these batches, and so over their gradients, is that of one batch of all pictures if each was given this.
+
+    Attributes:
+        num_boxes (`float`): Objects of an average batch: those of all batches, at least 1, divided by their number.
+            The normaliser of every loss.
+        most_objects (`int`): Objects of the fullest of all pictures, which decides how many denoising groups there are
+            and how many queries each has.
+    """
+
+    num_boxes: float
+    most_objects: int
 
 
 @dataclass
@@ -126,7 +144,7 @@ class DinoDetrNoDenoising(nn.Module):
         super().__init__()
 
     def forward(
-        self, labels: list[dict[str, torch.Tensor]] | None, matching_queries: torch.Tensor
+        self, labels: list[dict[str, torch.Tensor]] | None, matching_queries: torch.Tensor, most_objects: int = 0
     ) -> DinoDetrDenoisingQueries:
         return no_denoising_queries(matching_queries)
 
@@ -147,7 +165,7 @@ class DinoDetrDenoising(nn.Module):
         self.label_embed = init_as("normal", nn.Embedding(config.num_labels, config.d_model))
 
     def forward(
-        self, labels: list[dict[str, torch.Tensor]] | None, matching_queries: torch.Tensor
+        self, labels: list[dict[str, torch.Tensor]] | None, matching_queries: torch.Tensor, most_objects: int = 0
     ) -> DinoDetrDenoisingQueries:
         """
         Args:
@@ -156,16 +174,17 @@ class DinoDetrDenoising(nn.Module):
                 with labels but no objects there are none either, but the label embedding gets its gradient of zero.
             matching_queries (`torch.Tensor` of shape `(batch_size, num_queries, d_model)`):
                 The content queries that these will be put before; only their shape and device matter.
+            most_objects (`int`, *optional*, defaults to 0): Make room for a picture with as many objects, even if none
+                of this batch has them; see [`DinoDetrEffectiveBatch`].
         """
         if not labels:
             return no_denoising_queries(matching_queries)
         device = matching_queries.device
         chosen = [choose_objects(len(label["boxes"]), self.num_denoising, device) for label in labels]
-        object_index = pad_sequence(chosen, batch_first=True, padding_value=NOT_AN_OBJECT)
-        boxes = pad_sequence([label["boxes"][index] for label, index in zip(labels, chosen)], batch_first=True)
-        classes = pad_sequence(
-            [label["class_labels"][index] for label, index in zip(labels, chosen)], batch_first=True
-        )
+        room = min(most_objects, self.num_denoising)
+        object_index = pad_rows(chosen, room, NOT_AN_OBJECT)
+        boxes = pad_rows([label["boxes"][index] for label, index in zip(labels, chosen)], room)
+        classes = pad_rows([label["class_labels"][index] for label, index in zip(labels, chosen)], room)
 
         batch_size, max_objects = object_index.shape
         num_groups = max(1, self.num_denoising // max(1, max_objects))
@@ -204,6 +223,21 @@ class DinoDetrPlainDenoising(DinoDetrDenoising):
     copies_per_object = 1
     redraw_factor = 1.0
     add_box_noise = staticmethod(plain_box_noise)
+
+
+def pad_rows(rows: list[torch.Tensor], least: int, value: int = 0) -> torch.Tensor:
+    """Stack tensors of different lengths, filling all up to the longest of them and to no less than `least`.
+
+    Example:
+
+    ```python
+    >>> pad_rows([torch.tensor([1, 2]), torch.tensor([3])], least=3).tolist()
+    [[1, 2, 0], [3, 0, 0]]
+
+    ```
+    """
+    filler = rows[0].new_empty(least, *rows[0].shape[1:])
+    return pad_sequence([*rows, filler], batch_first=True, padding_value=value)[:-1]
 
 
 def choose_objects(count: int, limit: int, device: torch.device) -> torch.Tensor:

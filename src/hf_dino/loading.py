@@ -3,18 +3,20 @@
 import dataclasses
 import json
 import logging
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoImageProcessor, BaseImageProcessor
 
 from .configuration_dino_detr import UNUSED_LABEL, DinoDetrConfig
-from .data.dataset import contiguous_id2label
+from .data.dataset import contiguous_id2label, few
 from .data.errors import InputError
 from .image_processing_dino_detr import DinoDetrImageProcessor, DinoDetrImageProcessorPil
 from .modeling_dino_detr import DinoDetrForObjectDetection
@@ -40,49 +42,98 @@ def load_detector(model: str, backend: str | None = None) -> Detector:
         InputError: If there is no model, one of another kind, or only a part of one.
     """
     config = load_config(model)
-    return _load_weights(model, config.id2label), _load_processor(model, {"backend": backend})
+    return _load_weights(model, config.id2label, {}), _load_processor(model, {"backend": backend})
 
 
-def load_detector_for(model: str, categories: Mapping[int, str], size: Mapping[str, int] | None = None) -> Detector:
+def load_detector_for(
+    model: str,
+    categories: Mapping[int, str],
+    size: Mapping[str, int] | None = None,
+    overrides: Mapping[str, Any] | None = None,
+) -> Detector:
     """Load a model to be trained further, with the classes of a data set.
 
-    A model that has these very classes keeps its heads and the numbers of its labels. For all others, class heads and
-    label embedding start anew, and all else is kept.
+    A model that has these very classes keeps its heads and the numbers of its labels. Otherwise classes are numbered
+    as the data set has them: those that the model knows by the same name, whatever their case and whether words are
+    joined by spaces, hyphens or underscores, keep what class heads and label embedding learned of them, and others
+    start anew. All else is kept. One line of the log tells which is which.
 
     Args:
         model (`str`): A folder written by `save_pretrained`, or a name on the Hub.
         categories (`Mapping[int, str]`): The data set's, names by category id.
         size (`Mapping[str, int]`, *optional*): Of pictures, for the image processor; by default as it was.
+        overrides (`Mapping[str, Any]`, *optional*): Fields of [`DinoDetrConfig`] that are to differ.
 
     Raises:
-        InputError: If there is no model, one of another kind, or only a part of one.
+        InputError: If there is no model, one of another kind, or only a part of one, or a field has an illegal value.
     """
     config = load_config(model)
     processor = _load_processor(model, {"size": size})
+    overrides = overrides or {}
     if set(config.id2label.values()) - {UNUSED_LABEL} == set(categories.values()):
-        return _load_weights(model, config.id2label), processor
-    detector = _load_weights(model, contiguous_id2label(categories), num_labels_before=config.num_labels)
+        return _load_weights(model, config.id2label, overrides), processor
+    id2label = contiguous_id2label(categories)
+    detector = _load_weights(model, id2label, overrides, num_labels_before=config.num_labels)
     detector.reset_class_heads()  # as many classes may be other ones
+    known = _labels_before(id2label, config.id2label)
+    if known:
+        _copy_classes(_load_weights(model, config.id2label, overrides), detector, known)
+    copied = [id2label[label] for label in known]
+    new = [name for label, name in id2label.items() if label not in known]
+    logger.warning("%s: classes copied: %s; new: %s", model, few(copied, 20) or "none", few(new, 20) or "none")
     return detector, processor
 
 
-def new_detector(config: Path, categories: Mapping[int, str], size: Mapping[str, int] | None = None) -> Detector:
+def _labels_before(id2label: Mapping[int, str], id2label_before: Mapping[int, str]) -> dict[int, int]:
+    """Labels to the labels that classes of the same name had, of those that there were."""
+    before = {name: label for label, name in id2label_before.items() if name != UNUSED_LABEL}
+    before_by_words = {_words(name): label for name, label in before.items()}
+    found = {label: before.get(name, before_by_words.get(_words(name))) for label, name in id2label.items()}
+    return {label: label_before for label, label_before in found.items() if label_before is not None}
+
+
+def _words(name: str) -> str:
+    return re.sub(r"[\s_-]+", " ", name).strip().casefold()
+
+
+@torch.no_grad()
+def _copy_classes(
+    source: DinoDetrForObjectDetection, target: DinoDetrForObjectDetection, labels_of_source: Mapping[int, int]
+) -> None:
+    """Copy the rows of classes, given by label of the target to label of the source."""
+    labels, from_labels = list(labels_of_source), list(labels_of_source.values())
+    for layer, source_layer in zip(target.class_layers(), source.class_layers(), strict=True):
+        for parameter, source_parameter in zip(layer.parameters(), source_layer.parameters(), strict=True):
+            parameter[labels] = source_parameter[from_labels]
+
+
+def new_detector(
+    config: Path | None,
+    categories: Mapping[int, str],
+    size: Mapping[str, int] | None = None,
+    overrides: Mapping[str, Any] | None = None,
+) -> Detector:
     """Make a model with random weights for the classes of a data set.
 
     Args:
-        config (`Path`): JSON file, see [`read_config`].
+        config (`Path`, *optional*): JSON file, see [`read_config`]; by default DINO with a ResNet-50 and 4 levels.
         categories (`Mapping[int, str]`): The data set's, names by category id.
         size (`Mapping[str, int]`, *optional*): Of pictures, for the image processor; by default the original's.
+        overrides (`Mapping[str, Any]`, *optional*): Fields of [`DinoDetrConfig`] that are to differ from the file's.
 
     Raises:
         InputError: If the file cannot be read, or names an unknown field or an illegal value.
     """
-    fields = read_config(config, contiguous_id2label(categories))
-    with _one_error(config, "is no configuration of a DINO"):
+    fields = read_config(config, contiguous_id2label(categories), overrides)
+    with _one_error(config or "--config-override", "is no configuration of a DINO"):
         model = DinoDetrForObjectDetection(fields)
+    return model, DinoDetrImageProcessor(**_given({"size": size}))
+
+
+def warn_of_frozen_batch_norms(model: DinoDetrForObjectDetection) -> None:
+    """Log that batch norms which nobody trained are not to be trained either, if it is so."""
     if model.config.freeze_batch_norm and any(isinstance(layer, nn.BatchNorm2d) for layer in model.modules()):
         logger.warning("training from scratch with frozen batch norms: set freeze_batch_norm to false")
-    return model, DinoDetrImageProcessor(**_given({"size": size}))
 
 
 def load_config(model: str) -> DinoDetrConfig:
@@ -104,16 +155,25 @@ def load_config(model: str) -> DinoDetrConfig:
     return config
 
 
-def read_config(path: Path, id2label: dict[int, str]) -> DinoDetrConfig:
+def read_config(
+    path: Path | None, id2label: dict[int, str], overrides: Mapping[str, Any] | None = None
+) -> DinoDetrConfig:
     """Make the configuration of a new model from a JSON file with fields of [`DinoDetrConfig`].
 
     Args:
-        path (`Path`): The file. Fields that it leaves out have their defaults.
+        path (`Path`, *optional*): The file. Fields that it leaves out have their defaults.
         id2label (`dict[int, str]`): The classes, which no file can know before the data set does.
+        overrides (`Mapping[str, Any]`, *optional*): Fields that are to differ from the file's.
 
     Raises:
         InputError: If the file cannot be read, or names an unknown field or an illegal value.
     """
+    fields = _read_fields(path) if path else {}
+    with _one_error(path or "--config-override", "is no configuration of a DINO"):
+        return DinoDetrConfig(**{**fields, **(overrides or {}), "id2label": id2label})
+
+
+def _read_fields(path: Path) -> dict[str, Any]:
     with _one_error(path, "cannot be read as JSON"):
         fields = json.loads(path.read_text(encoding="utf-8"))
     if not isinstance(fields, dict):
@@ -124,8 +184,7 @@ def read_config(path: Path, id2label: dict[int, str]) -> DinoDetrConfig:
         raise InputError(
             f"{path}: DinoDetrConfig has no field {', '.join(unknown)}; it has {', '.join(sorted(known))}"
         )
-    with _one_error(path, "is no configuration of a DINO"):
-        return DinoDetrConfig(**{**fields, "id2label": id2label})
+    return fields
 
 
 def _load_processor(model: str, options: Mapping[str, Any]) -> BaseImageProcessor:
@@ -143,12 +202,12 @@ def _check_size(size: Mapping[str, int]) -> None:
 
 
 def _load_weights(
-    model: str, id2label: dict[int, str], num_labels_before: int | None = None
+    model: str, id2label: dict[int, str], overrides: Mapping[str, Any], num_labels_before: int | None = None
 ) -> DinoDetrForObjectDetection:
     """Load every weight; those with a row per class may have had another number of rows before."""
     with _one_error(model, "has no usable weights"):
         detector, info = DinoDetrForObjectDetection.from_pretrained(
-            model, id2label=id2label, ignore_mismatched_sizes=True, output_loading_info=True
+            model, id2label=id2label, ignore_mismatched_sizes=True, output_loading_info=True, **overrides
         )
     wrong = [name for name, saved, _ in info["mismatched_keys"] if saved[0] != num_labels_before]
     if incomplete := sorted({*wrong, *info["missing_keys"]}):

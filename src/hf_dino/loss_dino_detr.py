@@ -31,7 +31,7 @@ def dino_detr_loss(
     num_denoising_groups: int,
     labels: list[dict[str, torch.Tensor]],
     config: DinoDetrConfig,
-    average_over_processes: bool = True,
+    num_boxes: torch.Tensor | float,
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """The training loss of DINO.
 
@@ -47,7 +47,8 @@ def dino_detr_loss(
         labels (`list[dict[str, torch.Tensor]]`): Per picture `class_labels` `(num_objects,)` and `boxes`
             `(num_objects, 4)`, units as in `pred_boxes`.
         config ([`DinoDetrConfig`]): Costs, coefficients, α and γ.
-        average_over_processes (`bool`): Divide by the objects of an average process. Needs every process here.
+        num_boxes (`torch.Tensor` or `float`): What all is divided by, from `count_boxes` or, where a step is made of
+            several batches, from [`DinoDetrEffectiveBatch`].
 
     Returns:
         The weighted sum, and the unweighted terms `loss_ce`, `loss_bbox` and `loss_giou` of the last layer, with the
@@ -55,7 +56,6 @@ def dino_detr_loss(
     """
     classes, boxes = object_tables(labels, config.num_labels)
     boxes = boxes.to(pred_boxes.dtype)
-    num_boxes = count_boxes(labels, logits.device, average_over_processes)
     object_index = match(logits, pred_boxes, labels, config)
     matched = set_losses(logits, pred_boxes, object_index, classes, boxes, num_boxes, config)
     denoised = set_losses(
@@ -93,7 +93,7 @@ def set_losses(
     object_index: torch.Tensor,
     classes: torch.Tensor,
     boxes: torch.Tensor,
-    num_boxes: torch.Tensor,
+    num_boxes: torch.Tensor | float,
     config: DinoDetrConfig,
 ) -> dict[str, torch.Tensor]:
     """Focal loss of all queries, and box losses of those that answer for an object.
@@ -103,7 +103,7 @@ def set_losses(
         pred_boxes (`torch.Tensor` of shape `(batch_size, num_layers, num_queries, 4)`)
         object_index (`torch.Tensor` of shape `(batch_size, num_layers, num_queries)`): -1 for none.
         classes, boxes: As given by `object_tables`.
-        num_boxes (`torch.Tensor`): The normaliser.
+        num_boxes (`torch.Tensor` or `float`): The normaliser.
         config ([`DinoDetrConfig`]): α and γ.
 
     Returns:
@@ -150,7 +150,7 @@ def object_tables(labels: list[dict[str, torch.Tensor]], num_labels: int) -> tup
 
 
 def count_boxes(labels: list[dict[str, torch.Tensor]], device: torch.device, average: bool) -> torch.Tensor:
-    """Objects per process, averaged over processes if asked, at least 1: the normaliser of every loss.
+    """Objects per process, averaged over processes if asked, at least 1: the original's normaliser of every loss.
 
     Data-parallel training averages gradients, so with this the sum over all processes' objects is divided by the
     number of all processes' objects, as if one process had them all.

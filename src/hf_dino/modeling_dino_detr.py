@@ -30,9 +30,14 @@ from .boxes_dino_detr import (
 )
 from .configuration_dino_detr import DinoDetrConfig
 from .deformable_attention_dino_detr import DinoDetrMultiscaleDeformableAttention
-from .denoising_dino_detr import DENOISING_STRATEGIES, DinoDetrDenoisingQueries, denoising_attention_mask
+from .denoising_dino_detr import (
+    DENOISING_STRATEGIES,
+    DinoDetrDenoisingQueries,
+    DinoDetrEffectiveBatch,
+    denoising_attention_mask,
+)
 from .initialization_dino_detr import init_as, initialize
-from .loss_dino_detr import check_labels, dino_detr_loss
+from .loss_dino_detr import check_labels, count_boxes, dino_detr_loss
 from .query_selection_dino_detr import QUERY_SELECTIONS, DinoDetrObjectQueries
 
 
@@ -497,6 +502,7 @@ class DinoDetrModel(DinoDetrPreTrainedModel):
         pixel_values: torch.Tensor,
         pixel_mask: torch.Tensor | None = None,
         labels: list[dict[str, torch.Tensor]] | None = None,
+        effective_batch: DinoDetrEffectiveBatch | None = None,
         **kwargs: Any,
     ) -> DinoDetrModelOutput:
         """
@@ -508,6 +514,7 @@ class DinoDetrModel(DinoDetrPreTrainedModel):
             labels (`list[dict[str, torch.Tensor]]`, *optional*):
                 Per picture `class_labels` `(num_objects,)` and `boxes` `(num_objects, 4)`, of which denoising queries
                 are made in training mode.
+            effective_batch ([`DinoDetrEffectiveBatch`], *optional*): See [`DinoDetrForObjectDetection`].
             output_hidden_states, output_attentions (`bool`, *optional*): What else to return.
 
         Raises:
@@ -522,7 +529,8 @@ class DinoDetrModel(DinoDetrPreTrainedModel):
         encoded = self.encoder(levels, **kwargs)
         memory = encoded.last_hidden_state
         selected = self.query_selection(memory, levels)
-        denoising = self.denoising(labels if self.training else None, selected.inputs_embeds)
+        most_objects = 0 if effective_batch is None else effective_batch.most_objects
+        denoising = self.denoising(labels if self.training else None, selected.inputs_embeds, most_objects)
         decoded = self.decoder(
             inputs_embeds=torch.cat([denoising.inputs_embeds, selected.inputs_embeds], dim=1),
             reference_points=torch.cat([denoising.reference_points, selected.reference_points], dim=1),
@@ -618,6 +626,7 @@ class DinoDetrForObjectDetection(DinoDetrPreTrainedModel):
         pixel_values: torch.Tensor,
         pixel_mask: torch.Tensor | None = None,
         labels: list[dict[str, torch.Tensor]] | None = None,
+        effective_batch: DinoDetrEffectiveBatch | None = None,
         **kwargs: Any,
     ) -> DinoDetrObjectDetectionOutput:
         """
@@ -629,16 +638,20 @@ class DinoDetrForObjectDetection(DinoDetrPreTrainedModel):
             labels (`list[dict[str, torch.Tensor]]`, *optional*):
                 Per picture `class_labels` `(num_objects,)`, int64 in [0, num_labels), and `boxes` `(num_objects, 4)`:
                 centre x, centre y, width, height as fractions of the unpadded picture. With them comes a loss.
+            effective_batch ([`DinoDetrEffectiveBatch`], *optional*):
+                What there is in the whole of a training step that several batches make up, so that it does not matter
+                how many. Without it each batch has its own denoising groups, and its loss is divided by the objects of
+                the average process, as in the original.
             output_hidden_states, output_attentions (`bool`, *optional*): What else to return.
 
         Raises:
             ValueError: If labels cannot be right, or the pictures are too small for `num_queries`.
         """
-        outputs = self.model(pixel_values, pixel_mask, labels, **kwargs)
+        outputs = self.model(pixel_values, pixel_mask, labels, effective_batch, **kwargs)
         logits, boxes = self.logits_and_boxes(outputs.intermediate_hidden_states, outputs.intermediate_boxes)
         loss, loss_dict = None, None
         if labels is not None:
-            loss, loss_dict = self.supervise(logits, boxes, outputs, labels)
+            loss, loss_dict = self.supervise(logits, boxes, outputs, labels, effective_batch)
 
         earlier_layers = zip(logits[:, :-1].unbind(1), boxes[:, :-1].unbind(1))
         auxiliary_outputs = [{"logits": one, "pred_boxes": other} for one, other in earlier_layers]
@@ -652,6 +665,12 @@ class DinoDetrForObjectDetection(DinoDetrPreTrainedModel):
             **passed_on,
         )
 
+    def class_layers(self) -> list[nn.Module]:
+        """The layers with a row of weights per class: class heads of decoder and encoder, denoising's embedding."""
+        of_encoder = getattr(self.model.query_selection, "class_embed", None)
+        of_denoising = getattr(self.model.denoising, "label_embed", None)
+        return [layer for layer in (*self.class_embed, of_encoder, of_denoising) if layer is not None]
+
     @torch.no_grad()
     def reset_class_heads(self) -> None:
         """Forget what was learned of classes: class heads and denoising's label embedding are drawn anew.
@@ -659,11 +678,8 @@ class DinoDetrForObjectDetection(DinoDetrPreTrainedModel):
         For a loaded model that is to learn other classes. `from_pretrained(..., ignore_mismatched_sizes=True)` does it
         where their number differs, but cannot know that as many classes are other ones.
         """
-        of_encoder = getattr(self.model.query_selection, "class_embed", None)
-        of_denoising = getattr(self.model.denoising, "label_embed", None)
-        for layer in (*self.class_embed, of_encoder, of_denoising):
-            if layer is not None:
-                initialize(layer, again=True)
+        for layer in self.class_layers():
+            initialize(layer, again=True)
 
     def logits_and_boxes(self, hidden_states: torch.Tensor, boxes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Class logits and boxes of the supervised decoder layers.
@@ -682,11 +698,17 @@ class DinoDetrForObjectDetection(DinoDetrPreTrainedModel):
         boxes: torch.Tensor,
         outputs: DinoDetrModelOutput,
         labels: list[dict[str, torch.Tensor]],
+        effective_batch: DinoDetrEffectiveBatch | None = None,
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """The loss and its terms; the encoder's choice is supervised as one more layer before the decoder's."""
         if outputs.enc_outputs_class is not None:
             logits = torch.cat([outputs.enc_outputs_class[:, None], logits], dim=1)
             boxes = torch.cat([outputs.enc_outputs_coord_logits.sigmoid()[:, None], boxes], dim=1)
+        num_boxes: torch.Tensor | float = (
+            count_boxes(labels, logits.device, average=self.training)  # evaluation may run on one process alone
+            if effective_batch is None
+            else effective_batch.num_boxes
+        )
         denoising = outputs.denoising
         denoising_logits, denoising_boxes = self.logits_and_boxes(
             denoising.intermediate_hidden_states, denoising.intermediate_boxes
@@ -700,7 +722,7 @@ class DinoDetrForObjectDetection(DinoDetrPreTrainedModel):
             num_denoising_groups=denoising.num_groups,
             labels=labels,
             config=self.config,
-            average_over_processes=self.training,  # evaluation may run on one process alone
+            num_boxes=num_boxes,
         )
 
 

@@ -25,10 +25,12 @@ from .dataset import (
 from .errors import InputError
 from .formats import read_data
 from .images import list_pictures, read_image
+from .splits import SPLITS
 
 
 __all__ = [
     "AUGMENTATIONS",
+    "SPLITS",
     "AnnotatedPicture",
     "Augmentation",
     "DataReport",
@@ -43,8 +45,8 @@ __all__ = [
     "check_data",
     "clip_boxes",
     "contiguous_id2label",
-    "evaluation_size",
     "evaluation_loader",
+    "evaluation_size",
     "label_of_category",
     "list_pictures",
     "make_augmentation",

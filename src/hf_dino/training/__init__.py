@@ -1,55 +1,84 @@
 """Around the training loop: settings, checkpoints that a run can go on from, progress, and what it leaves."""
 
-from .arguments import HelpFormatter, at_least, number_between, parse_size
+from .arguments import HelpFormatter, at_least, config_field, number_between, parse_size
 from .checkpoint import (
     TrainingState,
+    check_disk_space,
     checkpoint_path,
+    data_fingerprint,
     find_start,
     latest_checkpoint,
     load_checkpoint,
     prepare_checkpoints,
     read_state,
     remove_checkpoints,
+    rescue_state,
     save_checkpoint,
 )
+from .effective_batch import effective_batch, with_effective_batch
+from .ema import WeightAverage
 from .export import export_run
 from .files import check_new_files, files_into_folder, write_json
+from .freezing import freezable_stages, freeze
+from .history import RunHistory
+from .lock import run_folder
 from .monitor import LossMonitor
 from .optimization import (
+    SCHEDULES,
     checkpoint_activations,
+    compile_layers,
     drop_steps,
-    freeze_stem,
-    learning_rate_factor,
+    make_schedule,
     parameter_groups,
     set_learning_rate,
+    stopped_improving,
 )
 from .progress import TrainingProgress
+from .recipe import apply_recipe
+from .signals import StopSignals
+from .tracking import tracked
 
 
 __all__ = [
+    "SCHEDULES",
     "HelpFormatter",
     "LossMonitor",
+    "RunHistory",
+    "StopSignals",
     "TrainingProgress",
     "TrainingState",
+    "WeightAverage",
+    "apply_recipe",
     "at_least",
+    "check_disk_space",
     "check_new_files",
     "checkpoint_activations",
     "checkpoint_path",
+    "compile_layers",
+    "config_field",
+    "data_fingerprint",
     "drop_steps",
+    "effective_batch",
     "export_run",
     "files_into_folder",
     "find_start",
-    "freeze_stem",
+    "freezable_stages",
+    "freeze",
     "latest_checkpoint",
-    "learning_rate_factor",
     "load_checkpoint",
+    "make_schedule",
     "number_between",
     "parameter_groups",
     "parse_size",
     "prepare_checkpoints",
     "read_state",
     "remove_checkpoints",
+    "rescue_state",
+    "run_folder",
     "save_checkpoint",
     "set_learning_rate",
+    "stopped_improving",
+    "tracked",
+    "with_effective_batch",
     "write_json",
 ]

@@ -1,9 +1,14 @@
 """Arguments of the command lines that need more than a type."""
 
 import argparse
+import dataclasses
+import json
 import math
 from collections.abc import Callable, Sequence
+from difflib import get_close_matches
+from typing import Any
 
+from ..configuration_dino_detr import DinoDetrConfig
 from ..data.errors import InputError
 from ..image_processing_dino_detr import LONGEST_EDGE, SHORTEST_EDGE
 
@@ -53,6 +58,33 @@ def number_between(
         return value
 
     return number
+
+
+def config_field(text: str) -> tuple[str, Any]:
+    """Read `FIELD=VALUE`, a field of [`DinoDetrConfig`] and its value as JSON, or as it is if it is no JSON.
+
+    Which values are legal, the configuration itself says.
+
+    Example:
+
+    ```python
+    >>> dict(map(config_field, ["box_noise_scale=1.0", "denoising=plain"]))
+    {'box_noise_scale': 1.0, 'denoising': 'plain'}
+
+    ```
+    """
+    name, equals, value = text.partition("=")
+    fields = [field.name for field in dataclasses.fields(DinoDetrConfig)]
+    if not equals:
+        raise argparse.ArgumentTypeError(f"expected FIELD=VALUE, got {text!r}")
+    if name not in fields:
+        close = get_close_matches(name, fields, n=1)
+        hint = f"did you mean {close[0]}?" if close else f"it has {', '.join(fields)}"
+        raise argparse.ArgumentTypeError(f"DinoDetrConfig has no field {name!r}; {hint}")
+    try:
+        return name, json.loads(value)
+    except json.JSONDecodeError:
+        return name, value
 
 
 def parse_size(words: Sequence[str]) -> dict[str, int]:

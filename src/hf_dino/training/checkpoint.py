@@ -1,26 +1,46 @@
-"""Checkpoints of a run: everything that the next step depends on, in one folder per checkpoint."""
+"""Checkpoints of a run: everything that the next step depends on, in one folder per checkpoint.
+
+A checkpoint is written beside its place, brought to the disk and then renamed, so that one that has its name is whole.
+"""
 
 import json
 import logging
 import pickle
 import shutil
 import tempfile
-from collections.abc import Collection
+import uuid
+import zlib
+from collections.abc import Collection, Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import Accelerator
+from accelerate.utils import load
 from safetensors import SafetensorError
+from torch import nn
 
+from ..data.dataset import DetectionData
 from ..data.errors import InputError
-from .files import write_json
+from .files import sync, sync_tree, write_json
+from .processes import highest_of_all, texts_of_all
 
 
 logger = logging.getLogger(__name__)
 
 _STATE_FILE = "training_state.json"
 _NAME = "step_" + 8 * "[0-9]"  # as a pattern of `glob`
+_FAILED = "failed"
+_RANDOM_STATE = "random_states_{}.pkl"  # Accelerate's file of each process
+
+# Checkpoints that are there at once while one is written: the last, the new one and, if it is neither, the best.
+_AT_LEAST, _AT_MOST = 2, 3
+
+# What Accelerate raises when a disk is full depends on who writes: Python, safetensors or torch, which raises
+# RuntimeErrors, as for anything else, that have one of these words.
+_WRITE_ERRORS = (OSError, SafetensorError, RuntimeError)
+_TORCH_WRITES = ("inline_container", "StreamWriter", "file write")
 
 
 @dataclass
@@ -33,6 +53,7 @@ class TrainingState:
         history (`list[dict]`): A row per report: `step`, `epoch`, and losses or COCO's numbers.
         best_step (`int` or `None`): The step whose checkpoint has the highest `best_ap`, once one was evaluated.
         best_ap (`float`): Average precision at `best_step`, in [0, 1]; -1 before.
+        run_id (`str`): By which a tracker knows the run when it goes on.
     """
 
     settings: dict[str, Any]
@@ -40,6 +61,12 @@ class TrainingState:
     history: list[dict[str, Any]] = field(default_factory=list)
     best_step: int | None = None
     best_ap: float = -1.0
+    run_id: str = field(default_factory=lambda: uuid.uuid4().hex[:12])
+
+    @property
+    def evaluated(self) -> bool:
+        """Whether the model of this step was evaluated, so that a resumed run need not do it."""
+        return any(row["step"] == self.step and "ap" in row for row in self.history)
 
     @property
     def kept_step(self) -> int:
@@ -73,6 +100,9 @@ def find_start(output: Path, checkpoints: Path, *, resume: bool, overwrite: bool
         InputError: If there is nothing to resume, or something that was not to be overwritten.
     """
     checkpoint = latest_checkpoint(checkpoints)
+    if resume and checkpoint is None and checkpoints.is_dir() and not (output / "config.json").exists():
+        logger.warning("%s: the run was stopped before its first checkpoint and begins anew", output)
+        return None
     if resume and checkpoint is None:
         raise InputError(f"{output}: holds no checkpoint to resume from; start without --resume")
     if resume:
@@ -88,12 +118,24 @@ def _holds_a_run(output: Path, checkpoints: Path) -> bool:
     return checkpoints.is_dir() or (output / "config.json").is_file()
 
 
+def data_fingerprint(data: DetectionData) -> str:
+    """Tell a data set from any other, wherever its files are: by pictures and categories.
+
+    Boxes may be corrected before a run goes on, and are left out.
+
+    Args:
+        data (`DetectionData`): What a run trains on; the result belongs in [`TrainingState`]'s settings.
+    """
+    pictures = [(picture.image_id, picture.height, picture.width) for picture in data.pictures]
+    return f"{zlib.crc32(repr((pictures, sorted(data.categories.items()))).encode()):08x}"
+
+
 def prepare_checkpoints(folder: Path, *, resume: bool) -> None:
     """See that checkpoints can be written, before there is a first one to lose, and delete those of an older run.
 
     Args:
         folder (`Path`): Where the checkpoints will be; made if it does not exist.
-        resume (`bool`): Whether those in it are this run's.
+        resume (`bool`): Whether those in it are this run's. What a killed process left half-written goes anyway.
 
     Raises:
         OSError: If the folder cannot be made or written to.
@@ -101,8 +143,41 @@ def prepare_checkpoints(folder: Path, *, resume: bool) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryFile(dir=folder):
         pass
-    if not resume:
-        remove_checkpoints(folder)
+    remove_checkpoints(folder, kept=set(folder.glob(_NAME)) if resume else ())
+    remove_checkpoints(folder / _FAILED, kept=set((folder / _FAILED).glob(_NAME)) if resume else ())
+
+
+def check_disk_space(
+    folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, more: Iterable[torch.Tensor] = ()
+) -> None:
+    """See, before the first step, that a run's checkpoints fit on the disk.
+
+    Two are needed at least: the last one is deleted when the next is whole. With the best one they can be three.
+
+    Args:
+        folder (`Path`): Where the checkpoints will be; need not exist. Those in it count as space.
+        model (`nn.Module`): What is trained.
+        optimizer (`torch.optim.Optimizer`): Of Adam's kind: it keeps two numbers for each that it trains.
+        more (`Iterable[torch.Tensor]`, *optional*): What else is saved, such as an average of the weights.
+
+    Raises:
+        InputError: If there is plainly too little space; where it may just do, a warning is logged.
+    """
+    trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    saved = (*model.parameters(), *model.buffers(), *more, *trained, *trained)
+    size = sum(tensor.numel() * tensor.element_size() for tensor in saved)
+    existing = next(path for path in (folder.resolve(), *folder.resolve().parents) if path.exists())
+    free = shutil.disk_usage(existing).free
+    space = free + size * len(list(folder.glob(_NAME)))
+    text = f"{folder}: a checkpoint takes {_gib(size)}, %s {_gib(free)} are free; make space or give another --output"
+    if space < _AT_LEAST * size:
+        raise InputError(text % f"{_AT_LEAST} are needed at the same time, and")
+    if space < _AT_MOST * size:
+        logger.warning(text, f"up to {_AT_MOST} are needed at the same time, and")
+
+
+def _gib(size: float) -> str:
+    return f"{size / 2**30:.2f} GiB"
 
 
 def load_checkpoint(accelerator: Accelerator, checkpoint: Path) -> None:
@@ -116,9 +191,25 @@ def load_checkpoint(accelerator: Accelerator, checkpoint: Path) -> None:
         InputError: If a file of it is missing or damaged.
     """
     try:
+        _check_random_states(accelerator, checkpoint)
         accelerator.load_state(str(checkpoint))
-    except (OSError, EOFError, ValueError, RuntimeError, SafetensorError, pickle.UnpicklingError) as error:
+    except (OSError, EOFError, KeyError, ValueError, RuntimeError, SafetensorError, pickle.UnpicklingError) as error:
         raise InputError(_damaged(checkpoint, error)) from error
+
+
+def _check_random_states(accelerator: Accelerator, checkpoint: Path) -> None:
+    """Read what `load_state` leaves out without a word: random numbers that it cannot read or has no place for."""
+    paths = sorted(checkpoint.glob(_RANDOM_STATE.format("*")))
+    if not paths:
+        raise FileNotFoundError(f"no {_RANDOM_STATE.format(0)}")
+    of_devices = {len(load(path).get("torch_cuda_manual_seed", ())) for path in paths}
+    if len(paths) != accelerator.num_processes or of_devices != {torch.cuda.device_count()}:
+        logger.warning(
+            "%s: was written by %d processes that saw %s GPUs, and is read by %d that see %d: the run goes on with "
+            "other random numbers than it would have had",
+            *(checkpoint, len(paths), "/".join(map(str, of_devices))),
+            *(accelerator.num_processes, torch.cuda.device_count()),
+        )
 
 
 def _damaged(checkpoint: Path, error: Exception) -> str:
@@ -167,24 +258,92 @@ def save_checkpoint(accelerator: Accelerator, folder: Path, state: TrainingState
         accelerator (`Accelerator`): Holds model and optimizer.
         folder (`Path`): Where the checkpoints are.
         state (`TrainingState`): Written beside them.
+
+    Raises:
+        InputError: If it cannot be written, say because the disk is full. The earlier ones are still there.
     """
     path = checkpoint_path(folder, state.step)
-    if not path.exists():  # else only what is known about this step has changed, such as its score
-        # the processes write their random numbers into one folder, so one of them makes and names it
-        temporary = folder / f".{path.name}.part"
-        if accelerator.is_main_process:
-            shutil.rmtree(temporary, ignore_errors=True)
-        accelerator.wait_for_everyone()
-        accelerator.save_state(str(temporary))
-        accelerator.wait_for_everyone()
-        if accelerator.is_main_process:
-            write_json(temporary / _STATE_FILE, asdict(state))
-            temporary.rename(path)
-    elif accelerator.is_main_process:
-        write_json(path / _STATE_FILE, asdict(state))
+    is_new = not path.exists()  # else only what is known about this step has changed, such as its score
+    temporary = folder / f".{path.name}.part"
+    if is_new:
+        _write_files(accelerator, temporary)
+    failure = ""
+    if accelerator.is_main_process:
+        try:
+            write_json((temporary if is_new else path) / _STATE_FILE, asdict(state))
+            if is_new:
+                sync_tree(temporary)
+                temporary.rename(path)
+                sync(folder)
+        except OSError as error:
+            failure = str(error)
+    _stop_if(failure, accelerator, temporary)
     if accelerator.is_main_process:
         remove_checkpoints(folder, kept=(path, checkpoint_path(folder, state.kept_step)))
     accelerator.wait_for_everyone()
+
+
+def _write_files(accelerator: Accelerator, temporary: Path) -> None:
+    """Save what Accelerate holds. The processes write into one folder, so one of them makes it."""
+    failure = ""
+    if accelerator.is_main_process:
+        shutil.rmtree(temporary, ignore_errors=True)
+    accelerator.wait_for_everyone()
+    try:
+        accelerator.save_state(str(temporary))
+    except _WRITE_ERRORS as error:
+        if isinstance(error, RuntimeError) and not any(word in str(error) for word in _TORCH_WRITES):
+            raise
+        failure = str(error).partition("\n")[0]
+    _stop_if(failure, accelerator, temporary)
+
+
+def _stop_if(failure: str, accelerator: Accelerator, temporary: Path) -> None:
+    """Stop every process if one could not write, and give back the space that the half checkpoint takes."""
+    failures = texts_of_all(failure)
+    if not failures:
+        return
+    free = _gib(shutil.disk_usage(temporary.parent).free)
+    if accelerator.is_main_process:
+        shutil.rmtree(temporary, ignore_errors=True)
+    last = latest_checkpoint(temporary.parent)
+    go_on = f"go on from {last.name} with --resume" if last else "start again"
+    raise InputError(
+        f"{temporary.parent}: a checkpoint could not be written ({'; '.join(failures)}; {free} were left on the "
+        f"disk). Make space there, then {go_on}"
+    )
+
+
+def rescue_state(
+    accelerator: Accelerator, model: nn.Module, optimizer: torch.optim.Optimizer, folder: Path, state: TrainingState
+) -> str:
+    """Save the state of a run that has to stop, called by every process, and say what can be done with it.
+
+    A state whose numbers are all finite becomes an ordinary checkpoint. One that is spoilt already must not take the
+    place of those that are not: it goes into a folder of its own.
+
+    Args:
+        accelerator (`Accelerator`): Holds model and optimizer.
+        model (`nn.Module`): The model.
+        optimizer (`torch.optim.Optimizer`): Its optimizer.
+        folder (`Path`): Where the checkpoints are.
+        state (`TrainingState`): Of the last step that was done.
+    """
+    averages = (value for values in optimizer.state.values() for value in values.values())
+    spoilt = highest_of_all(accelerator, not _all_finite((*model.state_dict().values(), *averages)))
+    try:
+        save_checkpoint(accelerator, folder / _FAILED if spoilt else folder, state)
+    except InputError as error:
+        return f"The state before this step was not saved: {error}"
+    if not spoilt:
+        return f"The state before this step is kept in {checkpoint_path(folder, state.step)}"
+    last = latest_checkpoint(folder)
+    go_on = f"--resume goes on from {last.name}" if last else "there is no earlier checkpoint"
+    return f"The state before this step has such numbers too and is kept in {folder / 'failed'}; {go_on}"
+
+
+def _all_finite(values: Iterable[Any]) -> bool:
+    return all(bool(value.isfinite().all()) for value in values if isinstance(value, torch.Tensor))
 
 
 def remove_checkpoints(folder: Path, kept: Collection[Path] = ()) -> None:

@@ -1,13 +1,52 @@
-"""Write so that a reader, or a process that dies half-way, never meets half a file or half a folder."""
+"""Write so that a reader, a process that dies half-way or a power cut never meets half a file or half a folder."""
 
 import json
+import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from ..data.errors import InputError
+
+
+def sync(path: Path) -> None:
+    """Wait until a file's content, or which names are in a folder, would outlive a power cut."""
+    if not path.is_dir():
+        with path.open("r+b") as file:
+            os.fsync(file.fileno())
+        return
+    with suppress(OSError):  # not every system can do this for a folder
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def sync_tree(folder: Path) -> None:
+    """Do the same for everything in a folder, and for the folder itself."""
+    for path in (*folder.rglob("*"), folder):
+        sync(path)
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Give the path of a file to write, which takes the place of `path` once it is whole, or not at all.
+
+    Args:
+        path (`Path`): May exist; its folder is made. The temporary file has the same suffix.
+    """
+    temporary = path.with_name(f".{path.stem}.part{path.suffix}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        yield temporary
+        sync(temporary)
+        temporary.replace(path)
+        sync(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -23,9 +62,11 @@ def files_into_folder(folder: Path, last: str) -> Iterator[Path]:
     temporary.mkdir(parents=True)
     try:
         yield temporary
+        sync_tree(temporary)
         (folder / last).unlink(missing_ok=True)
         for path in sorted(temporary.iterdir(), key=lambda path: path.name == last):
             path.replace(folder / path.name)
+        sync(folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -51,7 +92,5 @@ def check_new_files(*paths: Path | None) -> None:
 
 def write_json(path: Path, content: Any) -> None:
     """Write `content` as JSON, or leave the file that was there."""
-    temporary = path.with_name(f".{path.name}.part")
-    temporary.parent.mkdir(parents=True, exist_ok=True)
-    temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    temporary.replace(path)
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

@@ -1,81 +1,171 @@
-"""Watch the losses of a run: stop when one is not a number, average them for the history."""
+"""Watch the losses of a run: stop when one is not a number and say why, average them for the history."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from statistics import fmean
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
+from accelerate import Accelerator, DistributedType
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from .diagnosis import RandomState, first_not_finite
+from .processes import highest_of_all, texts_of_all
 
 
 # With a GradScaler, which halves its scale each time: more in a row than this are no matter of the scale.
 _TOLERATED = 10
 _IN_HISTORY = ("loss", "loss_ce", "loss_bbox", "loss_giou")
 
+# Where a process does not have the whole model, so that a layer cannot be looked at in passing.
+_IN_PIECES = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
+
+
+@dataclass(frozen=True)
+class _Begun:
+    """What it takes to compute a batch once more."""
+
+    batch: Mapping[str, Any]
+    random_state: RandomState
+
 
 class LossMonitor:
     """Collects the losses of this process since the last row of the history.
 
+    For each batch: [`LossMonitor.begin`], the model, [`LossMonitor.add`]. Before each step of the optimizer:
+    [`LossMonitor.check`]. In a run whose numbers are finite it reads the device once a step and keeps nothing.
+    `accelerator.register_for_checkpointing` takes it, so that a resumed run averages what the whole one would have.
+
     Args:
-        with_scaler (`bool`, *optional*, defaults to `False`): Whether a `GradScaler` leaves out steps whose loss is
-            infinite or not a number, so that a few of them in a row do no harm.
+        accelerator (`Accelerator`): Knows the processes, which stop together. If it has a `GradScaler`, which leaves
+            out steps whose gradient is not finite, a few of them in a row do no harm.
+        model (`nn.Module`): The model that the accelerator prepared.
+        rescue (`Callable[[], str]`): Saves the state before a step that has failed, and says where; called by every
+            process, with the random numbers that the step began with.
+        files (`Mapping[int, Any]`, *optional*): What to call a picture, such as its path, by its `image_id`.
     """
 
-    def __init__(self, with_scaler: bool = False) -> None:
-        self.tolerated = _TOLERATED if with_scaler else 0
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        model: nn.Module,
+        rescue: Callable[[], str],
+        files: Mapping[int, Any] | None = None,
+    ) -> None:
+        self.accelerator = accelerator
+        self.model = model
+        self.rescue = rescue
+        self.files = files or {}
+        self.tolerated = 0 if accelerator.scaler is None else _TOLERATED
         self._wrong_steps = 0  # in a row, up to now
         self._names: list[str] = []
-        self._unread: list[torch.Tensor] = []  # per batch of this step
-        self._labels: list[Sequence[Mapping[str, torch.Tensor]]] = []
+        self._begun: list[_Begun] = []  # per batch of this step, as the next
+        self._unread: list[torch.Tensor] = []
         self._rows: list[dict[str, float]] = []
 
-    def add(
-        self,
-        loss: torch.Tensor,
-        loss_dict: Mapping[str, torch.Tensor],
-        labels: Sequence[Mapping[str, torch.Tensor]],
-    ) -> None:
+    def begin(self, batch: Mapping[str, Any]) -> None:
+        """Take note of a batch, before the model gets it.
+
+        Args:
+            batch (`Mapping`): The model's arguments, best as the loader gave them: it is held until the step is done,
+                and need not take up the device's memory.
+        """
+        self._begun.append(_Begun(batch, RandomState.now()))
+
+    def add(self, loss: torch.Tensor, loss_dict: Mapping[str, torch.Tensor]) -> None:
         """Take in a batch's losses without reading them, which would wait for the device.
 
         Args:
             loss (`torch.Tensor` of shape `()`): The model's.
             loss_dict (`Mapping[str, torch.Tensor]`): Its terms.
-            labels (`Sequence[Mapping]`): The batch's labels, for the ids of its pictures.
         """
         self._names = ["loss", *loss_dict]
         self._unread.append(torch.stack([loss.detach(), *(term.detach() for term in loss_dict.values())]))
-        self._labels.append(labels)
 
-    def check(self, step: int) -> float:
-        """Read the losses of a step's batches, before the optimizer takes it, and return their mean.
+    def check(self, step: int, gradient_norm: torch.Tensor | float | None = None) -> dict[str, float]:
+        """Read the losses of a step's batches, before the optimizer takes it; called by every process.
 
         Args:
-            step (`int`): The optimizer step.
+            step (`int`): Optimizer steps done before this one.
+            gradient_norm (`torch.Tensor` of shape `()`, *optional*): What `accelerator.clip_grad_norm_` returned: it
+                has seen the gradient of every weight, from all processes.
+
+        Returns:
+            `dict[str, float]`: The step's means: `loss` and the last decoder layer's terms.
 
         Raises:
-            FloatingPointError: If a loss is infinite or not a number, in more steps in a row than are tolerated:
-                nothing that follows would be worth keeping.
+            FloatingPointError: If a loss or the gradient is infinite or not a number, in more steps in a row than are
+                tolerated: nothing that follows would be worth keeping.
         """
-        rows = [dict(zip(self._names, values)) for values in torch.stack(self._unread).tolist()]
-        labels, self._unread, self._labels = self._labels, [], []
-        wrong = [index for index, row in enumerate(rows) if not math.isfinite(row["loss"])]
-        self._wrong_steps = self._wrong_steps + 1 if wrong else 0
+        norm, rows = self._read(gradient_norm)
+        begun, self._begun = self._begun, []
+        is_wrong = highest_of_all(self.accelerator, not all(map(math.isfinite, (norm, *(r["loss"] for r in rows)))))
+        self._wrong_steps = self._wrong_steps + 1 if is_wrong else 0
         if self._wrong_steps > self.tolerated:
-            raise FloatingPointError(_explain(rows[wrong[0]], labels[wrong[0]], step))
-        if not wrong:
+            self._stop(step, norm, rows, begun)
+        if not is_wrong:
             self._rows += rows
-        return fmean(row["loss"] for row in rows)
+        return _means(rows)
 
-    def averages(self) -> dict[str, Any]:
+    def averages(self) -> dict[str, float]:
         """Average what was checked since the last call: `loss` and the last decoder layer's terms; {} if nothing."""
         rows, self._rows = self._rows, []
-        return {name: fmean(row[name] for row in rows) for name in _IN_HISTORY} if rows else {}
+        return _means(rows)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What was checked since the last row of the history, and how many steps in a row were left out."""
+        return {"rows": self._rows, "wrong_steps": self._wrong_steps}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a state."""
+        self._rows, self._wrong_steps = list(state["rows"]), state["wrong_steps"]
+
+    def _read(self, gradient_norm: torch.Tensor | float | None) -> tuple[float, list[dict[str, float]]]:
+        """The norm and each batch's losses, in one transfer."""
+        unread, self._unread = torch.stack(self._unread), []
+        whole = gradient_norm.full_tensor() if isinstance(gradient_norm, DTensor) else gradient_norm
+        norm = torch.as_tensor(0.0 if whole is None else whole).to(unread).reshape(1)
+        numbers = torch.cat([norm, unread.flatten()]).tolist()
+        width = len(self._names)
+        return numbers[0], [dict(zip(self._names, numbers[i : i + width])) for i in range(1, len(numbers), width)]
+
+    def _stop(self, step: int, norm: float, rows: list[dict[str, float]], begun: list[_Begun]) -> NoReturn:
+        """Keep the state, look for the cause, and raise one error that has both from all processes."""
+        begun[0].random_state.restore()
+        kept = self.rescue()
+        self.model.zero_grad(set_to_none=True)  # makes room for computing the step again
+        reports = [self._report(row, each) for row, each in zip(rows, begun, strict=True)]
+        what = "; ".join(texts_of_all("; ".join(report for report in reports if report)))
+        raise FloatingPointError(
+            f"step {step} (counted from 0): {what or f'the norm of the gradient is {norm}'}.\n{kept}.\n"
+            "Look at these pictures and their boxes, or start again with a lower learning rate, a smaller --clip, or "
+            "without fp16"
+        )
+
+    def _report(self, row: Mapping[str, float], begun: _Begun) -> str:
+        """What is wrong with a batch, or nothing."""
+        cause = self._cause(begun)
+        wrong = {name: value for name, value in row.items() if not math.isfinite(value)}
+        if not wrong and cause is None:
+            return ""
+        numbers = [f"{name} is {value}" for name, value in wrong.items()] or ["the loss is finite"]
+        ids = [int(label["image_id"]) for label in begun.batch["labels"]]
+        pictures = ", ".join(f"{i} ({self.files[i]})" if i in self.files else str(i) for i in ids)
+        first = f"; the first tensor that is not finite is {cause}" if cause else ""
+        return f"{', '.join(numbers)} with the pictures of image_id {pictures}{first}"
+
+    def _cause(self, begun: _Begun) -> str | None:
+        if self.accelerator.distributed_type in _IN_PIECES:
+            return None
+        model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        scale = 1.0 if self.accelerator.scaler is None else self.accelerator.scaler.get_scale()
+        try:
+            return first_not_finite(model, begun.batch, begun.random_state, scale)
+        except torch.OutOfMemoryError:
+            return None
 
 
-def _explain(row: Mapping[str, float], labels: Sequence[Mapping[str, torch.Tensor]], step: int) -> str:
-    wrong = {name: value for name, value in row.items() if name != "loss" and not math.isfinite(value)}
-    pictures = [int(label["image_id"]) for label in labels]
-    return (
-        f"the loss is {row['loss']} at step {step} with the pictures of image_id {pictures} (terms that are not "
-        f"finite: {wrong}); look at these pictures and their boxes, or lower the learning rate"
-    )
+def _means(rows: list[dict[str, float]]) -> dict[str, float]:
+    return {name: fmean(row[name] for row in rows) for name in _IN_HISTORY} if rows else {}

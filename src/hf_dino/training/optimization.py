@@ -1,37 +1,30 @@
-"""The original's optimiser settings: parameter groups and the learning rate at every step.
+"""The original's optimiser settings and its peers': parameter groups, the learning rate at every step, when to stop.
 
 DINO (https://github.com/IDEA-Research/DINO) `main.py` and `util/get_param_dicts.py`: AdamW, the backbone at a tenth of
 the learning rate, weight decay on every parameter, norms and biases included, and one drop to a tenth near the end.
+
+Learning rate and end are functions of the step and of the history, and nothing else: there is no scheduler whose state
+could go wrong when a run is resumed, or that counts the steps of several processes.
 """
 
-from collections.abc import Sequence
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-
-# "backbone" in the original's sense: not the projections of its levels, which are new in every detector
-_BACKBONE = ".backbone.body."
-
-
-# What the original never trains of a pre-trained ResNet: the layers that find edges and colours anywhere.
-_STEM = (".backbone.body.embedder.", ".backbone.body.encoder.stages.0.")
+from ..data.errors import InputError
+from .freezing import BACKBONE, freeze
 
 
-def freeze_stem(model: PreTrainedModel) -> None:
-    """Leave the first layers of a ResNet as they were pre-trained, as the original does; train all of other backbones.
+# `lr_linear_proj_names` of the original: what says where to look, which Deformable DETR trains at a tenth of the rate.
+# Nothing here is called `reference_points`, as in DINO itself, where they come from the encoder.
+_SAMPLING = r"\.(sampling_offsets|reference_points)\."
 
-    A backbone that is trained from scratch, which `freeze_batch_norm=False` tells, trains as a whole.
-
-    Args:
-        model (`PreTrainedModel`): A `DinoDetrForObjectDetection`.
-    """
-    if model.config.freeze_batch_norm and model.config.backbone_config.model_type == "resnet":
-        for name, parameter in model.named_parameters():
-            if any(part in f".{name}" for part in _STEM):
-                parameter.requires_grad_(False)
+freeze_stem = freeze  # the former name
 
 
 def checkpoint_activations(model: PreTrainedModel) -> None:
@@ -40,43 +33,124 @@ def checkpoint_activations(model: PreTrainedModel) -> None:
     getattr(model, newer if hasattr(model, newer) else older)()
 
 
-def parameter_groups(model: nn.Module, learning_rate: float, backbone_lr_factor: float) -> list[dict[str, Any]]:
-    """Share out the parameters that train: the backbone's, and all others.
+def compile_layers(model: PreTrainedModel) -> None:
+    """Let `torch.compile` translate the layers of encoder and decoder, where most of the time goes.
+
+    All layers of a kind share one translation, which serves pictures and objects of any size and number: it costs a
+    minute at the first step and never again. Names of weights stay as they are. The whole model, in one piece, takes
+    many times as long to translate, and a new translation for every size of picture.
+
+    Args:
+        model (`PreTrainedModel`): A `DinoDetrForObjectDetection`, before `accelerator.prepare`.
+    """
+    for layer in (*model.model.encoder.layers, *model.model.decoder.layers):
+        layer.compile(dynamic=True)
+
+
+def parameter_groups(
+    model: nn.Module, learning_rate: float, backbone_lr_factor: float, sampling_lr_factor: float = 1.0
+) -> list[dict[str, Any]]:
+    """Share out the parameters that train, by their learning rate.
 
     Args:
         model (`nn.Module`): A `DinoDetrForObjectDetection`.
-        learning_rate (`float`): Of everything but the backbone.
+        learning_rate (`float`): Of everything but what follows.
         backbone_lr_factor (`float`): The backbone's learning rate is this many times `learning_rate`.
+        sampling_lr_factor (`float`, *optional*, defaults to 1.0): And that of the layers which predict the sampling
+            offsets of deformable attention. Deformable DETR has 0.1; in DINO's published runs its 0.1 had no effect.
 
     Returns:
         `list[dict]`: Groups for a torch optimizer, each with `params`, `lr`, and `initial_lr`, which the schedule
-        multiplies.
+        multiplies. Every parameter that trains is in exactly one of them.
+
+    Raises:
+        InputError: If all parameters are frozen.
     """
-    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    backbone = [parameter for name, parameter in trained.items() if _BACKBONE in f".{name}"]
-    others = [parameter for name, parameter in trained.items() if _BACKBONE not in f".{name}"]
-    rates = ((others, learning_rate), (backbone, learning_rate * backbone_lr_factor))
-    return [{"params": params, "lr": rate, "initial_lr": rate} for params, rate in rates if params]
+    # the first pattern that is found in a name decides
+    factors = {re.escape(BACKBONE): backbone_lr_factor, _SAMPLING: sampling_lr_factor, "": 1.0}
+    groups: dict[float, list[nn.Parameter]] = {factor: [] for factor in reversed(factors.values())}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            groups[next(factor for pattern, factor in factors.items() if re.search(pattern, name))].append(parameter)
+    if not any(groups.values()):
+        raise InputError("nothing is left to train: every parameter of the model is frozen")
+    return [
+        {"params": parameters, "lr": learning_rate * factor, "initial_lr": learning_rate * factor}
+        for factor, parameters in groups.items()
+        if parameters
+    ]
 
 
-def learning_rate_factor(step: int, *, drop_steps: Sequence[int], warmup_steps: int = 0) -> float:
-    """Say what the learning rate is multiplied with at a step: a rise from 0 to 1, then a tenth after each drop.
+def _drops(step: int, total_steps: int, drop_steps: Sequence[int]) -> float:
+    """The original's: a tenth after each drop."""
+    return 0.1 ** sum(step >= drop_step for drop_step in drop_steps)
+
+
+def _cosine(step: int, total_steps: int, drop_steps: Sequence[int]) -> float:
+    """From 1 to 0 along half a cosine."""
+    return _between(1.0, 0.0, step / total_steps)
+
+
+def _one_cycle(step: int, total_steps: int, drop_steps: Sequence[int]) -> float:
+    """Up from a 25th in the first fifth of the run, and down to nearly nothing; as `OneCycleLR` of the original."""
+    lowest, peak = 1 / 25, 0.2 * total_steps - 1
+    if step < peak:
+        return _between(lowest, 1.0, step / peak)
+    return _between(1.0, lowest / 10_000, (step - peak) / (total_steps - 1 - peak))
+
+
+def _between(first: float, last: float, part: float) -> float:
+    """What lies between two numbers, when `part` of the way is gone: slow, fast, slow."""
+    return last + (first - last) * (1 + math.cos(math.pi * min(part, 1.0))) / 2
+
+
+SCHEDULES: dict[str, Callable[[int, int, Sequence[int]], float]] = {
+    "step": _drops,
+    "cosine": _cosine,
+    "one_cycle": _one_cycle,
+}
+"""Shapes of the learning rate over a run, without its warm-up."""
+
+
+def make_schedule(
+    name: str, *, total_steps: int, drop_steps: Sequence[int] = (), warmup_steps: int = 0
+) -> Callable[[int], float]:
+    """Choose what the learning rate is multiplied with at each step.
 
     Args:
-        step (`int`): Optimizer steps done before this one.
-        drop_steps (`Sequence[int]`): From each of these steps on it is a tenth of what it was.
-        warmup_steps (`int`, *optional*, defaults to 0): The original has none.
+        name (`str`): A key of `SCHEDULES`: `"step"`, `"cosine"` or `"one_cycle"`.
+        total_steps (`int`): Optimizer steps of the whole run.
+        drop_steps (`Sequence[int]`, *optional*): For `"step"`: from each of these on it is a tenth of what it was.
+        warmup_steps (`int`, *optional*, defaults to 0): Steps over which it rises from 0 to what the schedule says.
+            The original has none.
+
+    Returns:
+        `Callable[[int], float]`: Takes the number of optimizer steps done, for the factor of the next one.
 
     Example:
 
     ```python
-    >>> [learning_rate_factor(step, drop_steps=[4], warmup_steps=2) for step in range(6)]
+    >>> factor = make_schedule("step", total_steps=6, drop_steps=[4], warmup_steps=2)
+    >>> [factor(step) for step in range(6)]
     [0.5, 1.0, 1.0, 1.0, 0.1, 0.1]
+    >>> factor = make_schedule("cosine", total_steps=4)
+    >>> [round(factor(step), 2) for step in range(4)]
+    [1.0, 0.85, 0.5, 0.15]
 
     ```
     """
-    warmup = min(1.0, (step + 1) / max(1, warmup_steps))
-    return warmup * 0.1 ** sum(step >= drop_step for drop_step in drop_steps)
+    shape = SCHEDULES[name]
+
+    def factor(step: int) -> float:
+        warmup = min(1.0, (step + 1) / max(1, warmup_steps))
+        return warmup * shape(step, total_steps, drop_steps)
+
+    return factor
+
+
+def learning_rate_factor(step: int, *, drop_steps: Sequence[int], warmup_steps: int = 0) -> float:
+    """The former name of the schedule `"step"`."""
+    return make_schedule("step", total_steps=1, drop_steps=drop_steps, warmup_steps=warmup_steps)(step)
 
 
 def drop_steps(drops: Sequence[float], *, total_steps: int, steps_per_epoch: int) -> list[int]:
@@ -94,10 +168,26 @@ def drop_steps(drops: Sequence[float], *, total_steps: int, steps_per_epoch: int
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, factor: float) -> None:
-    """Give every parameter group `factor` times its initial learning rate.
-
-    A function of the step and nothing else: there is no scheduler whose state could go wrong when a run is resumed, or
-    that counts the steps of several processes.
-    """
+    """Give every parameter group `factor` times its initial learning rate."""
     for group in optimizer.param_groups:
         group["lr"] = group["initial_lr"] * factor
+
+
+def stopped_improving(history: Sequence[Mapping[str, Any]], patience: int | None) -> bool:
+    """Say whether the last `patience` evaluations were all no better than the best one before them.
+
+    Args:
+        history (`Sequence[Mapping]`): Rows of which those of an evaluation have an `ap`, in their order.
+        patience (`int`, *optional*): Evaluations to wait for a better one, at least 1; None to wait for ever.
+
+    Example:
+
+    ```python
+    >>> history = [{"ap": 0.2}, {"loss": 1.0}, {"ap": 0.4}, {"ap": 0.3}, {"ap": 0.4}]
+    >>> stopped_improving(history, patience=2), stopped_improving(history, patience=3)
+    (True, False)
+
+    ```
+    """
+    scores = [row["ap"] for row in history if "ap" in row]
+    return patience is not None and len(scores) > patience and max(scores[:-patience]) >= max(scores[-patience:])

@@ -1,0 +1,111 @@
+"""Time and memory of scoring detections: all that we do from the file on, against pycocotools' two steps alone.
+
+    python benchmarks/evaluation.py [--pictures 5000] [--detections 300] [--rounds 2]
+
+Objects and detections are drawn by chance, 80 classes as unequally frequent as COCO's. `hf_dino` starts from a file of
+records as a model leaves it: gathered by picture, evaluated, accumulated and summarised. `pycocotools` has everything
+in its own data sets already and only evaluates and accumulates. Each lives in a process of its own, and they take
+turns. At full size a round takes several minutes.
+"""
+
+import argparse
+import contextlib
+import io
+import json
+import pickle
+import tempfile
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+
+from evaluation_problems import generate
+from hf_dino.data import DetectionData
+from hf_dino.evaluation import DETECTION, ENGINES, METRICS, evaluate_coco
+from hf_dino.evaluation.detections import sorted_by_picture
+from hf_dino.evaluation.records import objects_of
+from machine import write_result
+from turns import Contender, take_turns
+
+
+def make_ours(folder: Path, engine: str) -> Callable[[], None]:
+    """Read both from the disk: what is read counts as memory of the run."""
+
+    def run() -> None:
+        data = pickle.loads((folder / "data.pickle").read_bytes())
+        detections = sorted_by_picture([np.memmap(folder / "detections", DETECTION, mode="r")])
+        scores = evaluate_coco(data, detections, engine)
+        (folder / f"{engine}.json").write_text(json.dumps(list(scores.metrics.values())))
+
+    return run
+
+
+def as_dicts(records: np.ndarray) -> list[dict[str, Any]]:
+    """Plain numbers, as read from JSON: numpy's own would make pycocotools slower."""
+    names = records.dtype.names or ()
+    return [dict(zip(names, values)) for values in zip(*(records[name].tolist() for name in names))]
+
+
+def make_pycocotools(folder: Path) -> Callable[[], None]:
+    data: DetectionData = pickle.loads((folder / "data.pickle").read_bytes())
+    objects, detections = objects_of(data), np.fromfile(folder / "detections", DETECTION)
+    truth = COCO()
+    truth.dataset = {
+        "images": [{"id": picture.image_id} for picture in data.pictures],
+        "categories": [{"id": category_id} for category_id in data.categories],
+        "annotations": [{"id": number, **record} for number, record in enumerate(as_dicts(objects), start=1)],
+    }
+    with contextlib.redirect_stdout(io.StringIO()):
+        truth.createIndex()
+        found = truth.loadRes(as_dicts(detections))
+
+    def run() -> None:
+        with contextlib.redirect_stdout(io.StringIO()):
+            evaluation = COCOeval(truth, found, "bbox")
+            evaluation.evaluate()
+            evaluation.accumulate()
+            evaluation.summarize()
+        (folder / "direct.json").write_text(json.dumps(evaluation.stats.tolist()))
+
+    return run
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pictures", type=int, default=5000)
+    parser.add_argument("--detections", type=int, default=300, help="in each picture")
+    parser.add_argument("--rounds", type=int, default=2, help="beside one to warm up")
+    args = parser.parse_args()
+
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        data, detections = generate(args.pictures, args.detections)
+        detections.tofile(folder / "detections")
+        (folder / "data.pickle").write_bytes(pickle.dumps(data))
+        contenders: dict[str, Contender] = {
+            f"hf_dino, {engine}": (partial(make_ours, folder, engine), {}) for engine in ENGINES
+        }
+        contenders |= {"pycocotools, evaluate and accumulate": (partial(make_pycocotools, folder), {})}
+        measured = take_turns(contenders, args.rounds)
+        numbers = {name: json.loads((folder / f"{name}.json").read_text()) for name in (*ENGINES, "direct")}
+
+    command = f"python benchmarks/evaluation.py --pictures {args.pictures} --detections {args.detections}"
+    content = {
+        "pictures": args.pictures,
+        "detections": len(detections),
+        "objects": len(objects_of(data)),
+        **measured,
+        "numbers": {name: round(value, 4) for name, value in zip(METRICS, numbers["direct"])},
+        "largest_difference_of_a_number": {
+            engine: max(abs(a - b) for a, b in zip(numbers[engine], numbers["direct"])) for engine in ENGINES
+        },
+    }
+    write_result("evaluation", f"{command} --rounds {args.rounds}", content)
+
+
+if __name__ == "__main__":
+    main()

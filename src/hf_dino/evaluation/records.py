@@ -1,0 +1,63 @@
+"""Objects and detections as arrays of records of fixed size, which can lie on the disk."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+
+from ..data.dataset import DetectionData
+
+
+DETECTION = np.dtype([("image_id", "<i8"), ("category_id", "<i8"), ("bbox", "<f8", 4), ("score", "<f8")])
+"""One detection: raw ids, box as x, y, width, height in pixels of the original picture, and score in [0, 1].
+
+As wide as JSON's numbers, so that COCO results read from a file keep every digit.
+"""
+
+OBJECT = np.dtype(
+    [("image_id", "<i8"), ("category_id", "<i8"), ("bbox", "<f8", 4), ("area", "<f8"), ("iscrowd", "<i8")]
+)
+"""One annotated object: raw ids, box as x, y, width, height in pixels, area in square pixels, 1 for a crowd region."""
+
+
+def as_detections(results: Iterable[Mapping[str, Any]]) -> np.ndarray:
+    """Turn COCO results, as read from JSON, into an array.
+
+    Example:
+
+    ```python
+    >>> found = as_detections([{"image_id": 1, "category_id": 3, "bbox": [10, 10, 40, 20], "score": 0.9}])
+    >>> found["bbox"].tolist(), found["score"].tolist()
+    ([[10.0, 10.0, 40.0, 20.0]], [0.9])
+
+    ```
+    """
+    fields = DETECTION.names or ()
+    return np.array([tuple(result[field] for field in fields) for result in results], dtype=DETECTION)
+
+
+def objects_of(data: DetectionData) -> np.ndarray:
+    """All objects of a data set, crowd regions included, in the order of the pictures; of dtype [`OBJECT`]."""
+    objects = np.empty(sum(len(picture.boxes) for picture in data.pictures), OBJECT)
+    parts = np.split(objects, np.cumsum([len(picture.boxes) for picture in data.pictures])[:-1])
+    for part, picture in zip(parts, data.pictures):
+        part["image_id"] = picture.image_id
+        part["category_id"], part["bbox"] = picture.category_ids, picture.boxes
+        part["area"], part["iscrowd"] = picture.areas, picture.iscrowd
+    return objects
+
+
+def rows_of(ids: np.ndarray, keys: Iterable[int]) -> list[np.ndarray]:
+    """For each key, the rows that have it as their id, in rising order.
+
+    Example:
+
+    ```python
+    >>> [rows.tolist() for rows in rows_of(np.array([7, 3, 7]), [3, 5, 7])]
+    [[1], [], [0, 2]]
+
+    ```
+    """
+    order, keys = np.argsort(ids, kind="stable"), np.fromiter(keys, dtype=np.int64)
+    starts, ends = (np.searchsorted(ids, keys, side, sorter=order) for side in ("left", "right"))
+    return [order[start:end] for start, end in zip(starts, ends)]

@@ -1,0 +1,97 @@
+"""Keep two runs out of one folder."""
+
+import logging
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from types import ModuleType
+from typing import IO
+
+from accelerate import Accelerator
+
+from ..data.errors import InputError
+from .checkpoint import latest_checkpoint, prepare_checkpoints
+from .processes import texts_of_all
+
+
+fcntl: ModuleType | None
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
+logger = logging.getLogger(__name__)
+
+_LOCK_FILE = ".lock"
+
+
+@contextmanager
+def run_folder(accelerator: Accelerator, folder: Path, start: Path | None, *, overwrite: bool) -> Iterator[None]:
+    """Have a folder of checkpoints for this run alone, called by every process, and make it ready for the first.
+
+    The system gives the folder free when the process ends, in whatever way.
+
+    Args:
+        accelerator (`Accelerator`): Knows the processes.
+        folder (`Path`): Where the checkpoints will be; made if it does not exist.
+        start (`Path` or `None`): From [`find_start`]; with None, the checkpoints of an older run are deleted.
+        overwrite (`bool`): Whether there may be an older run.
+
+    Raises:
+        InputError: If another run uses the folder, or did since `start` was found, or a process does not see it.
+        OSError: If the folder cannot be made or written to.
+    """
+    with ExitStack() as held:
+        failure = ""
+        if accelerator.is_main_process:
+            try:
+                held.enter_context(_lock(folder))
+                _check_start(folder, start, overwrite=overwrite)
+                prepare_checkpoints(folder, resume=start is not None)
+            except InputError as error:
+                failure = str(error)
+        _stop_if(failure)
+        is_seen = (folder / _LOCK_FILE).exists()
+        host = socket.gethostname()
+        _stop_if("" if is_seen else f"{folder}: is not seen by {host}; give an --output that all machines share")
+        yield
+
+
+def _stop_if(failure: str) -> None:
+    """Stop every process if one has a reason to."""
+    if failures := texts_of_all(failure):
+        raise InputError("; ".join(failures))
+
+
+@contextmanager
+def _lock(folder: Path) -> Iterator[None]:
+    """Hold a lock that ends with this process: unlike `flock`, it does not pass on to processes that read pictures."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / _LOCK_FILE).open("a+", encoding="utf-8") as file:
+        if fcntl is not None:
+            try:
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except (BlockingIOError, PermissionError):
+                raise InputError(
+                    f"{folder}: another run writes there ({_owner(file)}); wait for its end, or give another --output"
+                ) from None
+            except OSError as error:
+                logger.warning("%s: cannot be locked (%s); start no other run with this --output", folder, error)
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        file.flush()
+        yield
+
+
+def _owner(file: IO[str]) -> str:
+    file.seek(0)
+    return file.read().strip() or "a process that has just begun"
+
+
+def _check_start(folder: Path, start: Path | None, *, overwrite: bool) -> None:
+    """See that no other run came and went while this one read its data."""
+    latest = latest_checkpoint(folder)
+    if latest != start and not (start is None and overwrite):
+        raise InputError(f"{folder}: another run has just written {latest}; start again")

@@ -1,0 +1,22 @@
+"""What the processes of a run tell each other beside gradients. Where there is one process, nothing of it costs."""
+
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+
+
+def highest_of_all(accelerator: Accelerator, number: int) -> int:
+    """Give every process the highest of the numbers that they come with; all have to call it."""
+    if accelerator.num_processes == 1:
+        return number
+    highest = torch.tensor(number, device=accelerator.device)
+    torch.distributed.all_reduce(highest, op=torch.distributed.ReduceOp.MAX)
+    return int(highest)
+
+
+def texts_of_all(text: str) -> list[str]:
+    """Give every process the different texts that they come with, but the empty ones; all have to call it."""
+    texts: list[Any] = gather_object([text])
+    return [each for each in dict.fromkeys(texts) if each]

@@ -1,0 +1,51 @@
+"""Models whose weights several processes share out among them (PyTorch's FSDP2)."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+
+@contextmanager
+def whole_weights(model: nn.Module) -> Iterator[None]:
+    """Let every process have all weights while the context lasts, to run the model without the other processes.
+
+    A sharded model gathers its weights at each call, in all processes at once: those that evaluate more pictures than
+    the others would wait for ever. Any other model is whole already.
+
+    Args:
+        model (`nn.Module`): Prepared by `accelerator` or not. All processes enter and leave the context together.
+    """
+    units = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    for unit in units:
+        unit.set_reshard_after_forward(False, recurse=False)
+        unit.unshard()
+    try:
+        yield
+    finally:
+        for unit in units:
+            unit.reshard()
+        for unit in units[1:]:  # the first is the model itself, which is needed again at once after its forward
+            unit.set_reshard_after_forward(True, recurse=False)
+
+
+def local_part(tensor: torch.Tensor) -> torch.Tensor:
+    """This process's part of a tensor that processes share out, in the same memory; else the tensor itself."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def gather_tensor(tensor: torch.Tensor) -> torch.Tensor:
+    """The whole of a tensor on the CPU if processes share it out, who all call this; else the tensor itself."""
+    return tensor.full_tensor().cpu() if isinstance(tensor, DTensor) else tensor
+
+
+def shared_like(whole: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    """This process's part of a tensor that all have, if `other` is shared out; else the tensor itself."""
+    if not isinstance(other, DTensor):
+        return whole
+    options: dict[str, Any] = {"src_data_rank": None}  # nobody sends what everybody has
+    return distribute_tensor(whole.to(other.device), other.device_mesh, other.placements, **options)

@@ -1,0 +1,73 @@
+"""A training small enough to be killed many times, with all that a checkpoint has to bring back.
+
+Dropout draws random numbers, each process its own; there is an average of the weights and one "evaluation" per epoch.
+"""
+
+import os
+import sys
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from torch import nn
+
+from hf_dino.training import TrainingState, checkpoint_path, find_start, load_checkpoint, read_state, save_checkpoint
+from hf_dino.training.ema import WeightAverage
+from hf_dino.training.history import RunHistory
+from hf_dino.training.lock import run_folder
+from hf_dino.training.signals import StopSignals
+
+
+STEPS, EPOCH, SAVE_EVERY = 12, 6, 2
+SETTINGS = {"seed": 0}
+
+
+def network():
+    return nn.Sequential(nn.Linear(4, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Dropout(0.5), nn.Linear(16, 1))
+
+
+def train(output: Path, *, after_step=lambda step: None) -> Path:
+    """Train, or go on if there is something to go on with, and return the file of the final weights."""
+    torch.set_num_threads(1)
+    accelerator = Accelerator(cpu=True)
+    checkpoints = output / "checkpoints"
+    start = find_start(output, checkpoints, resume=checkpoints.exists(), overwrite=False)
+    state = read_state(start, SETTINGS) if start else TrainingState(SETTINGS)
+    set_seed(0)
+    model = network()
+    model, optimizer = accelerator.prepare(model, torch.optim.AdamW(model.parameters(), lr=1e-2))
+    average = WeightAverage(accelerator.unwrap_model(model), 0.9)
+    accelerator.register_for_checkpointing(average)
+    set_seed(0, device_specific=True)
+    with run_folder(accelerator, checkpoints, start, overwrite=False), StopSignals(accelerator) as signals:
+        if start:
+            load_checkpoint(accelerator, start)
+        history = RunHistory(output, state.history, accelerator.is_main_process)
+        while state.step < STEPS:
+            pictures = torch.randn(8, 4, generator=torch.Generator().manual_seed(state.step))
+            loss = model(pictures).square().mean()
+            accelerator.backward(loss)
+            optimizer.step()
+            optimizer.zero_grad()
+            average.update()
+            state.step += 1
+            history.add({"step": state.step, "loss": loss.item()})
+            if state.step % EPOCH == 0:
+                state.best_step, state.best_ap = state.step, 0.1 * state.step
+                history.add({"step": state.step, "ap": state.best_ap})
+            if state.step % SAVE_EVERY == 0:
+                save_checkpoint(accelerator, checkpoints, state)
+            after_step(state.step)
+            if signals.agreed():
+                save_checkpoint(accelerator, checkpoints, state)
+                signals.leave(f"stopped after step {state.step}; go on with --resume")
+        load_checkpoint(accelerator, checkpoint_path(checkpoints, state.kept_step))
+    weights = output / f"weights_{accelerator.process_index}.pt"
+    torch.save({"model": model.state_dict(), "average": average.state_dict()}, weights)
+    accelerator.end_training()
+    return weights
+
+
+if __name__ == "__main__":
+    train(Path(sys.argv[1]), after_step=lambda step: print(f"step {step} of process {os.getpid()}", flush=True))

@@ -1,0 +1,173 @@
+"""The report is one file that needs nothing else, says what was measured, and takes every name as text."""
+
+import base64
+import importlib
+import io
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from coco_files import annotation, write_coco
+from conftest import tiny_model
+from hf_dino import DinoDetrImageProcessor
+from hf_dino.data import InputError, read_coco
+from hf_dino.evaluation import KINDS, analyse, as_detections, evaluate_coco, report
+from hf_dino.evaluation.report import write_report
+
+
+HOSTILE = {
+    3: '<b>"dog" & $\\frac</b>',
+    7: "<script>alert(1)</script>",
+    9: "{{ 7 * 7 }}",
+    11: "a very " * 20 + "long name",
+}
+VOID = {"meta", "img", "polyline"}
+BOX = [10, 10, 40, 20]
+
+
+class Page(HTMLParser):
+    """Elements and text of a page whose elements must all be closed."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.elements, self.attributes, self.words = [], [], [], []
+        self.feed(text)
+        assert not self.open
+
+    def handle_starttag(self, tag, attributes):
+        self.elements.append(tag)
+        self.attributes += attributes
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attributes):
+        self.elements.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.words.append(data)
+
+
+def pictures_in(page):
+    sources = [value for name, value in page.attributes if name == "src"]
+    assert all(source.startswith("data:image/") for source in sources), "nothing is fetched"
+    return [Image.open(io.BytesIO(base64.b64decode(source.partition(",")[2]))) for source in sources]
+
+
+def make_report(path, data, results, **details):
+    detections = as_detections(results)
+    scores, analysis = evaluate_coco(data, detections), analyse(data, detections)
+    write_report(path, data, scores, analysis, title="a <model> on data", details=details)
+    return path.read_text(encoding="utf-8"), scores, analysis
+
+
+@pytest.fixture
+def data(tmp_path):
+    objects = [annotation(1, 3, BOX), annotation(1, 7, [50, 5, 20, 30]), annotation(2, 7, [0, 0, 50, 50], iscrowd=1)]
+    return read_coco(*write_coco(tmp_path, objects, sizes=[(60, 80), (100, 60), (40, 80)], categories=HOSTILE))
+
+
+RESULTS = [
+    {"image_id": 1, "category_id": 3, "bbox": BOX, "score": 0.9},
+    {"image_id": 1, "category_id": 3, "bbox": [52, 5, 20, 30], "score": 0.93},
+    {"image_id": 3, "category_id": 11, "bbox": [0, 0, 20, 30], "score": 0.95},
+]
+
+
+def test_everything_is_in_it(data, tmp_path):
+    text, scores, analysis = make_report(tmp_path / "new" / "report.html", data, RESULTS, command="evaluate <it>")
+    page = Page(text)
+    words = " ".join(" ".join(page.words).split())
+    for name in HOSTILE.values():
+        assert name.strip() in words, "a name is text"
+    for value in scores.metrics.values():
+        assert ("–" if value < 0 else f"{value:.3f}") in words
+    for kind, meaning in KINDS.items():
+        assert f"{kind} {analysis.counts[kind]} {meaning}" in words
+    assert "3 pictures, 2 objects, 1 crowd regions" in words
+    assert f"{HOSTILE[7]} {HOSTILE[3]} 1 1" in words, "one object of one was taken for the other"
+    assert "evaluate <it>" in words
+    assert "torch" in words
+    assert "b" not in page.elements[page.elements.index("table") :], "no name has become an element"
+    assert not {"script", "link", "iframe"} & set(page.elements)
+    assert not re.search(r"https?://|url\(|@import", text)
+
+
+def test_pictures(data, tmp_path):
+    text, _, analysis = make_report(tmp_path / "report.html", data, RESULTS)
+    curves, confusion, *worst = pictures_in(Page(text))
+    assert (curves.format, confusion.format) == ("PNG", "PNG")
+    assert len(worst) == len(analysis.worst) == 2
+    for picture in worst:
+        assert picture.format == "JPEG"
+        assert max(picture.size) <= 1600
+        assert np.asarray(picture).std() > 10
+
+
+def test_nothing_detected_and_nothing_there(data, tmp_path):
+    text, *_ = make_report(tmp_path / "nothing.html", data, [])
+    assert "2 not found" in text
+    empty = read_coco(*write_coco(tmp_path / "empty", []))
+    text, *_ = make_report(tmp_path / "empty.html", empty, [])
+    assert "No picture has a mistake." in text
+    assert len(pictures_in(Page(text))) == 2
+
+
+def test_many_classes(tmp_path, monkeypatch):
+    """Those that never occur are not in the matrix, and of the others not more than can be read."""
+    monkeypatch.setattr(report, "_MOST_CLASSES", 20)
+    categories = {number: f"class {number}" for number in range(1, 41)}
+    objects = [annotation(1, number, BOX) for number in range(11, 41)]
+    data = read_coco(*write_coco(tmp_path, objects, categories=categories))
+    results = [{"image_id": 1, "category_id": 40, "bbox": BOX, "score": 0.9}]
+    text, *_ = make_report(tmp_path / "report.html", data, results)
+    page = Page(text)
+    assert "20 of 40 classes" in text
+    assert page.elements.count("polyline") == 3 * 30
+    assert 400 < max(pictures_in(page)[1].size) < 1000
+
+
+def test_nothing_is_overwritten(data, tmp_path):
+    path = tmp_path / "report.html"
+    path.write_text("mine")
+    with pytest.raises(InputError, match=r"report\.html: exists already"):
+        make_report(path, data, RESULTS)
+    assert path.read_text() == "mine"
+
+
+def test_a_picture_that_is_gone_leaves_no_half_report(data, tmp_path):
+    data.pictures[0].path.unlink()
+    with pytest.raises(InputError, match=r"1\.png"):
+        make_report(tmp_path / "report.html", data, RESULTS)
+    assert not list(tmp_path.glob("*report*"))
+
+
+def test_the_example_writes_everything_and_replaces_nothing(data, tmp_path, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "examples")
+    evaluate = importlib.import_module("evaluate_coco").main
+    tiny_model(id2label=dict(enumerate(HOSTILE.values()))).save_pretrained(tmp_path / "model")
+    DinoDetrImageProcessor(size={"shortest_edge": 64, "longest_edge": 107}).save_pretrained(tmp_path / "model")
+    files = [f"--images={tmp_path / 'pictures'}", f"--annotations={tmp_path / 'annotations.json'}"]
+    outputs = {name: tmp_path / "new" / name for name in ("json", "detections", "report")}
+    command = [f"--model={tmp_path / 'model'}", *files, "--num-workers=0", "--batch-size=2"]
+    evaluate([*command, *(f"--{name}={path}" for name, path in outputs.items())])
+    assert "Average Precision" in capsys.readouterr().out
+
+    found = as_detections(json.loads(outputs["detections"].read_text()))
+    metrics = json.loads(outputs["json"].read_text())
+    assert metrics.pop("ap_per_category").keys() == set(HOSTILE.values())
+    assert metrics == evaluate_coco(data, found).metrics
+    words = " ".join(Page(outputs["report"].read_text(encoding="utf-8")).words)
+    assert f"python examples/evaluate_coco.py --model={tmp_path / 'model'}" in words
+    for name, path in outputs.items():
+        with pytest.raises(InputError, match="exists already"):
+            evaluate([*command, f"--{name}={path}"])
+    with pytest.raises(SystemExit):
+        evaluate([*command, "--engine=other"])

@@ -1,0 +1,173 @@
+"""What a run tells: history files, curves, progress and trackers, the same after a resumption."""
+
+import csv
+import io
+import json
+import math
+from contextlib import suppress
+
+import pytest
+from accelerate import Accelerator
+from PIL import Image
+from rich.console import Console
+
+from hf_dino.training import TrainingState
+from hf_dino.training.history import RunHistory
+from hf_dino.training.progress import TrainingProgress, peak_memory
+from hf_dino.training.tracking import tracked
+
+
+ROWS = [
+    {"step": 1, "loss": 2.5},
+    {"step": 2, "loss": 1.5},
+    {"step": 2, "ap": 0.25, "ap50": 0.5},
+    {"step": 3, "loss": 1},
+]
+
+
+def read(folder):
+    """Rows of both files, and the CSV's columns."""
+    lines = [json.loads(line) for line in (folder / "history.jsonl").read_text().splitlines()]
+    with (folder / "history.csv").open(newline="") as file:
+        reader = csv.DictReader(file)
+        rows = [{name: float(value) for name, value in row.items() if value} for row in reader]
+    return lines, rows, reader.fieldnames
+
+
+def test_both_files_have_every_row_at_every_moment(tmp_path):
+    rows = []
+    history = RunHistory(tmp_path / "run", rows, writes=True)
+    assert read(tmp_path / "run") == ([], [], None) or read(tmp_path / "run")[0] == []
+    for count, row in enumerate(ROWS, start=1):
+        history.add(row)
+        lines, table, columns = read(tmp_path / "run")
+        assert lines == table == rows == ROWS[:count]
+    assert columns == ["step", "loss", "ap", "ap50"]
+    assert not list((tmp_path / "run").glob(".*"))
+
+
+def test_a_resumed_run_cuts_what_its_checkpoint_does_not_know(tmp_path):
+    history = RunHistory(tmp_path, [], writes=True)
+    for row in ROWS:
+        history.add(row)
+    with (tmp_path / "history.jsonl").open("a") as file:
+        file.write('{"step": 4, "lo')  # killed while writing
+    resumed = RunHistory(tmp_path, ROWS[:2].copy(), writes=True)
+    assert read(tmp_path)[0] == read(tmp_path)[1] == ROWS[:2]
+    for row in ROWS[2:]:
+        resumed.add(row)
+    assert read(tmp_path)[0] == read(tmp_path)[1] == ROWS
+
+
+def test_other_processes_write_nothing(tmp_path):
+    rows = []
+    history = RunHistory(tmp_path, rows, writes=False)
+    history.add(ROWS[0])
+    history.plot()
+    assert rows == ROWS[:1]
+    assert not list(tmp_path.iterdir())
+
+
+def test_curves_are_drawn(tmp_path):
+    pytest.importorskip("matplotlib")
+    RunHistory(tmp_path, list(ROWS), writes=True).plot()
+    assert Image.open(tmp_path / "curves.png").format == "PNG"
+
+
+LOSSES = {"loss": 1.25, "loss_ce": 0.5, "loss_bbox": 0.25, "loss_giou": 0.125}
+
+
+def shown(is_terminal):
+    progress = TrainingProgress(100, 10, enabled=True, step_size=4)
+    console = Console(file=io.StringIO(), force_terminal=is_terminal, width=160)
+    progress.progress.live.console = console
+    with progress:
+        progress.scored(0.321)
+        progress.step(1.5, LOSSES, 1e-4)
+        with progress.count("validation", 5) as counted:
+            counted(5)
+        measured = progress.report(11, 1.5, LOSSES, 1e-4)
+    return console.file.getvalue(), measured
+
+
+@pytest.mark.parametrize("is_terminal", [True, False])
+def test_progress_says_what_is_measured(is_terminal):
+    text, measured = shown(is_terminal)
+    for part in (
+        "epoch 1.50",
+        "loss 1.250, ce 0.500, bbox 0.250, giou 0.125",
+        "lr 1.00e-04",
+        "pictures/s",
+        "AP 0.321",
+    ):
+        assert part in text
+    assert "11/100" in text
+    assert "GiB" in text
+    assert ("step 11/100" in text) != is_terminal, "a line of its own only in a log file"
+    assert measured["pictures_per_second"] > 0
+    assert 0.01 < measured["memory_gib"] == pytest.approx(peak_memory(), abs=0.1)
+
+
+def test_evaluations_do_not_count_as_slow_training(monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr("hf_dino.training.progress.time.monotonic", lambda: clock[0])
+    progress = TrainingProgress(100, 0, enabled=False, step_size=6)
+    for _ in range(2):
+        clock[0] += 1
+        progress.step(0.1, LOSSES, 1e-4)
+    with progress.count("validation", 1):
+        clock[0] += 1000
+    assert progress.pictures_per_second == pytest.approx(6)
+    progress.report(2, 0.1, LOSSES, 1e-4)
+    clock[0] += 2
+    progress.step(0.1, LOSSES, 1e-4)
+    assert progress.pictures_per_second == pytest.approx(3)
+
+
+def scalars(folder, tag):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(folder))
+    events.Reload()
+    return [(event.step, event.value) for event in events.Scalars(tag)]
+
+
+def test_a_resumed_run_goes_on_in_tensorboard(tmp_path):
+    pytest.importorskip("tensorboard")
+
+    def log(state, steps, value):
+        accelerator = Accelerator(cpu=True, log_with="tensorboard", project_dir=str(tmp_path / "run"))
+        settings = {"lr": 1e-4, "output": tmp_path, "model": None}
+        with suppress(KeyboardInterrupt), tracked(accelerator, state, tmp_path / "run", settings):
+            for step in steps:
+                accelerator.log({"loss": value}, step=step)
+            raise KeyboardInterrupt
+
+    log(TrainingState({}), range(1, 6), 1.0)
+    log(TrainingState({}, step=3), range(4, 7), 2.0)
+    found = scalars(tmp_path / "run" / "hf_dino", "loss")
+    assert found == [(1, 1), (2, 1), (3, 1), (4, 2), (5, 2), (6, 2)]
+    (settings,) = (tmp_path / "run").glob("hf_dino/*/hparams.yml")
+    assert "lr: 0.0001" in settings.read_text()
+
+
+class FakeAccelerator:
+    trackers = ()
+
+    def init_trackers(self, project, config, init_kwargs):
+        self.call = project, config, init_kwargs
+
+
+def test_a_run_has_its_folders_name_and_one_identity_in_every_tracker(tmp_path):
+    state, accelerator = TrainingState({}), FakeAccelerator()
+    with tracked(accelerator, state, tmp_path / "cells", {"epochs": 3, "clip": math.inf}):
+        pass
+    project, config, options = accelerator.call
+    assert (project, config) == ("hf_dino", {"epochs": 3, "clip": math.inf})
+    assert options["wandb"] == {"name": "cells", "id": state.run_id, "resume": "allow"}
+    state.step = 5
+    again = FakeAccelerator()
+    with tracked(again, state, tmp_path / "cells", {"epochs": 3}):
+        pass
+    assert again.call[2]["wandb"] == options["wandb"]
+    assert state.run_id != TrainingState({}).run_id
