@@ -77,7 +77,7 @@ def optimizer_of_torch():
 SCHEDULERS = {
     "step": lambda optimizer: torch.optim.lr_scheduler.MultiStepLR(optimizer, [30, 80]),
     "cosine": lambda optimizer: torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=100),
-    "one_cycle": lambda optimizer: torch.optim.lr_scheduler.OneCycleLR(
+    "one-cycle": lambda optimizer: torch.optim.lr_scheduler.OneCycleLR(
         optimizer, max_lr=1.0, total_steps=100, pct_start=0.2
     ),
 }

@@ -17,14 +17,12 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..data.errors import InputError
-from .freezing import BACKBONE, freeze
+from .freezing import BACKBONE
 
 
 # `lr_linear_proj_names` of the original: what says where to look, which Deformable DETR trains at a tenth of the rate.
 # Nothing here is called `reference_points`, as in DINO itself, where they come from the encoder.
 _SAMPLING = r"\.(sampling_offsets|reference_points)\."
-
-freeze_stem = freeze  # the former name
 
 
 def checkpoint_activations(model: PreTrainedModel) -> None:
@@ -107,7 +105,7 @@ def _between(first: float, last: float, part: float) -> float:
 SCHEDULES: dict[str, Callable[[int, int, Sequence[int]], float]] = {
     "step": _drops,
     "cosine": _cosine,
-    "one_cycle": _one_cycle,
+    "one-cycle": _one_cycle,
 }
 """Shapes of the learning rate over a run, without its warm-up."""
 
@@ -118,7 +116,7 @@ def make_schedule(
     """Choose what the learning rate is multiplied with at each step.
 
     Args:
-        name (`str`): A key of `SCHEDULES`: `"step"`, `"cosine"` or `"one_cycle"`.
+        name (`str`): A key of `SCHEDULES`: `"step"`, `"cosine"` or `"one-cycle"`.
         total_steps (`int`): Optimizer steps of the whole run.
         drop_steps (`Sequence[int]`, *optional*): For `"step"`: from each of these on it is a tenth of what it was.
         warmup_steps (`int`, *optional*, defaults to 0): Steps over which it rises from 0 to what the schedule says.
@@ -146,11 +144,6 @@ def make_schedule(
         return warmup * shape(step, total_steps, drop_steps)
 
     return factor
-
-
-def learning_rate_factor(step: int, *, drop_steps: Sequence[int], warmup_steps: int = 0) -> float:
-    """The former name of the schedule `"step"`."""
-    return make_schedule("step", total_steps=1, drop_steps=drop_steps, warmup_steps=warmup_steps)(step)
 
 
 def drop_steps(drops: Sequence[float], *, total_steps: int, steps_per_epoch: int) -> list[int]:

@@ -1,0 +1,24 @@
+"""Sizes of pictures as the command lines take them."""
+
+import pytest
+
+from hf_dino.data import InputError
+from hf_dino.training import parse_size
+
+
+def test_image_sizes():
+    assert parse_size(["800"]) == {"shortest_edge": 800, "longest_edge": 1333}
+    assert parse_size(["480", "600"]) == {"shortest_edge": 480, "longest_edge": 600}
+    assert parse_size(["192x256"]) == {"height": 192, "width": 256}
+
+
+@pytest.mark.parametrize("size", ["axb", "8x", "8x8x8", "big", "800 1333 2000", "8x8 9"])
+def test_what_is_no_image_size(size):
+    with pytest.raises(InputError, match=f"--image-size {size}: expected SHORTEST, SHORTEST LONGEST or HEIGHTxWIDTH"):
+        parse_size(size.split())
+
+
+@pytest.mark.parametrize("size", ["0", "-5", "800 600", "0x8", "8x-8"])
+def test_impossible_image_sizes(size):
+    with pytest.raises(InputError, match=f"--image-size {size}: must be positive, and LONGEST not less than SHORTEST"):
+        parse_size(size.split())
