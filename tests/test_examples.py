@@ -11,6 +11,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from PIL import Image
@@ -230,17 +231,31 @@ def test_a_run_that_its_job_scheduler_stops_goes_on(finished, examples, argument
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
-def test_two_processes_on_cpus_find_each_other(arguments, tmp_path):
-    """Otherwise each would take itself for the only one and write over the other's files."""
+def test_two_processes_that_are_killed_go_on_as_if_nothing_had_been(arguments, tmp_path):
+    """On CPUs they find each other; otherwise each would take itself for the only one and write over the other."""
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    script = [str(ROOT / "examples" / "finetune_coco.py"), *arguments, f"--output={tmp_path / 'run'}"]
-    script += ["--max-steps=1", "--batch-size=8"]  # with fewer, group norm would get a single number per group
+    # with fewer pictures, group norm would get a single number per group
+    script = [*launch, str(ROOT / "examples" / "finetune_coco.py"), *arguments, "--batch-size=8", "--max-steps=4"]
     search_path = os.pathsep.join([str(ROOT / "src"), os.environ.get("PYTHONPATH", "")])
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "PYTHONPATH": search_path}
-    subprocess.run([*launch, *script], env=environment, check=True, capture_output=True)
-    names = {path.name for path in (tmp_path / "run" / "checkpoints" / "step_00000001").iterdir()}
+    options = {"env": environment, "stdout": subprocess.DEVNULL}
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    subprocess.run([*script, f"--output={whole}"], check=True, **options)
+    names = {path.name for path in (whole / "checkpoints" / "step_00000004").iterdir()}
     assert {"random_states_0.pkl", "random_states_1.pkl"} <= names
-    assert len(history(tmp_path / "run")) == 2
+
+    job = subprocess.Popen([*script, f"--output={killed}"], start_new_session=True, **options)
+    while not (killed / "checkpoints" / "step_00000002").exists():
+        assert job.poll() is None
+        time.sleep(0.01)
+    for process in psutil.Process(job.pid).children(recursive=True):  # the launcher's are in sessions of their own
+        process.kill()
+    os.killpg(job.pid, signal.SIGKILL)
+    job.wait()
+    subprocess.run([*script, f"--output={killed}", "--resume"], check=True, **options)
+    assert history(killed) == history(whole)
+    ours, theirs = (load_file(folder / "model.safetensors") for folder in (killed, whole))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
 def test_fine_tuning_to_other_classes_keeps_what_fits(finished, examples, arguments, shapes, tmp_path):
