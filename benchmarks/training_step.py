@@ -1,57 +1,259 @@
-"""Time and memory of one training step, with compiled operators and without.
+"""One training step of DINO-4scale ResNet-50: time and memory beside others', its parts, and its wait for data.
 
     python benchmarks/training_step.py [--height 480] [--width 640] [--pictures 2] [--objects 7] [--rounds 5]
 
-DINO-4scale ResNet-50 with random weights, fp32: forward, loss, backward, clipping and a step of AdamW.
+Random weights, fp32: forward, losses, backward, clipping and a step of AdamW. Compared are ours, ours without compiled
+operators, and transformers' Deformable DETR of the same size, which has no denoising queries: it does less. The parts
+are those of ours with compiled operators, the losses' own backward pass included. The wait is for a loader with two
+workers that augments pictures as for training; on a small machine its workers and the step share the processors.
 """
 
 import argparse
-from collections.abc import Callable
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
+from torch.overrides import TorchFunctionMode
 
-from hf_dino import DinoDetrConfig, DinoDetrForObjectDetection
+from forward import make_ours, make_transformers
+from hf_dino import DinoDetrImageProcessor, loss_dino_detr
+from hf_dino.data import (
+    AnnotatedPicture,
+    DetectionData,
+    DetectionDataset,
+    TrainingBatchSampler,
+    TrainingCollator,
+    make_augmentation,
+    training_loader,
+)
 from machine import write_result
 from turns import take_turns
 
 
-def make_step(height: int, width: int, pictures: int, objects: int) -> Callable[[], None]:
-    torch.manual_seed(0)
-    model = DinoDetrForObjectDetection(DinoDetrConfig(num_labels=91)).train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
-    pixel_values = torch.randn(pictures, 3, height, width)
+Batch = dict[str, Any]
+NUM_LABELS = 91
+
+
+class Stopwatch:
+    """Adds up seconds by name. What is timed within something else counts for itself alone."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self.running: list[str] = []
+        self.last = 0.0
+
+    @contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        self._pass_on()
+        self.running.append(name)
+        yield
+        self._pass_on()
+        self.running.pop()
+
+    def _pass_on(self) -> None:
+        """Count the time since the last change for whatever was running."""
+        now = time.perf_counter()
+        if self.running:
+            self.seconds[self.running[-1]] = self.seconds.get(self.running[-1], 0.0) + now - self.last
+        self.last = now
+
+
+class HostReads(TorchFunctionMode):
+    """Lists the calls that tell the host a tensor's values, for which it would wait for an accelerator."""
+
+    READS = ("cpu", "item", "tolist", "__bool__", "__int__", "__float__", "__index__", "nonzero", "unique")
+
+    def __init__(self, watch: Stopwatch):
+        super().__init__()
+        self.watch = watch
+        self.calls: list[str] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(func, "__name__", "") in self.READS:
+            self.calls.append(f"{self.watch.running[-1]}: {func.__name__}")
+        return func(*args, **(kwargs or {}))
+
+
+class SeparateLoss:
+    """A model's loss on copies of its inputs, so that its backward pass runs before the model's and not amid it."""
+
+    def __init__(self, loss: Callable[..., Any]):
+        self.loss = loss
+        self.pairs: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def __call__(self, **inputs: Any) -> Any:
+        trained = {name: value for name, value in inputs.items() if getattr(value, "requires_grad", False)}
+        copies = {name: value.detach().requires_grad_() for name, value in trained.items()}
+        self.pairs = [(trained[name], copies[name]) for name in trained]
+        return self.loss(**{**inputs, **copies})
+
+    def backward(self) -> None:
+        """Take the gradients of the copies, which the loss has left there, through the model."""
+        values, gradients = zip(*[(value, copy.grad) for value, copy in self.pairs if copy.grad is not None])
+        torch.autograd.backward(values, gradients)
+
+
+def random_batch(height: int, width: int, pictures: int, objects: int) -> Batch:
+    generator = torch.Generator().manual_seed(0)
     sides = torch.tensor([0.5, 0.5, 0.3, 0.3])
     labels = [
-        {"class_labels": torch.randint(91, (objects,)), "boxes": sides + 0.2 * (torch.rand(objects, 4) - 0.5)}
+        {
+            "class_labels": torch.randint(NUM_LABELS, (objects,), generator=generator),
+            "boxes": sides + 0.2 * (torch.rand(objects, 4, generator=generator) - 0.5),
+        }
         for _ in range(pictures)
     ]
+    return {"pixel_values": torch.randn(pictures, 3, height, width, generator=generator), "labels": labels}
 
-    def step() -> None:
+
+def make_step(make: Callable[[], torch.nn.Module]) -> Callable[[Batch], None]:
+    """Build a model and what takes it a step further with a batch."""
+    torch.manual_seed(0)
+    model = make().train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+
+    def step(batch: Batch) -> None:
         optimizer.zero_grad()
-        model(pixel_values, labels=labels).loss.backward()
+        model(**batch).loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 0.1)
         optimizer.step()
 
     return step
 
 
-def main() -> None:
+def make_same_step(make: Callable[[], torch.nn.Module], batch: Batch) -> Callable[[], None]:
+    return partial(make_step(make), batch)
+
+
+def profile(batch: Batch, rounds: int) -> dict[str, Any]:
+    """Median seconds of each part of a step, their percentages, and what the host reads of tensors, in which part."""
+    torch.manual_seed(0)
+    model: Any = make_ours().train()
+    watch = Stopwatch()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+    separate = model.loss_function = SeparateLoss(timed(watch, "losses", model.loss_function))
+    for name, part in model.model.named_children():
+        part.forward = timed(watch, f"forward, {name}", part.forward)
+
+    rows = []
+    matching, loss_dino_detr.match = loss_dino_detr.match, timed(watch, "matcher", loss_dino_detr.match)
+    with watch("forward, the rest"), HostReads(watch) as reads:
+        model(**batch)
+    for _ in range(rounds + 1):
+        watch.seconds = {}
+        optimizer.zero_grad()
+        with watch("forward, the rest"):
+            loss = model(**batch).loss
+        with watch("losses, backward"):
+            loss.backward()
+        with watch("backward"):
+            separate.backward()
+        with watch("clipping"):
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+        with watch("optimizer"):
+            optimizer.step()
+        rows.append(watch.seconds)
+    loss_dino_detr.match = matching
+
+    seconds = {name: statistics.median(row[name] for row in rows[1:]) for name in rows[0]}  # the first one warms up
+    percent = {name: 100 * value / sum(seconds.values()) for name, value in seconds.items()}
+    matcher_and_losses = sum(percent[name] for name in ("matcher", "losses", "losses, backward"))
+    return {
+        "seconds": {name: round(value, 4) for name, value in seconds.items()},
+        "percent": {name: round(value, 2) for name, value in percent.items()},
+        "matcher_and_losses_percent": round(matcher_and_losses, 2),
+        "reads_by_the_host": reads.calls,
+    }
+
+
+def timed(watch: Stopwatch, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    def run(*args: Any, **kwargs: Any) -> Any:
+        with watch(name):
+            return function(*args, **kwargs)
+
+    return run
+
+
+def draw_pictures(folder: Path, count: int, height: int, width: int, objects: int) -> DetectionData:
+    """Write pictures with the size and the detail of photographs, with boxes that mean nothing."""
+    rng, pictures = np.random.default_rng(0), []
+    for number in range(count):
+        coarse = Image.fromarray(rng.integers(0, 256, (height // 16, width // 16, 3), dtype=np.uint8))
+        smooth = np.asarray(coarse.resize((width, height), Image.Resampling.BICUBIC), dtype=np.float64)
+        path = folder / f"{number}.jpg"
+        Image.fromarray((smooth + rng.normal(0, 8, smooth.shape)).clip(0, 255).astype(np.uint8)).save(path, quality=90)
+        boxes = np.concatenate([rng.uniform(0, 0.5, (objects, 2)), rng.uniform(0.1, 0.5, (objects, 2))], axis=1)
+        boxes *= [width, height, width, height]
+        kinds, crowd = rng.integers(0, NUM_LABELS, objects), np.zeros(objects, dtype=np.int64)
+        pictures.append(AnnotatedPicture(number, path, height, width, boxes, kinds, boxes[:, 2:].prod(axis=1), crowd))
+    return DetectionData(folder / "none.json", pictures, {label: f"class {label}" for label in range(NUM_LABELS)})
+
+
+def measure_waiting(height: int, width: int, batch_size: int, objects: int, steps: int) -> dict[str, Any]:
+    """Train for some steps on pictures from files; say how long they took and how long the batches were waited for."""
+    step, waiting, working = make_step(make_ours), [], []
+    processor = DinoDetrImageProcessor(size={"height": height, "width": width})
+    collate = TrainingCollator(processor, {label: label for label in range(NUM_LABELS)}, NUM_LABELS, do_resize=False)
+    with tempfile.TemporaryDirectory() as folder:
+        data = draw_pictures(Path(folder), steps * batch_size, height, width, objects)
+        pictures = DetectionDataset(data, make_augmentation("dino", dict(processor.size)))
+        batches = TrainingBatchSampler(len(pictures), batch_size, seed=0, epoch=0)
+        loaded = iter(training_loader(pictures, collate, batches, num_workers=2))
+        for _ in range(steps):
+            start = time.perf_counter()
+            batch = next(loaded)
+            arrived = time.perf_counter()
+            step(batch)
+            waiting.append(arrived - start)
+            working.append(time.perf_counter() - arrived)
+        alone = time.perf_counter()
+        num_batches = len(list(training_loader(pictures, collate, batches, num_workers=2)))
+        alone = time.perf_counter() - alone
+    return {
+        "steps": steps,
+        "seconds_until_the_first_batch": round(waiting[0], 3),
+        "seconds_waited_for_the_others": round(sum(waiting[1:]), 4),
+        "percent_of_the_time_waited": round(100 * sum(waiting[1:]) / sum(waiting[1:] + working[1:]), 3),
+        "median_seconds_of_a_step": round(statistics.median(working), 3),
+        "seconds_per_batch_of_the_loader_alone": round(alone / num_batches, 3),
+    }
+
+
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--height", type=int, default=480)
     parser.add_argument("--width", type=int, default=640)
     parser.add_argument("--pictures", type=int, default=2)
     parser.add_argument("--objects", type=int, default=7, help="per picture")
     parser.add_argument("--rounds", type=int, default=5)
-    args = parser.parse_args()
+    parser.add_argument("--loader-steps", type=int, default=20)
+    args = parser.parse_args(argv)
 
-    build = partial(make_step, args.height, args.width, args.pictures, args.objects)
+    batch = random_batch(args.height, args.width, args.pictures, args.objects)
     contenders = {
-        "hf_dino": (build, {"HF_DINO_KERNELS": "require"}),
-        "hf_dino_definition": (build, {"HF_DINO_KERNELS": "off"}),
+        "hf_dino": (partial(make_same_step, make_ours, batch), {"HF_DINO_KERNELS": "require"}),
+        "hf_dino_definition": (partial(make_same_step, make_ours, batch), {"HF_DINO_KERNELS": "off"}),
+        "transformers": (partial(make_same_step, make_transformers, batch), {}),
     }
-    options = " ".join(f"--{name} {value}" for name, value in vars(args).items())
-    write_result("training_step", f"python benchmarks/training_step.py {options}", take_turns(contenders, args.rounds))
+    content = take_turns(contenders, args.rounds)
+    seconds = content["median_seconds"]
+    content["pictures_per_second"] = {name: round(args.pictures / value, 3) for name, value in seconds.items()}
+    os.environ.setdefault("HF_DINO_KERNELS", "require")
+    content["parts_of_hf_dino"] = profile(batch, args.rounds)
+    content["waiting_for_two_workers"] = measure_waiting(
+        args.height, args.width, args.pictures, args.objects, args.loader_steps
+    )
+    options = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in vars(args).items())
+    write_result("training_step", f"python benchmarks/training_step.py {options}", content)
 
 
 if __name__ == "__main__":

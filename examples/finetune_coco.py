@@ -96,6 +96,8 @@ from hf_dino.training import (
     set_learning_rate,
     stopped_improving,
     tracked,
+    whole_model,
+    whole_weights,
     with_effective_batch,
 )
 
@@ -201,9 +203,9 @@ def check_files_or_data(parser: argparse.ArgumentParser, args: argparse.Namespac
     if args.data and any(file for pair in given.values() for file in pair):
         parser.error("give either --data or the files of each split, not both")
     for split, pair in given.items():
-        if None in pair and pair != (None, None):
+        if any(pair) and not all(pair):
             parser.error(f"--{split}-images and --{split}-annotations belong together")
-    if not args.data and None in given["train"] + given["val"]:
+    if not args.data and not all(given["train"] + given["val"]):
         parser.error("give --data, or --train-images, --train-annotations, --val-images and --val-annotations")
 
 
@@ -274,6 +276,7 @@ def main(argv: list[str] | None = None) -> None:
         with (
             progress.count(name, share) as counted,
             averaged(),
+            whole_weights(model),
             torch.random.fork_rng(devices=[]),  # loading draws a number, and training goes on as if it had not
         ):
             return evaluate_model(model, processor, data, accelerator, on_batch=counted, **options)[0]
@@ -309,6 +312,8 @@ def main(argv: list[str] | None = None) -> None:
         if checkpoint:
             load_checkpoint(accelerator, checkpoint)
         history = RunHistory(args.output, state.history, accelerator.is_main_process)
+        if state.best_step is not None:
+            progress.scored(state.best_ap)
         evaluate_if_due()  # the run may have been stopped between a step and its evaluation
         while state.step < total_steps and not stopped_improving(state.history, args.early_stopping):
             model.train()
@@ -351,21 +356,22 @@ def main(argv: list[str] | None = None) -> None:
         load_checkpoint(accelerator, checkpoint_path(checkpoints, state.kept_step))
         measured_on = {name: evaluate(pictures, name) for name, pictures in data.items()}
 
-    if accelerator.is_main_process:
         again = [word for word in words if word not in ("--resume", "--overwrite")]
         with averaged():
-            export_run(
-                args.output,
-                accelerator.unwrap_model(model),
-                processor,
-                state,
-                measured_on,
-                dataset=args.dataset_name or train.name,
-                command=shlex.join(["accelerate", "launch", "examples/finetune_coco.py", *again]),
-                base_model=args.model,
-            )
+            whole = whole_model(accelerator, model)
+            if accelerator.is_main_process:
+                export_run(
+                    args.output,
+                    whole,
+                    processor,
+                    state,
+                    measured_on,
+                    dataset=args.dataset_name or train.name,
+                    command=shlex.join(["accelerate", "launch", "examples/finetune_coco.py", *again]),
+                    base_model=args.model,
+                )
         part, scores = list(measured_on.items())[-1]
-        print(f"{part}, checkpoint of step {state.kept_step}:\n{scores.table}\nmodel: {args.output}")
+        accelerator.print(f"{part}, checkpoint of step {state.kept_step}:\n{scores.table}\nmodel: {args.output}")
     accelerator.end_training()
 
 

@@ -5,7 +5,6 @@ Papers: DN-DETR, https://arxiv.org/abs/2203.01305, section 4; DINO, https://arxi
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -20,7 +19,8 @@ from .initialization_dino_detr import init_as
 NOT_AN_OBJECT = -1
 
 
-class DinoDetrEffectiveBatch(NamedTuple):
+@dataclass(frozen=True)
+class DinoDetrEffectiveBatch:
     """What a batch must know of the optimizer step that it is a part of to be learned as within one big batch.
 
     A step's pictures may come in several batches, in several processes and one after the other. The mean over the

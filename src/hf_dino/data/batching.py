@@ -1,5 +1,6 @@
 """Which pictures share a batch, and how items become one: shuffled for training, of equal size for evaluation."""
 
+import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -257,6 +258,7 @@ def evaluation_loader(
         collate_fn=EvaluationCollator(processor),
         num_workers=num_workers,
         pin_memory=torch.cuda.is_available(),
+        worker_init_fn=_leave_signals_to_parent,
     )
 
 
@@ -276,4 +278,12 @@ def training_loader(
         pin_memory=torch.cuda.is_available(),
         # a generator of its own, so that starting a loader draws nothing from the numbers that the noise comes from
         generator=torch.Generator(),
+        worker_init_fn=_leave_signals_to_parent,
     )
+
+
+def _leave_signals_to_parent(worker: int) -> None:
+    """Let a process that reads go on when a signal goes to all processes of a job: its parent ends it in time."""
+    for name in ("SIGINT", "SIGTERM", "SIGUSR1"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)

@@ -17,7 +17,7 @@ from .checkpoint import (
 )
 from .effective_batch import effective_batch, with_effective_batch
 from .ema import WeightAverage
-from .export import export_run
+from .export import export_run, whole_model
 from .files import check_new_files, files_into_folder, write_json
 from .freezing import freezable_stages, freeze
 from .history import RunHistory
@@ -35,6 +35,7 @@ from .optimization import (
 )
 from .progress import TrainingProgress
 from .recipe import apply_recipe
+from .sharding import whole_weights
 from .signals import StopSignals
 from .tracking import tracked
 
@@ -79,6 +80,8 @@ __all__ = [
     "set_learning_rate",
     "stopped_improving",
     "tracked",
+    "whole_model",
+    "whole_weights",
     "with_effective_batch",
     "write_json",
 ]

@@ -6,14 +6,34 @@ from pathlib import Path
 
 import torch
 import transformers
+from accelerate import Accelerator, DistributedType
+from torch import nn
 from transformers import BaseImageProcessor, PreTrainedModel
 
 from ..evaluation import CocoScores
 from ..model_card import finetuned_card
+from ..modeling_dino_detr import DinoDetrForObjectDetection
 from ..saving import save_detector
 from ..visualization import plot_training_curves
 from .checkpoint import TrainingState
 from .files import files_into_folder, write_json
+
+
+def whole_model(accelerator: Accelerator, model: nn.Module) -> PreTrainedModel:
+    """Return the bare model; where processes share out its weights, a copy on the main process that has them all.
+
+    Args:
+        accelerator (`Accelerator`): Knows the processes, which all call this.
+        model (`nn.Module`): The `DinoDetrForObjectDetection` that it prepared.
+    """
+    bare = accelerator.unwrap_model(model)
+    if accelerator.distributed_type != DistributedType.FSDP:
+        return bare
+    weights = accelerator.get_state_dict(model)
+    copy = DinoDetrForObjectDetection(bare.config)  # FSDP has changed the class of the other
+    if accelerator.is_main_process:
+        copy.load_state_dict(weights)
+    return copy
 
 
 def export_run(

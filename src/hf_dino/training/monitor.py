@@ -11,6 +11,7 @@ from accelerate import Accelerator, DistributedType
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from ..data.dataset import few
 from .diagnosis import RandomState, first_not_finite
 from .processes import highest_of_all, texts_of_all
 
@@ -154,7 +155,7 @@ class LossMonitor:
         ids = [int(label["image_id"]) for label in begun.batch["labels"]]
         pictures = ", ".join(f"{i} ({self.files[i]})" if i in self.files else str(i) for i in ids)
         first = f"; the first tensor that is not finite is {cause}" if cause else ""
-        return f"{', '.join(numbers)} with the pictures of image_id {pictures}{first}"
+        return f"{few(numbers, 3)} with the pictures of image_id {pictures}{first}"
 
     def _cause(self, begun: _Begun) -> str | None:
         if self.accelerator.distributed_type in _IN_PIECES:
