@@ -109,12 +109,12 @@ NOT_SETTINGS = {
     "gradient_checkpointing", "compile", "train_images", "train_annotations", "val_images", "val_annotations",
     "test_images", "test_annotations",
 }  # fmt: skip
-SPLITS = {"train": "train", "val": "validation", "test": "test"}
+SPLIT_OF_OPTION = {"train": "train", "val": "validation", "test": "test"}
 
 
 def parse_arguments(words: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter, allow_abbrev=False)
-    positive, fraction, above_0 = number_between(0, 1e38), number_between(0, 1), at_least(1)
+    positive, above_0 = number_between(0, 1e38), at_least(1)
 
     part = parser.add_argument_group("the model")
     start = part.add_mutually_exclusive_group()
@@ -132,7 +132,7 @@ def parse_arguments(words: list[str]) -> argparse.Namespace:
     part = parser.add_argument_group("the data")
     part.add_argument("--data", help="folder, or OWNER/NAME on the Hub; instead of the files below")
     part.add_argument("--streaming", action="store_true", help="fetch a data set of the Hub picture by picture")
-    for split in SPLITS:
+    for split in SPLIT_OF_OPTION:
         part.add_argument(f"--{split}-images", type=Path, help="folder of pictures")
         part.add_argument(f"--{split}-annotations", type=Path, help="COCO annotation file")
     part.add_argument("--dataset-name", help="for the model card (default: the folder of the data)")
@@ -142,7 +142,7 @@ def parse_arguments(words: list[str]) -> argparse.Namespace:
     part.add_argument("--augmentation", default="dino", metavar="NAME", help=augmentations)
     part.add_argument(
         "--bucketing", action=argparse.BooleanOptionalAction, default=False,
-        help="put pictures of like shapes into one batch, to pad less",
+        help="put those pictures of a step that have like shapes into one of its batches, to pad less",
     )  # fmt: skip
     part.add_argument("--num-workers", type=at_least(0), default=2, help="processes that read, for each process")
 
@@ -173,11 +173,14 @@ def parse_arguments(words: list[str]) -> argparse.Namespace:
     part.add_argument("--weight-decay", type=positive, default=1e-4, help="AdamW's")
     clip = number_between(0, without_lowest=True)
     part.add_argument("--clip", type=clip, default=0.1, help="largest norm of the gradient; inf for no limit")
-    part.add_argument("--schedule", choices=SCHEDULES, default="step", help="how the learning rate falls")
+    part.add_argument(
+        "--schedule", choices=SCHEDULES, default="step", help="how the learning rate falls; step: at --lr-drop"
+    )
     drop = "epochs, or below 1 fractions of the run, at which --schedule step drops to a tenth"
     part.add_argument("--lr-drop", type=positive, nargs="*", default=[11 / 12], help=drop)
     part.add_argument("--warmup-steps", type=at_least(0), default=0, help="in which the learning rate rises")
-    part.add_argument("--ema", type=fraction, help="evaluate and keep a running average of the weights, as 0.9997")
+    below_1 = number_between(0, 1 - 1e-6)
+    part.add_argument("--ema", type=below_1, help="evaluate and keep a running average of the weights, as 0.9997")
 
     part = parser.add_argument_group("watching")
     part.add_argument("--eval-batch-size", type=above_0, default=8, help="pictures, for each process")
@@ -210,7 +213,7 @@ def check_files_or_data(parser: argparse.ArgumentParser, args: argparse.Namespac
 
 
 def files_of_splits(args: argparse.Namespace) -> dict[str, tuple[Path, Path]]:
-    return {split: (vars(args)[f"{split}_images"], vars(args)[f"{split}_annotations"]) for split in SPLITS}
+    return {split: (vars(args)[f"{split}_images"], vars(args)[f"{split}_annotations"]) for split in SPLIT_OF_OPTION}
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -222,6 +225,7 @@ def main(argv: list[str] | None = None) -> None:
     data = read_splits(args, accelerator, is_new=checkpoint is None)
     train, val = data.pop("train"), data["validation"]
     settings: dict[str, Any] = {name: str(value) for name, value in vars(args).items() if name not in NOT_SETTINGS}
+    settings |= {"mixed_precision": accelerator.mixed_precision}  # which accelerate may have been set to
     settings |= {"pictures": len(train.pictures), "data": data_fingerprint(train)}
     state = read_state(checkpoint, settings) if checkpoint else TrainingState(settings)
 
@@ -318,6 +322,8 @@ def main(argv: list[str] | None = None) -> None:
         while state.step < total_steps and not stopped_improving(state.history, args.early_stopping):
             model.train()
             for batch in batches(*divmod(state.step, epoch_steps)):
+                rate = rate_at(state.step)
+                set_learning_rate(optimizer, rate)
                 monitor.begin(batch)
                 with accelerator.accumulate(model):
                     outputs = model(**send_to_device(batch, accelerator.device, non_blocking=True))
@@ -326,8 +332,6 @@ def main(argv: list[str] | None = None) -> None:
                     if accelerator.sync_gradients:
                         norm = accelerator.clip_grad_norm_(model.parameters(), args.clip)
                         losses = monitor.check(state.step, norm)
-                    rate = rate_at(state.step)
-                    set_learning_rate(optimizer, rate)
                     optimizer.step()
                     optimizer.zero_grad()
                 if not accelerator.sync_gradients:
@@ -387,18 +391,30 @@ def start_accelerator(args: argparse.Namespace) -> Accelerator:
     level = logging.WARNING if accelerator.is_main_process else logging.ERROR
     logging.basicConfig(level=level, format="%(message)s", handlers=[RichHandler(show_path=False)])
     transformers.utils.logging.disable_progress_bar()  # there is one already
+    if accelerator.gradient_accumulation_steps != args.gradient_accumulation:
+        raise InputError(
+            f"accelerate is set to {accelerator.gradient_accumulation_steps} accumulated batches, but "
+            f"--gradient-accumulation is {args.gradient_accumulation}; make them the same"
+        )
+    if (deepspeed := accelerator.state.deepspeed_plugin) is not None:  # it asks for what it could read from a loader
+        parts = accelerator.num_processes * args.gradient_accumulation
+        deepspeed.deepspeed_config["train_micro_batch_size_per_gpu"] = args.batch_size // parts
+    if args.bucketing and accelerator.num_processes * args.gradient_accumulation == 1:
+        raise InputError("--bucketing sorts the batches of a step, of which there is one; use --gradient-accumulation")
     return accelerator
 
 
 def read_splits(args: argparse.Namespace, accelerator: Accelerator, *, is_new: bool) -> dict[str, DetectionData]:
     """Read the data and, where a run begins, look for what would make it a waste of time."""
+    if is_new:  # the check says again what was done to boxes, and more
+        logging.getLogger("hf_dino.data.dataset").setLevel(logging.ERROR)
     if args.data:
         with accelerator.main_process_first():  # which downloads, if anything has to be
             data = read_data(args.data, streaming=args.streaming)
         if missing := [split for split in ("train", "validation") if split not in data]:
             raise InputError(f"{args.data}: has no split for {' and '.join(missing)}; it has {', '.join(data)}")
     else:
-        data = {SPLITS[split]: read_coco(*pair) for split, pair in files_of_splits(args).items() if all(pair)}
+        data = {SPLIT_OF_OPTION[split]: read_coco(*pair) for split, pair in files_of_splits(args).items() if all(pair)}
     if is_new:
         reports = [check_data(data, decode=False) if accelerator.is_main_process else None]
         (report,) = broadcast_object_list(reports)

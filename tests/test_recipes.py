@@ -35,7 +35,7 @@ def make_parser():
     parser.add_argument("--mixed-precision", choices=("no", "fp16", "bf16"))
     parser.add_argument("--learning-rate", type=positive, default=1e-4)
     parser.add_argument("--backbone-lr-factor", type=positive, default=0.1)
-    parser.add_argument("--schedule", choices=("step", "multi-step", "cosine", "one-cycle"), default="step")
+    parser.add_argument("--schedule", choices=("step", "cosine", "one-cycle"), default="step")
     parser.add_argument("--lr-drop", type=positive, nargs="*", default=[11 / 12])
     parser.add_argument("--warmup-steps", type=at_least(0), default=0)
     parser.add_argument("--ema", type=number_between(0, 1))

@@ -16,6 +16,10 @@ from .dataset import DetectionData, DetectionDataset
 from .errors import InputError
 
 
+# Ctrl-C, what job schedulers and machines that are about to be taken away send, and what Slurm's `--signal` is for.
+STOP_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]
+
+
 class TrainingBatchSampler(Sampler[list[int]]):
     """One epoch's batches of one process: every picture in an order that only `seed` and `epoch` decide.
 
@@ -244,7 +248,7 @@ def evaluation_loader(
     """Load the pictures of `data` in batches of equal size, each picture in exactly one process.
 
     Args:
-        data (`DetectionData`): From [`read_coco`].
+        data (`DetectionData`): From [`read_data`] or [`read_coco`].
         processor (`BaseImageProcessor`): A DINO image processor.
         batch_size (`int`): The most pictures in a batch of this process.
         rank (`int`, *optional*, defaults to 0): This process.
@@ -284,6 +288,5 @@ def training_loader(
 
 def _leave_signals_to_parent(worker: int) -> None:
     """Let a process that reads go on when a signal goes to all processes of a job: its parent ends it in time."""
-    for name in ("SIGINT", "SIGTERM", "SIGUSR1"):
-        if hasattr(signal, name):
-            signal.signal(getattr(signal, name), signal.SIG_IGN)
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)

@@ -125,12 +125,18 @@ def _load(name: str, load: Any) -> Any:
 
 
 def _by_split(loaded: Any, source: Path | str) -> dict[str, Any]:
-    """Sort tables by split; a single one is for training, whatever its name."""
+    """Sort tables by split; a single one that is named after none is for training."""
     tables = dict(loaded) if isinstance(loaded, dict) else {"train": loaded}
     if len(tables) == 1 and split_of(next(iter(tables))) is None:
         tables = {"train": next(iter(tables.values()))}
-    found = {split_of(name): table for name, table in reversed(tables.items())}  # of two for one split, the first
-    ordered = {split: found[split] for split in SPLITS if split in found}
+    names = {split: [name for name in tables if split_of(name) == split] for split in SPLITS}
+    for split, candidates in names.items():
+        if len(candidates) > 1:
+            raise InputError(
+                f"{source}: cannot tell which is the {split} split: {few(candidates)}; write a data set with one of "
+                "each by save_to_disk"
+            )
+    ordered = {split: tables[candidates[0]] for split, candidates in names.items() if candidates}
     if not ordered:
         raise InputError(f"{source}: none of its splits is called after {few(SPLITS)}: {few(tables)}")
     return ordered

@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 
 from ..data.dataset import few
 from .diagnosis import RandomState, first_not_finite
-from .processes import highest_of_all, texts_of_all
+from .processes import highest_of_all, means_of_all, texts_of_all
 
 
 # With a GradScaler, which halves its scale each time: more in a row than this are no matter of the scale.
@@ -33,7 +33,7 @@ class _Begun:
 
 
 class LossMonitor:
-    """Collects the losses of this process since the last row of the history.
+    """Collects the losses of the steps since the last row of the history, averaged over the processes.
 
     For each batch: [`LossMonitor.begin`], the model, [`LossMonitor.add`]. Before each step of the optimizer:
     [`LossMonitor.check`]. In a run whose numbers are finite it reads the device once a step and keeps nothing.
@@ -106,9 +106,10 @@ class LossMonitor:
         self._wrong_steps = self._wrong_steps + 1 if is_wrong else 0
         if self._wrong_steps > self.tolerated:
             self._stop(step, norm, rows, begun)
+        means = means_of_all(self.accelerator, _means(rows))
         if not is_wrong:
-            self._rows += rows
-        return _means(rows)
+            self._rows.append(means)
+        return means
 
     def averages(self) -> dict[str, float]:
         """Average what was checked since the last call: `loss` and the last decoder layer's terms; {} if nothing."""

@@ -1,5 +1,6 @@
 """What the processes of a run tell each other beside gradients. Where there is one process, nothing of it costs."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -14,6 +15,15 @@ def highest_of_all(accelerator: Accelerator, number: int) -> int:
     highest = torch.tensor(number, device=accelerator.device)
     torch.distributed.all_reduce(highest, op=torch.distributed.ReduceOp.MAX)
     return int(highest)
+
+
+def means_of_all(accelerator: Accelerator, numbers: Mapping[str, float]) -> dict[str, float]:
+    """Average over the processes numbers that each has under the same names; all have to call it."""
+    if accelerator.num_processes == 1:
+        return dict(numbers)
+    values = torch.tensor(list(numbers.values()), device=accelerator.device)
+    torch.distributed.all_reduce(values)
+    return dict(zip(numbers, (values / accelerator.num_processes).tolist(), strict=True))
 
 
 def texts_of_all(text: str) -> list[str]:

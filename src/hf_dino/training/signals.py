@@ -9,11 +9,9 @@ from typing import NoReturn
 
 from accelerate import Accelerator
 
+from ..data.batching import STOP_SIGNALS
 from .processes import highest_of_all
 
-
-# Ctrl-C, what job schedulers and machines that are about to be taken away send, and what Slurm's `--signal` is for.
-STOP_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]
 
 # One press of Ctrl-C comes twice: from the terminal, and from the launcher, which passes it on.
 _SECONDS_TO_THE_SECOND = 1.0
