@@ -104,8 +104,8 @@ from hf_dino.training import (
 
 # what may differ between a run and its resumption: where things are, how fast they are read, and how long it goes on
 NOT_SETTINGS = {
-    "output", "resume", "overwrite", "recipe", "data", "streaming", "dataset_name", "report_to", "num_workers",
-    "eval_batch_size", "eval_every", "checkpoint_steps", "epochs", "max_steps", "early_stopping",
+    "output", "resume", "overwrite", "recipe", "data", "streaming", "dataset_name", "report_to", "report_every",
+    "num_workers", "eval_batch_size", "eval_every", "checkpoint_steps", "epochs", "max_steps", "early_stopping",
     "gradient_checkpointing", "compile", "train_images", "train_annotations", "val_images", "val_annotations",
     "test_images", "test_annotations",
 }  # fmt: skip

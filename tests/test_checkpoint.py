@@ -342,3 +342,13 @@ def test_files_arrive_together_and_others_stay(tmp_path):
         "config.json": "new",
         "weights": "w",
     }
+
+
+@pytest.mark.parametrize("content", ["{}", '{"model_type": "bert"}', "[]", "no JSON"])
+def test_overwrite_leaves_somebody_elses_folder_alone(tmp_path, content):
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises(InputError, match="holds no run or model that --overwrite could replace"):
+        find_start(tmp_path, tmp_path / "checkpoints", resume=False, overwrite=True)
+    (tmp_path / "config.json").write_text('{"model_type": "dino_detr"}')
+    assert find_start(tmp_path, tmp_path / "checkpoints", resume=False, overwrite=True) is None

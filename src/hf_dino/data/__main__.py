@@ -24,6 +24,7 @@ from .splits import split_of
 
 
 _MOST_LINES = 20  # of errors, and of warnings
+_NEEDED = ("train", "validation")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -32,7 +33,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = _parse(arguments)
     try:
         return options.run(options)
-    except (InputError, ImportError) as error:
+    except (InputError, ImportError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
 
@@ -96,7 +97,9 @@ def check(options: argparse.Namespace) -> int:
             num_workers=options.num_workers,
             on_picture=lambda: progress.advance(task),
         )
-    report = DataReport(errors + found.errors, found.warnings, found.counts)
+    missing = [f"there is no {split} split, which fine-tuning needs" for split in _NEEDED if split not in splits]
+    warnings = found.warnings + (missing if options.source else [])
+    report = DataReport(errors + found.errors, warnings, found.counts)
     print_report(report)
     if options.sheet:
         draw_sheet(choose_samples(splits, options.num_pictures), options.sheet)

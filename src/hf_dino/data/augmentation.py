@@ -199,7 +199,12 @@ class _OfUser(Augmentation):
     """What a user's function returns, tried once before it meets data."""
 
     def __init__(self, name: str, size: Mapping[str, int]):
-        made = _user_function(name)(dict(size))
+        try:
+            made = _user_function(name)(dict(size))
+        except InputError:
+            raise
+        except Exception as error:  # whatever is wrong with a user's function
+            raise InputError(f"{name}: fails when it is called ({type(error).__name__}: {error})") from error
         if isinstance(made, v2.Transform):
             made = Augmentation(made, resizes=False)
         if not isinstance(made, Augmentation):
@@ -250,7 +255,10 @@ def _module_of_file(path: Path) -> ModuleType:
         raise InputError(f"{path}: there is no such Python file, which --augmentation names")
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses and pickle look their module up
-    spec.loader.exec_module(module)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:  # whatever is wrong with a user's file
+        raise InputError(f"{path}: cannot be imported ({type(error).__name__}: {error})") from error
     return module
 
 

@@ -219,6 +219,8 @@ def _unknown_classes(counts: Mapping[str, SplitCounts]) -> Iterator[str]:
         return
     if not train.objects:
         yield "train: has no object to learn from"
+    if "validation" in counts and not counts["validation"].objects:
+        yield "validation: has no object, so that no model could be told from a better one"
     for split, each in counts.items():
         unknown = [name for name, count in each.classes.items() if count and name not in train.classes]
         if unknown:

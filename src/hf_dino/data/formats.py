@@ -93,7 +93,7 @@ def read_data(
         else _read_whole(source, wanted, complain)
     )
     if missing := [split for split in wanted if split not in data]:
-        raise InputError(f"{source}: has no split for {few(missing)}; it has {few(data)}")
+        raise InputError(f"{source}: has no split for {few(missing)}{f'; it has {few(data)}' if data else ''}")
     return {split: require_pictures(each) if complain is refuse else each for split, each in data.items()}
 
 
@@ -102,7 +102,11 @@ def _read_whole(source: str | Path, wanted: Sequence[str], complain: Complain) -
     if folder.is_dir():
         form, found = _tell(folder)
         return form.read(_chosen(found, wanted), folder, complain)
-    if folder.exists() or not isinstance(source, str) or not is_name(source):
+    if folder.exists():
+        raise InputError(
+            f"{source}: is a file; give the folder of the data, or name pictures and annotations one by one"
+        )
+    if not isinstance(source, str) or not is_name(source):
         raise InputError(f"{source}: there is no such folder, and it cannot be a name on the Hub either")
     return read_tables(_chosen(load_name(source), wanted), source, complain)
 

@@ -21,6 +21,7 @@ from accelerate.utils import load
 from safetensors import SafetensorError
 from torch import nn
 
+from ..configuration_dino_detr import DinoDetrConfig
 from ..data.dataset import DetectionData
 from ..data.errors import InputError
 from .files import sync, sync_tree, write_json
@@ -107,15 +108,24 @@ def find_start(output: Path, checkpoints: Path, *, resume: bool, overwrite: bool
         raise InputError(f"{output}: holds no checkpoint to resume from; start without --resume")
     if resume:
         return checkpoint
-    if output.exists() and (output.is_file() or any(output.iterdir())) and not overwrite:
+    if output.is_file():
+        raise InputError(f"{output}: is a file; give a folder")
+    if output.exists() and any(output.iterdir()) and not overwrite:
         raise InputError(f"{output}: is not empty; give another folder, or --resume or --overwrite its run")
-    if output.is_file() or (output.is_dir() and any(output.iterdir()) and not _holds_a_run(output, checkpoints)):
+    if output.is_dir() and any(output.iterdir()) and not _holds_a_run(output, checkpoints):
         raise InputError(f"{output}: holds no run or model that --overwrite could replace; give another folder")
     return None
 
 
 def _holds_a_run(output: Path, checkpoints: Path) -> bool:
-    return checkpoints.is_dir() or (output / "config.json").is_file()
+    """Whether a run, or the model that it left, is there rather than somebody's work that has files of these names."""
+    if latest_checkpoint(checkpoints) or (checkpoints.is_dir() and (output / "history.csv").is_file()):
+        return True
+    try:
+        config = json.loads((output / "config.json").read_text(encoding="utf-8"))
+        return config["model_type"] == DinoDetrConfig.model_type
+    except (OSError, ValueError, LookupError, TypeError):
+        return False
 
 
 def data_fingerprint(data: DetectionData) -> str:
