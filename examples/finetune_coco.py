@@ -406,15 +406,15 @@ def start_accelerator(args: argparse.Namespace) -> Accelerator:
 
 def read_splits(args: argparse.Namespace, accelerator: Accelerator, *, is_new: bool) -> dict[str, DetectionData]:
     """Read the data and, where a run begins, look for what would make it a waste of time."""
-    if is_new:  # the check says again what was done to boxes, and more
-        logging.getLogger("hf_dino.data.dataset").setLevel(logging.ERROR)
-    if args.data:
+    readers_log = logging.getLogger("hf_dino.data.dataset")
+    readers_log.disabled = is_new  # the check says again what was done to boxes, and in which pictures
+    try:
         with accelerator.main_process_first():  # which downloads, if anything has to be
-            data = read_data(args.data, streaming=args.streaming)
-        if missing := [split for split in ("train", "validation") if split not in data]:
-            raise InputError(f"{args.data}: has no split for {' and '.join(missing)}; it has {', '.join(data)}")
-    else:
-        data = {SPLIT_OF_OPTION[split]: read_coco(*pair) for split, pair in files_of_splits(args).items() if all(pair)}
+            data = read_data(args.data, streaming=args.streaming) if args.data else read_files(args)
+    finally:
+        readers_log.disabled = False
+    if missing := [split for split in ("train", "validation") if split not in data]:
+        raise InputError(f"{args.data}: has no split for {' and '.join(missing)}; it has {', '.join(data)}")
     if is_new:
         reports = [check_data(data, decode=False) if accelerator.is_main_process else None]
         (report,) = broadcast_object_list(reports)
@@ -422,6 +422,10 @@ def read_splits(args: argparse.Namespace, accelerator: Accelerator, *, is_new: b
             logging.getLogger("hf_dino.data").warning(warning)
         report.raise_if_errors()
     return data
+
+
+def read_files(args: argparse.Namespace) -> dict[str, DetectionData]:
+    return {SPLIT_OF_OPTION[split]: read_coco(*pair) for split, pair in files_of_splits(args).items() if all(pair)}
 
 
 def make_detector(
