@@ -22,11 +22,12 @@ from accelerate import Accelerator
 from rich.logging import RichHandler
 from rich.progress import Progress
 
+from hf_dino.arguments import at_least
 from hf_dino.data import SPLITS, InputError, read_coco, read_data
 from hf_dino.evaluation import ENGINES, analyse, check_engine, evaluate_model, write_coco_results
 from hf_dino.evaluation.report import write_report
+from hf_dino.files import check_new_files, write_json
 from hf_dino.loading import load_detector
-from hf_dino.training import at_least, check_new_files, write_json
 
 
 def parse_arguments(words: list[str]) -> argparse.Namespace:

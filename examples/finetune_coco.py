@@ -43,6 +43,7 @@ from rich.logging import RichHandler
 from transformers import BaseImageProcessor
 
 from hf_dino import DinoDetrForObjectDetection
+from hf_dino.arguments import HelpFormatter, at_least, config_field, number_between, parse_size
 from hf_dino.backbone_weights import load_backbone_weights
 from hf_dino.data import (
     AUGMENTATIONS,
@@ -65,7 +66,6 @@ from hf_dino.evaluation import CocoScores, evaluate_model
 from hf_dino.loading import load_detector_for, new_detector, warn_of_frozen_batch_norms
 from hf_dino.training import (
     SCHEDULES,
-    HelpFormatter,
     LossMonitor,
     RunHistory,
     StopSignals,
@@ -73,12 +73,10 @@ from hf_dino.training import (
     TrainingState,
     WeightAverage,
     apply_recipe,
-    at_least,
     check_disk_space,
     checkpoint_activations,
     checkpoint_path,
     compile_layers,
-    config_field,
     data_fingerprint,
     drop_steps,
     export_run,
@@ -86,9 +84,7 @@ from hf_dino.training import (
     freeze,
     load_checkpoint,
     make_schedule,
-    number_between,
     parameter_groups,
-    parse_size,
     read_state,
     rescue_state,
     run_folder,
@@ -223,160 +219,215 @@ def main(argv: list[str] | None = None) -> None:
     checkpoints = args.output / "checkpoints"
     checkpoint = find_start(args.output, checkpoints, resume=args.resume, overwrite=args.overwrite)
     data = read_splits(args, accelerator, is_new=checkpoint is None)
-    train, val = data.pop("train"), data["validation"]
-    settings: dict[str, Any] = {name: str(value) for name, value in vars(args).items() if name not in NOT_SETTINGS}
-    settings |= {"mixed_precision": accelerator.mixed_precision}  # which accelerate may have been set to
-    settings |= {"pictures": len(train.pictures), "data": data_fingerprint(train)}
-    state = read_state(checkpoint, settings) if checkpoint else TrainingState(settings)
-
-    set_seed(args.seed)
-    model, processor = make_detector(args, train, is_new=checkpoint is None)
-    labels = label_of_category(train, model.config.id2label)
-    for other in data.values():
-        label_of_category(other, model.config.id2label)  # so that an unknown category is heard of now
-    augmentation = make_augmentation(args.augmentation, dict(processor.size))
-    processor.size = evaluation_size(args.augmentation, dict(processor.size))
-    do_resize = augmentation is None or not augmentation.resizes
-    collate = TrainingCollator(processor, labels, model.config.num_labels, do_resize)
-    groups = parameter_groups(model, args.learning_rate, args.backbone_lr_factor, args.sampling_lr_factor)
-    optimizer = torch.optim.AdamW(groups, weight_decay=args.weight_decay, fused=True)
-    model, optimizer = accelerator.prepare(model, optimizer)
-    average = WeightAverage(accelerator.unwrap_model(model), args.ema) if args.ema else None
-    averaged = average.applied if average else nullcontext  # for the model's evaluation and export
-
-    epoch_steps = steps_per_epoch(len(train.pictures), args.batch_size)
-    total_steps = min(args.epochs * epoch_steps, args.max_steps or sys.maxsize)
-    drops = drop_steps(args.lr_drop, total_steps=total_steps, steps_per_epoch=epoch_steps)
-    rate_at = make_schedule(args.schedule, total_steps=total_steps, drop_steps=drops, warmup_steps=args.warmup_steps)
-    monitor = LossMonitor(
-        accelerator,
-        model,
-        rescue=lambda: rescue_state(accelerator, model, optimizer, checkpoints, state),
-        files={picture.image_id: picture.path for picture in train.pictures},
-    )
-    accelerator.register_for_checkpointing(*filter(None, (average, monitor)))
-    check_disk_space(checkpoints, model, optimizer, average.averages.values() if average else ())
-    set_seed(args.seed, device_specific=True)  # from here on each process draws its own noise
-
-    def batches(epoch: int, first_step: int) -> Iterator[dict[str, Any]]:
-        pictures = DetectionDataset(train, augmentation, args.seed, epoch)
-        sampler = TrainingBatchSampler(
-            len(train.pictures),
-            args.batch_size,
-            seed=args.seed,
-            epoch=epoch,
-            rank=accelerator.process_index,
-            world_size=accelerator.num_processes,
-            accumulation=args.gradient_accumulation,
-            first_step=first_step,
-            shape_of=training_shapes(pictures, collate) if args.bucketing else None,
-        )
-        loader = training_loader(pictures, collate, sampler, num_workers=args.num_workers)
-        return with_effective_batch(loader, accelerator)
-
-    def evaluate(data: DetectionData, name: str) -> CocoScores:
-        share = -(-len(data.pictures) // accelerator.num_processes)
-        options = {"batch_size": args.eval_batch_size, "num_workers": args.num_workers}
-        with (
-            progress.count(name, share) as counted,
-            averaged(),
-            whole_weights(model),
-            torch.random.fork_rng(devices=[]),  # loading draws a number, and training goes on as if it had not
-        ):
-            return evaluate_model(model, processor, data, accelerator, on_batch=counted, **options)[0]
-
-    def record(row: dict[str, float], measured: dict[str, float] | None = None) -> None:
-        history.add({"step": state.step, "epoch": state.step / epoch_steps, **row})
-        accelerator.log({**row, **(measured or {})}, step=state.step)
-
-    def evaluate_if_due() -> None:
-        is_due = state.step == total_steps or (state.step and state.step % (args.eval_every * epoch_steps) == 0)
-        if not is_due or state.evaluated:
-            return
-        scores = evaluate(val, "validation")
-        record(scores.metrics)
-        ap, ap50 = scores.metrics["ap"], scores.metrics["ap50"]
-        progress.scored(ap)
-        progress.say(f"step {state.step}: validation AP {ap:.3f}, AP50 {ap50:.3f}")
-        if ap > state.best_ap or state.best_step is None:
-            state.best_step, state.best_ap = state.step, ap
-        save_and_stop_if_asked()
-
-    def save_and_stop_if_asked() -> None:
-        save_checkpoint(accelerator, checkpoints, state)
-        if signals.agreed():
-            signals.leave(f"stopped after step {state.step} of {total_steps}; go on with --resume")
-
+    run = FineTuning(args, accelerator, data, checkpoint)
+    state = run.state
     with (
         run_folder(accelerator, checkpoints, checkpoint, overwrite=args.overwrite),
-        StopSignals(accelerator) as signals,
+        StopSignals(accelerator) as run.signals,
         tracked(accelerator, state, args.output, vars(args)),
-        TrainingProgress(total_steps, state.step, accelerator.is_main_process, args.batch_size) as progress,
+        TrainingProgress(run.total_steps, state.step, accelerator.is_main_process, args.batch_size) as run.progress,
     ):
         if checkpoint:
             load_checkpoint(accelerator, checkpoint)
-        history = RunHistory(args.output, state.history, accelerator.is_main_process)
+        run.history = RunHistory(args.output, state.history, accelerator.is_main_process)
         if state.best_step is not None:
-            progress.scored(state.best_ap)
-        evaluate_if_due()  # the run may have been stopped between a step and its evaluation
-        while state.step < total_steps and not stopped_improving(state.history, args.early_stopping):
-            model.train()
-            for batch in batches(*divmod(state.step, epoch_steps)):
-                rate = rate_at(state.step)
-                set_learning_rate(optimizer, rate)
-                monitor.begin(batch)
-                with accelerator.accumulate(model):
-                    outputs = model(**send_to_device(batch, accelerator.device, non_blocking=True))
-                    accelerator.backward(outputs.loss)
-                    monitor.add(outputs.loss, outputs.loss_dict)
-                    if accelerator.sync_gradients:
-                        norm = accelerator.clip_grad_norm_(model.parameters(), args.clip)
-                        losses = monitor.check(state.step, norm)
-                    optimizer.step()
-                    optimizer.zero_grad()
-                if not accelerator.sync_gradients:
-                    continue
-
-                if average:
-                    average.update()
-                state.step += 1
-                epoch, learning_rate = state.step / epoch_steps, args.learning_rate * rate
-                progress.step(epoch, losses, learning_rate)
-                at_end = state.step % epoch_steps == 0 or state.step == total_steps
-                at_checkpoint = args.checkpoint_steps and state.step % args.checkpoint_steps == 0
-                if state.step % args.report_every == 0 or at_checkpoint or at_end:
-                    row = monitor.averages()
-                    measured = progress.report(state.step, epoch, row or losses, learning_rate)
-                    record({**row, "learning_rate": learning_rate}, measured)
-                if at_end:
-                    break
-                if at_checkpoint or signals.agreed():
-                    save_and_stop_if_asked()
-
-            save_and_stop_if_asked()
-            evaluate_if_due()
-            history.plot()
-
+            run.progress.scored(state.best_ap)
+        run.evaluate_if_due()  # the run may have been stopped between a step and its evaluation
+        while state.step < run.total_steps and not stopped_improving(state.history, args.early_stopping):
+            run.train_epoch()
+            run.save_and_stop_if_asked()
+            run.evaluate_if_due()
+            run.history.plot()
         load_checkpoint(accelerator, checkpoint_path(checkpoints, state.kept_step))
-        measured_on = {name: evaluate(pictures, name) for name, pictures in data.items()}
-
         again = [word for word in words if word not in ("--resume", "--overwrite")]
-        with averaged():
-            whole = whole_model(accelerator, model)
-            if accelerator.is_main_process:
-                export_run(
-                    args.output,
-                    whole,
-                    processor,
-                    state,
-                    measured_on,
-                    dataset=args.dataset_name or train.name,
-                    command=shlex.join(["accelerate", "launch", "examples/finetune_coco.py", *again]),
-                    base_model=args.model,
-                )
-        part, scores = list(measured_on.items())[-1]
-        accelerator.print(f"{part}, checkpoint of step {state.kept_step}:\n{scores.table}\nmodel: {args.output}")
+        run.export(shlex.join(["accelerate", "launch", "examples/finetune_coco.py", *again]))
     accelerator.end_training()
+
+
+class FineTuning:
+    """A run: what its steps share. Everything that a resumed run needs to know is in `state` and in checkpoints.
+
+    Args:
+        args (`argparse.Namespace`): From [`parse_arguments`].
+        accelerator (`Accelerator`): From [`start_accelerator`].
+        data (`dict[str, DetectionData]`): From [`read_splits`].
+        checkpoint (`Path` or `None`): That a resumed run goes on from.
+    """
+
+    signals: StopSignals
+    progress: TrainingProgress
+    history: RunHistory
+
+    def __init__(
+        self,
+        args: argparse.Namespace,
+        accelerator: Accelerator,
+        data: dict[str, DetectionData],
+        checkpoint: Path | None,
+    ):
+        self.args, self.accelerator = args, accelerator
+        self.checkpoints = args.output / "checkpoints"
+        self.train = data["train"]
+        self.measured_on = {name: pictures for name, pictures in data.items() if name != "train"}
+        settings: dict[str, Any] = {name: str(value) for name, value in vars(args).items() if name not in NOT_SETTINGS}
+        settings |= {"mixed_precision": accelerator.mixed_precision}  # which accelerate may have been set to
+        settings |= {"pictures": len(self.train.pictures), "data": data_fingerprint(self.train)}
+        self.state = read_state(checkpoint, settings) if checkpoint else TrainingState(settings)
+
+        set_seed(args.seed)
+        model, self.processor = make_detector(args, self.train, is_new=checkpoint is None)
+        labels = label_of_category(self.train, model.config.id2label)
+        for other in self.measured_on.values():
+            label_of_category(other, model.config.id2label)  # so that an unknown category is heard of now
+        size = dict(self.processor.size)
+        self.augmentation = make_augmentation(args.augmentation, size)
+        self.processor.size = evaluation_size(args.augmentation, size)
+        do_resize = self.augmentation is None or not self.augmentation.resizes
+        self.collate = TrainingCollator(self.processor, labels, model.config.num_labels, do_resize)
+
+        groups = parameter_groups(model, args.learning_rate, args.backbone_lr_factor, args.sampling_lr_factor)
+        optimizer = torch.optim.AdamW(groups, weight_decay=args.weight_decay, fused=True)
+        self.model, self.optimizer = accelerator.prepare(model, optimizer)
+        self.average = WeightAverage(accelerator.unwrap_model(self.model), args.ema) if args.ema else None
+        self.averaged = self.average.applied if self.average else nullcontext  # for evaluation and export
+        self.monitor = LossMonitor(
+            accelerator,
+            self.model,
+            rescue=lambda: rescue_state(accelerator, self.model, self.optimizer, self.checkpoints, self.state),
+            files={picture.image_id: picture.path for picture in self.train.pictures},
+        )
+        accelerator.register_for_checkpointing(*filter(None, (self.average, self.monitor)))
+        averages = self.average.averages.values() if self.average else ()
+        check_disk_space(self.checkpoints, self.model, self.optimizer, averages)
+
+        self.epoch_steps = steps_per_epoch(len(self.train.pictures), args.batch_size)
+        self.total_steps = min(args.epochs * self.epoch_steps, args.max_steps or sys.maxsize)
+        drops = drop_steps(args.lr_drop, total_steps=self.total_steps, steps_per_epoch=self.epoch_steps)
+        self.rate_at = make_schedule(
+            args.schedule, total_steps=self.total_steps, drop_steps=drops, warmup_steps=args.warmup_steps
+        )
+        set_seed(args.seed, device_specific=True)  # from here on each process draws its own noise
+
+    def train_epoch(self) -> None:
+        """Take the steps of an epoch that are left."""
+        self.model.train()
+        for batch in self.batches(*divmod(self.state.step, self.epoch_steps)):
+            losses = self.learn(batch)
+            if losses is None:
+                continue
+            self.state.step += 1
+            at_end = self.state.step % self.epoch_steps == 0 or self.state.step == self.total_steps
+            at_checkpoint = self.args.checkpoint_steps and self.state.step % self.args.checkpoint_steps == 0
+            self.report(losses, is_row=self.state.step % self.args.report_every == 0 or at_checkpoint or at_end)
+            if at_end:
+                break
+            if at_checkpoint or self.signals.agreed():
+                self.save_and_stop_if_asked()
+
+    def batches(self, epoch: int, first_step: int) -> Iterator[dict[str, Any]]:
+        """The model's arguments for the batches of an epoch, from a step on."""
+        pictures = DetectionDataset(self.train, self.augmentation, self.args.seed, epoch)
+        sampler = TrainingBatchSampler(
+            len(self.train.pictures),
+            self.args.batch_size,
+            seed=self.args.seed,
+            epoch=epoch,
+            rank=self.accelerator.process_index,
+            world_size=self.accelerator.num_processes,
+            accumulation=self.args.gradient_accumulation,
+            first_step=first_step,
+            shape_of=training_shapes(pictures, self.collate) if self.args.bucketing else None,
+        )
+        loader = training_loader(pictures, self.collate, sampler, num_workers=self.args.num_workers)
+        return with_effective_batch(loader, self.accelerator)
+
+    def learn(self, batch: dict[str, Any]) -> dict[str, float] | None:
+        """Learn from a batch. Return the step's losses if it was the step's last one."""
+        accelerator, model, optimizer = self.accelerator, self.model, self.optimizer
+        set_learning_rate(optimizer, self.rate_at(self.state.step))
+        self.monitor.begin(batch)
+        losses = None
+        with accelerator.accumulate(model):
+            outputs = model(**send_to_device(batch, accelerator.device, non_blocking=True))
+            accelerator.backward(outputs.loss)
+            self.monitor.add(outputs.loss, outputs.loss_dict)
+            if accelerator.sync_gradients:
+                norm = accelerator.clip_grad_norm_(model.parameters(), self.args.clip)
+                losses = self.monitor.check(self.state.step, norm)
+            optimizer.step()
+            optimizer.zero_grad()
+        if losses is not None and self.average:
+            self.average.update()
+        return losses
+
+    def report(self, losses: dict[str, float], *, is_row: bool) -> None:
+        """Show the step that was just done and, if there is to be a row of the history, write it."""
+        epoch = self.state.step / self.epoch_steps
+        learning_rate = self.args.learning_rate * self.rate_at(self.state.step - 1)
+        self.progress.step(epoch, losses, learning_rate)
+        if is_row:
+            row = self.monitor.averages()
+            measured = self.progress.report(self.state.step, epoch, row or losses, learning_rate)
+            self.record({**row, "learning_rate": learning_rate}, measured)
+
+    def record(self, row: dict[str, float], measured: dict[str, float] | None = None) -> None:
+        """Add a row to the history and, with what was `measured` of the machine, to the tracker."""
+        self.history.add({"step": self.state.step, "epoch": self.state.step / self.epoch_steps, **row})
+        self.accelerator.log({**row, **(measured or {})}, step=self.state.step)
+
+    def evaluate_if_due(self) -> None:
+        """Measure the model on the validation pictures at the end of an epoch, unless that was done already."""
+        state, every = self.state, self.args.eval_every * self.epoch_steps
+        is_due = state.step == self.total_steps or (state.step and state.step % every == 0)
+        if not is_due or state.evaluated:
+            return
+        scores = self.evaluate("validation")
+        self.record(scores.metrics)
+        ap, ap50 = scores.metrics["ap"], scores.metrics["ap50"]
+        self.progress.scored(ap)
+        self.progress.say(f"step {state.step}: validation AP {ap:.3f}, AP50 {ap50:.3f}")
+        if ap > state.best_ap or state.best_step is None:
+            state.best_step, state.best_ap = state.step, ap
+        self.save_and_stop_if_asked()
+
+    def evaluate(self, name: str) -> CocoScores:
+        data = self.measured_on[name]
+        share = -(-len(data.pictures) // self.accelerator.num_processes)
+        options = {"batch_size": self.args.eval_batch_size, "num_workers": self.args.num_workers}
+        with (
+            self.progress.count(name, share) as counted,
+            self.averaged(),
+            whole_weights(self.model),
+            torch.random.fork_rng(devices=[]),  # loading draws a number, and training goes on as if it had not
+        ):
+            return evaluate_model(self.model, self.processor, data, self.accelerator, on_batch=counted, **options)[0]
+
+    def save_and_stop_if_asked(self) -> None:
+        """Write a checkpoint and, if a signal came, end the process."""
+        save_checkpoint(self.accelerator, self.checkpoints, self.state)
+        if self.signals.agreed():
+            self.signals.leave(f"stopped after step {self.state.step} of {self.total_steps}; go on with --resume")
+
+    def export(self, command: str) -> None:
+        """Measure the model on all pictures but those that it learned from, and write what the run leaves."""
+        scores = {name: self.evaluate(name) for name in self.measured_on}
+        with self.averaged():
+            model = whole_model(self.accelerator, self.model)
+            if self.accelerator.is_main_process:
+                export_run(
+                    self.args.output,
+                    model,
+                    self.processor,
+                    self.state,
+                    scores,
+                    dataset=self.args.dataset_name or self.train.name,
+                    command=command,
+                    base_model=self.args.model,
+                )
+        part = list(scores)[-1]
+        self.accelerator.print(
+            f"{part}, checkpoint of step {self.state.kept_step}:\n{scores[part].table}\nmodel: {self.args.output}"
+        )
 
 
 def start_accelerator(args: argparse.Namespace) -> Accelerator:

@@ -24,6 +24,7 @@ import torch
 from accelerate.utils import set_seed
 from transformers import HfArgumentParser, Trainer, TrainerCallback, TrainingArguments
 
+from hf_dino.arguments import parse_size
 from hf_dino.data import (
     DetectionData,
     DetectionDataset,
@@ -38,7 +39,7 @@ from hf_dino.data import (
 from hf_dino.evaluation import METRICS, evaluate_model
 from hf_dino.loading import load_detector_for
 from hf_dino.model_card import finetuned_card
-from hf_dino.training import effective_batch, freeze, parameter_groups, parse_size
+from hf_dino.training import effective_batch, freeze, parameter_groups
 
 
 DEFAULTS: dict[str, Any] = {

@@ -20,9 +20,10 @@ from rich.progress import track
 from transformers import BaseImageProcessor
 
 from hf_dino import DinoDetrForObjectDetection
+from hf_dino.arguments import number_between
 from hf_dino.data import InputError, list_pictures, read_image
+from hf_dino.files import check_new_files, write_json
 from hf_dino.loading import load_detector
-from hf_dino.training import check_new_files, number_between, write_json
 from hf_dino.visualization import draw_detections
 
 

@@ -15,17 +15,16 @@ from torch import nn
 
 from hf_dino.data import InputError
 from hf_dino.data.shapes import generate_shapes
+from hf_dino.files import files_into_folder, write_json
 from hf_dino.training import (
     TrainingState,
     checkpoint_path,
-    files_into_folder,
     find_start,
     latest_checkpoint,
     load_checkpoint,
     read_state,
     remove_checkpoints,
     save_checkpoint,
-    write_json,
 )
 from hf_dino.training import checkpoint as checkpoint_module
 from hf_dino.training.checkpoint import check_disk_space, data_fingerprint, rescue_state

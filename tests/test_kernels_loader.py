@@ -530,6 +530,14 @@ def test_unknown_mode_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
             kernels.operators("cpu")
 
 
+def test_the_report_says_so_in_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("HF_DINO_KERNELS", "1")
+    monkeypatch.setattr(sys, "argv", ["hf_dino.kernels"])
+    with pytest.raises(SystemExit, match="2"):
+        report.main()
+    assert "error: HF_DINO_KERNELS must be auto, off or require, not '1'" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("device", "changed", "reason"),
     [("cpu", (sys, "platform", "win32"), "Linux and macOS"), ("cuda", (torch.version, "cuda", None), "without CUDA")],

@@ -109,9 +109,21 @@ def imported_packages(*patterns: str) -> set[str]:
     return {DISTRIBUTIONS.get(name, name) for name in names - own - sys.stdlib_module_names}
 
 
+def extras_imported() -> dict[str, set[str]]:
+    """Names of the packages that `import_extra` imports when they are needed, by the extra that is to bring them."""
+    packages: dict[str, set[str]] = {}
+    for path in ROOT.glob("src/**/*.py"):
+        for call in re.findall(r'import_extra\("([\w.]+)", "([\w-]+)"', path.read_text(encoding="utf-8")):
+            name = call[0].split(".")[0]
+            packages.setdefault(call[1], set()).add(DISTRIBUTIONS.get(name, name))
+    return packages
+
+
 def test_what_is_imported_is_declared_and_nothing_else() -> None:
-    imported = imported_packages("src/**/*.py", "conversion/*.py", "examples/*.py")
+    extras = extras_imported()
+    imported = imported_packages("src/**/*.py", "conversion/*.py", "examples/*.py") | extras.pop("train")
     assert imported == requirements("dependencies") | requirements("train")
+    assert list(extras) == ["hub-data"] and extras["hub-data"] <= requirements("hub-data")
 
 
 def test_model_and_conversion_need_no_extra() -> None:

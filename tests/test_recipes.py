@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from hf_dino import DinoDetrConfig
+from hf_dino.arguments import at_least, config_field, number_between
 from hf_dino.data import AUGMENTATIONS, InputError
-from hf_dino.training.arguments import at_least, config_field, number_between
 from hf_dino.training.recipe import apply_recipe
 
 

@@ -1,15 +1,16 @@
 """Pictures for people: detections drawn into a picture, two pictures side by side, training curves."""
 
 import os
-import warnings
 import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
+
+from .data.extras import import_extra
+from .files import replacing
 
 
 # Pixels. A picture whose longer side is below this is enlarged before it is drawn into, or names would hide it.
@@ -64,7 +65,7 @@ def draw_detections(
 
     ```
     """
-    supervision = _import_supervision()
+    supervision = import_extra("supervision", "train", "drawing")
     corners = np.asarray([[float(value) for value in box] for box in boxes], dtype=np.float32).reshape(-1, 4)
     if len(names) != len(corners) or (scores is not None and len(scores) != len(corners)):
         counts = f"{len(corners)} boxes, {len(names)} names" + ("" if scores is None else f", {len(scores)} scores")
@@ -162,14 +163,8 @@ def plot_training_curves(history: Sequence[Mapping[str, float]], path: str | os.
     if precision_axes.lines:
         precision_axes.legend(frameon=False, loc="upper left")
 
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    neighbour = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
-    try:
-        figure.savefig(neighbour, dpi=120)
-        os.replace(neighbour, path)
-    finally:
-        neighbour.unlink(missing_ok=True)
+    with replacing(Path(path)) as temporary:
+        figure.savefig(temporary, dpi=120)
 
 
 def _plot(axes: Any, history: Sequence[Mapping[str, float]], curves: Mapping[str, tuple[str, str]]) -> None:
@@ -187,13 +182,3 @@ def _font_path() -> str:
     except ImportError as error:
         raise ImportError("drawing text needs matplotlib: pip install 'hf-dino[train]'") from error
     return str(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf")
-
-
-def _import_supervision() -> ModuleType:
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="OpenCV", category=UserWarning)  # its own drawing is good enough
-            import supervision
-    except ImportError as error:
-        raise ImportError("drawing needs supervision: pip install 'hf-dino[train]'") from error
-    return supervision

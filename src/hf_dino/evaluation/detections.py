@@ -16,7 +16,7 @@ from accelerate.utils import send_to_device
 from torch import nn
 from transformers import BaseImageProcessor
 
-from .files import new_text_file
+from ..files import new_text_file
 from .records import DETECTION
 
 

@@ -15,10 +15,10 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from ..data.dataset import DetectionData, DetectionDataset
+from ..files import new_text_file
 from ..model_card import METRIC_NAMES
 from ..visualization import draw_detections, side_by_side
 from .analysis import KINDS, Analysis, OperatingPoint, PictureMistakes
-from .files import new_text_file
 from .scores import CocoScores
 
 

@@ -1,6 +1,5 @@
 """Around the training loop: settings, checkpoints that a run can go on from, progress, and what it leaves."""
 
-from .arguments import HelpFormatter, at_least, config_field, number_between, parse_size
 from .checkpoint import (
     TrainingState,
     check_disk_space,
@@ -18,7 +17,6 @@ from .checkpoint import (
 from .effective_batch import effective_batch, with_effective_batch
 from .ema import WeightAverage
 from .export import export_run, whole_model
-from .files import check_new_files, files_into_folder, write_json
 from .freezing import freezable_stages, freeze
 from .history import RunHistory
 from .lock import run_folder
@@ -42,7 +40,6 @@ from .tracking import tracked
 
 __all__ = [
     "SCHEDULES",
-    "HelpFormatter",
     "LossMonitor",
     "RunHistory",
     "StopSignals",
@@ -50,27 +47,21 @@ __all__ = [
     "TrainingState",
     "WeightAverage",
     "apply_recipe",
-    "at_least",
     "check_disk_space",
-    "check_new_files",
     "checkpoint_activations",
     "checkpoint_path",
     "compile_layers",
-    "config_field",
     "data_fingerprint",
     "drop_steps",
     "effective_batch",
     "export_run",
-    "files_into_folder",
     "find_start",
     "freezable_stages",
     "freeze",
     "latest_checkpoint",
     "load_checkpoint",
     "make_schedule",
-    "number_between",
     "parameter_groups",
-    "parse_size",
     "prepare_checkpoints",
     "read_state",
     "remove_checkpoints",
@@ -83,5 +74,4 @@ __all__ = [
     "whole_model",
     "whole_weights",
     "with_effective_batch",
-    "write_json",
 ]

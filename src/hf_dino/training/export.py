@@ -11,12 +11,12 @@ from torch import nn
 from transformers import BaseImageProcessor, PreTrainedModel
 
 from ..evaluation import CocoScores
+from ..files import files_into_folder, write_json
 from ..model_card import finetuned_card
 from ..modeling_dino_detr import DinoDetrForObjectDetection
 from ..saving import save_detector
 from ..visualization import plot_training_curves
 from .checkpoint import TrainingState
-from .files import files_into_folder, write_json
 
 
 def whole_model(accelerator: Accelerator, model: nn.Module) -> PreTrainedModel:

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ..files import replacing
 from ..visualization import plot_training_curves
-from .files import replacing
 
 
 class RunHistory:

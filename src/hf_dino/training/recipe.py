@@ -9,7 +9,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-import yaml  # type: ignore[import-untyped]  # PyYAML comes with huggingface_hub and transformers
+import yaml
 
 from ..data.errors import InputError
 

@@ -2,8 +2,8 @@
 
 import pytest
 
+from hf_dino.arguments import parse_size
 from hf_dino.data import InputError
-from hf_dino.training import parse_size
 
 
 def test_image_sizes():

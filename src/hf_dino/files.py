@@ -6,9 +6,9 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
-from ..data.errors import InputError
+from .data.errors import InputError
 
 
 def sync(path: Path) -> None:
@@ -88,6 +88,18 @@ def check_new_files(*paths: Path | None) -> None:
             raise InputError(f"{path}: is given for two outputs; give each its own name")
     for folder in {path.parent for path in given}:
         folder.mkdir(parents=True, exist_ok=True)
+
+
+@contextmanager
+def new_text_file(path: Path) -> Iterator[TextIO]:
+    """Open a file that gets the name `path` once it is whole; after an error there is none.
+
+    Raises:
+        InputError: If `path` exists: nothing is replaced.
+    """
+    check_new_files(path)
+    with replacing(path) as temporary, temporary.open("w", encoding="utf-8") as file:
+        yield file
 
 
 def write_json(path: Path, content: Any) -> None:
