@@ -436,13 +436,24 @@ def test_no_such_folder_and_no_such_name(tmp_path, monkeypatch):
     with pytest.raises(InputError, match="there is no such folder, and it cannot be a name"):
         read_data("a/b/c")
 
+    (tmp_path / "mine" / "cells").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(
+        InputError, match=r"there is no such folder; mine holds cells. On the Hub it is mine/cell@main"
+    ):
+        read_data("mine/cell")
+
     def refuse(**options):
         raise FileNotFoundError(f"no data set {options}")
 
     monkeypatch.setattr(hub._datasets(), "load_dataset", refuse)
     asked = "{'path': 'owner/name', 'name': 'mini', 'revision': 'v1'}"
-    with pytest.raises(InputError, match=f"owner/name:mini@v1: `datasets` cannot load it .no data set {asked}"):
+    with pytest.raises(
+        InputError, match=f"owner/name:mini@v1: is no folder here, and `datasets` cannot load it .no data set {asked}"
+    ):
         read_data("owner/name:mini@v1")
+    with pytest.raises(InputError, match="mine/cell@main: is no folder here, and `datasets` cannot load it"):
+        read_data("mine/cell@main")
 
 
 def test_a_missing_library_is_asked_for_by_its_extra(tmp_path, monkeypatch):

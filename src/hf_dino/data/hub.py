@@ -94,7 +94,8 @@ def find_picture_folder(folder: Path) -> dict[str, Any]:
 
 def load_name(name: str) -> dict[str, Any]:
     """Load the splits of a data set on the Hub: `owner/name`, with `:configuration` and `@revision` if need be."""
-    return _by_split(_load(name, lambda: _datasets().load_dataset(**_parse(name))), name)
+    options = _parse(name)
+    return _by_split(_load(name, lambda: _datasets().load_dataset(**options)), name)
 
 
 def is_name(text: str) -> bool:
@@ -108,6 +109,10 @@ def _parse(name: str) -> dict[str, str]:
     match = _NAME.fullmatch(name)
     if match is None:
         raise InputError(f"{name}: is neither a folder nor a name on the Hub, OWNER/NAME[:CONFIGURATION][@REVISION]")
+    owner = Path(match["path"]).parent
+    if not match["revision"] and owner.name and owner.is_dir():  # a slip; the Hub would be asked for a minute
+        held = few(sorted(entry.name for entry in owner.iterdir()))
+        raise InputError(f"{name}: there is no such folder; {owner} holds {held}. On the Hub it is {name}@main")
     return {key: value for key, value in match.groupdict().items() if value}
 
 
@@ -120,7 +125,8 @@ def _load(name: str, load: Any) -> Any:
         return load()
     except (_datasets().exceptions.DatasetsError, OSError, ValueError) as error:
         raise InputError(
-            f"{name}: `datasets` cannot load it ({error}). If it has several configurations, write NAME:CONFIGURATION"
+            f"{name}: {'' if Path(name).is_dir() else 'is no folder here, and '}`datasets` cannot load it ({error}). "
+            "If it has several configurations, write NAME:CONFIGURATION"
         ) from None
 
 
@@ -175,7 +181,8 @@ def read_stream(
         cache (`Path` or `None`): The folder; by default one beside what `datasets` itself keeps of this very version.
         complain (`Callable`): Is told of what stops a training.
     """
-    builder = _load(name, lambda: _datasets().load_dataset_builder(**_parse(name)))
+    options = _parse(name)
+    builder = _load(name, lambda: _datasets().load_dataset_builder(**options))
     streams = _by_split(_load(name, builder.as_streaming_dataset), name)
     cache = cache or Path(f"{builder.cache_dir}-pictures")
     chosen = {split: stream for split, stream in streams.items() if not splits or split in splits}
