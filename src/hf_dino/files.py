@@ -32,6 +32,17 @@ def sync_tree(folder: Path) -> None:
 
 
 @contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Let an error of the system that names no file, as of a full disk, name this file or folder."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is not None:
+            error.filename = error.filename or str(path)
+        raise
+
+
+@contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """Give the path of a file to write, which takes the place of `path` once it is whole, or not at all.
 
@@ -41,10 +52,11 @@ def replacing(path: Path) -> Iterator[Path]:
     temporary = path.with_name(f".{path.stem}.part{path.suffix}")
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        yield temporary
-        sync(temporary)
-        temporary.replace(path)
-        sync(path.parent)
+        with naming(path):
+            yield temporary
+            sync(temporary)
+            temporary.replace(path)
+            sync(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -67,6 +79,33 @@ def files_into_folder(folder: Path, last: str) -> Iterator[Path]:
         for path in sorted(temporary.iterdir(), key=lambda path: path.name == last):
             path.replace(folder / path.name)
         sync(folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """Give a temporary folder, which gets the name `folder` once everything is written; after an error there is none.
+
+    Args:
+        folder (`Path`): Does not exist or is empty; the folder above it is made.
+
+    Raises:
+        InputError: If it exists and is not an empty folder.
+    """
+    folder = folder.resolve()  # so that `.` has a name too
+    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise InputError(f"{folder}: is there already and is not empty; give another name or remove it")
+    temporary = folder.with_name(f".{folder.name}.part")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        sync_tree(temporary)
+        with suppress(FileNotFoundError):
+            folder.rmdir()  # an empty one is replaced on POSIX, but not on Windows
+        temporary.replace(folder)
+        sync(folder.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 

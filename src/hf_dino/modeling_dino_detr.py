@@ -336,6 +336,9 @@ class DinoDetrPreTrainedModel(PreTrainedModel):
         if not initialize(module):
             super()._init_weights(module)
 
+    def get_input_embeddings(self) -> None:
+        """Pictures have none. Accelerate asks, when it shares out the weights (FSDP2), and takes no error for that."""
+
     def set_attn_implementation(self, attn_implementation: str | dict[str, str], *args: Any, **kwargs: Any) -> None:
         """As in transformers, but one name may be given for a model whose backbone has no attention."""
         if isinstance(attn_implementation, str):

@@ -1,12 +1,13 @@
 """Data sets in any of the usual formats, their check, augmentation, batches, and the generated `shapes` data set."""
 
-from .augmentation import AUGMENTATIONS, Augmentation, evaluation_size, make_augmentation
+from .augmentation import AUGMENTATIONS, Augmentation, evaluation_size, make_augmentation, smallest_shape
 from .batching import (
     EvaluationCollator,
     SameSizeBatchSampler,
     TrainingBatchSampler,
     TrainingCollator,
     evaluation_loader,
+    pictures_per_batch,
     processed_shape,
     steps_per_epoch,
     training_loader,
@@ -14,6 +15,7 @@ from .batching import (
 )
 from .check import DataReport, SplitCounts, check_data
 from .coco import read_coco
+from .convert import convert_data
 from .dataset import (
     AnnotatedPicture,
     DetectionData,
@@ -45,15 +47,18 @@ __all__ = [
     "check_data",
     "clip_boxes",
     "contiguous_id2label",
+    "convert_data",
     "evaluation_loader",
     "evaluation_size",
     "label_of_category",
     "list_pictures",
     "make_augmentation",
+    "pictures_per_batch",
     "processed_shape",
     "read_coco",
     "read_data",
     "read_image",
+    "smallest_shape",
     "steps_per_epoch",
     "training_loader",
     "training_shapes",

@@ -1,4 +1,4 @@
-"""Look at a data set for detection before training on it: `python -m hf_dino.data {check,augment} SOURCE`.
+"""Look at a data set for detection before training on it, or convert it: `python -m hf_dino.data COMMAND SOURCE`.
 
 SOURCE is a folder in the format of COCO, Pascal VOC, YOLO or Hugging Face `datasets`, or a name on the Hub.
 It is never changed.
@@ -15,6 +15,7 @@ from ..arguments import HelpFormatter, at_least, parse_size
 from .augmentation import AUGMENTATIONS, make_augmentation
 from .check import SIZES, DataReport, check_data
 from .coco import read_coco_file
+from .convert import TARGETS, convert_data
 from .dataset import Complain, DetectionData, refuse
 from .errors import InputError
 from .extras import import_extra
@@ -81,6 +82,17 @@ def _add_augment(command: argparse.ArgumentParser) -> None:
     command.add_argument("--seed", type=at_least(0), default=0, help="of the augmentation, as in training")
 
 
+def _add_convert(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--output", type=Path, required=True, metavar="DIR", help="a new or empty folder")
+    command.add_argument(
+        "--format",
+        required=True,
+        choices=TARGETS,
+        help="boxes stay as they are in coco, move by less than a hundred-thousandth of the picture's side in yolo, "
+        "and to whole pixels in voc; only coco holds crowd regions and areas",
+    )
+
+
 def check(options: argparse.Namespace) -> int:
     """Print the report and draw the sheet."""
     if options.sheet:
@@ -118,6 +130,21 @@ def augment(options: argparse.Namespace) -> int:
     return 0
 
 
+def convert(options: argparse.Namespace) -> int:
+    """Write the data set in another format and print what that format does not hold."""
+    if options.source and Path(options.source).resolve() in options.output.resolve().parents:
+        raise InputError(f"{options.output}: lies in {options.source}, which is not changed; choose another place")
+    rich = import_extra("rich.progress", "train", "the progress")
+    splits = _read(options, refuse)
+    pictures = sum(len(data.pictures) for data in splits.values())
+    with rich.Progress(transient=True) as progress:
+        task = progress.add_task("checked, then copied", total=2 * pictures)
+        warnings = convert_data(splits, options.output, options.format, on_picture=lambda: progress.advance(task))
+    _print_messages(import_extra("rich.console", "train", "the progress").Console(), "warning", "yellow", warnings)
+    print(f"data: {options.output}")
+    return 0
+
+
 def _read(options: argparse.Namespace, complain: Complain) -> dict[str, DetectionData]:
     if options.source is None:
         split = split_of(options.annotations.stem) or "train"
@@ -147,12 +174,16 @@ def print_report(report: DataReport) -> None:
     names = dict.fromkeys(name for each in report.counts.values() for name in each.classes)
     objects = {name: [each.classes.get(name, "—") for each in report.counts.values()] for name in names}
     console.print(_table(("class", *report.counts), objects))
-    for kind, style, messages in (("warning", "yellow", report.warnings), ("error", "red", report.errors)):
-        for message in messages[:_MOST_LINES]:
-            console.print(f"{kind}: {message}", style=style, markup=False, highlight=False, soft_wrap=True)
-        if len(messages) > _MOST_LINES:
-            console.print(f"… and {len(messages) - _MOST_LINES} more {kind}s", style=style)
+    _print_messages(console, "warning", "yellow", report.warnings)
+    _print_messages(console, "error", "red", report.errors)
     console.print(f"{len(report.errors)} errors, {len(report.warnings)} warnings", highlight=False)
+
+
+def _print_messages(console: Any, kind: str, style: str, messages: Sequence[str]) -> None:
+    for message in messages[:_MOST_LINES]:
+        console.print(f"{kind}: {message}", style=style, markup=False, highlight=False, soft_wrap=True)
+    if len(messages) > _MOST_LINES:
+        console.print(f"… and {len(messages) - _MOST_LINES} more {kind}s", style=style)
 
 
 def _table(header: Sequence[str], rows: Mapping[str, Sequence[object]]) -> Any:
@@ -167,6 +198,7 @@ def _table(header: Sequence[str], rows: Mapping[str, Sequence[object]]) -> Any:
 _COMMANDS: dict[str, tuple[Callable[[argparse.Namespace], int], str, Callable[[argparse.ArgumentParser], Any]]] = {
     "check": (check, "Report what is wrong with the data; exit status 1 if it would stop a training.", _add_check),
     "augment": (augment, "Draw pictures with their boxes as training sees them.", _add_augment),
+    "convert": (convert, "Write the data in another format, pictures byte for byte.", _add_convert),
 }
 
 

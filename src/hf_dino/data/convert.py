@@ -1,0 +1,284 @@
+"""Write a data set in another format: the pictures copied byte for byte, the annotations written by supervision.
+
+Boxes only: masks and key points are not even read. Pictures and objects are numbered anew.
+
+| format | layout | error of a box's edge | does not hold |
+|---|---|---|---|
+| COCO | `train.json`, `train/` | none | numbers of classes |
+| YOLO | `data.yaml`, `images/train/`, `labels/train/` | 7.5e-6 of the side: 0.015 pixels of 2000 | crowds, areas |
+| Pascal VOC | `train/JPEGImages/`, `train/Annotations/` | half a pixel | crowds, areas, classes without objects |
+
+The other splits are `val` and `test`. Classes keep their order, numbered from 1 in COCO and from 0 in YOLO; Pascal VOC
+has nothing but their names, at the objects.
+"""
+
+import json
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from ..files import new_folder
+from .dataset import AnnotatedPicture, DetectionData, few
+from .errors import InputError
+from .extras import import_extra
+from .formats import read_data
+from .hub import TablePicture
+from .images import PICTURE_SUFFIXES, PictureSource, picture_size
+
+
+# what the files and folders of each split are called, which is what other tools look for
+_WORDS = {"train": "train", "validation": "val", "test": "test"}
+
+
+class Target(NamedTuple):
+    """A format to write.
+
+    Attributes:
+        pictures (`str`): Where the folder of a split's pictures is, as a template.
+        write (`Callable`): Writes the annotations of supervision's data sets, by the words of their splits.
+        holds_crowds (`bool`): And areas.
+        holds_sizes (`bool`): Of pictures, which tell whether boxes were drawn before the EXIF rotation or after it.
+        holds_unused_classes (`bool`): Rather than names at objects alone.
+    """
+
+    pictures: str
+    write: Callable[[Mapping[str, Any], Path], None]
+    holds_crowds: bool
+    holds_sizes: bool
+    holds_unused_classes: bool
+
+
+def convert_data(
+    splits: Mapping[str, DetectionData],
+    output: str | Path,
+    form: str,
+    *,
+    on_picture: Callable[[], object] = lambda: None,
+) -> list[str]:
+    """Write a data set in another format, in a layout that [`read_data`] tells by looking.
+
+    Pictures keep their names, except that the later of two which differ only in folder or suffix gets its number at
+    the end, and that unknown suffixes become those of the picture's kind. Every split lists the classes of all.
+
+    Args:
+        splits (`Mapping[str, DetectionData]`): From [`read_data`], with keys `"train"`, `"validation"` and `"test"`.
+        output (`str` or `Path`): The folder, new or empty. Nothing is there before everything is.
+        form (`str`): `"coco"`, `"voc"` or `"yolo"`.
+        on_picture (`Callable`, *optional*): Called twice for each picture: after its head was read, and after it was
+            copied.
+
+    Returns:
+        `list[str]`: What reading had to say, and what the format does not hold, with counts, for people.
+
+    Raises:
+        InputError: If the folder holds something already, a picture cannot be read or has another size than
+            annotated, or there is nothing that the format can hold.
+        ImportError: If supervision is not installed.
+    """
+    if form not in TARGETS:
+        raise InputError(f"there is no format called {form!r} to write; choose of {few(TARGETS)}")
+    target = TARGETS[form]
+    with new_folder(Path(output)) as folder:
+        held = {split: _held(data, target, on_picture) for split, data in splits.items()}
+        filled = {split: data for split, data in held.items() if data.pictures}
+        if not filled:
+            raise InputError("there are no pictures to write")
+        if not target.holds_unused_classes and not any(map(_objects, filled.values())):
+            raise InputError(
+                "there are no objects, at which alone the format names its classes; choose another format"
+            )
+        _write(filled, target, folder, on_picture)
+        found = read_data(folder)  # tells what rounding loses, and that all is told by looking before it has its name
+    differences = {split: _differences(splits[split], data, found[split]) for split, data in filled.items()}
+    return [f"{split}: no pictures: left out" for split in splits if split not in filled] + [
+        f"{split}: {count} {what}" for split, counts in differences.items() for what, count in counts.items() if count
+    ]
+
+
+def _held(data: DetectionData, target: Target, on_picture: Callable[[], object]) -> DetectionData:
+    """The part of the data that the format can hold. Looks at every picture, before anything is written."""
+    pictures = []
+    for picture in data.pictures:
+        if not _lies_as_stored(picture) or target.holds_sizes:
+            pictures.append(picture)
+        on_picture()
+    return replace(data, pictures=pictures if target.holds_crowds else [_without_crowds(each) for each in pictures])
+
+
+def _lies_as_stored(picture: AnnotatedPicture) -> bool:
+    """Whether the boxes were drawn on the pixels as stored, which EXIF data would have turned.
+
+    Raises:
+        InputError: If it cannot be read, or is of neither size.
+    """
+    size = (picture.height, picture.width)
+    return picture_size(picture.path, size) == size != picture_size(picture.path)
+
+
+def _without_crowds(picture: AnnotatedPicture) -> AnnotatedPicture:
+    kept = picture.iscrowd == 0
+    fields = ("boxes", "category_ids", "areas", "iscrowd")
+    return replace(picture, **{name: getattr(picture, name)[kept] for name in fields})
+
+
+def _write(
+    splits: Mapping[str, DetectionData], target: Target, folder: Path, on_picture: Callable[[], object]
+) -> None:
+    classes = list(dict.fromkeys(name for data in splits.values() for name in data.categories.values()))
+    written = {}
+    for split, data in splits.items():
+        place = folder / target.pictures.format(_WORDS[split])
+        place.mkdir(parents=True)
+        paths = [place / name for name in _file_names(data.pictures)]
+        for picture, path in zip(data.pictures, paths):
+            with picture.path.open("rb") as source, path.open("xb") as copy:
+                shutil.copyfileobj(source, copy)
+            on_picture()
+        written[_WORDS[split]] = _supervision_data(data, paths, classes)
+    target.write(written, folder)
+
+
+def _file_names(pictures: Sequence[AnnotatedPicture]) -> list[str]:
+    """Names that differ before the suffix, since label files are named so, and whatever the case."""
+    taken: set[str] = set()
+    names = []
+    for number, picture in enumerate(pictures, start=1):
+        stem = Path(_given_name(picture.path)).stem or f"{number:08}"
+        while stem.casefold() in taken:
+            stem = f"{stem}-{number}"
+        taken.add(stem.casefold())
+        names.append(f"{stem}{_suffix(picture.path)}")
+    return names
+
+
+def _given_name(source: PictureSource) -> str:
+    """The name of a picture's file, without folders; nothing where it has none."""
+    stored = source.table[source.row][source.column]["path"] if isinstance(source, TablePicture) else source
+    return Path(stored).name if isinstance(stored, str | Path) else ""
+
+
+def _suffix(source: PictureSource) -> str:
+    """That of the name, if readers of folders would take it for a picture's, otherwise that of its kind."""
+    given = Path(_given_name(source)).suffix
+    if given.lower() in PICTURE_SUFFIXES:
+        return given
+    with source.open("rb") as file, Image.open(file) as image:
+        kind = str(image.format)
+    suffix = ".jpg" if kind == "MPO" else f".{kind.lower()}"  # MPO is a JPEG with more pictures behind it
+    if suffix not in PICTURE_SUFFIXES:
+        raise InputError(f"{source}: is of the kind {kind}, which is not looked for in folders; save it as PNG")
+    return suffix
+
+
+def _supervision_data(data: DetectionData, paths: Sequence[Path], classes: Sequence[str]) -> Any:
+    """Return supervision's `DetectionDataset` of pictures that lie at `paths`."""
+    supervision = import_extra("supervision", "train", "converting data")
+    pictures = {str(path): picture for path, picture in zip(paths, data.pictures)}
+    base: Any = supervision.DetectionDataset
+
+    class SizedDataset(base):
+        """Gives supervision no pixels: it would decode every picture, to know only its size."""
+
+        def __getitem__(self, index: int) -> tuple[str, np.ndarray, Any]:
+            path = self.image_paths[index]
+            size = (pictures[path].height, pictures[path].width)
+            return path, np.broadcast_to(np.uint8(0), (*size, 3)), self.annotations[path]
+
+    numbers = {category_id: classes.index(name) for category_id, name in data.categories.items()}
+    detections = {path: _detections(supervision, picture, numbers) for path, picture in pictures.items()}
+    return SizedDataset(list(classes), list(detections), detections)
+
+
+def _detections(supervision: Any, picture: AnnotatedPicture, numbers: Mapping[int, int]) -> Any:
+    top_left, size = picture.boxes[:, :2], picture.boxes[:, 2:]
+    return supervision.Detections(
+        xyxy=np.concatenate([top_left, top_left + size], axis=1),
+        class_id=np.array([numbers[category_id] for category_id in picture.category_ids.tolist()], dtype=np.int64),
+        data={"area": picture.areas, "iscrowd": picture.iscrowd},  # which its COCO writer looks for
+    )
+
+
+def _write_coco(splits: Mapping[str, Any], folder: Path) -> None:
+    image_id, annotation_id = 1, 1
+    for word, data in splits.items():
+        file = folder / f"{word}.json"
+        image_id, annotation_id = data.as_coco(
+            annotations_path=str(file), starting_image_id=image_id, starting_annotation_id=annotation_id
+        )
+        _correct_coco(file, [image.shape[:2] for _, image, _ in data])
+
+
+def _correct_coco(file: Path, sizes: Sequence[tuple[int, int]]) -> None:
+    """Put in the annotated sizes, where supervision has those after EXIF rotation, and take out what it made up.
+
+    That is a licence, CC BY 4.0, and the present as the time when each picture was taken.
+    """
+    content = json.loads(file.read_text(encoding="utf-8"))
+    del content["licenses"]
+    for image, (height, width) in zip(content["images"], sizes):
+        del image["license"], image["date_captured"]
+        image |= {"height": height, "width": width}
+    file.write_text(json.dumps(content), encoding="utf-8")
+
+
+def _write_voc(splits: Mapping[str, Any], folder: Path) -> None:
+    for word, data in splits.items():
+        data.as_pascal_voc(annotations_directory_path=str(folder / word / "Annotations"))
+
+
+def _write_yolo(splits: Mapping[str, Any], folder: Path) -> None:
+    description = folder / "data.yaml"
+    for word, data in splits.items():
+        data.as_yolo(annotations_directory_path=str(folder / "labels" / word), data_yaml_path=str(description))
+    with description.open("a", encoding="utf-8") as file:  # supervision writes the classes alone
+        file.writelines(f"{word}: images/{word}\n" for word in splits)
+
+
+TARGETS = {
+    "coco": Target("{}", _write_coco, holds_crowds=True, holds_sizes=True, holds_unused_classes=True),
+    "voc": Target("{}/JPEGImages", _write_voc, holds_crowds=False, holds_sizes=True, holds_unused_classes=False),
+    "yolo": Target("images/{}", _write_yolo, holds_crowds=False, holds_sizes=False, holds_unused_classes=True),
+}
+
+
+def _differences(data: DetectionData, held: DetectionData, found: DetectionData) -> dict[str, int]:
+    """Count what is otherwise than in the source. `found` is what was read again of what was written of `held`."""
+    names = zip(_file_names(held.pictures), (_given_name(picture.path) for picture in held.pictures))
+    numbers = {name: category_id for category_id, name in found.categories.items()}
+    renumbered = {
+        name for category_id, name in held.categories.items() if numbers.get(name, category_id) != category_id
+    }
+    unused = set(held.categories.values()) - numbers.keys()
+    counts = {
+        "pictures whose boxes ignore their EXIF rotation, which the format cannot say: left out": (
+            len(data.pictures) - len(held.pictures)
+        ),
+        "crowd regions, which the format does not have: left out": _crowds(data) - _crowds(held),
+        "boxes are so small that rounding makes them vanish: lost": _objects(held) - _objects(found),
+        "objects had the area of a mask: now that of their box": _masked(held) - _masked(found),
+        "pictures have a new name, since it was missing, taken or without a known suffix": sum(
+            name != given for name, given in names
+        ),
+        "classes have no objects, without which the format does not have them: left out": len(unused),
+        "classes have another number": len(renumbered),
+    }
+    return {what: len(where) for what, where in data.remarks.items()} | counts
+
+
+def _objects(data: DetectionData) -> int:
+    return sum(len(picture.boxes) for picture in data.pictures)
+
+
+def _crowds(data: DetectionData) -> int:
+    return sum(int(picture.iscrowd.sum()) for picture in data.pictures)
+
+
+def _masked(data: DetectionData) -> int:
+    """Count the areas that are not those of the boxes, but for rounding."""
+    close = (np.isclose(each.areas, each.boxes[:, 2:].prod(axis=1), rtol=0.01) for each in data.pictures)
+    return sum(int((~each).sum()) for each in close)

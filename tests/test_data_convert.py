@@ -1,0 +1,371 @@
+"""What is converted is read as the same data, and what a format cannot hold is said and never made up."""
+
+import io
+import json
+from collections import Counter
+
+import datasets
+import numpy as np
+import pytest
+from PIL import Image
+
+from coco_files import annotation, write_coco
+from data_formats import FORMATS, as_picture_folder, coco_text, draw, voc_xml, write, write_shapes
+from hf_dino.data import InputError, convert, convert_data, read_coco, read_data
+from hf_dino.data.__main__ import main
+
+
+TARGETS = ("coco", "voc", "yolo")
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    """What `datasets` keeps goes into the test's own folder."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    datasets.disable_progress_bars()
+
+
+@pytest.fixture(scope="module")
+def shapes(tmp_path_factory):
+    return write_shapes(tmp_path_factory.mktemp("data") / "shapes")
+
+
+def saved_table(shapes, folder):
+    """Rows with bytes inside Arrow files, whose pictures are no files of their own."""
+    as_picture_folder(shapes, folder.with_name("pictures"))
+    datasets.load_dataset(str(folder.with_name("pictures"))).save_to_disk(str(folder))
+
+
+SOURCES = {**FORMATS, "saved table": saved_table}
+
+
+def encoded(picture):
+    with picture.path.open("rb") as file:
+        return file.read()
+
+
+def named_boxes(data):
+    """Of each picture, by the bytes of its file: its size, and classes and boxes in a fixed order."""
+    return {
+        encoded(picture): (
+            (picture.height, picture.width),
+            [data.categories[number] for number in picture.category_ids],
+            picture.boxes,
+        )
+        for picture in data.pictures
+    }
+
+
+def assert_same(converted, source, tolerance):
+    assert list(converted) == list(source)
+    for split, data in source.items():
+        got, wanted = named_boxes(converted[split]), named_boxes(data)
+        assert len(data.pictures) == len(converted[split].pictures)
+        assert got.keys() == wanted.keys()
+        for content, (size, names, boxes) in wanted.items():
+            assert got[content][:2] == (size, names)
+            corners, others = (
+                np.hstack([each[:, :2], each[:, :2] + each[:, 2:]]) for each in (boxes, got[content][2])
+            )
+            # boxes are told to thousandths of a pixel
+            np.testing.assert_allclose(others, corners, rtol=0, atol=tolerance(size) + 1e-3)
+
+
+TOLERANCES = {
+    "coco": lambda size: 0,
+    "yolo": lambda size: 7.5e-6 * max(size),
+    "voc": lambda size: 0.5,
+}
+
+
+@pytest.mark.parametrize("form", TARGETS)
+@pytest.mark.parametrize("name", SOURCES)
+def test_the_same_data_is_read_of_what_was_converted(shapes, tmp_path, name, form):
+    SOURCES[name](shapes, tmp_path / "source")
+    source = read_data(tmp_path / "source")
+    seen = []
+    convert_data(source, tmp_path / "converted", form, on_picture=lambda: seen.append(1))
+    converted = read_data(tmp_path / "converted")
+    assert_same(converted, source, TOLERANCES[form])
+    for split, data in converted.items():
+        if form != "voc":  # which has no order of classes
+            assert list(data.categories.values()) == list(source[split].categories.values())
+        assert Counter(data.categories.values()) == Counter(source[split].categories.values())
+    assert any(not len(picture.boxes) for picture in converted["train"].pictures)
+    assert len(seen) == 2 * sum(len(data.pictures) for data in source.values())
+    assert [path.name for path in tmp_path.iterdir() if path.name.endswith(".part")] == []
+
+
+@pytest.mark.parametrize("form", TARGETS)
+def test_how_precise_boxes_are(tmp_path, form):
+    rng = np.random.default_rng(0)
+    size = (900, 1600)
+    top_left, sides = rng.uniform(0, 700, (200, 2)), rng.uniform(3, 200, (200, 2))
+    boxes = np.hstack([top_left, sides])
+    objects = [annotation(1, 3, box) for box in boxes.tolist()]
+    source = {"train": read_coco(*write_coco(tmp_path, objects, sizes=[size], categories={3: "dog"}))}
+    convert_data(source, tmp_path / "out", form)
+    (found,) = read_data(tmp_path / "out")["train"].pictures
+    edges, wanted = (np.hstack([each[:, :2], each[:, :2] + each[:, 2:]]) for each in (found.boxes, boxes))
+    error = np.abs(edges - wanted).max()
+    least, most = {"coco": (0, 1e-9), "yolo": (0.001, 7.5e-6 * 1600 + 1e-3), "voc": (0.4, 0.5)}[form]
+    assert least <= error <= most
+
+
+def test_coco_keeps_crowds_areas_and_ids_that_differ_between_splits(tmp_path):
+    objects = [annotation(1, 3, [1, 2, 30, 20], area=123.5), annotation(1, 7, [5, 6, 9.25, 9], iscrowd=1)]
+    splits = {
+        split: read_coco(*write_coco(tmp_path / split, objects, sizes=[(40, 60), (30, 30)]))
+        for split in ("train", "validation")
+    }
+    assert convert_data(splits, tmp_path / "out", "coco") == [
+        f"{split}: 2 classes have another number" for split in ("train", "validation")
+    ]
+    data = read_data(tmp_path / "out")
+    picture = data["train"].pictures[0]
+    assert picture.areas.tolist() == [123.5, 83.25]
+    assert picture.iscrowd.tolist() == [0, 1]
+    ids = [picture.image_id for each in data.values() for picture in each.pictures]
+    assert ids == [1, 2, 3, 4]
+    content = json.loads((tmp_path / "out" / "train.json").read_text())
+    assert "licenses" not in content
+    assert set(content["images"][0]) == {"id", "file_name", "height", "width"}
+
+
+@pytest.mark.parametrize("form", ["voc", "yolo"])
+def test_crowds_and_areas_are_left_out_where_there_is_no_place_for_them(tmp_path, form):
+    objects = [
+        annotation(1, 3, [1, 2, 30, 20], area=123.5),
+        annotation(1, 3, [1, 2, 10, 10], area=100.04),
+        *[annotation(1, 7, [5, 6, 9, 9], iscrowd=1)] * 2,
+    ]
+    notes = convert_data({"train": read_coco(*write_coco(tmp_path, objects))}, tmp_path / "out", form)
+    (picture,) = read_data(tmp_path / "out")["train"].pictures
+    assert picture.boxes.tolist() == pytest.approx(np.array([[1, 2, 30, 20], [1, 2, 10, 10]]), abs=1e-2)
+    classes = {
+        "voc": [
+            "train: 1 classes have no objects, without which the format does not have them: left out",
+            "train: 1 classes have another number",
+        ],
+        "yolo": ["train: 2 classes have another number"],
+    }
+    assert notes == [
+        "train: 2 crowd regions, which the format does not have: left out",
+        "train: 1 objects had the area of a mask: now that of their box",
+        *classes[form],
+    ]
+
+
+@pytest.mark.parametrize("form", ["voc", "yolo"])
+def test_boxes_that_rounding_loses_are_counted(tmp_path, form):
+    boxes = [[1599.7, 2, 0.3, 20], [20, 30, 0.001, 5], [1, 2, 30, 20]]
+    objects = [annotation(1, 3, box) for box in boxes]
+    source = {"train": read_coco(*write_coco(tmp_path, objects, sizes=[(900, 1600)], categories={3: "dog"}))}
+    notes = convert_data(source, tmp_path / "out", form)
+    (picture,) = read_data(tmp_path / "out")["train"].pictures
+    assert len(picture.boxes) == 2
+    assert "train: 1 boxes are so small that rounding makes them vanish: lost" in notes
+
+
+def test_what_reading_dropped_is_said(tmp_path):
+    source = {
+        "train": read_coco(*write_coco(tmp_path, [annotation(1, 3, box) for box in ([1, 2, 0, 4], [1, 2, 3, 4])]))
+    }
+    assert "train: 1 boxes have no width or no height: dropped" in convert_data(source, tmp_path / "out", "coco")
+
+
+@pytest.mark.parametrize("form", TARGETS)
+def test_pictures_of_one_name_do_not_overwrite_each_other(tmp_path, form):
+    names = ("a/1.png", "b/1.png", "1.bmp", "1-2.png", "A.PNG", "nosuffix")
+    write(tmp_path / "source" / "train.json", coco_text(*names))
+    for seed, name in enumerate(names):
+        draw(tmp_path / "source" / "train" / f"{name}.png", seed=seed)
+        (tmp_path / "source" / "train" / f"{name}.png").rename(tmp_path / "source" / "train" / name)
+    source = read_data(tmp_path / "source")
+    notes = convert_data(source, tmp_path / "out", form)
+    converted = read_data(tmp_path / "out")
+    assert_same(converted, source, TOLERANCES[form])
+    assert {picture.path.name for picture in converted["train"].pictures} == {
+        *("1.png", "1-2.png", "1-3.bmp", "1-2-4.png", "A.PNG", "nosuffix.png")
+    }
+    assert any("4 pictures have a new name" in note for note in notes)
+
+
+@pytest.mark.parametrize("form", TARGETS)
+def test_rows_without_names_are_numbered_and_get_the_suffix_of_their_kind(tmp_path, form):
+    rows = []
+    for kind, seed in (("JPEG", 0), ("MPO", 1), ("WEBP", 2)):
+        file = io.BytesIO()
+        noise = np.random.default_rng(seed).integers(0, 256, (40, 60, 3), dtype=np.uint8)
+        more = {"save_all": True, "append_images": [Image.new("RGB", (6, 4))]} if kind == "MPO" else {}
+        Image.fromarray(noise).save(file, format=kind, **more)
+        rows.append({"bytes": file.getvalue(), "path": None})
+    objects = [{"bbox": [[1, 2, 30, 20]], "category": ["cell"]}] * 3
+    table = datasets.Dataset.from_dict({"image": rows, "objects": objects}).cast_column("image", datasets.Image())
+    table.save_to_disk(str(tmp_path / "source"))
+    source = read_data(tmp_path / "source")
+    convert_data(source, tmp_path / "out", form)
+    converted = read_data(tmp_path / "out")
+    assert_same(converted, source, TOLERANCES[form])
+    assert [picture.path.name for picture in converted["train"].pictures] == [
+        *("00000001.jpeg", "00000002.jpg", "00000003.webp")
+    ]
+
+
+def test_pictures_of_a_kind_that_is_not_looked_for(tmp_path):
+    write(tmp_path / "source" / "train.json", coco_text("1.ppm"))
+    draw(tmp_path / "source" / "train" / "1.ppm")
+    source = read_data(tmp_path / "source")
+    with pytest.raises(InputError, match=r"1\.ppm: is of the kind PPM, which is not looked for"):
+        convert_data(source, tmp_path / "out", "yolo")
+
+
+@pytest.mark.parametrize("form", TARGETS)
+def test_boxes_that_reach_over_the_border_are_not_cut(tmp_path, form):
+    objects = [annotation(1, 3, box) for box in ([-10, 30, 20, 20], [50, -5, 30, 60])]
+    source = {"train": read_coco(*write_coco(tmp_path, objects))}
+    convert_data(source, tmp_path / "out", form)
+    assert_same(read_data(tmp_path / "out"), source, TOLERANCES[form])
+
+
+@pytest.mark.parametrize("form", TARGETS)
+def test_boxes_drawn_before_the_exif_rotation_stay_on_their_pixels(tmp_path, form):
+    pictures, file = write_coco(tmp_path, [annotation(n, 3, [1, 2, 30, 20]) for n in (1, 2, 3)], sizes=[(40, 60)] * 3)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (60, 40)).save(pictures / "1.png", exif=exif)  # annotated as stored
+    Image.new("RGB", (40, 60)).save(pictures / "2.png", exif=exif)  # annotated as shown
+    source = {"train": read_coco(pictures, file)}
+    notes = convert_data(source, tmp_path / "out", form)
+    found = {picture.path.name: picture for picture in read_data(tmp_path / "out")["train"].pictures}
+    left_out = [note for note in notes if "1 pictures whose boxes ignore their EXIF rotation" in note]
+    assert len(left_out) == (form == "yolo")
+    assert set(found) == {"2.png", "3.png"} | ({"1.png"} if form != "yolo" else set())
+    for picture in found.values():
+        assert (picture.height, picture.width) == (40, 60)
+        assert picture.read().size == (60, 40)
+        assert picture.boxes == pytest.approx(np.array([[1, 2, 30, 20]]), abs=1e-2)
+
+
+def test_classes_that_only_some_splits_list_have_one_number_in_all(tmp_path):
+    splits = {
+        "train": read_coco(*write_coco(tmp_path / "a", [annotation(1, 3, [1, 2, 3, 4])])),
+        "test": read_coco(*write_coco(tmp_path / "b", [annotation(1, 5, [1, 2, 3, 4])], categories={5: "bird"})),
+    }
+    convert_data(splits, tmp_path / "out", "yolo")
+    found = read_data(tmp_path / "out")
+    assert found["train"].categories == found["test"].categories == {0: "dog", 1: "cat", 2: "bird"}
+    assert found["test"].pictures[0].category_ids.tolist() == [2]
+
+
+NAMES = {3: "a & <b>", 5: " blanks ", 7: "ключ: 'да'", 8: "no", 9: "1"}
+
+
+@pytest.mark.parametrize("form", TARGETS)
+def test_names_of_classes_are_kept_whatever_they_are(tmp_path, form):
+    objects = [annotation(1, category_id, [1, 2, 3, 4]) for category_id in NAMES]
+    convert_data({"train": read_coco(*write_coco(tmp_path, objects, categories=NAMES))}, tmp_path / "out", form)
+    data = read_data(tmp_path / "out")["train"]
+    assert [data.categories[number] for number in data.pictures[0].category_ids] == list(NAMES.values())
+
+
+def test_voc_needs_objects(tmp_path):
+    crowd = [annotation(1, 3, [1, 2, 3, 4], iscrowd=1)]
+    source = {"train": read_coco(*write_coco(tmp_path / "source", crowd, categories={3: "dog"}))}
+    with pytest.raises(InputError, match="there are no objects, at which alone"):
+        convert_data(source, tmp_path / "out", "voc")
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+    for form in ("coco", "yolo"):
+        convert_data(source, tmp_path / form, form)
+        assert list(read_data(tmp_path / form)["train"].categories.values()) == ["dog"]
+
+
+def test_splits_without_pictures(tmp_path):
+    full = read_coco(*write_coco(tmp_path / "source", [annotation(1, 3, [1, 2, 3, 4])]))
+    empty = type(full)(full.source, [], full.categories)
+    assert "test: no pictures: left out" in convert_data({"train": full, "test": empty}, tmp_path / "out", "yolo")
+    assert list(read_data(tmp_path / "out")) == ["train"]
+    with pytest.raises(InputError, match="there are no pictures"):
+        convert_data({"test": empty}, tmp_path / "other", "yolo")
+
+
+def source_of_two(folder):
+    write(folder / "train.json", coco_text("1.png", "2.png"))
+    draw(folder / "train" / "1.png")
+    draw(folder / "train" / "2.png")
+    return folder
+
+
+def test_command_line(tmp_path, capsys):
+    source = source_of_two(tmp_path / "source")
+    words = ["convert", str(source), "--format"]
+    assert main([*words, "yolo", "--output", str(tmp_path / "new" / "out")]) == 0
+    printed = capsys.readouterr().out
+    assert "warning: train: 1 classes have another number" in printed
+    assert f"data: {tmp_path / 'new' / 'out'}" in printed.replace("\n", "")
+    assert_same(read_data(tmp_path / "new" / "out"), read_data(source), TOLERANCES["yolo"])
+    assert main(["check", str(tmp_path / "new" / "out")]) == 0
+    (tmp_path / "empty").mkdir()
+    pair = ["--images", str(source / "train"), "--annotations", str(source / "train.json")]
+    assert main(["convert", *pair, "--format", "coco", "--output", str(tmp_path / "empty")]) == 0
+    assert sorted(path.name for path in (tmp_path / "empty").iterdir()) == ["train", "train.json"]
+
+
+@pytest.mark.parametrize(
+    ("damage", "output", "message"),
+    [
+        (lambda source: (source / "train" / "2.png").unlink(), "out", "1 of the pictures in"),
+        (lambda source: (source / "train" / "2.png").write_bytes(b"no"), "out", "2.png: cannot be read as a picture"),
+        (lambda source: draw(source / "train" / "2.png", (41, 60)), "out", "2.png: the annotations say 60 x 40"),
+        (lambda source: None, "source", "is there already and is not empty"),
+        (lambda source: None, "source/train.json", "is not changed"),
+        (lambda source: None, "source/out", "is not changed"),
+    ],
+)
+def test_one_clear_error_and_nothing_left_behind(tmp_path, capsys, damage, output, message):
+    source = source_of_two(tmp_path / "source")
+    damage(source)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    assert main(["convert", str(source), "--format", "coco", "--output", str(tmp_path / output)]) == 1
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+def test_a_full_disk_leaves_nothing_behind(tmp_path, capsys, monkeypatch):
+    def full(source, copy):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(convert.shutil, "copyfileobj", full)
+    source = source_of_two(tmp_path / "source")
+    assert main(["convert", str(source), "--format", "coco", "--output", str(tmp_path / "out")]) == 1
+    assert "error: [Errno 28] No space left on device" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+def test_half_a_data_set_never_has_the_name_and_does_not_stop_the_next(tmp_path):
+    source = read_data(source_of_two(tmp_path / "source"))
+    write(tmp_path / ".out.part" / "val.json", "what a killed conversion left")
+    there = []
+    convert_data(source, tmp_path / "out", "coco", on_picture=lambda: there.append((tmp_path / "out").exists()))
+    assert there == [False] * 4
+    assert_same(read_data(tmp_path / "out"), source, TOLERANCES["coco"])
+    assert not (tmp_path / ".out.part").exists()
+
+
+def test_voc_objects_that_are_difficult_are_not_made_easy(tmp_path):
+    folder = tmp_path / "source"
+    draw(folder / "1.png")
+    write(folder / "1.xml", voc_xml((40, 60), [("cell", [1, 2, 30, 20])], difficult="1"))
+    draw(folder / "2.png", seed=1)
+    write(folder / "2.xml", voc_xml((40, 60), [("cell", [1, 2, 30, 20])]))
+    notes = convert_data(read_data(folder), tmp_path / "out", "voc")
+    assert notes == ["train: 1 crowd regions, which the format does not have: left out"]
+    assert [len(picture.boxes) for picture in read_data(tmp_path / "out")["train"].pictures] == [0, 1]
+
+
+def test_an_unknown_format(tmp_path):
+    with pytest.raises(InputError, match="no format called 'kitti' to write; choose of coco, voc, yolo"):
+        convert_data({}, tmp_path / "out", "kitti")

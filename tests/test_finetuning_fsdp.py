@@ -1,0 +1,79 @@
+"""Fine-tuning with weights, gradients and optimizer state shared out among two processes (PyTorch's FSDP2)."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from conftest import tiny_config
+from hf_dino.data.shapes import generate_shapes
+
+
+ROOT = Path(__file__).parents[1]
+EXAMPLE = str(ROOT / "examples" / "finetune_coco.py")
+ON_CPUS = str(ROOT / "tests" / "fsdp_on_cpus.py")
+
+
+@pytest.fixture(scope="module")
+def launch(tmp_path_factory):
+    """Gives the command of two processes for a script and an output folder."""
+    folder = tmp_path_factory.mktemp("start")
+    (folder / "tiny.json").write_text(json.dumps(tiny_config(num_denoising=6, freeze_batch_norm=False).to_diff_dict()))
+    shapes = generate_shapes(folder / "shapes", image_size=64, num_train=16, num_val=4, num_test=2)
+    options = [f"--config={folder / 'tiny.json'}", f"--data={shapes}", "--image-size=96", "--batch-size=8"]
+    options += ["--epochs=2", "--ema=0.9", "--num-workers=0", "--report-every=1", "--checkpoint-steps=1"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    return lambda output, *script: [*torchrun, *script, *options, f"--output={output}"]
+
+
+@pytest.fixture(scope="module")
+def in_processes():
+    search_path = os.pathsep.join([str(ROOT / "src"), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "PYTHONPATH": search_path}
+    return {"env": environment, "stdout": subprocess.DEVNULL}
+
+
+@pytest.fixture(scope="module")
+def shared_out(launch, in_processes, tmp_path_factory):
+    run = tmp_path_factory.mktemp("runs") / "shared_out"
+    subprocess.run(launch(run, ON_CPUS, EXAMPLE), check=True, **in_processes)
+    return run
+
+
+def results(run):
+    rows = [json.loads(line) for line in (run / "history.jsonl").read_text().splitlines()]
+    return rows, load_file(run / "model.safetensors")
+
+
+def test_it_learns_what_processes_with_whole_copies_learn(launch, in_processes, shared_out, tmp_path):
+    subprocess.run(launch(tmp_path / "copies", EXAMPLE), check=True, **in_processes)
+    (ours, weights), (theirs, expected) = results(shared_out), results(tmp_path / "copies")
+    assert [sorted(row) for row in ours] == [sorted(row) for row in theirs]
+    for row, other in zip(ours, theirs):
+        assert row == pytest.approx(other, rel=1e-4)
+    torch.testing.assert_close(weights, expected, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_killed_it_goes_on_as_if_nothing_had_been(launch, in_processes, shared_out, tmp_path):
+    command = launch(tmp_path / "run", ON_CPUS, EXAMPLE)
+    job = subprocess.Popen(command, start_new_session=True, **in_processes)
+    while not (tmp_path / "run" / "checkpoints" / "step_00000002").exists():
+        assert job.poll() is None
+        time.sleep(0.01)
+    for process in psutil.Process(job.pid).children(recursive=True):  # the launcher's are in sessions of their own
+        process.kill()
+    os.killpg(job.pid, signal.SIGKILL)
+    job.wait()
+    subprocess.run([*command, "--resume"], check=True, **in_processes)
+    (ours, weights), (theirs, expected) = results(tmp_path / "run"), results(shared_out)
+    assert ours == theirs
+    torch.testing.assert_close(weights, expected, rtol=0, atol=0)
