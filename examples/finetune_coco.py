@@ -29,7 +29,7 @@ import argparse
 import logging
 import shlex
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -56,8 +56,11 @@ from hf_dino.data import (
     evaluation_size,
     label_of_category,
     make_augmentation,
+    pictures_per_batch,
+    processed_shape,
     read_coco,
     read_data,
+    smallest_shape,
     steps_per_epoch,
     training_loader,
     training_shapes,
@@ -74,6 +77,7 @@ from hf_dino.training import (
     WeightAverage,
     apply_recipe,
     check_disk_space,
+    check_picture_sizes,
     checkpoint_activations,
     checkpoint_path,
     compile_layers,
@@ -172,8 +176,8 @@ def parse_arguments(words: list[str]) -> argparse.Namespace:
     part.add_argument(
         "--schedule", choices=SCHEDULES, default="step", help="how the learning rate falls; step: at --lr-drop"
     )
-    drop = "epochs, or below 1 fractions of the run, at which --schedule step drops to a tenth"
-    part.add_argument("--lr-drop", type=positive, nargs="*", default=[11 / 12], help=drop)
+    drop = "epochs, or below 1 fractions of the run, at which --schedule step drops to a tenth (default: 11/12)"
+    part.add_argument("--lr-drop", type=positive, nargs="*", metavar="WHEN", help=drop)
     part.add_argument("--warmup-steps", type=at_least(0), default=0, help="in which the learning rate rises")
     below_1 = number_between(0, 1 - 1e-6)
     part.add_argument("--ema", type=below_1, help="evaluate and keep a running average of the weights, as 0.9997")
@@ -192,6 +196,10 @@ def parse_arguments(words: list[str]) -> argparse.Namespace:
         parser.error("one of --model, --config and --backbone-weights is needed")
     if args.model and args.backbone_weights:
         parser.error("--model brings its backbone; leave out --backbone-weights")
+    if args.lr_drop and args.schedule != "step":
+        parser.error(f"--schedule {args.schedule} has no drops; give --lr-drop without a value, or leave it out")
+    if args.lr_drop is None:
+        args.lr_drop = [11 / 12]
     check_files_or_data(parser, args)
     return args
 
@@ -284,6 +292,7 @@ class FineTuning:
         self.processor.size = evaluation_size(args.augmentation, size)
         do_resize = self.augmentation is None or not self.augmentation.resizes
         self.collate = TrainingCollator(self.processor, labels, model.config.num_labels, do_resize)
+        check_picture_sizes(model, self.shapes(size))
 
         groups = parameter_groups(model, args.learning_rate, args.backbone_lr_factor, args.sampling_lr_factor)
         optimizer = torch.optim.AdamW(groups, weight_decay=args.weight_decay, fused=True)
@@ -307,6 +316,14 @@ class FineTuning:
             args.schedule, total_steps=self.total_steps, drop_steps=drops, warmup_steps=args.warmup_steps
         )
         set_seed(args.seed, device_specific=True)  # from here on each process draws its own noise
+
+    def shapes(self, size: Mapping[str, int]) -> Iterator[tuple[int, int]]:
+        """The least `(height, width)` of each picture, in training and in evaluation."""
+        for picture in self.train.pictures:
+            yield smallest_shape(self.args.augmentation, size, picture.height, picture.width)
+        for data in self.measured_on.values():
+            for picture in data.pictures:
+                yield processed_shape(self.processor, picture.height, picture.width)
 
     def train_epoch(self) -> None:
         """Take the steps of an epoch that are left."""
@@ -447,9 +464,9 @@ def start_accelerator(args: argparse.Namespace) -> Accelerator:
             f"accelerate is set to {accelerator.gradient_accumulation_steps} accumulated batches, but "
             f"--gradient-accumulation is {args.gradient_accumulation}; make them the same"
         )
+    part = pictures_per_batch(args.batch_size, accelerator.num_processes, args.gradient_accumulation)
     if (deepspeed := accelerator.state.deepspeed_plugin) is not None:  # it asks for what it could read from a loader
-        parts = accelerator.num_processes * args.gradient_accumulation
-        deepspeed.deepspeed_config["train_micro_batch_size_per_gpu"] = args.batch_size // parts
+        deepspeed.deepspeed_config["train_micro_batch_size_per_gpu"] = part
     if args.bucketing and accelerator.num_processes * args.gradient_accumulation == 1:
         raise InputError("--bucketing sorts the batches of a step, of which there is one; use --gradient-accumulation")
     return accelerator

@@ -34,12 +34,14 @@ from hf_dino.data import (
     evaluation_size,
     label_of_category,
     make_augmentation,
+    processed_shape,
     read_data,
+    smallest_shape,
 )
 from hf_dino.evaluation import METRICS, evaluate_model
 from hf_dino.loading import load_detector_for
 from hf_dino.model_card import finetuned_card
-from hf_dino.training import effective_batch, freeze, parameter_groups
+from hf_dino.training import check_picture_sizes, effective_batch, freeze, parameter_groups
 
 
 DEFAULTS: dict[str, Any] = {
@@ -171,8 +173,11 @@ def main(argv: list[str] | None = None) -> None:
     freeze(model)
     labels = label_of_category(train, model.config.id2label)
     label_of_category(val, model.config.id2label)  # so that an unknown category is heard of now
-    augmentation = make_augmentation(options.augmentation, dict(processor.size))
-    processor.size = evaluation_size(options.augmentation, dict(processor.size))
+    trained_size = dict(processor.size)
+    augmentation = make_augmentation(options.augmentation, trained_size)
+    processor.size = evaluation_size(options.augmentation, trained_size)
+    shapes = [smallest_shape(options.augmentation, trained_size, each.height, each.width) for each in train.pictures]
+    check_picture_sizes(model, shapes + [processed_shape(processor, each.height, each.width) for each in val.pictures])
     do_resize = augmentation is None or not augmentation.resizes
     trainer = DetectionTrainer(
         options,

@@ -22,7 +22,7 @@ from transformers import BaseImageProcessor
 from hf_dino import DinoDetrForObjectDetection
 from hf_dino.arguments import number_between
 from hf_dino.data import InputError, list_pictures, read_image
-from hf_dino.files import check_new_files, write_json
+from hf_dino.files import check_new_files, replacing, write_json
 from hf_dino.loading import load_detector
 from hf_dino.visualization import draw_detections
 
@@ -95,12 +95,8 @@ def plan_outputs(pictures: list[Path], output: Path) -> dict[Path, Path]:
 
 def save_picture(picture: Image.Image, path: Path) -> None:
     """Write a picture, or nothing if it cannot be finished."""
-    temporary = path.with_name(f".part.{path.name}")
-    try:
+    with replacing(path) as temporary:
         picture.save(temporary)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 if __name__ == "__main__":

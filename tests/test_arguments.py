@@ -1,8 +1,10 @@
-"""Sizes of pictures as the command lines take them."""
+"""Sizes of pictures, numbers and fields as the command lines take them."""
+
+import argparse
 
 import pytest
 
-from hf_dino.arguments import parse_size
+from hf_dino.arguments import at_least, config_field, number_between, parse_size
 from hf_dino.data import InputError
 
 
@@ -22,3 +24,18 @@ def test_what_is_no_image_size(size):
 def test_impossible_image_sizes(size):
     with pytest.raises(InputError, match=f"--image-size {size}: must be positive, and LONGEST not less than SHORTEST"):
         parse_size(size.split())
+
+
+@pytest.mark.parametrize(
+    ("read", "text", "message"),
+    [
+        (at_least(1), "x", "expected a whole number, got 'x'"),
+        (at_least(1), "1.5", "expected a whole number, got '1.5'"),
+        (number_between(0), "x", "expected a number, got 'x'"),
+        (config_field, "num_querys=1", r"has no field 'num_querys'; did you mean num_queries\?"),
+        (config_field, "xyz=1", "has no field 'xyz'; python -m pydoc hf_dino.DinoDetrConfig lists them"),
+    ],
+)
+def test_what_cannot_be_read(read, text, message):
+    with pytest.raises(argparse.ArgumentTypeError, match=message):
+        read(text)

@@ -1,5 +1,6 @@
 """Augmented pictures have the sizes of the recipe, and boxes stay on what they were drawn around."""
 
+import math
 import pickle
 import textwrap
 
@@ -8,8 +9,9 @@ import pytest
 import torch
 from PIL import Image
 
-from hf_dino.data import InputError, make_augmentation
+from hf_dino.data import InputError, make_augmentation, smallest_shape
 from hf_dino.data.augmentation import RandomSizeCrop, ResizeShortestEdge, evaluation_size, random_numbers_of
+from hf_dino.image_processing_dino_detr import resized_shape
 
 
 SIZE = {"shortest_edge": 800, "longest_edge": 1333}
@@ -290,3 +292,17 @@ def test_own_function_that_is_not_there(tmp_path):
         make_augmentation("no_such_package:make", OWN_SIZE)
     with pytest.raises(InputError, match="cannot be imported"):
         make_augmentation(":make", OWN_SIZE)
+
+
+@pytest.mark.parametrize("name", ["dino", "dino-large", "flip"])
+@pytest.mark.parametrize("shape", [(60, 80), (30, 200), (70, 70)])
+def test_no_picture_is_smaller_than_foretold(name, shape):
+    size = {"shortest_edge": 80, "longest_edge": 133}
+    augmentation = make_augmentation(name, size)
+    least = smallest_shape(name, size, *shape)
+    if name == "flip":
+        assert least == resized_shape(*shape, *size.values())
+        return
+    torch.manual_seed(0)
+    areas = {math.prod(augmentation.shape(*shape, torch.zeros(0, 4))) for _ in range(300)}
+    assert math.prod(least) <= min(areas) <= 1.3 * math.prod(least)

@@ -84,8 +84,9 @@ def test_clean_data_logs_nothing(tmp_path, caplog):
         ({"images": []}, "lists no images"),
         ({"categories": []}, "lists no categories"),
         ({"categories": [{"id": 3}]}, r"an entry of 'categories' lacks one of \['id', 'name'\]"),
-        ({"categories": [{"id": 3, "name": "a"}, {"id": 3, "name": "b"}]}, "ids of 'categories' must be different"),
-        ({"categories": [{"id": "3", "name": "a"}]}, "must be different integers of 64 bits; got '3'"),
+        ({"categories": [{"id": 3, "name": "a"}, {"id": 3, "name": "b"}]}, r"more than once: 3 \(.a., .b.\); give"),
+        ({"images": 2 * [{"id": 1, "file_name": "1.png"}]}, r"json: ids of 'images' .* once: 1 \('1.png', '1.png'\)"),
+        ({"categories": [{"id": "3", "name": "a"}]}, "must be integers of 64 bits; got '3'"),
         ({"categories": [{"id": 3, "name": "a"}, {"id": 4, "name": "a"}]}, "several categories are named 'a'"),
         ({"categories": [{"id": 4, "name": "a"}]}, "annotations name category_id 3, which 'categories' does not list"),
     ],
@@ -120,11 +121,14 @@ def test_annotation_of_an_unknown_picture(tmp_path):
 
 def test_unreadable_files(tmp_path):
     pictures, file = write_coco(tmp_path, [])
-    with pytest.raises(InputError, match=r"gone\.json: there is no such annotation file"):
+    with pytest.raises(InputError, match=r"gone\.json: there is no such file"):
         read_coco(pictures, tmp_path / "gone.json")
     with pytest.raises(InputError, match="cannot be read"):
         read_coco(pictures, tmp_path)
-    file.write_text(file.read_text()[:-20])
+    file.write_text(content := file.read_text(), encoding="utf-16")
+    with pytest.raises(InputError, match=r"annotations\.json: is not in UTF-8 \(.* at byte 0\); save it again with"):
+        read_coco(pictures, file)
+    file.write_text(content[:-20])
     with pytest.raises(InputError, match=r"annotations\.json: is not valid JSON .*truncated"):
         read_coco(pictures, file)
     file.write_text("[1, 2]")
@@ -191,3 +195,14 @@ def test_augmented_items_depend_on_seed_epoch_and_picture_only(tmp_path):
     assert item(0) == item(0)
     assert len({item(0, epoch=epoch)[0] for epoch in range(8)}) > 4
     assert item(0, seed=1)[0] != item(0)[0]
+
+
+@pytest.mark.parametrize("name", ["", "  ", "a\nb", "a\tb", "a\x00", "a\u2028b", "\ud83d"])
+def test_a_name_that_is_no_line_of_text(tmp_path, name):
+    with pytest.raises(InputError, match=r"a category's name must be one line of text; rename '.*' \(id 7\)$"):
+        read(tmp_path, [], categories={3: "dog", 7: name})
+
+
+def test_names_of_all_languages(tmp_path):
+    names = {1: "Bär", 2: "猫", 3: "👨\u200d👩\u200d👧", 4: "a\xa0b"}
+    assert read(tmp_path, [], categories=names).categories == names

@@ -266,3 +266,14 @@ def test_half_written_results_leave_nothing(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="No space left"):
         write_coco_results(tmp_path / "results.json", random_detections([1]))
     assert not list(tmp_path.iterdir())
+
+
+def test_the_mode_is_put_back_after_an_error():
+    def broken_loader():
+        raise KeyboardInterrupt
+        yield
+
+    model = Oracle({}).train()
+    with pytest.raises(KeyboardInterrupt):
+        collect_detections(model, broken_loader(), DinoDetrImageProcessor(), {}, Accelerator())
+    assert model.training

@@ -390,3 +390,17 @@ def test_raw_coco_ids(examples, tmp_path):
     examples["finetune_coco"].main([f"--model={tmp_path / 'coco'}", *files, *options])
     trained = AutoModelForObjectDetection.from_pretrained(tmp_path / "run")
     assert trained.config.id2label == id2label
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (["--image-size=16"], "become as small as 10 x 10 pixels: .* too few to choose num_queries=20 from: use"),
+        (["--image-size=8x64", "--augmentation=none"], "become as small as 8 x 64 pixels"),
+        (["--batch-size=5"], "a batch of 5 pictures cannot be shared out evenly to 1 processes x 2 accumulated"),
+    ],
+)
+def test_what_no_step_could_do_is_heard_of_before_there_is_a_folder(examples, arguments, tmp_path, wrong, message):
+    with pytest.raises(InputError, match=message):
+        examples["finetune_coco"].main([*arguments, f"--output={tmp_path / 'run'}", *wrong])
+    assert not (tmp_path / "run").exists()

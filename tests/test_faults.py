@@ -15,6 +15,7 @@ from functools import partial
 from multiprocessing import forkserver
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
@@ -22,6 +23,8 @@ from torch import nn
 
 import small_training
 from hf_dino.data import InputError
+from hf_dino.evaluation.detections import DETECTION, sorted_by_picture
+from hf_dino.files import write_json
 from hf_dino.training import TrainingState, latest_checkpoint, load_checkpoint, read_state, save_checkpoint
 
 
@@ -299,3 +302,13 @@ def test_a_launcher_passes_signals_on_and_the_run_goes_on(tmp_path):
     assert latest_checkpoint(tmp_path / "checkpoints").name == f"step_{int(stopped[1]):08d}"
     subprocess.run([*launch, *script], env=environment, check=True, capture_output=True)
     assert (tmp_path / "weights_1.pt").exists()
+
+
+def test_an_error_of_a_full_disk_names_the_file(small_disk, monkeypatch):
+    path = small_disk / "numbers.json"
+    with pytest.raises(OSError, match=r"No space left on device: '.*numbers\.json'"):
+        write_json(path, list(range(100_000)))
+    monkeypatch.setattr("tempfile.tempdir", str(small_disk))
+    with pytest.raises(OSError, match=f"No space left on device: '{small_disk}'"):
+        sorted_by_picture([np.zeros(100_000, DETECTION)])
+    assert not list(small_disk.iterdir())

@@ -171,3 +171,9 @@ def test_a_run_has_its_folders_name_and_one_identity_in_every_tracker(tmp_path):
         pass
     assert again.call[2]["wandb"] == options["wandb"]
     assert state.run_id != TrainingState({}).run_id
+
+
+@pytest.mark.parametrize(("gib", "said"), [(0.05, "51 MiB"), (0.25, "0.2 GiB"), (12.0, "12.0 GiB")])
+def test_little_memory_is_more_than_none(monkeypatch, gib, said):
+    monkeypatch.setattr("hf_dino.training.progress.peak_memory", lambda: gib)
+    assert f"  {said}" in shown(is_terminal=False)[0]

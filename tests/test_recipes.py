@@ -111,12 +111,12 @@ WRONG = {
     "recipe: other.yaml": "there is no option recipe",
     "help: true": "there is no option help",
     "3: 3": "there is no option 3",
-    "epochs: many": "epochs: invalid .* value: 'many'",
+    "epochs: many": "epochs: expected a whole number, got 'many'",
     "epochs: 0": "epochs: must be at least 1, got 0",
-    "epochs: 1.5": "epochs: invalid .* value: '1.5'",
+    "epochs: 1.5": "epochs: expected a whole number, got '1.5'",
     "epochs: [1, 2]": "epochs: takes one value, got 2",
     "epochs: []": "epochs: expected one argument",
-    "epochs: {a: 1, b: 2}": "epochs: invalid .* value: 'a=1'",
+    "epochs: {a: 1, b: 2}": "epochs: expected a whole number, got 'a=1'",
     "epochs:": "epochs: has no value; leave the line out for the default",
     "schedule: cosin": "schedule: invalid choice: 'cosin'",
     "mixed-precision: no": "mixed-precision: got true or false, which is how YAML reads yes and no too; put a word in",
@@ -140,7 +140,7 @@ def test_an_error_names_the_file_and_what_to_do(tmp_path, recipe):
 
 
 def test_a_recipe_that_is_not_there():
-    with pytest.raises(InputError, match=r"nowhere\.yaml: cannot be read"):
+    with pytest.raises(InputError, match=r"nowhere\.yaml: there is no such file"):
         apply_recipe(make_parser(), ["--recipe", "nowhere.yaml"])
 
 
@@ -231,3 +231,12 @@ def test_large_fine_tuning():
     assert (args.batch_size, args.epochs, args.learning_rate, args.augmentation) == (1, 100, 5e-5, "dino-large")
     assert args.learning_rate * args.backbone_lr_factor == pytest.approx(1e-5)
     assert (args.gradient_checkpointing, args.mixed_precision) == (True, "bf16")
+
+
+def test_drops_belong_to_the_schedule_that_has_them(capsys):
+    with pytest.raises(SystemExit):
+        parse_finetune("--model=a", "--schedule=one-cycle", "--lr-drop=0.5")
+    assert "error: --schedule one-cycle has no drops; give --lr-drop without a value, or" in capsys.readouterr().err
+    recipe = f"--recipe={RECIPES / 'coco-r50-4scale-24ep.yaml'}"
+    assert parse_finetune(recipe, "--schedule=cosine", "--lr-drop").lr_drop == []
+    assert parse_finetune("--model=a").lr_drop == [11 / 12]

@@ -25,7 +25,10 @@ def at_least(lowest: int, highest: float = math.inf) -> Callable[[str], int]:
     """Make the `type` of an argument that is a whole number, `lowest` or more, and `highest` or less."""
 
     def whole_number(text: str) -> int:
-        number = int(text)
+        try:
+            number = int(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"expected a whole number, got {text!r}") from None
         if number < lowest:
             raise argparse.ArgumentTypeError(f"must be at least {lowest}, got {number}")
         if number > highest:
@@ -50,7 +53,10 @@ def number_between(
     """
 
     def number(text: str) -> float:
-        value = float(text)
+        try:
+            value = float(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"expected a number, got {text!r}") from None
         if not lowest <= value <= highest or (without_lowest and value == lowest):
             least = f"more than {lowest}" if without_lowest else f"at least {lowest}"
             most = "" if math.isinf(highest) else f" and at most {highest}"
@@ -74,17 +80,29 @@ def config_field(text: str) -> tuple[str, Any]:
     ```
     """
     name, equals, value = text.partition("=")
-    fields = [field.name for field in dataclasses.fields(DinoDetrConfig)]
     if not equals:
         raise argparse.ArgumentTypeError(f"expected FIELD=VALUE, got {text!r}")
-    if name not in fields:
-        close = get_close_matches(name, fields, n=1)
-        hint = f"did you mean {close[0]}?" if close else f"it has {', '.join(fields)}"
-        raise argparse.ArgumentTypeError(f"DinoDetrConfig has no field {name!r}; {hint}")
+    try:
+        check_config_field(name)
+    except InputError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
     try:
         return name, json.loads(value)
     except json.JSONDecodeError:
         return name, value
+
+
+def check_config_field(name: str) -> None:
+    """See that there is such a field: a configuration takes any keyword, and a misspelt one would train another model.
+
+    Raises:
+        InputError: If [`DinoDetrConfig`] has no field of this name; the message says which one may be meant.
+    """
+    fields = [field.name for field in dataclasses.fields(DinoDetrConfig)]
+    if name not in fields:
+        close = get_close_matches(name, fields, n=1)
+        hint = f"did you mean {close[0]}?" if close else "python -m pydoc hf_dino.DinoDetrConfig lists them"
+        raise InputError(f"DinoDetrConfig has no field {name!r}; {hint}")
 
 
 def parse_size(words: Sequence[str]) -> dict[str, int]:

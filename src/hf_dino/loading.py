@@ -1,6 +1,5 @@
 """Open a trained DINO with its image processor, or make a new one, or say plainly why that cannot be done."""
 
-import dataclasses
 import json
 import logging
 import re
@@ -15,9 +14,11 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoImageProcessor, BaseImageProcessor
 
+from .arguments import check_config_field
 from .configuration_dino_detr import UNUSED_LABEL, DinoDetrConfig
 from .data.dataset import contiguous_id2label, few
 from .data.errors import InputError
+from .data.text import read_text
 from .image_processing_dino_detr import DinoDetrImageProcessor, DinoDetrImageProcessorPil
 from .modeling_dino_detr import DinoDetrForObjectDetection
 
@@ -174,16 +175,16 @@ def read_config(
 
 
 def _read_fields(path: Path) -> dict[str, Any]:
+    text = read_text(path)
     with _one_error(path, "cannot be read as JSON"):
-        fields = json.loads(path.read_text(encoding="utf-8"))
+        fields = json.loads(text)
     if not isinstance(fields, dict):
         raise InputError(f"{path}: must hold an object with fields of DinoDetrConfig, got {type(fields).__name__}")
-    # a configuration takes any keyword and keeps it, so that a misspelt field would train another model
-    known = {field.name for field in dataclasses.fields(DinoDetrConfig)}
-    if unknown := sorted(fields.keys() - known - {"model_type"}):
-        raise InputError(
-            f"{path}: DinoDetrConfig has no field {', '.join(unknown)}; it has {', '.join(sorted(known))}"
-        )
+    for name in fields.keys() - {"model_type"}:
+        try:
+            check_config_field(name)
+        except InputError as error:
+            raise InputError(f"{path}: {error}") from None
     return fields
 
 

@@ -7,6 +7,7 @@ either resize to one of eleven sizes, or resize, crop a part and resize that.
 import importlib
 import importlib.util
 import logging
+import math
 import sys
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -151,19 +152,48 @@ def evaluation_size(name: str, size: Mapping[str, int]) -> dict[str, int]:
     return {side: round(length * factor) for side, length in size.items()}
 
 
+def smallest_shape(name: str, size: Mapping[str, int], height: int, width: int) -> tuple[int, int]:
+    """Say what `(height, width)` a picture may have at the least when a model is trained on it.
+
+    Args:
+        name (`str`): As for [`make_augmentation`]. What a function of one's own does to pictures is not known here:
+            they count as resized only.
+        size (`Mapping[str, int]`): As for [`make_augmentation`].
+        height, width (`int`): Of the picture, in pixels.
+
+    Example:
+
+    ```python
+    >>> coco = {"shortest_edge": 800, "longest_edge": 1333}
+    >>> smallest_shape("flip", coco, 480, 640), smallest_shape("dino", coco, 480, 640)
+    ((800, 1066), (480, 480))
+
+    ```
+    """
+    largest = evaluation_size(name, size)
+    if "height" in largest:
+        return largest["height"], largest["width"]
+    shortest, longest = largest["shortest_edge"], largest["longest_edge"]
+    if name not in _CROPPING:
+        return resized_shape(height, width, shortest, longest)
+    shortest = _scaled(_SCALES[:1], shortest)[0]
+    # a crop may be a square, which is less than the picture unless that is so long that its longer side is the limit
+    return min((shortest, shortest), resized_shape(height, width, shortest, longest), key=math.prod)
+
+
+def _scaled(lengths: Sequence[int], short: int) -> list[int]:
+    return [max(1, round(length * short / SHORTEST_EDGE)) for length in lengths]
+
+
 def _dino(size: Mapping[str, int]) -> Augmentation:
     short = size.get("shortest_edge") or min(size["height"], size["width"])
     final: v2.Transform
-
-    def scaled(lengths: Sequence[int]) -> list[int]:
-        return [max(1, round(length * short / SHORTEST_EDGE)) for length in lengths]
-
     if "shortest_edge" in size:
-        final = ResizeShortestEdge(scaled(_SCALES), size["longest_edge"])
+        final = ResizeShortestEdge(_scaled(_SCALES, short), size["longest_edge"])
     else:
         final = v2.Resize((size["height"], size["width"]))
-    before_crop = ResizeShortestEdge(scaled(_SCALES_BEFORE_CROP), longest_edge=None)
-    crop = v2.Compose([before_crop, RandomSizeCrop(*scaled(_CROP)), final])
+    before_crop = ResizeShortestEdge(_scaled(_SCALES_BEFORE_CROP, short), longest_edge=None)
+    crop = v2.Compose([before_crop, RandomSizeCrop(*_scaled(_CROP, short)), final])
     return Augmentation(v2.Compose([v2.RandomHorizontalFlip(0.5), v2.RandomChoice([final, crop])]), resizes=True)
 
 
@@ -193,6 +223,7 @@ _PRESETS: dict[str, Callable[[Mapping[str, int]], Augmentation | None]] = {
     "none": lambda size: None,
 }
 AUGMENTATIONS = tuple(_PRESETS)
+_CROPPING = ("dino", "dino-large", "photometric")
 
 
 class _OfUser(Augmentation):

@@ -66,11 +66,7 @@ class TrainingBatchSampler(Sampler[list[int]]):
         first_step: int = 0,
         shape_of: Callable[[int], tuple[int, int]] | None = None,
     ):
-        if step_size % (world_size * accumulation):
-            raise InputError(
-                f"a batch of {step_size} pictures cannot be shared out evenly to {world_size} processes x "
-                f"{accumulation} accumulated batches; choose a multiple of {world_size * accumulation}"
-            )
+        pictures_per_batch(step_size, world_size, accumulation)
         steps = steps_per_epoch(length, step_size)
         order = torch.randperm(length, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
         order = order.repeat(-(-steps * step_size // length))[: steps * step_size]
@@ -192,6 +188,21 @@ class EvaluationCollator:
             "image_ids": [item["annotation"]["image_id"] for item in items],
             "target_sizes": [(image.height, image.width) for image in images],
         }
+
+
+def pictures_per_batch(step_size: int, world_size: int, accumulation: int) -> int:
+    """Share out the pictures of an optimizer step to processes and accumulated batches.
+
+    Raises:
+        InputError: If that cannot be done evenly.
+    """
+    batches = world_size * accumulation
+    if step_size % batches:
+        raise InputError(
+            f"a batch of {step_size} pictures cannot be shared out evenly to {world_size} processes x "
+            f"{accumulation} accumulated batches; choose a multiple of {batches}"
+        )
+    return step_size // batches
 
 
 def steps_per_epoch(num_pictures: int, step_size: int) -> int:

@@ -4,7 +4,7 @@ Format: https://cocodataset.org/#format-data, boxes as `[x, y, width, height]` i
 """
 
 import json
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from .dataset import Complain, DetectionData, PictureMaker, distinct, few, refus
 from .errors import InputError
 from .images import PICTURE_SUFFIXES
 from .splits import by_split, split_of
+from .text import read_text
 
 
 def read_coco(images: str | Path, annotations: str | Path) -> DetectionData:
@@ -95,14 +96,11 @@ def read_coco_files(splits: Mapping[str, CocoFiles], source: Path, complain: Com
 
 
 def _read_json(source: Path) -> dict:
+    text = read_text(source)
     try:
-        content = json.loads(source.read_text(encoding="utf-8-sig"))  # Windows likes to write a byte order mark
-    except FileNotFoundError:
-        raise InputError(f"{source}: there is no such annotation file") from None
+        content = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise InputError(f"{source}: is not valid JSON ({error}); the file may be truncated") from None
-    except OSError as error:
-        raise InputError(f"{source}: cannot be read ({error.strerror})") from None
     _check_structure(content, source)
     return content
 
@@ -134,15 +132,19 @@ def _check_structure(content: Any, source: Path) -> None:
                 f"{source}: a picture's file_name must be text, its height and width whole positive numbers: "
                 f"{str(entry)[:200]}"
             )
-    for part in ("images", "categories"):
+    for part, name in (("images", "file_name"), ("categories", "name")):
         ids = [entry["id"] for entry in content[part]]
         if not ids:
             raise InputError(f"{source}: lists no {part}")
-        wrong = [i for i, count in Counter(map(repr, ids)).items() if count > 1] or [
-            repr(i) for i in ids if type(i) is not int or abs(i) > _LARGEST_ID
-        ]
-        if wrong:
-            raise InputError(f"{source}: ids of {part!r} must be different integers of 64 bits; got {few(wrong)}")
+        if wrong := [repr(i) for i in ids if type(i) is not int or abs(i) > _LARGEST_ID]:
+            raise InputError(f"{source}: ids of {part!r} must be integers of 64 bits; got {few(wrong)}")
+        names: dict[int, list[str]] = defaultdict(list)
+        for entry in content[part]:
+            names[entry["id"]].append(repr(entry[name]))
+        if doubled := [f"{i} ({few(of_id, 3)})" for i, of_id in names.items() if len(of_id) > 1]:
+            raise InputError(
+                f"{source}: ids of {part!r} are there more than once: {few(doubled, 3)}; give each its own"
+            )
 
 
 def _annotations(content: dict, source: Path, complain: Complain) -> list[dict]:

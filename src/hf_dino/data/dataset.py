@@ -2,6 +2,7 @@
 
 import logging
 import math
+import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -234,10 +235,17 @@ class PictureMaker:
             self.remarks[what] += [str(path)] * count
 
     def finish(self, categories: Mapping[int, str]) -> DetectionData:
-        """Log what was done to boxes and hand over the data."""
+        """Log what was done to boxes, complain of names that no table could show, and hand over the data."""
         for what, pictures in self.remarks.items():
             logger.warning("%s: %d %s", self.title, len(pictures), what)
+        if unusable := [f"{name!r} (id {number})" for number, name in categories.items() if not _is_one_line(name)]:
+            self.complain(f"{self.title}: a category's name must be one line of text; rename {few(unusable)}")
         return DetectionData(self.source, self.pictures, dict(sorted(categories.items())), dict(self.remarks))
+
+
+def _is_one_line(name: str) -> bool:
+    """Whether there is something to read, without line breaks, other control characters and halves of characters."""
+    return bool(name.strip()) and not {unicodedata.category(sign) for sign in name} & {"Cc", "Cs", "Zl", "Zp"}
 
 
 _CROWD = (1, "1")  # True is 1; some tools write numbers as text

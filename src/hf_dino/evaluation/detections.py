@@ -6,6 +6,7 @@ Memory does not grow with the number of pictures: what a process holds is a batc
 import json
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
@@ -16,7 +17,7 @@ from accelerate.utils import send_to_device
 from torch import nn
 from transformers import BaseImageProcessor
 
-from ..files import new_text_file
+from ..files import naming, new_text_file
 from .records import DETECTION
 
 
@@ -54,20 +55,29 @@ def collect_detections(
     """
     # without the wrapper of DistributedDataParallel, whose forward waits for the other processes
     network = accelerator.unwrap_model(model)
+    with _temporary_file() as own:
+        with evaluation_mode(network):
+            for batch in loader:
+                tensors = {name: batch[name] for name in ("pixel_values", "pixel_mask")}
+                outputs = network(**send_to_device(tensors, accelerator.device, non_blocking=True))
+                found = processor.post_process_object_detection(
+                    outputs, threshold=0.0, target_sizes=batch["target_sizes"], top_k=network.config.num_select
+                )
+                for image_id, detection in zip(batch["image_ids"], found, strict=True):
+                    own.write(_records(image_id, detection, label_to_category_id).tobytes())
+                on_batch(len(batch["image_ids"]))
+        return sorted_by_picture(_gather(_map(own), accelerator))
+
+
+@contextmanager
+def evaluation_mode(network: nn.Module) -> Iterator[None]:
+    """Have a model in evaluation mode, and then in the mode that it was in, whatever happens."""
     was_training = network.training
     network.eval()
-    with tempfile.TemporaryFile() as own:
-        for batch in loader:
-            tensors = {name: batch[name] for name in ("pixel_values", "pixel_mask")}
-            outputs = network(**send_to_device(tensors, accelerator.device, non_blocking=True))
-            found = processor.post_process_object_detection(
-                outputs, threshold=0.0, target_sizes=batch["target_sizes"], top_k=network.config.num_select
-            )
-            for image_id, detection in zip(batch["image_ids"], found, strict=True):
-                own.write(_records(image_id, detection, label_to_category_id).tobytes())
-            on_batch(len(batch["image_ids"]))
+    try:
+        yield
+    finally:
         network.train(was_training)
-        return sorted_by_picture(_gather(_map(own), accelerator))
 
 
 def sorted_by_picture(parts: Iterable[np.ndarray]) -> np.ndarray:
@@ -80,7 +90,7 @@ def sorted_by_picture(parts: Iterable[np.ndarray]) -> np.ndarray:
     Returns:
         `np.ndarray` of shape `(num_detections,)` and dtype [`DETECTION`]: All records, read from the disk when used.
     """
-    with tempfile.TemporaryFile() as unsorted, tempfile.TemporaryFile() as result:
+    with _temporary_file() as unsorted, _temporary_file() as result:
         for part in parts:
             unsorted.write(part.tobytes())
         records = _map(unsorted)
@@ -140,6 +150,12 @@ def _gather(own: np.ndarray, accelerator: Accelerator) -> Iterator[np.ndarray]:
         blocks = accelerator.gather(torch.from_numpy(block.view(np.uint8)).to(accelerator.device))
         for records, count in zip(blocks.cpu().numpy().view(DETECTION).reshape(len(counts), -1), counts, strict=True):
             yield records[: max(0, count - start)]
+
+
+@contextmanager
+def _temporary_file() -> Iterator[IO[bytes]]:
+    with naming(Path(tempfile.gettempdir())), tempfile.TemporaryFile() as file:
+        yield file
 
 
 def _map(file: IO[bytes]) -> np.ndarray:

@@ -3,7 +3,9 @@
 import base64
 import io
 import platform
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -70,7 +72,9 @@ def write_report(
         InputError: If the file exists.
     """
     # names come from files of others: a class called "<b>" is text
-    template = Environment(autoescape=True, undefined=StrictUndefined).from_string(_TEMPLATE.read_text("utf-8"))
+    environment = Environment(autoescape=True, undefined=StrictUndefined)
+    environment.filters["shorten"] = partial(_shorten, limit=60)
+    template = environment.from_string(_TEMPLATE.read_text("utf-8"))
     names = list(data.categories.values())
     shown = _classes_to_show(analysis.confusion)
     with new_text_file(path) as file:
@@ -233,7 +237,9 @@ def _version(name: str) -> str:
 def _png(figure: Figure) -> str:
     FigureCanvasAgg(figure)  # draws into memory: works without a display and leaves pyplot's global state alone
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing")  # its font lacks many scripts; the tables show all names
+        figure.savefig(buffer, format="png", dpi=110)
     return _data_url(buffer, "png")
 
 

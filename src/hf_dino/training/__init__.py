@@ -31,6 +31,7 @@ from .optimization import (
     set_learning_rate,
     stopped_improving,
 )
+from .picture_sizes import check_picture_sizes
 from .progress import TrainingProgress
 from .recipe import apply_recipe
 from .sharding import whole_weights
@@ -48,6 +49,7 @@ __all__ = [
     "WeightAverage",
     "apply_recipe",
     "check_disk_space",
+    "check_picture_sizes",
     "checkpoint_activations",
     "checkpoint_path",
     "compile_layers",

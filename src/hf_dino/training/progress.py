@@ -125,7 +125,11 @@ class TrainingProgress:
         parts = ", ".join(f"{name.removeprefix('loss_')} {value:.3f}" for name, value in losses.items())
         words = [parts, f"lr {learning_rate:.2e}", f"{self.pictures_per_second:.1f} pictures/s"]
         words += [] if self._ap is None else [f"AP {self._ap:.3f}"]
-        return "  ".join([*words, f"{peak_memory():.1f} GiB"])
+        return "  ".join([*words, _readable(peak_memory())])
+
+
+def _readable(gib: float) -> str:
+    return f"{gib:.1f} GiB" if gib >= 0.1 else f"{1024 * gib:.0f} MiB"
 
 
 def peak_memory() -> float:

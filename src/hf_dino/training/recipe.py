@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 
 from ..data.errors import InputError
+from ..data.text import read_text
 
 
 def apply_recipe(parser: argparse.ArgumentParser, words: Sequence[str]) -> argparse.Namespace:
@@ -59,10 +60,10 @@ def _recipe_words(parser: argparse.ArgumentParser, path: Path) -> Iterator[str]:
 
 def _read_recipe(path: Path) -> dict[str, Any]:
     """Names of options, with dashes, and values as YAML has them."""
+    text = read_text(path)
     try:
-        text = path.read_text(encoding="utf-8")
         recipe, tree = yaml.safe_load(text), yaml.compose(text, yaml.SafeLoader)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except yaml.YAMLError as error:
         raise InputError(f"{path}: cannot be read as YAML ({' '.join(str(error).split())})") from None
     if not isinstance(recipe, dict):
         raise InputError(f"{path}: must hold lines such as `epochs: 12`, got {type(recipe).__name__}")
