@@ -21,8 +21,8 @@ In the output folder are the model with the best average precision on the valida
 card, `metrics.json` with every number measured, and while it runs `history.csv`, `history.jsonl`, `curves.png` and
 `checkpoints/`.
 
-Several processes on CPUs are started by `torchrun --nproc_per_node 2 examples/finetune_coco.py`: there `accelerate
-launch` would start one, whatever `--num_processes` says.
+Several processes on CPUs are started by `accelerate launch --multi_gpu --num_processes 2`, in spite of its name, or by
+`torchrun --nproc_per_node 2`; without `--multi_gpu`, or with `--cpu`, `accelerate launch` starts one there.
 """
 
 import argparse
