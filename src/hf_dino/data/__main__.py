@@ -187,7 +187,8 @@ def _print_messages(console: Any, kind: str, style: str, messages: Sequence[str]
 
 
 def _table(header: Sequence[str], rows: Mapping[str, Sequence[object]]) -> Any:
-    table = import_extra("rich.table", "train", "the report").Table(header[0])
+    table = import_extra("rich.table", "train", "the report").Table()
+    table.add_column(header[0], no_wrap=True, max_width=40)
     for name in header[1:]:
         table.add_column(name, justify="right")
     for name, numbers in rows.items():
