@@ -3,6 +3,7 @@
 import math
 import pickle
 import textwrap
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -306,3 +307,19 @@ def test_no_picture_is_smaller_than_foretold(name, shape):
     torch.manual_seed(0)
     areas = {math.prod(augmentation.shape(*shape, torch.zeros(0, 4))) for _ in range(300)}
     assert math.prod(least) <= min(areas) <= 1.3 * math.prod(least)
+
+
+def test_the_example_turns_pictures_upside_down_half_of_the_time():
+    file = Path(__file__).parents[1] / "examples" / "augmentations.py"
+    augmentation = make_augmentation(f"{file}:microscope", {"height": 96, "width": 128})
+    image = picture_with_red_box(96, 128, [30, 4, 60, 20])
+    upside_down = []
+    for seed in range(40):
+        with random_numbers_of(seed, 0, 0):
+            made = augment(augmentation, image, [[30, 4, 60, 20]])
+        assert made.image.size == (128, 96)
+        for x, y, width, height in made.boxes.round().int().tolist():
+            inside = np.asarray(made.image)[y : y + height, x : x + width].mean()
+            assert inside > np.asarray(made.image).mean(), "the box is where the rectangle is"
+            upside_down.append(y + height / 2 > 48)
+    assert 5 < sum(upside_down) < 35
