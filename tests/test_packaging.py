@@ -188,3 +188,17 @@ def test_make_lists_its_targets() -> None:
     listing = subprocess.run(["make", "-s", "help"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     for target in ("demo", "test", "test-all", "test-floor", "lint", "format"):
         assert f"make {target} " in listing
+
+
+def test_every_module_can_be_imported_first() -> None:
+    """None relies on another that happened to be imported before it."""
+    package = ROOT / "src" / "hf_dino"
+    names = [
+        ".".join(("hf_dino", *path.relative_to(package).with_suffix("").parts))
+        for path in sorted(package.rglob("*.py"))
+        if not path.stem.startswith("__")
+    ]
+    forget = "for name in [n for n in sys.modules if n.split('.')[0] == 'hf_dino']: del sys.modules[name]"
+    script = f"import importlib, sys\nfor module in {names}:\n    {forget}\n    importlib.import_module(module)\n"
+    search_path = os.pathsep.join([str(ROOT / "src"), *sys.path])
+    subprocess.run([sys.executable, "-c", script], check=True, env={**os.environ, "PYTHONPATH": search_path})

@@ -9,7 +9,7 @@ from difflib import get_close_matches
 from typing import Any
 
 from .configuration_dino_detr import DinoDetrConfig
-from .data.errors import InputError
+from .errors import InputError
 from .image_processing_dino_detr import LONGEST_EDGE, SHORTEST_EDGE
 
 

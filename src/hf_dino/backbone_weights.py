@@ -8,7 +8,7 @@ import torch
 from torchvision.models import get_model
 from transformers import PreTrainedModel
 
-from .data.errors import InputError
+from .errors import InputError
 from .modeling_dino_detr import DinoDetrForObjectDetection
 
 

@@ -16,9 +16,9 @@ from transformers import AutoConfig, AutoImageProcessor, BaseImageProcessor
 
 from .arguments import check_config_field
 from .configuration_dino_detr import UNUSED_LABEL, DinoDetrConfig
-from .data.dataset import contiguous_id2label, few
-from .data.errors import InputError
-from .data.text import read_text
+from .data.dataset import contiguous_id2label
+from .errors import InputError, few
+from .files import read_text
 from .image_processing_dino_detr import DinoDetrImageProcessor, DinoDetrImageProcessorPil
 from .modeling_dino_detr import DinoDetrForObjectDetection
 

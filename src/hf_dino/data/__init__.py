@@ -1,5 +1,6 @@
 """Data sets in any of the usual formats, their check, augmentation, batches, and the generated `shapes` data set."""
 
+from ..errors import InputError
 from .augmentation import AUGMENTATIONS, Augmentation, evaluation_size, make_augmentation, smallest_shape
 from .batching import (
     EvaluationCollator,
@@ -24,7 +25,6 @@ from .dataset import (
     contiguous_id2label,
     label_of_category,
 )
-from .errors import InputError
 from .formats import read_data
 from .images import list_pictures, read_image
 from .splits import SPLITS

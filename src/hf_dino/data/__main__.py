@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from ..arguments import HelpFormatter, at_least, parse_size
+from ..errors import InputError
 from .augmentation import AUGMENTATIONS, make_augmentation
 from .check import SIZES, DataReport, check_data
 from .coco import read_coco_file
 from .convert import TARGETS, convert_data
 from .dataset import Complain, DetectionData, refuse
-from .errors import InputError
 from .extras import import_extra
 from .formats import read_data
 from .sheet import choose_augmented, choose_samples, draw_sheet, require_new

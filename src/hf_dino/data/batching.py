@@ -9,11 +9,11 @@ import torch
 from torch.utils.data import DataLoader, Sampler
 from transformers import BaseImageProcessor
 
+from ..errors import InputError
 from ..image_processing_dino_detr import resized_shape
 from ..loss_dino_detr import check_labels
 from .augmentation import random_numbers_of
 from .dataset import DetectionData, DetectionDataset
-from .errors import InputError
 
 
 # Ctrl-C, what job schedulers and machines that are about to be taken away send, and what Slurm's `--signal` is for.

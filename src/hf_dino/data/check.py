@@ -11,8 +11,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .dataset import AnnotatedPicture, DetectionData, few
-from .errors import InputError
+from ..errors import InputError, few
+from .dataset import AnnotatedPicture, DetectionData
 from .images import PictureSource, picture_size, short_name
 
 

@@ -9,11 +9,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .dataset import Complain, DetectionData, PictureMaker, distinct, few, refuse, require_pictures
-from .errors import InputError
+from ..errors import InputError, few
+from ..files import read_text
+from .dataset import Complain, DetectionData, PictureMaker, distinct, refuse, require_pictures
 from .images import PICTURE_SUFFIXES
 from .splits import by_split, split_of
-from .text import read_text
 
 
 def read_coco(images: str | Path, annotations: str | Path) -> DetectionData:

@@ -22,9 +22,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
+from ..errors import InputError, few
 from ..files import new_folder
-from .dataset import AnnotatedPicture, DetectionData, few
-from .errors import InputError
+from .dataset import AnnotatedPicture, DetectionData
 from .extras import import_extra
 from .formats import read_data
 from .hub import TablePicture

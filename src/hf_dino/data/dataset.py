@@ -4,7 +4,7 @@ import logging
 import math
 import unicodedata
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
@@ -15,8 +15,8 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from ..configuration_dino_detr import UNUSED_LABEL
+from ..errors import InputError, few
 from .augmentation import Augmentation, random_numbers_of
-from .errors import InputError
 from .images import PictureSource, picture_size, read_image
 from .splits import SPLIT_OF_WORD
 
@@ -359,10 +359,3 @@ def label_of_category(data: DetectionData, id2label: Mapping[int, str]) -> dict[
             f"{few(map(repr, label_of_name), 20)}. Rename the categories, or train a model with them"
         )
     return {i: label_of_name[name] for i, name in data.categories.items() if name in label_of_name}
-
-
-def few(items: Iterable[str], limit: int = 5) -> str:
-    """Name the first few and say how many more there are."""
-    items = [str(item) for item in items]
-    more = f" and {len(items) - limit} more" if len(items) > limit else ""
-    return ", ".join(items[:limit]) + more

@@ -4,9 +4,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ..errors import InputError, few
 from .coco import find_coco, find_lone_coco, read_coco_files
-from .dataset import Complain, DetectionData, few, refuse, require_pictures
-from .errors import InputError
+from .dataset import Complain, DetectionData, refuse, require_pictures
 from .hub import find_picture_folder, find_saved, is_name, load_name, read_stream, read_tables
 from .splits import SPLITS
 from .voc import find_voc, read_voc

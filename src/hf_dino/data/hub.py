@@ -18,8 +18,8 @@ from typing import Any, BinaryIO, NamedTuple, TypeVar
 
 from tqdm import tqdm
 
-from .dataset import Complain, DetectionData, PictureMaker, distinct, few
-from .errors import InputError
+from ..errors import InputError, few
+from .dataset import Complain, DetectionData, PictureMaker, distinct
 from .extras import import_extra
 from .images import PICTURE_SUFFIXES, PictureSource
 from .splits import SPLITS, split_of

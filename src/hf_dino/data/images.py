@@ -9,8 +9,8 @@ from typing import BinaryIO, Protocol, TypeAlias
 
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
+from ..errors import InputError
 from ..image_processing_dino_detr import to_rgb
-from .errors import InputError
 
 
 logger = logging.getLogger(__name__)

@@ -9,10 +9,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from ..errors import InputError
 from ..visualization import draw_detections
 from .augmentation import Augmentation
 from .dataset import DetectionData, DetectionDataset
-from .errors import InputError
 from .images import short_name
 
 

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from xml.etree.ElementTree import Element, ParseError
 
+from ..errors import InputError
 from .dataset import Complain, DetectionData, PictureMaker
-from .errors import InputError
 from .extras import boxes_of, import_extra
 from .images import is_picture
 from .splits import SPLIT_OF_WORD, split_folders

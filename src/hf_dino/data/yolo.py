@@ -10,8 +10,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from .dataset import Complain, DetectionData, PictureMaker, distinct, few
-from .errors import InputError
+from ..errors import InputError, few
+from .dataset import Complain, DetectionData, PictureMaker, distinct
 from .extras import boxes_of, import_extra
 from .images import is_picture, picture_size
 from .splits import split_folders, split_of

@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from pycocotools.cocoeval import COCOeval, Params
 
-from ..data.dataset import DetectionData, few
-from ..data.errors import InputError
+from ..data.dataset import DetectionData
+from ..errors import InputError, few
 from ..model_card import METRIC_NAMES
 from .records import objects_of, rows_of
 

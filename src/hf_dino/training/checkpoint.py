@@ -23,7 +23,7 @@ from torch import nn
 
 from ..configuration_dino_detr import DinoDetrConfig
 from ..data.dataset import DetectionData
-from ..data.errors import InputError
+from ..errors import InputError
 from ..files import sync, sync_tree, write_json
 from .processes import highest_of_all, texts_of_all
 

@@ -6,8 +6,7 @@ from itertools import takewhile
 
 from transformers import PreTrainedModel
 
-from ..data.dataset import few
-from ..data.errors import InputError
+from ..errors import InputError, few
 
 
 # "backbone" in the original's sense: not the projections of its levels, which are new in every detector

@@ -11,7 +11,7 @@ from typing import IO
 
 from accelerate import Accelerator
 
-from ..data.errors import InputError
+from ..errors import InputError
 from .checkpoint import latest_checkpoint, prepare_checkpoints
 from .processes import texts_of_all
 

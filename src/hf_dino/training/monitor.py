@@ -11,7 +11,7 @@ from accelerate import Accelerator, DistributedType
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from ..data.dataset import few
+from ..errors import few
 from .diagnosis import RandomState, first_not_finite
 from .processes import highest_of_all, means_of_all, texts_of_all
 

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..data.errors import InputError
+from ..errors import InputError
 from .freezing import BACKBONE
 
 

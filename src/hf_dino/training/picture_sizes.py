@@ -6,7 +6,7 @@ from collections.abc import Iterable
 import torch
 from transformers import PreTrainedModel
 
-from ..data.errors import InputError
+from ..errors import InputError
 from ..evaluation.detections import evaluation_mode
 
 

@@ -11,8 +11,8 @@ from typing import Any
 
 import yaml
 
-from ..data.errors import InputError
-from ..data.text import read_text
+from ..errors import InputError
+from ..files import read_text
 
 
 def apply_recipe(parser: argparse.ArgumentParser, words: Sequence[str]) -> argparse.Namespace:

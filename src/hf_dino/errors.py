@@ -1,4 +1,6 @@
-"""The error for input that a user can repair."""
+"""The error for input that a user can repair, and words for it."""
+
+from collections.abc import Iterable
 
 
 class InputError(ValueError):
@@ -10,3 +12,10 @@ class InputError(ValueError):
     def __str__(self) -> str:
         """The message alone: a process that reads pictures sends it with the traceback in front."""
         return super().__str__().rpartition(f"{__name__}.{type(self).__name__}: ")[-1].strip()
+
+
+def few(items: Iterable[str], limit: int = 5) -> str:
+    """Name the first few and say how many more there are."""
+    items = [str(item) for item in items]
+    more = f" and {len(items) - limit} more" if len(items) > limit else ""
+    return ", ".join(items[:limit]) + more
