@@ -25,9 +25,9 @@ from pycocotools.cocoeval import COCOeval
 
 from evaluation_problems import generate
 from hf_dino.data import DetectionData
+from hf_dino.data.objects import objects_of
 from hf_dino.evaluation import DETECTION, ENGINES, METRICS, evaluate_coco
 from hf_dino.evaluation.detections import sorted_by_picture
-from hf_dino.evaluation.records import objects_of
 from machine import write_result
 from turns import Contender, take_turns
 

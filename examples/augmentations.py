@@ -13,7 +13,5 @@ def microscope(size: Mapping[str, int]) -> Augmentation:
     Args:
         size (`Mapping[str, int]`): As for `hf_dino.data.make_augmentation`.
     """
-    photometric = make_augmentation("photometric", size)
-    assert photometric is not None, "which only 'none' is"
-    upside_down = v2.RandomVerticalFlip(0.5)
-    return Augmentation(v2.Compose([upside_down, photometric.transform]), resizes=photometric.resizes)
+    photometric, upside_down = make_augmentation("photometric", size), v2.RandomVerticalFlip(0.5)
+    return Augmentation(v2.Compose([upside_down, photometric.transform]), photometric.resizes)

@@ -11,17 +11,19 @@ Started again after being stopped, it goes on where it was.
 
 import argparse
 import json
-import sys
 import time
 from pathlib import Path
 
 import finetune_coco
-from hf_dino.data import InputError, read_coco, read_image
+from hf_dino.arguments import HelpFormatter
+from hf_dino.data import read_coco, read_image
+from hf_dino.data.boxes import to_corners
 from hf_dino.data.shapes import generate_shapes
+from hf_dino.errors import run_as_command
 from hf_dino.loading import load_detector
 from hf_dino.training import latest_checkpoint
-from hf_dino.visualization import draw_detections, side_by_side
-from predict import detect, save_picture
+from hf_dino.visualization import check_can_draw, draw_detections, save_picture, side_by_side
+from predict import detect
 
 
 CONFIG = Path(__file__).parent / "configs" / "tiny.json"
@@ -31,10 +33,10 @@ RECIPE = [
     "--augmentation=flip",
     "--batch-size=8",
     "--epochs=1000",
-    "--max-steps=900",
+    "--max-steps=1100",
     "--learning-rate=4e-4",
     "--backbone-lr-factor=1",
-    "--lr-drop=0.8",
+    "--lr-drop=0.82",
     "--eval-every=1",
     "--num-workers=1",
 ]
@@ -42,10 +44,11 @@ EXPECTED_AP = 0.60
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("runs/demo"), help="folder for data, model and pictures")
     output = parser.parse_args(argv).output
     data, model = output / "shapes", output / "model"
+    check_can_draw()
 
     started = time.monotonic()
     print(f"1. The shapes data set, in {data}")
@@ -79,15 +82,12 @@ def draw_test_picture(data: Path, model: Path, target: Path) -> None:
     fullest = max(test.pictures, key=lambda picture: len(picture.boxes))
     picture = read_image(fullest.path)
     found = detect(*load_detector(str(model)), picture, threshold=0.3)
-    truth = [(*box[:2], *(box[:2] + box[2:])) for box in fullest.boxes]
+    boxes, names, scores = ([detection[key] for detection in found] for key in ("box", "name", "score"))
+    left = draw_detections(picture, boxes, names, scores, test.categories.values())
     names = [test.categories[category_id] for category_id in fullest.category_ids]
-    left = draw_detections(picture, [d["box"] for d in found], [d["name"] for d in found], [d["score"] for d in found])
-    right = draw_detections(picture, truth, names)
+    right = draw_detections(picture, to_corners(fullest.boxes), names, classes=test.categories.values())
     save_picture(side_by_side(left, right, ("found", "truth")), target)
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (InputError, FloatingPointError, OSError) as error:
-        sys.exit(f"error: {error}")
+    run_as_command(main)

@@ -22,16 +22,18 @@ from accelerate import Accelerator
 from rich.logging import RichHandler
 from rich.progress import Progress
 
-from hf_dino.arguments import at_least
-from hf_dino.data import SPLITS, InputError, read_coco, read_data
+from hf_dino.arguments import HelpFormatter, at_least
+from hf_dino.data import SPLITS, read_coco, read_data
+from hf_dino.errors import run_as_command
 from hf_dino.evaluation import ENGINES, analyse, check_engine, evaluate_model, write_coco_results
 from hf_dino.evaluation.report import write_report
 from hf_dino.files import check_new_files, write_json
 from hf_dino.loading import load_detector
+from hf_dino.visualization import check_can_draw
 
 
 def parse_arguments(words: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("--model", required=True, help="folder or Hub name of the model")
     parser.add_argument("--data", help="folder, or OWNER/NAME on the Hub; instead of --images and --annotations")
     parser.add_argument("--split", choices=SPLITS, default="validation", help="the part of --data")
@@ -61,6 +63,8 @@ def main(argv: list[str] | None = None) -> None:
     logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[RichHandler(show_path=False)])
     check_new_files(args.json, args.detections, args.report)
     check_engine(args.engine)
+    if args.report:
+        check_can_draw()
     accelerator = Accelerator(cpu=not torch.accelerator.is_available(), mixed_precision=args.mixed_precision)
     with accelerator.main_process_first():  # which downloads, if anything has to be
         data = (
@@ -85,7 +89,7 @@ def main(argv: list[str] | None = None) -> None:
         )
 
     if accelerator.is_main_process:
-        print(scores.table)
+        print(f"{args.split if args.data else data.name}, {len(data.pictures)} pictures:\n{scores.table}")
         if args.json is not None:
             write_json(args.json, {**scores.metrics, "ap_per_category": scores.ap_per_category})
         if args.detections is not None:
@@ -95,11 +99,10 @@ def main(argv: list[str] | None = None) -> None:
             details = {"model": args.model, "data": str(data.source), "scored by": args.engine, "command": command}
             title = f"{args.model} on {data.name}"
             write_report(args.report, data, scores, analyse(data, detections), title=title, details=details)
+        for name in filter(None, (args.json, args.detections, args.report)):
+            print(f"written: {name}")
     accelerator.end_training()
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (InputError, ImportError, OSError) as error:
-        raise SystemExit(f"error: {error}") from None
+    run_as_command(main)

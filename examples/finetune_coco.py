@@ -15,11 +15,12 @@ rate before the last epoch, the backbone at a tenth of it. `--recipe examples/re
 unchanged on a CPU, one GPU or many, and a step learns the same however its pictures are divided among processes and
 accumulated batches. Ctrl-C, SIGTERM and SIGUSR1 stop it after the step that it is in, with a checkpoint; `--resume`
 goes on from there, or from the last checkpoint if there was no time for one, and ends with the weights that an
-uninterrupted run would have.
+uninterrupted run would have. With other `--epochs` or `--max-steps` it goes on along the learning rates of a run of
+that length, and the log says so where they jump.
 
 In the output folder are the model with the best average precision on the validation pictures, its image processor and
-card, `metrics.json` with every number measured, and while it runs `history.csv`, `history.jsonl`, `curves.png` and
-`checkpoints/`.
+card, `metrics.json` with every number measured, and while it runs `history.csv`, `history.jsonl`, `checkpoints/` and,
+from the first checkpoint or epoch on, `curves.png`.
 
 Several processes on CPUs are started by `accelerate launch --multi_gpu --num_processes 2`, in spite of its name, or by
 `torchrun --nproc_per_node 2`; without `--multi_gpu`, or with `--cpu`, `accelerate launch` starts one there.
@@ -27,10 +28,11 @@ Several processes on CPUs are started by `accelerate launch --multi_gpu --num_pr
 
 import argparse
 import logging
-import shlex
+import math
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +40,7 @@ import torch
 import transformers
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import broadcast_object_list, send_to_device, set_seed
+from accelerate.utils import send_to_device, set_seed
 from rich.logging import RichHandler
 from transformers import BaseImageProcessor
 
@@ -51,22 +53,16 @@ from hf_dino.data import (
     DetectionDataset,
     InputError,
     TrainingBatchSampler,
-    TrainingCollator,
-    check_data,
-    evaluation_size,
-    label_of_category,
-    make_augmentation,
     pictures_per_batch,
-    processed_shape,
     read_coco,
     read_data,
-    smallest_shape,
     steps_per_epoch,
     training_loader,
     training_shapes,
 )
 from hf_dino.evaluation import CocoScores, evaluate_model
 from hf_dino.loading import load_detector_for, new_detector, warn_of_frozen_batch_norms
+from hf_dino.model_card import training_command
 from hf_dino.training import (
     SCHEDULES,
     LossMonitor,
@@ -77,18 +73,20 @@ from hf_dino.training import (
     WeightAverage,
     apply_recipe,
     check_disk_space,
-    check_picture_sizes,
     checkpoint_activations,
     checkpoint_path,
     compile_layers,
     data_fingerprint,
     drop_steps,
     export_run,
+    file_fingerprint,
     find_start,
     freeze,
     load_checkpoint,
+    make_inputs,
     make_schedule,
     parameter_groups,
+    read_checked,
     read_state,
     rescue_state,
     run_folder,
@@ -102,198 +100,59 @@ from hf_dino.training import (
 )
 
 
-# what may differ between a run and its resumption: where things are, how fast they are read, and how long it goes on
-NOT_SETTINGS = {
-    "output", "resume", "overwrite", "recipe", "data", "streaming", "dataset_name", "report_to", "report_every",
-    "num_workers", "eval_batch_size", "eval_every", "checkpoint_steps", "epochs", "max_steps", "early_stopping",
-    "gradient_checkpointing", "compile", "train_images", "train_annotations", "val_images", "val_annotations",
-    "test_images", "test_annotations",
-}  # fmt: skip
-SPLIT_OF_OPTION = {"train": "train", "val": "validation", "test": "test"}
-
-
-def parse_arguments(words: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter, allow_abbrev=False)
-    positive, above_0 = number_between(0, 1e38), at_least(1)
-
-    part = parser.add_argument_group("the model")
-    start = part.add_mutually_exclusive_group()
-    start.add_argument("--model", help="folder or Hub name of the DINO model to fine-tune")
-    start.add_argument("--config", type=Path, help="JSON file with fields of DinoDetrConfig, to train from scratch")
-    backbone = "train from scratch, but a backbone that was pre-trained: torchvision/resnet50, or a folder or Hub name"
-    part.add_argument("--backbone-weights", metavar="NAME", help=backbone)
-    part.add_argument(
-        "--config-override", type=config_field, nargs="+", action="extend", default=[], metavar="FIELD=VALUE",
-        help="fields of DinoDetrConfig that are to differ",
-    )  # fmt: skip
-    part.add_argument("--freeze", nargs="*", metavar="STAGE", help="stem, backbone, backbone.stage1 ..., encoder, "
-                      "decoder; nothing after it trains all (default: the stem of a pre-trained ResNet)")  # fmt: skip
-
-    part = parser.add_argument_group("the data")
-    part.add_argument("--data", help="folder, or OWNER/NAME on the Hub; instead of the files below")
-    part.add_argument("--streaming", action="store_true", help="fetch a data set of the Hub picture by picture")
-    for split in SPLIT_OF_OPTION:
-        part.add_argument(f"--{split}-images", type=Path, help="folder of pictures")
-        part.add_argument(f"--{split}-annotations", type=Path, help="COCO annotation file")
-    part.add_argument("--dataset-name", help="for the model card (default: the folder of the data)")
-    size = "SHORTEST [LONGEST] edge, or HEIGHTxWIDTH (default: the model's, 800 1333 for a new one)"
-    part.add_argument("--image-size", nargs="+", metavar="PIXELS", help=size)
-    augmentations = f"{', '.join(AUGMENTATIONS)}, or path/to/file.py:function"
-    part.add_argument("--augmentation", default="dino", metavar="NAME", help=augmentations)
-    part.add_argument(
-        "--bucketing", action=argparse.BooleanOptionalAction, default=False,
-        help="put those pictures of a step that have like shapes into one of its batches, to pad less",
-    )  # fmt: skip
-    part.add_argument("--num-workers", type=at_least(0), default=2, help="processes that read, for each process")
-
-    part = parser.add_argument_group("the run")
-    part.add_argument("--output", type=Path, required=True, help="folder for the model; must be new or empty")
-    part.add_argument("--recipe", type=Path, help="YAML file with any of these options; those given here win")
-    part.add_argument("--resume", action="store_true", help="go on with the run in --output")
-    part.add_argument("--overwrite", action="store_true", help="replace the model and checkpoints in --output")
-    part.add_argument("--epochs", type=above_0, default=12, help="passes over the training pictures")
-    part.add_argument("--max-steps", type=above_0, help="ends the run earlier, even within an epoch")
-    stop = "end when so many evaluations in a row were no better than the best"
-    part.add_argument("--early-stopping", type=above_0, metavar="EVALUATIONS", help=stop)
-    part.add_argument("--seed", type=at_least(0, 2**31), default=0, help="of weights, order and augmentation")
-
-    part = parser.add_argument_group("a step")
-    part.add_argument("--batch-size", type=above_0, default=16, help="pictures per step, over all processes")
-    parts = "batches that each process's pictures of a step are split into, to save memory"
-    part.add_argument("--gradient-accumulation", type=above_0, default=1, help=parts)
-    part.add_argument(
-        "--gradient-checkpointing", action=argparse.BooleanOptionalAction, default=False,
-        help="less memory, more time",
-    )  # fmt: skip
-    part.add_argument("--compile", action="store_true", help="torch.compile: a minute at the start, then faster")
-    part.add_argument("--mixed-precision", choices=("no", "fp16", "bf16"), help="default: what accelerate is set to")
-    part.add_argument("--learning-rate", type=positive, default=1e-4, help="but the backbone's")
-    part.add_argument("--backbone-lr-factor", type=positive, default=0.1, help="of that")
-    part.add_argument("--sampling-lr-factor", type=positive, default=1.0, help="of that, for the sampling offsets")
-    part.add_argument("--weight-decay", type=positive, default=1e-4, help="AdamW's")
-    clip = number_between(0, without_lowest=True)
-    part.add_argument("--clip", type=clip, default=0.1, help="largest norm of the gradient; inf for no limit")
-    part.add_argument(
-        "--schedule", choices=SCHEDULES, default="step", help="how the learning rate falls; step: at --lr-drop"
-    )
-    drop = "epochs, or below 1 fractions of the run, at which --schedule step drops to a tenth (default: 11/12)"
-    part.add_argument("--lr-drop", type=positive, nargs="*", metavar="WHEN", help=drop)
-    part.add_argument("--warmup-steps", type=at_least(0), default=0, help="in which the learning rate rises")
-    below_1 = number_between(0, 1 - 1e-6)
-    part.add_argument("--ema", type=below_1, help="evaluate and keep a running average of the weights, as 0.9997")
-
-    part = parser.add_argument_group("watching")
-    part.add_argument("--eval-batch-size", type=above_0, default=8, help="pictures, for each process")
-    part.add_argument("--eval-every", type=above_0, default=1, metavar="EPOCHS", help="between evaluations")
-    between = "between checkpoints within an epoch"
-    part.add_argument("--checkpoint-steps", type=above_0, metavar="STEPS", help=between)
-    part.add_argument("--report-every", type=above_0, default=20, metavar="STEPS", help="between rows of the history")
-    trackers = [str(tracker.value) for tracker in get_available_trackers()]
-    part.add_argument("--report-to", choices=trackers, help="a tracker of accelerate's that is installed")
-
-    args = apply_recipe(parser, words)
-    if not (args.model or args.config or args.backbone_weights):
-        parser.error("one of --model, --config and --backbone-weights is needed")
-    if args.model and args.backbone_weights:
-        parser.error("--model brings its backbone; leave out --backbone-weights")
-    if args.lr_drop and args.schedule != "step":
-        parser.error(f"--schedule {args.schedule} has no drops; give --lr-drop without a value, or leave it out")
-    if args.lr_drop is None:
-        args.lr_drop = [11 / 12]
-    check_files_or_data(parser, args)
-    return args
-
-
-def check_files_or_data(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """See that either `--data` is given, or the files of at least training and validation."""
-    given = files_of_splits(args)
-    if args.data and any(file for pair in given.values() for file in pair):
-        parser.error("give either --data or the files of each split, not both")
-    for split, pair in given.items():
-        if any(pair) and not all(pair):
-            parser.error(f"--{split}-images and --{split}-annotations belong together")
-    if not args.data and not all(given["train"] + given["val"]):
-        parser.error("give --data, or --train-images, --train-annotations, --val-images and --val-annotations")
-
-
-def files_of_splits(args: argparse.Namespace) -> dict[str, tuple[Path, Path]]:
-    return {split: (vars(args)[f"{split}_images"], vars(args)[f"{split}_annotations"]) for split in SPLIT_OF_OPTION}
-
-
 def main(argv: list[str] | None = None) -> None:
     words = sys.argv[1:] if argv is None else argv
     args = parse_arguments(words)
     accelerator = start_accelerator(args)
     checkpoints = args.output / "checkpoints"
-    checkpoint = find_start(args.output, checkpoints, resume=args.resume, overwrite=args.overwrite)
-    data = read_splits(args, accelerator, is_new=checkpoint is None)
-    run = FineTuning(args, accelerator, data, checkpoint)
-    state = run.state
+    start = find_start(args.output, checkpoints, resume=args.resume, overwrite=args.overwrite)
+    data = read_checked(partial(read_splits, args), is_new=start is None)
+    run = FineTuning(args, accelerator, data, checkpoints, start)
     with (
-        run_folder(accelerator, checkpoints, checkpoint, overwrite=args.overwrite),
-        StopSignals(accelerator) as run.signals,
-        tracked(accelerator, state, args.output, vars(args)),
-        TrainingProgress(run.total_steps, state.step, accelerator.is_main_process, args.batch_size) as run.progress,
+        run_folder(accelerator, checkpoints, start, overwrite=args.overwrite),
+        run.signals,
+        tracked(accelerator, run.state, args.output, vars(args)),
+        run.progress,
     ):
-        if checkpoint:
-            load_checkpoint(accelerator, checkpoint)
-        run.history = RunHistory(args.output, state.history, accelerator.is_main_process)
-        if state.best_step is not None:
-            run.progress.scored(state.best_ap)
-        run.evaluate_if_due()  # the run may have been stopped between a step and its evaluation
-        while state.step < run.total_steps and not stopped_improving(state.history, args.early_stopping):
-            run.train_epoch()
-            run.save_and_stop_if_asked()
-            run.evaluate_if_due()
-            run.history.plot()
-        load_checkpoint(accelerator, checkpoint_path(checkpoints, state.kept_step))
+        if start:
+            load_checkpoint(accelerator, start)
+            run.progress.say(f"going on after step {run.state.step}, with {start}")
+        run.train(RunHistory(args.output, run.state.history, accelerator.is_main_process))
         again = [word for word in words if word not in ("--resume", "--overwrite")]
-        run.export(shlex.join(["accelerate", "launch", "examples/finetune_coco.py", *again]))
+        run.export(training_command("examples/finetune_coco.py", again, accelerator.num_processes))
     accelerator.end_training()
 
 
 class FineTuning:
     """A run: what its steps share. Everything that a resumed run needs to know is in `state` and in checkpoints.
 
+    Making one writes nothing, and sees that the steps can be taken.
+
     Args:
         args (`argparse.Namespace`): From [`parse_arguments`].
         accelerator (`Accelerator`): From [`start_accelerator`].
         data (`dict[str, DetectionData]`): From [`read_splits`].
-        checkpoint (`Path` or `None`): That a resumed run goes on from.
+        checkpoints (`Path`): Their folder.
+        start (`Path` or `None`): The checkpoint that a resumed run goes on from.
     """
-
-    signals: StopSignals
-    progress: TrainingProgress
-    history: RunHistory
 
     def __init__(
         self,
         args: argparse.Namespace,
         accelerator: Accelerator,
         data: dict[str, DetectionData],
-        checkpoint: Path | None,
+        checkpoints: Path,
+        start: Path | None,
     ):
-        self.args, self.accelerator = args, accelerator
-        self.checkpoints = args.output / "checkpoints"
-        self.train = data["train"]
+        self.args, self.accelerator, self.checkpoints = args, accelerator, checkpoints
+        self.train_data = data["train"]
         self.measured_on = {name: pictures for name, pictures in data.items() if name != "train"}
-        settings: dict[str, Any] = {name: str(value) for name, value in vars(args).items() if name not in NOT_SETTINGS}
-        settings |= {"mixed_precision": accelerator.mixed_precision}  # which accelerate may have been set to
-        settings |= {"pictures": len(self.train.pictures), "data": data_fingerprint(self.train)}
-        self.state = read_state(checkpoint, settings) if checkpoint else TrainingState(settings)
+        settings = settings_of(args, accelerator, data)
+        self.state = read_state(start, settings) if start else TrainingState(settings)
 
         set_seed(args.seed)
-        model, self.processor = make_detector(args, self.train, is_new=checkpoint is None)
-        labels = label_of_category(self.train, model.config.id2label)
-        for other in self.measured_on.values():
-            label_of_category(other, model.config.id2label)  # so that an unknown category is heard of now
-        size = dict(self.processor.size)
-        self.augmentation = make_augmentation(args.augmentation, size)
-        self.processor.size = evaluation_size(args.augmentation, size)
-        do_resize = self.augmentation is None or not self.augmentation.resizes
-        self.collate = TrainingCollator(self.processor, labels, model.config.num_labels, do_resize)
-        check_picture_sizes(model, self.shapes(size))
-
+        model, self.processor = make_detector(args, self.train_data, is_new=start is None)
+        self.inputs = make_inputs(model, self.processor, data, args.augmentation)
         groups = parameter_groups(model, args.learning_rate, args.backbone_lr_factor, args.sampling_lr_factor)
         optimizer = torch.optim.AdamW(groups, weight_decay=args.weight_decay, fused=True)
         self.model, self.optimizer = accelerator.prepare(model, optimizer)
@@ -302,30 +161,53 @@ class FineTuning:
         self.monitor = LossMonitor(
             accelerator,
             self.model,
-            rescue=lambda: rescue_state(accelerator, self.model, self.optimizer, self.checkpoints, self.state),
-            files={picture.image_id: picture.path for picture in self.train.pictures},
+            rescue=lambda: rescue_state(accelerator, self.model, self.optimizer, checkpoints, self.state),
+            files={picture.image_id: picture.path for picture in self.train_data.pictures},
         )
         accelerator.register_for_checkpointing(*filter(None, (self.average, self.monitor)))
         averages = self.average.averages.values() if self.average else ()
-        check_disk_space(self.checkpoints, self.model, self.optimizer, averages)
+        check_disk_space(checkpoints, self.model, self.optimizer, averages)
 
-        self.epoch_steps = steps_per_epoch(len(self.train.pictures), args.batch_size)
+        self.epoch_steps = steps_per_epoch(len(self.train_data.pictures), args.batch_size)
         self.total_steps = min(args.epochs * self.epoch_steps, args.max_steps or sys.maxsize)
-        drops = drop_steps(args.lr_drop, total_steps=self.total_steps, steps_per_epoch=self.epoch_steps)
-        self.rate_at = make_schedule(
-            args.schedule, total_steps=self.total_steps, drop_steps=drops, warmup_steps=args.warmup_steps
+        self.rate_at = self.schedule(self.total_steps)
+        self.warn_of_jump()
+        self.state.total_steps = self.total_steps
+        self.signals = StopSignals(accelerator)
+        self.progress = TrainingProgress(
+            self.total_steps, self.state.step, accelerator.is_main_process, args.batch_size
         )
+        if self.state.best_step is not None:
+            self.progress.scored(self.state.best_ap)
         set_seed(args.seed, device_specific=True)  # from here on each process draws its own noise
 
-    def shapes(self, size: Mapping[str, int]) -> Iterator[tuple[int, int]]:
-        """The least `(height, width)` of each picture, in training and in evaluation."""
-        for picture in self.train.pictures:
-            yield smallest_shape(self.args.augmentation, size, picture.height, picture.width)
-        for data in self.measured_on.values():
-            for picture in data.pictures:
-                yield processed_shape(self.processor, picture.height, picture.width)
+    def schedule(self, total_steps: int) -> Callable[[int], float]:
+        """What the learning rate is multiplied with at each step of a run of that length."""
+        drops = drop_steps(self.args.lr_drop, total_steps=total_steps, steps_per_epoch=self.epoch_steps)
+        warmup = self.args.warmup_steps
+        return make_schedule(self.args.schedule, total_steps=total_steps, drop_steps=drops, warmup_steps=warmup)
 
-    def train_epoch(self) -> None:
+    def warn_of_jump(self) -> None:
+        """Log it if the learning rate of a resumed run jumps because the run is to have another length than before."""
+        step, before = self.state.step, self.state.total_steps or self.total_steps
+        was, now = (self.args.learning_rate * self.schedule(total)(step) for total in (before, self.total_steps))
+        if step < self.total_steps and not math.isclose(was, now, rel_tol=0.01):
+            logging.getLogger("hf_dino").warning(
+                f"the run is to have {self.total_steps} steps, before it was to have {before}: after step {step} the "
+                f"learning rate goes on at {now:.2e} instead of {was:.2e}"
+            )
+
+    def train(self, history: RunHistory) -> None:
+        """Take the steps that are left, and evaluate between epochs."""
+        state = self.state
+        self.evaluate_if_due(history)  # the run may have been stopped between a step and its evaluation
+        while state.step < self.total_steps and not stopped_improving(state.history, self.args.early_stopping):
+            self.train_epoch(history)
+            self.save_and_stop_if_asked()
+            self.evaluate_if_due(history)
+            history.plot()
+
+    def train_epoch(self, history: RunHistory) -> None:
         """Take the steps of an epoch that are left."""
         self.model.train()
         for batch in self.batches(*divmod(self.state.step, self.epoch_steps)):
@@ -335,17 +217,19 @@ class FineTuning:
             self.state.step += 1
             at_end = self.state.step % self.epoch_steps == 0 or self.state.step == self.total_steps
             at_checkpoint = self.args.checkpoint_steps and self.state.step % self.args.checkpoint_steps == 0
-            self.report(losses, is_row=self.state.step % self.args.report_every == 0 or at_checkpoint or at_end)
+            is_row = self.state.step % self.args.report_every == 0 or at_checkpoint or at_end
+            self.report(history, losses, is_row=is_row)
             if at_end:
                 break
             if at_checkpoint or self.signals.agreed():
                 self.save_and_stop_if_asked()
+                history.plot()
 
     def batches(self, epoch: int, first_step: int) -> Iterator[dict[str, Any]]:
         """The model's arguments for the batches of an epoch, from a step on."""
-        pictures = DetectionDataset(self.train, self.augmentation, self.args.seed, epoch)
+        pictures = DetectionDataset(self.train_data, self.inputs.augmentation, self.args.seed, epoch)
         sampler = TrainingBatchSampler(
-            len(self.train.pictures),
+            len(self.train_data.pictures),
             self.args.batch_size,
             seed=self.args.seed,
             epoch=epoch,
@@ -353,9 +237,9 @@ class FineTuning:
             world_size=self.accelerator.num_processes,
             accumulation=self.args.gradient_accumulation,
             first_step=first_step,
-            shape_of=training_shapes(pictures, self.collate) if self.args.bucketing else None,
+            shape_of=training_shapes(pictures, self.inputs.collate) if self.args.bucketing else None,
         )
-        loader = training_loader(pictures, self.collate, sampler, num_workers=self.args.num_workers)
+        loader = training_loader(pictures, self.inputs.collate, sampler, num_workers=self.args.num_workers)
         return with_effective_batch(loader, self.accelerator)
 
     def learn(self, batch: dict[str, Any]) -> dict[str, float] | None:
@@ -377,7 +261,7 @@ class FineTuning:
             self.average.update()
         return losses
 
-    def report(self, losses: dict[str, float], *, is_row: bool) -> None:
+    def report(self, history: RunHistory, losses: dict[str, float], *, is_row: bool) -> None:
         """Show the step that was just done and, if there is to be a row of the history, write it."""
         epoch = self.state.step / self.epoch_steps
         learning_rate = self.args.learning_rate * self.rate_at(self.state.step - 1)
@@ -385,21 +269,21 @@ class FineTuning:
         if is_row:
             row = self.monitor.averages()
             measured = self.progress.report(self.state.step, epoch, row or losses, learning_rate)
-            self.record({**row, "learning_rate": learning_rate}, measured)
+            self.record(history, {**row, "learning_rate": learning_rate}, measured)
 
-    def record(self, row: dict[str, float], measured: dict[str, float] | None = None) -> None:
+    def record(self, history: RunHistory, row: dict[str, float], measured: dict[str, float] | None = None) -> None:
         """Add a row to the history and, with what was `measured` of the machine, to the tracker."""
-        self.history.add({"step": self.state.step, "epoch": self.state.step / self.epoch_steps, **row})
+        history.add({"step": self.state.step, "epoch": self.state.step / self.epoch_steps, **row})
         self.accelerator.log({**row, **(measured or {})}, step=self.state.step)
 
-    def evaluate_if_due(self) -> None:
+    def evaluate_if_due(self, history: RunHistory) -> None:
         """Measure the model on the validation pictures at the end of an epoch, unless that was done already."""
         state, every = self.state, self.args.eval_every * self.epoch_steps
         is_due = state.step == self.total_steps or (state.step and state.step % every == 0)
         if not is_due or state.evaluated:
             return
         scores = self.evaluate("validation")
-        self.record(scores.metrics)
+        self.record(history, scores.metrics)
         ap, ap50 = scores.metrics["ap"], scores.metrics["ap50"]
         self.progress.scored(ap)
         self.progress.say(f"step {state.step}: validation AP {ap:.3f}, AP50 {ap50:.3f}")
@@ -422,12 +306,20 @@ class FineTuning:
     def save_and_stop_if_asked(self) -> None:
         """Write a checkpoint and, if a signal came, end the process."""
         save_checkpoint(self.accelerator, self.checkpoints, self.state)
+        self.stop_if_asked()
+
+    def stop_if_asked(self) -> None:
         if self.signals.agreed():
             self.signals.leave(f"stopped after step {self.state.step} of {self.total_steps}; go on with --resume")
 
     def export(self, command: str) -> None:
-        """Measure the model on all pictures but those that it learned from, and write what the run leaves."""
-        scores = {name: self.evaluate(name) for name in self.measured_on}
+        """Measure the best model on all pictures but those that it learned from, and write what the run leaves."""
+        load_checkpoint(self.accelerator, checkpoint_path(self.checkpoints, self.state.kept_step))
+        scores = {}
+        for name in self.measured_on:
+            self.stop_if_asked()
+            scores[name] = self.evaluate(name)
+        self.stop_if_asked()
         with self.averaged():
             model = whole_model(self.accelerator, self.model)
             if self.accelerator.is_main_process:
@@ -437,9 +329,10 @@ class FineTuning:
                     self.processor,
                     self.state,
                     scores,
-                    dataset=self.args.dataset_name or self.train.name,
+                    dataset=self.args.dataset_name or self.train_data.name,
                     command=command,
                     base_model=self.args.model,
+                    backbone=self.args.backbone_weights,
                 )
         part = list(scores)[-1]
         self.accelerator.print(
@@ -472,28 +365,27 @@ def start_accelerator(args: argparse.Namespace) -> Accelerator:
     return accelerator
 
 
-def read_splits(args: argparse.Namespace, accelerator: Accelerator, *, is_new: bool) -> dict[str, DetectionData]:
-    """Read the data and, where a run begins, look for what would make it a waste of time."""
-    readers_log = logging.getLogger("hf_dino.data.dataset")
-    readers_log.disabled = is_new  # the check says again what was done to boxes, and in which pictures
-    try:
-        with accelerator.main_process_first():  # which downloads, if anything has to be
-            data = read_data(args.data, streaming=args.streaming) if args.data else read_files(args)
-    finally:
-        readers_log.disabled = False
+def read_splits(args: argparse.Namespace) -> dict[str, DetectionData]:
+    """Read the data by the names of splits, those to train on and to validate with among them."""
+    if not args.data:
+        return {SPLIT_OF_OPTION[name]: read_coco(*pair) for name, pair in files_of_splits(args).items() if all(pair)}
+    data = read_data(args.data, streaming=args.streaming)
     if missing := [split for split in ("train", "validation") if split not in data]:
         raise InputError(f"{args.data}: has no split for {' and '.join(missing)}; it has {', '.join(data)}")
-    if is_new:
-        reports = [check_data(data, decode=False) if accelerator.is_main_process else None]
-        (report,) = broadcast_object_list(reports)
-        for warning in report.warnings:
-            logging.getLogger("hf_dino.data").warning(warning)
-        report.raise_if_errors()
     return data
 
 
-def read_files(args: argparse.Namespace) -> dict[str, DetectionData]:
-    return {SPLIT_OF_OPTION[split]: read_coco(*pair) for split, pair in files_of_splits(args).items() if all(pair)}
+def settings_of(args: argparse.Namespace, accelerator: Accelerator, data: dict[str, DetectionData]) -> dict[str, Any]:
+    """What a run and its resumption must have in common."""
+    train, validation = data["train"], data["validation"]
+    return {
+        **{name: str(value) for name, value in vars(args).items() if name not in NOT_SETTINGS},
+        "mixed_precision": accelerator.mixed_precision,  # which accelerate may have been set to
+        "config_file": file_fingerprint(args.config),
+        "pictures": len(train.pictures),
+        "data": data_fingerprint(train),
+        "validation_data": data_fingerprint(validation),  # the best AP is the best of those on the same pictures
+    }
 
 
 def make_detector(
@@ -516,6 +408,139 @@ def make_detector(
         compile_layers(model)
     freeze(model, args.freeze)
     return model, processor
+
+
+# what may differ between a run and its resumption: where things are, how fast they are read, and how long it goes on
+NOT_SETTINGS = {
+    "output", "resume", "overwrite", "recipe", "data", "streaming", "dataset_name", "report_to", "report_every",
+    "num_workers", "eval_batch_size", "eval_every", "checkpoint_steps", "epochs", "max_steps", "early_stopping",
+    "gradient_checkpointing", "compile", "config", "train_images", "train_annotations", "val_images",
+    "val_annotations", "test_images", "test_annotations",
+}  # fmt: skip
+SPLIT_OF_OPTION = {"train": "train", "val": "validation", "test": "test"}
+ABOVE_0 = at_least(1)
+NOT_NEGATIVE = number_between(0, 1e38)  # no weight holds a number that is much larger, and inf is a slip
+
+
+def parse_arguments(words: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter, allow_abbrev=False)
+    add_model(parser.add_argument_group("the model"))
+    add_data(parser.add_argument_group("the data"))
+    add_run(parser.add_argument_group("the run"))
+    add_step(parser.add_argument_group("a step"))
+    add_learning_rate(parser.add_argument_group("the learning rate"))
+    add_watching(parser.add_argument_group("watching"))
+    args = apply_recipe(parser, words)
+    if not (args.model or args.config or args.backbone_weights):
+        parser.error("one of --model, --config and --backbone-weights is needed")
+    if args.model and args.backbone_weights:
+        parser.error("--model brings its backbone; leave out --backbone-weights")
+    if args.lr_drop and args.schedule != "step":
+        parser.error(f"--schedule {args.schedule} has no drops; give --lr-drop without a value, or leave it out")
+    if args.lr_drop is None:
+        args.lr_drop = [11 / 12]
+    check_files_or_data(parser, args)
+    return args
+
+
+def add_model(part: argparse._ArgumentGroup) -> None:
+    start = part.add_mutually_exclusive_group()
+    start.add_argument("--model", help="folder or Hub name of the DINO model to fine-tune")
+    start.add_argument("--config", type=Path, help="JSON file with fields of DinoDetrConfig, to train from scratch")
+    backbone = "train from scratch, but a backbone that was pre-trained: torchvision/resnet50, or a folder or Hub name"
+    part.add_argument("--backbone-weights", metavar="NAME", help=backbone)
+    part.add_argument(
+        "--config-override", type=config_field, nargs="+", action="extend", default=[], metavar="FIELD=VALUE",
+        help="fields of DinoDetrConfig that are to differ",
+    )  # fmt: skip
+    part.add_argument("--freeze", nargs="*", metavar="STAGE", help="stem, backbone, backbone.stage1 ..., encoder, "
+                      "decoder; nothing after it trains all (default: the stem of a pre-trained ResNet)")  # fmt: skip
+
+
+def add_data(part: argparse._ArgumentGroup) -> None:
+    part.add_argument("--data", help="folder, or OWNER/NAME on the Hub; instead of the files below")
+    part.add_argument("--streaming", action="store_true", help="fetch a data set of the Hub picture by picture")
+    for split in SPLIT_OF_OPTION:
+        part.add_argument(f"--{split}-images", type=Path, help="folder of pictures")
+        part.add_argument(f"--{split}-annotations", type=Path, help="COCO annotation file")
+    part.add_argument("--dataset-name", help="for the model card (default: the folder of the data)")
+    size = "SHORTEST [LONGEST] edge, or HEIGHTxWIDTH (default: the model's, 800 1333 for a new one)"
+    part.add_argument("--image-size", nargs="+", metavar="PIXELS", help=size)
+    augmentations = f"{', '.join(AUGMENTATIONS)}, or path/to/file.py:function"
+    part.add_argument("--augmentation", default="dino", metavar="NAME", help=augmentations)
+    part.add_argument(
+        "--bucketing", action=argparse.BooleanOptionalAction, default=False,
+        help="put those pictures of a step that have like shapes into one of its batches, to pad less",
+    )  # fmt: skip
+    part.add_argument("--num-workers", type=at_least(0), default=2, help="processes that read, for each process")
+
+
+def add_run(part: argparse._ArgumentGroup) -> None:
+    part.add_argument("--output", type=Path, required=True, help="folder for the model; must be new or empty")
+    part.add_argument("--recipe", type=Path, help="YAML file with any of these options; those given here win")
+    part.add_argument("--resume", action="store_true", help="go on with the run in --output")
+    part.add_argument("--overwrite", action="store_true", help="replace the model and checkpoints in --output")
+    part.add_argument("--epochs", type=ABOVE_0, default=12, help="passes over the training pictures")
+    part.add_argument("--max-steps", type=ABOVE_0, help="ends the run earlier, even within an epoch")
+    stop = "end when so many evaluations in a row were no better than the best"
+    part.add_argument("--early-stopping", type=ABOVE_0, metavar="EVALUATIONS", help=stop)
+    part.add_argument("--seed", type=at_least(0, 2**31), default=0, help="of weights, order and augmentation")
+
+
+def add_step(part: argparse._ArgumentGroup) -> None:
+    part.add_argument("--batch-size", type=ABOVE_0, default=16, help="pictures per step, over all processes")
+    parts = "batches that each process's pictures of a step are split into, to save memory"
+    part.add_argument("--gradient-accumulation", type=ABOVE_0, default=1, help=parts)
+    part.add_argument(
+        "--gradient-checkpointing", action=argparse.BooleanOptionalAction, default=False,
+        help="less memory, more time",
+    )  # fmt: skip
+    part.add_argument("--compile", action="store_true", help="torch.compile: a minute at the start, then faster")
+    part.add_argument("--mixed-precision", choices=("no", "fp16", "bf16"), help="default: what accelerate is set to")
+    part.add_argument("--weight-decay", type=NOT_NEGATIVE, default=1e-4, help="AdamW's")
+    clip = number_between(0, without_lowest=True)
+    part.add_argument("--clip", type=clip, default=0.1, help="largest norm of the gradient; inf for no limit")
+    below_1 = number_between(0, 1 - 1e-6)
+    part.add_argument("--ema", type=below_1, help="evaluate and keep a running average of the weights, as 0.9997")
+
+
+def add_learning_rate(part: argparse._ArgumentGroup) -> None:
+    part.add_argument("--learning-rate", type=NOT_NEGATIVE, default=1e-4, help="but the backbone's")
+    part.add_argument("--backbone-lr-factor", type=NOT_NEGATIVE, default=0.1, help="of that")
+    sampling = "of that, for the sampling offsets"
+    part.add_argument("--sampling-lr-factor", type=NOT_NEGATIVE, default=1.0, help=sampling)
+    part.add_argument(
+        "--schedule", choices=SCHEDULES, default="step", help="how the learning rate falls; step: at --lr-drop"
+    )
+    drop = "epochs, or below 1 fractions of the run, at which --schedule step drops to a tenth (default: 11/12)"
+    part.add_argument("--lr-drop", type=NOT_NEGATIVE, nargs="*", metavar="WHEN", help=drop)
+    part.add_argument("--warmup-steps", type=at_least(0), default=0, help="in which the learning rate rises")
+
+
+def add_watching(part: argparse._ArgumentGroup) -> None:
+    part.add_argument("--eval-batch-size", type=ABOVE_0, default=8, help="pictures, for each process")
+    part.add_argument("--eval-every", type=ABOVE_0, default=1, metavar="EPOCHS", help="between evaluations")
+    between = "between checkpoints within an epoch"
+    part.add_argument("--checkpoint-steps", type=ABOVE_0, metavar="STEPS", help=between)
+    part.add_argument("--report-every", type=ABOVE_0, default=20, metavar="STEPS", help="between rows of the history")
+    trackers = [str(tracker.value) for tracker in get_available_trackers()]
+    part.add_argument("--report-to", choices=trackers, help="a tracker of accelerate's that is installed")
+
+
+def check_files_or_data(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """See that either `--data` is given, or the files of at least training and validation."""
+    given = files_of_splits(args)
+    if args.data and any(file for pair in given.values() for file in pair):
+        parser.error("give either --data or the files of each split, not both")
+    for split, pair in given.items():
+        if any(pair) and not all(pair):
+            parser.error(f"--{split}-images and --{split}-annotations belong together")
+    if not args.data and not all(given["train"] + given["val"]):
+        parser.error("give --data, or --train-images, --train-annotations, --val-images and --val-annotations")
+
+
+def files_of_splits(args: argparse.Namespace) -> dict[str, tuple[Path, Path]]:
+    return {split: (vars(args)[f"{split}_images"], vars(args)[f"{split}_annotations"]) for split in SPLIT_OF_OPTION}
 
 
 if __name__ == "__main__":

@@ -12,11 +12,10 @@ and card, `eval_results.json`, and checkpoints. `finetune_coco.py` does the same
 """
 
 import argparse
-import logging
 import math
-import shlex
 import sys
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,23 +24,11 @@ from accelerate.utils import set_seed
 from transformers import HfArgumentParser, Trainer, TrainerCallback, TrainingArguments
 
 from hf_dino.arguments import parse_size
-from hf_dino.data import (
-    DetectionData,
-    DetectionDataset,
-    InputError,
-    TrainingCollator,
-    check_data,
-    evaluation_size,
-    label_of_category,
-    make_augmentation,
-    processed_shape,
-    read_data,
-    smallest_shape,
-)
+from hf_dino.data import DetectionDataset, InputError, read_data
 from hf_dino.evaluation import METRICS, evaluate_model
 from hf_dino.loading import load_detector_for
-from hf_dino.model_card import finetuned_card
-from hf_dino.training import check_picture_sizes, effective_batch, freeze, parameter_groups
+from hf_dino.model_card import finetuned_card, training_command
+from hf_dino.training import effective_batch, freeze, make_inputs, parameter_groups, read_checked
 
 
 DEFAULTS: dict[str, Any] = {
@@ -165,28 +152,21 @@ def main(argv: list[str] | None = None) -> None:
     words = sys.argv[1:] if argv is None else argv
     options, training = parse_arguments(words)
     checkpoint = find_checkpoint(training.resume_from_checkpoint, Path(training.output_dir))
-    train, val = read_splits(options.data, training)
+    data = read_checked(partial(read_data, options.data, splits=("train", "validation")))
     size = parse_size(options.image_size) if options.image_size else None
 
     set_seed(training.seed)
-    model, processor = load_detector_for(options.model, train.categories, size)
+    model, processor = load_detector_for(options.model, data["train"].categories, size)
     freeze(model)
-    labels = label_of_category(train, model.config.id2label)
-    label_of_category(val, model.config.id2label)  # so that an unknown category is heard of now
-    trained_size = dict(processor.size)
-    augmentation = make_augmentation(options.augmentation, trained_size)
-    processor.size = evaluation_size(options.augmentation, trained_size)
-    shapes = [smallest_shape(options.augmentation, trained_size, each.height, each.width) for each in train.pictures]
-    check_picture_sizes(model, shapes + [processed_shape(processor, each.height, each.width) for each in val.pictures])
-    do_resize = augmentation is None or not augmentation.resizes
+    inputs = make_inputs(model, processor, data, options.augmentation)
     trainer = DetectionTrainer(
         options,
-        shlex.join(["accelerate", "launch", "examples/finetune_trainer.py", *without_resume(words)]),
+        training_command("examples/finetune_trainer.py", without_resume(words), training.world_size),
         model=model,
         args=training,
-        data_collator=TrainingCollator(processor, labels, model.config.num_labels, do_resize),
-        train_dataset=DetectionDataset(train, augmentation, training.seed),
-        eval_dataset=DetectionDataset(val),
+        data_collator=inputs.collate,
+        train_dataset=DetectionDataset(data["train"], inputs.augmentation, training.seed),
+        eval_dataset=DetectionDataset(data["validation"]),
         processing_class=processor,
         callbacks=[EpochWatch()],
     )
@@ -214,17 +194,6 @@ def find_checkpoint(resumed: str | None, output: Path) -> str | None:
     if not is_its_own and output.exists() and (output.is_file() or any(output.iterdir())):
         raise InputError(f"{output}: is not empty; give another folder, or --resume_from_checkpoint {output}")
     return str(checkpoint) if checkpoint else None
-
-
-def read_splits(source: str, training: TrainingArguments) -> tuple[DetectionData, DetectionData]:
-    """Read what to train on and what to validate with, and look for what would make the run a waste of time."""
-    with training.main_process_first():  # which downloads, if anything has to be
-        data = read_data(source, splits=("train", "validation"))
-        report = check_data(data, decode=False)
-    for warning in report.warnings if training.process_index == 0 else ():
-        logging.getLogger("hf_dino.data").warning(warning)
-    report.raise_if_errors()
-    return data["train"], data["validation"]
 
 
 def without_resume(words: list[str]) -> list[str]:

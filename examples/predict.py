@@ -20,23 +20,24 @@ from rich.progress import track
 from transformers import BaseImageProcessor
 
 from hf_dino import DinoDetrForObjectDetection
-from hf_dino.arguments import number_between
+from hf_dino.arguments import HelpFormatter, number_between
 from hf_dino.data import InputError, list_pictures, read_image
-from hf_dino.files import check_new_files, replacing, write_json
+from hf_dino.errors import run_as_command
+from hf_dino.files import check_new_files, write_json
 from hf_dino.loading import load_detector
-from hf_dino.visualization import draw_detections
+from hf_dino.visualization import check_can_draw, draw_detections, save_picture
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("pictures", type=Path, nargs="+", help="picture files, or folders of them")
     parser.add_argument("--model", required=True, help="folder or Hub name of the model")
     parser.add_argument("--output", type=Path, required=True, help="picture file, or folder for several pictures")
     parser.add_argument("--json", type=Path, help="file for the detections: boxes as x0, y0, x1, y1 in pixels")
     score = number_between(0, 1)
-    parser.add_argument("--threshold", type=score, default=0.3, help="lowest score that counts (default: 0.3)")
+    parser.add_argument("--threshold", type=score, default=0.3, help="lowest score that counts")
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    parser.add_argument("--device", default=device, help="such as cpu, cuda, cuda:1 or mps (default: %(default)s)")
+    parser.add_argument("--device", default=device, help="such as cpu, cuda, cuda:1 or mps")
     return parser.parse_args(argv)
 
 
@@ -45,6 +46,7 @@ def main(argv: list[str] | None = None) -> None:
     logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[RichHandler(show_path=False)])
     outputs = plan_outputs(args.pictures, args.output)
     check_new_files(*outputs.values(), args.json)
+    check_can_draw(*outputs.values())
     model, processor = load_detector(args.model)
     try:
         model.to(args.device)
@@ -55,10 +57,10 @@ def main(argv: list[str] | None = None) -> None:
         picture = read_image(source)
         detections = detect(model, processor, picture, args.threshold)
         found[str(source)] = detections
-        names, scores = [d["name"] for d in detections], [d["score"] for d in detections]
-        save_picture(draw_detections(picture, [d["box"] for d in detections], names, scores), target)
+        boxes, names, scores = ([detection[key] for detection in detections] for key in ("box", "name", "score"))
+        save_picture(draw_detections(picture, boxes, names, scores, model.config.id2label.values()), target)
         counts = ", ".join(f"{count} {name}" for name, count in Counter(names).most_common())
-        print(f"{source}: {counts or 'nothing'} -> {target}")
+        print(f"{source}: {counts or f'nothing above {args.threshold}'} -> {target}")
     if args.json:
         write_json(args.json, found)
 
@@ -83,9 +85,9 @@ def plan_outputs(pictures: list[Path], output: Path) -> dict[Path, Path]:
     """Where the drawing of each picture goes."""
     sources = list_pictures(pictures)
     if len(pictures) == 1 and pictures[0].is_file() and not output.is_dir() and output.suffix:
-        if Image.registered_extensions().get(output.suffix.lower()) not in Image.SAVE:
-            raise InputError(f"{output}: pictures of kind {output.suffix!r} cannot be written; use .png or .jpg")
         return {sources[0]: output}
+    if output.suffix.lower() in Image.registered_extensions() and not output.is_dir():
+        raise InputError(f"{output}: is the name of one picture, but {len(sources)} are to be drawn; name a folder")
     targets = {source: output / f"{source.stem}.png" for source in sources}
     doubled = [str(target) for target, count in Counter(targets.values()).items() if count > 1]
     if doubled:
@@ -93,14 +95,5 @@ def plan_outputs(pictures: list[Path], output: Path) -> dict[Path, Path]:
     return targets
 
 
-def save_picture(picture: Image.Image, path: Path) -> None:
-    """Write a picture, or nothing if it cannot be finished."""
-    with replacing(path) as temporary:
-        picture.save(temporary)
-
-
 if __name__ == "__main__":
-    try:
-        main()
-    except (InputError, OSError) as error:
-        raise SystemExit(f"error: {error}") from None
+    run_as_command(main)

@@ -27,7 +27,7 @@ from hf_dino.training import (
     save_checkpoint,
 )
 from hf_dino.training import checkpoint as checkpoint_module
-from hf_dino.training.checkpoint import check_disk_space, data_fingerprint, rescue_state
+from hf_dino.training.checkpoint import check_disk_space, data_fingerprint, file_fingerprint, rescue_state
 from hf_dino.training.ema import WeightAverage
 from hf_dino.training.lock import run_folder
 
@@ -189,6 +189,26 @@ def test_a_run_goes_on_with_its_own_settings_only(tmp_path):
     with pytest.raises(InputError, match=r"settings that it began with \(seed: 1 before, 2 now\)"):
         read_state(path, {"seed": 2, "size": (3, 4)})
     assert latest_checkpoint(tmp_path / "gone") is None
+
+
+def test_a_checkpoint_of_another_version_is_read(tmp_path):
+    accelerator, *_ = make_run()
+    save_checkpoint(accelerator, tmp_path, TrainingState({"seed": 1, "option of old": 2}, step=3))
+    (path,) = tmp_path.iterdir()
+    file = path / "training_state.json"
+    content = json.loads(file.read_text())
+    del content["total_steps"]
+    file.write_text(json.dumps(content))
+    state = read_state(path, {"seed": 1, "option of today": 3})
+    assert (state.step, state.total_steps) == (3, None)
+
+
+def test_a_file_is_known_wherever_it_is(tmp_path):
+    for name, text in {"one": "a", "moved": "a", "changed": "b"}.items():
+        (tmp_path / name).write_text(text)
+    one, moved, changed = (file_fingerprint(tmp_path / name) for name in ("one", "moved", "changed"))
+    assert one == moved != changed
+    assert file_fingerprint(None) not in (one, changed)
 
 
 def test_random_numbers_that_cannot_be_read_are_heard_of(tmp_path, caplog):

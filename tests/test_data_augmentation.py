@@ -10,8 +10,8 @@ import pytest
 import torch
 from PIL import Image
 
-from hf_dino.data import InputError, make_augmentation, smallest_shape
-from hf_dino.data.augmentation import RandomSizeCrop, ResizeShortestEdge, evaluation_size, random_numbers_of
+from hf_dino.data import InputError, NoAugmentation, make_augmentation
+from hf_dino.data.augmentation import RandomSizeCrop, ResizeShortestEdge, random_numbers_of
 from hf_dino.image_processing_dino_detr import resized_shape
 
 
@@ -28,7 +28,7 @@ def picture_with_red_box(height, width, box):
 
 def augment(augmentation, image, boxes):
     boxes = torch.tensor(boxes, dtype=torch.float64).view(-1, 4)
-    return augmentation(image, boxes, torch.arange(len(boxes)))
+    return augmentation(image, boxes, areas=torch.zeros(len(boxes)))
 
 
 @pytest.mark.parametrize("size", [SIZE, {"shortest_edge": 160, "longest_edge": 266}, {"height": 96, "width": 128}])
@@ -96,8 +96,25 @@ def test_pictures_without_objects():
     assert result.boxes.shape == (0, 4)
 
 
-def test_none_and_unknown_names():
-    assert make_augmentation("none", SIZE) is None
+def test_none_leaves_everything_as_it_is():
+    augmentation = make_augmentation("none", SIZE)
+    assert isinstance(augmentation, NoAugmentation)
+    assert (augmentation.resizes, augmentation.evaluation_size) == (False, SIZE)
+    image, boxes = Image.new("RGB", (40, 30)), torch.tensor([[-3.0, 4.0, 20.0, 10.0], [40.0, 30.0, 0.0, 0.0]])
+    areas, numbers = torch.tensor([7.0, 8.0]), torch.get_rng_state()
+    result = augmentation(image, boxes, areas)
+    assert (result.image, result.boxes, result.areas) == (image, boxes, areas)
+    assert result.objects.tolist() == [0, 1]
+    assert augmentation.shape(30, 40, boxes) == (30, 40)
+    assert torch.equal(torch.get_rng_state(), numbers), "no random number is drawn"
+
+
+def test_areas_are_those_of_the_boxes_once_there_is_an_augmentation():
+    result = augment(make_augmentation("flip", SIZE), Image.new("RGB", (40, 30)), [[4, 6, 9, 5], [0, 0, 2, 3]])
+    assert result.areas.tolist() == [45, 6]
+
+
+def test_unknown_names():
     presets = "dino, dino-large, photometric, flip, none"
     with pytest.raises(
         InputError, match=f"unknown augmentation 'mosaic'; choose one of {presets}, or name a function"
@@ -126,9 +143,9 @@ def drawn_sizes(augmentation, image, draws=40):
 
 def test_large_sizes_are_half_as_large_again():
     small, large = ({"shortest_edge": 80, "longest_edge": 133}, {"shortest_edge": 120, "longest_edge": 200})
-    assert evaluation_size("dino-large", small) == large
-    assert evaluation_size("dino", small) == evaluation_size("path/to/own.py:function", small) == small
-    assert evaluation_size("dino-large", {"height": 40, "width": 60}) == {"height": 60, "width": 90}
+    assert make_augmentation("dino-large", small).evaluation_size == large
+    assert make_augmentation("dino", small).evaluation_size == small
+    assert make_augmentation("dino-large", {"height": 40, "width": 60}).evaluation_size == {"height": 60, "width": 90}
     image = Image.new("RGB", (64, 48))
     sizes = drawn_sizes(make_augmentation("dino-large", small), image)
     assert sizes == drawn_sizes(make_augmentation("dino", large), image)
@@ -146,9 +163,9 @@ def test_published_large_sizes():
 
 
 def test_large_of_a_model_that_is_large_already_is_said(caplog):
-    make_augmentation("dino-large", SIZE)
+    large = make_augmentation("dino-large", SIZE).evaluation_size
     assert not caplog.messages
-    make_augmentation("dino-large", evaluation_size("dino-large", SIZE))
+    make_augmentation("dino-large", large)
     assert "1800/3000 pixels, 1.5 times the model's 1200/2000; `dino` would stay" in caplog.text
 
 
@@ -222,6 +239,8 @@ def test_own_function_of_a_file(tmp_path):
     assert result.image.size == (30, 40)
     assert result.boxes.tolist() == [[6, 26, 5, 10]], "x, y, width, height again"
     assert augmentation.shape(30, 40, torch.zeros(0, 4)) == (30, 40), "what a user does is not foretold"
+    assert augmentation.evaluation_size == OWN_SIZE
+    assert augmentation.smallest_shape(30, 60) == (30, 60), "resized, whatever is cut away"
 
 
 def test_own_function_of_a_module(tmp_path, monkeypatch):
@@ -247,6 +266,17 @@ def test_own_function_may_remove_boxes_and_say_that_it_resizes(tmp_path):
     result = augment(augmentation, Image.new("RGB", (60, 60)), [[0, 0, 9, 9], [21, 21, 5, 5], [38, 21, 9, 9]])
     assert result.objects.tolist() == [1]
     assert result.boxes.tolist() == [[1, 1, 5, 5]]
+
+
+def test_own_function_may_say_at_what_size_to_evaluate(tmp_path):
+    body = """
+    def make(size):
+        large = {side: 2 * length for side, length in size.items()}
+        return Augmentation(v2.RandomHorizontalFlip(), resizes=False, evaluation_size=large)
+    """
+    augmentation = own_augmentation(tmp_path, body)
+    assert augmentation.evaluation_size == {"shortest_edge": 80, "longest_edge": 120}
+    assert augmentation.smallest_shape(30, 30) == (80, 80)
 
 
 def test_own_augmentation_travels_to_another_process(tmp_path):
@@ -300,7 +330,7 @@ def test_own_function_that_is_not_there(tmp_path):
 def test_no_picture_is_smaller_than_foretold(name, shape):
     size = {"shortest_edge": 80, "longest_edge": 133}
     augmentation = make_augmentation(name, size)
-    least = smallest_shape(name, size, *shape)
+    least = augmentation.smallest_shape(*shape)
     if name == "flip":
         assert least == resized_shape(*shape, *size.values())
         return

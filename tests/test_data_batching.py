@@ -114,8 +114,7 @@ def test_shapes_are_those_that_batches_have(tmp_path, name, size):
     sizes = [(40, 60), (60, 40), (30, 90), (50, 50)]
     objects = [annotation(image_id, 7, [3, 4, 20, 15]) for image_id in (1, 3)]
     augmentation = make_augmentation(name, size)
-    resizes = augmentation is not None and augmentation.resizes
-    collate = TrainingCollator(DinoDetrImageProcessor(size=size), {3: 0, 7: 1}, 2, not resizes)
+    collate = TrainingCollator(DinoDetrImageProcessor(size=size), {3: 0, 7: 1}, 2, not augmentation.resizes)
     data = read_coco(*write_coco(tmp_path, objects, sizes=sizes))
     for epoch in range(3):
         pictures = DetectionDataset(data, augmentation, seed=5, epoch=epoch)

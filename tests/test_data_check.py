@@ -1,6 +1,7 @@
 """What would cost a night is found in a minute, and nothing of the user's is changed."""
 
 import json
+import sys
 
 import numpy as np
 import pytest
@@ -151,8 +152,8 @@ def test_command_line_on_good_data(tmp_path, capsys):
         pixels = np.asarray(drawn.convert("RGB"))
     assert pixels.shape[1] > 2 * 480
     assert len(np.unique(pixels.reshape(-1, 3), axis=0)) > 1000
-    assert main(["check", str(tmp_path / "shapes"), "--sheet", str(sheet)]) == 1
-    assert "is there already and is not overwritten" in capsys.readouterr().err
+    with pytest.raises(InputError, match=r"sheet\.png: exists already"):
+        main(["check", str(tmp_path / "shapes"), "--sheet", str(sheet)])
 
 
 def test_command_line_tells_all_that_is_wrong(tmp_path, capsys):
@@ -177,11 +178,11 @@ def test_command_line_tells_all_that_is_wrong(tmp_path, capsys):
     assert contents(folder) == before
 
 
-def test_command_line_on_a_pair_and_on_nothing(tmp_path, capsys):
+def test_command_line_on_a_pair_and_on_nothing(tmp_path):
     pictures, file = write_coco(tmp_path, [annotation(1, 3, [1, 2, 30, 20]), annotation(1, 7, [1, 2, 30, 20])])
     assert main(["check", "--images", str(pictures), "--annotations", str(file)]) == 0
-    assert main(["check", str(tmp_path / "gone")]) == 1
-    assert "error: " in capsys.readouterr().err
+    with pytest.raises(InputError, match="gone: there is no such folder"):
+        main(["check", str(tmp_path / "gone")])
     for words in (
         ["check"],
         ["check", "--images", str(pictures)],
@@ -220,7 +221,7 @@ def test_errors_of_other_formats_do_not_hide_each_other(tmp_path, capsys, files,
     assert [message for message in messages if message not in printed] == []
 
 
-def test_augmented_samples_are_drawn(tmp_path, capsys):
+def test_augmented_samples_are_drawn(tmp_path):
     write_shapes(tmp_path / "shapes")
     words = [
         "augment",
@@ -238,21 +239,29 @@ def test_augmented_samples_are_drawn(tmp_path, capsys):
         assert drawn.width == 3 * 488 + 8
         first, second = (np.asarray(drawn.crop((left, 8, left + 480, 300))).astype(int) for left in (8, 496))
     assert np.abs(first - second).mean() > 5
-    assert main([*words, "--augmentation", "nonsense", "--output", str(tmp_path / "b.png")]) == 1
-    assert "unknown augmentation 'nonsense'" in capsys.readouterr().err
+    with pytest.raises(InputError, match="unknown augmentation 'nonsense'"):
+        main([*words, "--augmentation", "nonsense", "--output", str(tmp_path / "b.png")])
     assert not (tmp_path / "b.png").exists()
 
 
 def test_a_sheet_is_a_new_picture_of_a_known_format(tmp_path):
     sample = Sample(Image.new("RGB", (30, 20)), np.zeros((0, 4)), [], "nothing")
-    for path, samples, message in (
-        (tmp_path / "a.txt", [sample], "a picture's name ends in"),
-        (tmp_path / "a.png", [], "there is no picture to draw"),
-    ):
-        with pytest.raises(InputError, match=message):
-            draw_sheet(samples, path)
+    with pytest.raises(InputError, match="there is no picture to draw"):
+        draw_sheet([], tmp_path / "a.png")
+    with pytest.raises(InputError, match=r"pictures of kind '\.txt' cannot be written; use \.png or \.jpg"):
+        draw_sheet([sample], tmp_path / "a.txt")
+    assert list(tmp_path.iterdir()) == []
     draw_sheet([sample], tmp_path / "a.png")
     before = (tmp_path / "a.png").read_bytes()
-    with pytest.raises(InputError, match="not overwritten"):
+    with pytest.raises(InputError, match="exists already"):
         draw_sheet([sample], tmp_path / "a.png")
     assert (tmp_path / "a.png").read_bytes() == before
+
+
+@pytest.mark.parametrize("words", [["check", "gone", "--sheet"], ["augment", "gone", "--output"]])
+def test_a_sheet_that_cannot_be_drawn_is_heard_of_before_the_work(tmp_path, monkeypatch, words):
+    with pytest.raises(InputError, match=r"pictures of kind '\.fits' cannot be written"):
+        main([*words, str(tmp_path / "sheet.fits")])
+    monkeypatch.setitem(sys.modules, "supervision", None)
+    with pytest.raises(ImportError, match=r"pip install 'hf-dino\[train\]'"):
+        main([*words, str(tmp_path / "sheet.png")])

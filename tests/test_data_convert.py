@@ -118,18 +118,34 @@ def test_coco_keeps_crowds_areas_and_ids_that_differ_between_splits(tmp_path):
         split: read_coco(*write_coco(tmp_path / split, objects, sizes=[(40, 60), (30, 30)]))
         for split in ("train", "validation")
     }
-    assert convert_data(splits, tmp_path / "out", "coco") == [
-        f"{split}: 2 classes have another number" for split in ("train", "validation")
-    ]
+    assert convert_data(splits, tmp_path / "out", "coco") == []
     data = read_data(tmp_path / "out")
     picture = data["train"].pictures[0]
     assert picture.areas.tolist() == [123.5, 83.25]
     assert picture.iscrowd.tolist() == [0, 1]
     ids = [picture.image_id for each in data.values() for picture in each.pictures]
-    assert ids == [1, 2, 3, 4]
+    assert ids == [1, 2, 3, 4], "each split had 1 and 2"
+    assert data["train"].categories == splits["train"].categories
     content = json.loads((tmp_path / "out" / "train.json").read_text())
     assert "licenses" not in content
     assert set(content["images"][0]) == {"id", "file_name", "height", "width"}
+
+
+def test_coco_keeps_ids_that_are_distinct(tmp_path):
+    objects = [annotation(1, 3, [1, 2, 30, 20]), annotation(2, 7, [5, 6, 9, 9])]
+    images, annotations = write_coco(tmp_path / "train", objects, sizes=[(40, 60), (30, 30)])
+    content = json.loads(annotations.read_text())
+    for each in content["images"]:
+        each["id"] += 900
+    for each in content["annotations"]:
+        each["image_id"] += 900
+    annotations.write_text(json.dumps(content))
+    source = read_coco(images, annotations)
+    convert_data({"train": source}, tmp_path / "out", "coco")
+    found = read_data(tmp_path / "out")["train"]
+    assert [picture.image_id for picture in found.pictures] == [901, 902]
+    assert [picture.category_ids.tolist() for picture in found.pictures] == [[3], [7]]
+    assert found.categories == source.categories
 
 
 @pytest.mark.parametrize("form", ["voc", "yolo"])
@@ -317,31 +333,30 @@ def test_command_line(tmp_path, capsys):
         (lambda source: (source / "train" / "2.png").unlink(), "out", "1 of the pictures in"),
         (lambda source: (source / "train" / "2.png").write_bytes(b"no"), "out", "2.png: cannot be read as a picture"),
         (lambda source: draw(source / "train" / "2.png", (41, 60)), "out", "2.png: the annotations say 60 x 40"),
-        (lambda source: None, "source", "is there already and is not empty"),
+        (lambda source: None, "source", "exists already"),
         (lambda source: None, "source/train.json", "is not changed"),
         (lambda source: None, "source/out", "is not changed"),
     ],
 )
-def test_one_clear_error_and_nothing_left_behind(tmp_path, capsys, damage, output, message):
+def test_one_clear_error_and_nothing_left_behind(tmp_path, damage, output, message):
     source = source_of_two(tmp_path / "source")
     damage(source)
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
-    assert main(["convert", str(source), "--format", "coco", "--output", str(tmp_path / output)]) == 1
-    error = capsys.readouterr().err
-    assert message in error
-    assert error.count("\n") == 1
+    with pytest.raises(InputError, match=message) as error:
+        main(["convert", str(source), "--format", "coco", "--output", str(tmp_path / output)])
+    assert "\n" not in str(error.value)
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
 
-def test_a_full_disk_leaves_nothing_behind(tmp_path, capsys, monkeypatch):
+def test_a_full_disk_leaves_nothing_behind(tmp_path, monkeypatch):
     def full(source, copy):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(convert.shutil, "copyfileobj", full)
     source = source_of_two(tmp_path / "source")
-    assert main(["convert", str(source), "--format", "coco", "--output", str(tmp_path / "out")]) == 1
-    assert "error: [Errno 28] No space left on device" in capsys.readouterr().err
+    with pytest.raises(OSError, match=f"No space left on device: '{tmp_path / 'out'}'"):
+        main(["convert", str(source), "--format", "coco", "--output", str(tmp_path / "out")])
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
 

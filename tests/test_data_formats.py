@@ -3,6 +3,7 @@
 import json
 import logging
 import pickle
+from pathlib import Path
 
 import datasets
 import numpy as np
@@ -290,6 +291,20 @@ def test_voc_counts_pixels_from_one_and_difficult_objects_are_crowds(tmp_path):
     assert (picture.boxes.tolist(), picture.iscrowd.tolist()) == ([[0, 0, 60, 40]], [1])
 
 
+def test_voc_lists_may_name_pictures_with_blanks_and_without_annotation_files(tmp_path):
+    files = {
+        "ImageSets/Main/train.txt": "a b\n2\n",
+        "Annotations/a b.xml": XML,
+        "JPEGImages/a b.png": None,
+        "JPEGImages/2.png": None,
+    }
+    data = read_data(lay_out(tmp_path, files))["train"]
+    assert [(picture.path.name, len(picture.boxes)) for picture in data.pictures] == [("a b.png", 1), ("2.png", 0)]
+    assert data.remarks == {
+        "pictures have no annotation file: taken to be without objects": [str(tmp_path / "JPEGImages" / "2.png")]
+    }
+
+
 def test_voc_classes_have_one_number_in_all_splits(tmp_path):
     for split, names in (("train", "zebra ant"), ("val", "bee zebra")):
         draw(tmp_path / split / "1.png")
@@ -430,6 +445,31 @@ def test_one_clear_error(tmp_path, name):
         read_data(folder)
 
 
+@pytest.mark.parametrize("encoding", ["latin-1", "utf-16"])
+@pytest.mark.parametrize(
+    ("layout", "name"),
+    [
+        ("voc", "ImageSets/Main/trainval.txt"),
+        ("yolo", "data.yaml"),
+        ("yolo with a list of pictures", "train.txt"),
+        ("yolo without yaml", "classes.txt"),
+        ("yolo without yaml", "labels/1.txt"),
+    ],
+)
+def test_a_file_in_another_encoding_is_named(tmp_path, layout, name, encoding):
+    folder = lay_out(tmp_path, LAYOUTS[layout][0])
+    (folder / name).write_bytes("é".encode(encoding))
+    with pytest.raises(InputError, match=rf"{name}: is not in UTF-8 \(.*\); save it again"):
+        read_data(folder)
+
+
+def test_a_file_of_another_format_may_be_in_any_encoding(tmp_path):
+    folder = lay_out(tmp_path, LAYOUTS["one coco file"][0])
+    for name in ("classes.txt", "settings.yaml"):
+        (folder / name).write_bytes("é".encode("utf-16"))
+    assert list(read_data(folder)) == ["train"]
+
+
 def test_no_such_folder_and_no_such_name(tmp_path, monkeypatch):
     with pytest.raises(InputError, match="there is no such folder, and it cannot be a name on the Hub either"):
         read_data(tmp_path / "gone")
@@ -504,6 +544,21 @@ def test_a_stream_that_was_cut_short_goes_on_where_it_was(shapes, folder, tmp_pa
     monkeypatch.setattr(hub, "_content", lambda stored: fetched.append(stored["path"][-5]) or content(stored))
     data = read_data(folder, streaming=True, splits=["train"], cache=kept)
     assert fetched == ["4", "5"]
+    assert contents(data["train"]) == contents(read_data(shapes)["train"])
+
+
+def test_a_disk_that_is_too_small_for_a_stream_is_named_and_costs_no_picture(shapes, folder, tmp_path, monkeypatch):
+    kept, write_bytes = tmp_path / "kept", Path.write_bytes
+
+    def write_half(path, content):
+        write_bytes(path, content[: len(content) // 2])
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", write_half)
+    with pytest.raises(OSError, match=f"No space left on device: '{kept / 'train'}'"):
+        read_data(folder, streaming=True, splits=["train"], cache=kept)
+    monkeypatch.undo()
+    data = read_data(folder, streaming=True, splits=["train"], cache=kept)
     assert contents(data["train"]) == contents(read_data(shapes)["train"])
 
 

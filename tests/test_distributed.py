@@ -12,7 +12,8 @@ import pytest
 import torch
 from accelerate import Accelerator
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from conftest import TINY_SWIN, make_labels, tiny_model
@@ -134,12 +135,32 @@ def train_with_average(network, first=0, last=4, calls=1):
     return {"logits": logits, "state": state, "resumed": resumed.state_dict()}
 
 
-def share_out(network):
+def share_out(network, reshard_after_forward=None):
     """Let the processes have a part of the weights each, as FSDP2 does."""
     mesh = init_device_mesh("cpu", (NUM_PROCESSES,))
     for part in (network.model.backbone, *network.model.encoder.layers, *network.model.decoder.layers, network):
-        fully_shard(part, mesh=mesh)
+        fully_shard(part, mesh=mesh, reshard_after_forward=reshard_after_forward)
     return network
+
+
+@torch.no_grad()
+def kept_whole(network):
+    """The parameters that are whole after a forward, in which all processes take part."""
+    network(torch.ones(1, 3, 96, 128))
+    kept = {name for name, parameter in network.named_parameters() if not isinstance(parameter, DTensor)}
+    for part in network.modules():
+        if isinstance(part, FSDPModule):
+            part.reshard()
+    return kept
+
+
+def kept_before_and_after(reshard_after_forward):
+    """What a forward keeps whole before and after a model was run by each process alone, and the parameters."""
+    network = share_out(tiny_model(), reshard_after_forward).eval()
+    before = kept_whole(network)
+    with whole_weights(network), torch.no_grad():
+        network(torch.ones(1, 3, 96, 128))
+    return before, kept_whole(network), {name for name, _ in network.named_parameters()}
 
 
 def run_process(rank, folder):
@@ -165,7 +186,8 @@ def run_process(rank, folder):
     }
     trained = {accumulation: train(accumulation) for accumulation in (1, 2)}
     shared = train_with_average(share_out(tiny_model(**NO_NOISE)), first, last, calls=1 + 2 * rank)
-    seen = {"learned": learned, "unused": unused, "trained": trained, "shared": shared}
+    kept = {setting: kept_before_and_after(setting) for setting in (None, True, False)}
+    seen = {"learned": learned, "unused": unused, "trained": trained, "shared": shared, "kept": kept}
     torch.save(seen, folder / f"{rank}.pt")
     torch.distributed.destroy_process_group()
 
@@ -241,6 +263,15 @@ def test_shared_out_weights_are_averaged_and_run_in_each_process_alone(processes
     for process in processes:
         torch.testing.assert_close(process["shared"], expected, rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(process["shared"]["resumed"], process["shared"]["state"], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("setting", [None, True, False])
+def test_which_weights_stay_whole_after_a_forward_is_as_it_was(processes, setting):
+    for process in processes:
+        before, after, parameters = process["kept"][setting]
+        assert before == after
+        # torch's own choice: the weights of the model itself, which are needed again at once, but not those of parts
+        assert 0 < len(before) < len(parameters) if setting is None else before == (set() if setting else parameters)
 
 
 def test_the_effective_batch_counts_the_objects_of_all_batches():

@@ -8,9 +8,10 @@ import pytest
 
 from coco_files import annotation, write_coco
 from hf_dino.data import read_coco
+from hf_dino.data.objects import objects_of
 from hf_dino.evaluation import KINDS, analyse, as_detections, evaluate_coco
 from hf_dino.evaluation.analysis import CORRECT, IGNORED, best_point, judge
-from hf_dino.evaluation.records import objects_of, rows_of
+from hf_dino.evaluation.records import rows_of
 
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
@@ -137,6 +138,8 @@ def test_kinds(one_picture):
     assert worst.found.tolist() == [True, False, True]
     assert worst.detections["score"].tolist() == [score for _, _, score, _ in SHOULD_BE]
     assert set(analysis.counts) == set(KINDS)
+    tides = [kind for kind, meaning in KINDS.items() if "TIDE: " in meaning]
+    assert tides == ["wrong class", "badly placed", "wrong class and place"]
     assert analysis.counts["missed"] == 0, "the cat was taken for a dog, so it was not missed"
     # dog, cat, nothing
     assert analysis.confusion.tolist() == [[1, 0, 0], [1, 0, 0], [2, 3, 0]]

@@ -24,7 +24,7 @@ from torch import nn
 import small_training
 from hf_dino.data import InputError
 from hf_dino.evaluation.detections import DETECTION, sorted_by_picture
-from hf_dino.files import write_json
+from hf_dino.files import files_into_folder, new_folder, write_json
 from hf_dino.training import TrainingState, latest_checkpoint, load_checkpoint, read_state, save_checkpoint
 
 
@@ -308,6 +308,13 @@ def test_an_error_of_a_full_disk_names_the_file(small_disk, monkeypatch):
     path = small_disk / "numbers.json"
     with pytest.raises(OSError, match=r"No space left on device: '.*numbers\.json'"):
         write_json(path, list(range(100_000)))
+    for folder_of in (new_folder, partial(files_into_folder, last="config.json")):
+        with (
+            pytest.raises(OSError, match=rf"No space left on device: '{small_disk / 'model'}'"),
+            folder_of(small_disk / "model") as temporary,
+        ):
+            (temporary / "weights").write_bytes(bytes(500_000))
+        shutil.rmtree(small_disk / "model", ignore_errors=True)
     monkeypatch.setattr("tempfile.tempdir", str(small_disk))
     with pytest.raises(OSError, match=f"No space left on device: '{small_disk}'"):
         sorted_by_picture([np.zeros(100_000, DETECTION)])

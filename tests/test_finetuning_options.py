@@ -2,6 +2,9 @@
 
 import importlib
 import json
+import os
+import shutil
+import signal
 import sys
 from pathlib import Path
 
@@ -14,6 +17,7 @@ from transformers import ResNetConfig, ResNetForImageClassification
 
 from conftest import TINY_RESNET, tiny_config
 from data_formats import FORMATS, write_shapes
+from hf_dino.data import InputError
 from hf_dino.data.shapes import generate_shapes
 
 
@@ -143,6 +147,56 @@ def test_a_run_with_these_options_ends_the_same_when_it_was_interrupted(
     assert_same_run(cut, whole)
 
 
+def test_a_resumed_run_of_another_length_says_where_the_learning_rate_jumps(finetune, start, data, tmp_path, caplog):
+    """The configuration's file may have moved, but neither it nor the validation pictures may have changed."""
+    config, *others = start
+    command = [*others, data, "--schedule=cosine", f"--output={tmp_path / 'run'}"]
+    finetune.main([*command, config, "--max-steps=2"])
+    moved = shutil.copy(config.removeprefix("--config="), tmp_path / "moved.json")
+    for options, jump in (
+        (["--max-steps=2"], None),
+        (
+            ["--max-steps=3"],
+            "to have 3 steps, before it was to have 2: after step 2 the learning rate goes on at 2.50e-04",
+        ),
+    ):
+        caplog.clear()
+        finetune.main([*command, f"--config={moved}", *options, "--resume"])
+        assert [jump in message for message in caplog.messages if "learning rate" in message] == (
+            [True] if jump else []
+        )
+
+    other = generate_shapes(tmp_path / "other", image_size=64, num_train=12, num_val=3, num_test=2)
+    with pytest.raises(InputError, match=r"validation_data: '.*' before, '.*' now"):
+        finetune.main([*command, config, f"--data={other}", "--resume"])
+    moved.write_text(moved.read_text() + "\n")
+    with pytest.raises(InputError, match=r"config_file: '.*' before, '.*' now"):
+        finetune.main([*command, f"--config={moved}", "--resume"])
+
+
+@pytest.mark.parametrize("last", [1, 2, 3], ids=["last evaluation", "validation of the export", "test of the export"])
+def test_a_signal_is_heard_until_the_model_is_written(finetune, start, data, tmp_path, monkeypatch, last):
+    run, evaluate, calls = tmp_path / "run", finetune.evaluate_model, []
+
+    def evaluate_and_get_a_signal(*args, **options):
+        calls.append(args)
+        if len(calls) == last:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return evaluate(*args, **options)
+
+    command = [*start, data, "--max-steps=1", f"--output={run}"]
+    with monkeypatch.context() as patch:
+        patch.setattr(finetune, "evaluate_model", evaluate_and_get_a_signal)
+        with pytest.raises(SystemExit) as stopped:
+            finetune.main(command)
+    assert stopped.value.code == 128 + signal.SIGTERM
+    assert len(calls) == last
+    assert not (run / "config.json").exists()
+    finetune.main([*command, "--resume"])
+    assert (run / "config.json").exists()
+    assert len([row for row in history(run) if "ap" in row]) == 1
+
+
 def test_a_frozen_part_stays_as_it_was(finetune, start, data, tmp_path):
     for name, steps in (("one", 1), ("three", 3)):
         options = [f"--max-steps={steps}", "--freeze", "backbone.stage1", "encoder", "--weight-decay=0.1"]
@@ -159,6 +213,9 @@ def test_a_backbone_from_a_folder_is_where_training_starts(finetune, start, data
     run = tmp_path / "run"
     options = [f"--backbone-weights={tmp_path / 'resnet'}", "--max-steps=1", "--freeze", "backbone"]
     finetune.main([*start, data, *options, f"--output={run}"])
+    assert (
+        "with the backbone from the local model `resnet` and the rest from random" in (run / "README.md").read_text()
+    )
     theirs = classifier.state_dict()["resnet.encoder.stages.0.layers.0.layer.0.convolution.weight"]
     assert any(weight.shape == theirs.shape and torch.equal(weight, theirs) for weight in weights(run).values())
 

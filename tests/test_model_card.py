@@ -5,7 +5,7 @@ from huggingface_hub import ModelCard
 
 from conftest import tiny_config
 from hf_dino import DinoDetrConfig
-from hf_dino.model_card import converted_card, finetuned_card
+from hf_dino.model_card import converted_card, finetuned_card, training_command
 
 
 SIZE = {"shortest_edge": 800, "longest_edge": 1333}
@@ -101,6 +101,26 @@ def test_command_and_start_are_told(tmp_path):
     assert local.data.base_model is None
     hub = finetuned(tiny_config(), base_model="someone/dino-r50")
     assert hub.data.base_model == "someone/dino-r50"
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("torchvision/resnet50", "`torchvision/resnet50`"),
+        ("someone/swin", "[someone/swin](https://huggingface.co/someone/swin)"),
+        ("folder/of/swin", "the local model `swin`"),
+    ],
+)
+def test_a_backbone_is_told_from_a_whole_model(name, words):
+    card = finetuned(tiny_config(), backbone=name)
+    assert f"Trained with the backbone from {words} and the rest from random weights on Blood cells" in card.text
+    assert card.data.base_model is None
+
+
+def test_the_command_is_the_one_that_starts_as_many_processes():
+    assert training_command("train.py", ["--data", "my data"], num_processes=1) == "python train.py --data 'my data'"
+    several = training_command("train.py", ["--data=mine"], num_processes=2)
+    assert several == "accelerate launch --multi_gpu --num_processes 2 train.py --data=mine"
 
 
 @pytest.mark.parametrize("size", [SIZE, {"height": 192, "width": 256}])

@@ -7,7 +7,14 @@ import pytest
 import torch
 from PIL import Image
 
-from hf_dino.visualization import draw_detections, plot_training_curves, side_by_side
+from hf_dino.data import InputError
+from hf_dino.visualization import (
+    check_can_draw,
+    draw_detections,
+    plot_training_curves,
+    save_picture,
+    side_by_side,
+)
 
 
 pytest.importorskip("supervision")
@@ -72,10 +79,34 @@ def test_unequal_numbers_are_an_error(names, scores):
         draw_detections(Image.new("RGB", (64, 64)), [[0, 0, 9, 9]], names, scores)
 
 
-def test_absent_supervision_is_a_clear_error(monkeypatch):
-    monkeypatch.setitem(sys.modules, "supervision", None)
-    with pytest.raises(ImportError, match=r"pip install 'hf-dino\[train\]'"):
+@pytest.mark.parametrize("module", ["supervision", "matplotlib"])
+def test_absent_libraries_are_a_clear_error(monkeypatch, tmp_path, module):
+    monkeypatch.setitem(sys.modules, module, None)
+    message = rf"needs {module}: pip install 'hf-dino\[train\]'"
+    with pytest.raises(ImportError, match=message):
+        check_can_draw()
+    with pytest.raises(ImportError, match=message):
         draw_detections(Image.new("RGB", (64, 64)), [[0, 0, 9, 9]], ["cat"])
+    if module == "matplotlib":
+        with pytest.raises(ImportError, match=message):
+            plot_training_curves([], tmp_path / "curves.png")
+
+
+@pytest.mark.parametrize("suffix", [".fits", ".cur", ".mpg", ".psd", ".xbm", ".xyz", ""])
+def test_kinds_of_pictures_that_cannot_be_written(tmp_path, suffix):
+    with pytest.raises(InputError, match=f"pictures of kind '{suffix}' cannot be written; use .png or .jpg"):
+        check_can_draw(tmp_path / "a.png", tmp_path / f"a{suffix}")
+
+
+def test_a_picture_is_written_whole_or_not_at_all(tmp_path):
+    for name in ("a.png", "a.JPG"):
+        check_can_draw(tmp_path / name)
+        save_picture(Image.new("RGB", (20, 30)), tmp_path / name)
+        assert Image.open(tmp_path / name).size == (20, 30)
+    with pytest.raises(OSError, match="cannot write mode"):
+        save_picture(Image.new("CMYK", (2, 2)), tmp_path / "a.png")
+    assert Image.open(tmp_path / "a.png").size == (20, 30)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.JPG", "a.png"]
 
 
 def test_side_by_side_shows_both_pictures_at_one_height():

@@ -18,7 +18,10 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         says_nothing: tuple[object, ...] = (None, False, [], argparse.SUPPRESS)
-        return action.help if not action.help or action.default in says_nothing else f"{action.help} (%(default)s)"
+        if not action.help or action.default in says_nothing:
+            return action.help
+        default = " ".join(map(str, action.default)) if isinstance(action.default, list) else "%(default)s"
+        return f"{action.help} ({default})"
 
 
 def at_least(lowest: int, highest: float = math.inf) -> Callable[[str], int]:

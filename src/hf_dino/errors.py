@@ -1,6 +1,7 @@
-"""The error for input that a user can repair, and words for it."""
+"""The error for input that a user can repair, words for it, and the end that it makes of a command."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import NoReturn
 
 
 class InputError(ValueError):
@@ -19,3 +20,15 @@ def few(items: Iterable[str], limit: int = 5) -> str:
     items = [str(item) for item in items]
     more = f" and {len(items) - limit} more" if len(items) > limit else ""
     return ", ".join(items[:limit]) + more
+
+
+def run_as_command(main: Callable[[], int | None]) -> NoReturn:
+    """End the process with the exit status that `main` returns; a user's mistake ends it with one line.
+
+    So does what is no mistake of ours either: a library that is not installed, a full disk, a loss that is not finite.
+    """
+    try:
+        status = main()
+    except (InputError, ImportError, OSError, FloatingPointError) as error:
+        raise SystemExit(f"error: {error}") from None
+    raise SystemExit(status)

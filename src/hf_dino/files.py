@@ -71,14 +71,15 @@ def files_into_folder(folder: Path, last: str) -> Iterator[Path]:
     """
     temporary = folder / ".files.part"
     shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
     try:
-        yield temporary
-        sync_tree(temporary)
-        (folder / last).unlink(missing_ok=True)
-        for path in sorted(temporary.iterdir(), key=lambda path: path.name == last):
-            path.replace(folder / path.name)
-        sync(folder)
+        with naming(folder):
+            temporary.mkdir(parents=True)
+            yield temporary
+            sync_tree(temporary)
+            (folder / last).unlink(missing_ok=True)
+            for path in sorted(temporary.iterdir(), key=lambda path: path.name == last):
+                path.replace(folder / path.name)
+            sync(folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -95,17 +96,18 @@ def new_folder(folder: Path) -> Iterator[Path]:
     """
     folder = folder.resolve()  # so that `.` has a name too
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
-        raise InputError(f"{folder}: is there already and is not empty; give another name or remove it")
+        raise _exists(folder)
     temporary = folder.with_name(f".{folder.name}.part")
     shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
     try:
-        yield temporary
-        sync_tree(temporary)
-        with suppress(FileNotFoundError):
-            folder.rmdir()  # an empty one is replaced on POSIX, but not on Windows
-        temporary.replace(folder)
-        sync(folder.parent)
+        with naming(folder):
+            temporary.mkdir(parents=True)
+            yield temporary
+            sync_tree(temporary)
+            with suppress(FileNotFoundError):
+                folder.rmdir()  # an empty one is replaced on POSIX, but not on Windows
+            temporary.replace(folder)
+            sync(folder.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -122,11 +124,15 @@ def check_new_files(*paths: Path | None) -> None:
     given = [path for path in paths if path is not None]
     for path in given:
         if path.exists():
-            raise InputError(f"{path}: exists already; give another name or remove it")
+            raise _exists(path)
         if given.count(path) > 1:
             raise InputError(f"{path}: is given for two outputs; give each its own name")
     for folder in {path.parent for path in given}:
         folder.mkdir(parents=True, exist_ok=True)
+
+
+def _exists(path: Path) -> InputError:
+    return InputError(f"{path}: exists already; give another name or remove it")
 
 
 @contextmanager
@@ -164,3 +170,9 @@ def read_text(path: Path) -> str:
         ) from None
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror})") from None
+
+
+def read_lines(path: Path) -> list[str]:
+    """Read the lines of a text file as [`read_text`] does, without empty ones and blanks at their ends."""
+    # not splitlines, which also splits at signs that a name may hold
+    return [line.strip() for line in read_text(path).split("\n") if line.strip()]

@@ -13,6 +13,7 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoImageProcessor, BaseImageProcessor
+from transformers.utils import logging as transformers_logging
 
 from .arguments import check_config_field
 from .configuration_dino_detr import UNUSED_LABEL, DinoDetrConfig
@@ -206,7 +207,7 @@ def _load_weights(
     model: str, id2label: dict[int, str], overrides: Mapping[str, Any], num_labels_before: int | None = None
 ) -> DinoDetrForObjectDetection:
     """Load every weight; those with a row per class may have had another number of rows before."""
-    with _one_error(model, "has no usable weights"):
+    with _one_error(model, "has no usable weights"), _without_report():
         detector, info = DinoDetrForObjectDetection.from_pretrained(
             model, id2label=id2label, ignore_mismatched_sizes=True, output_loading_info=True, **overrides
         )
@@ -217,6 +218,17 @@ def _load_weights(
             f"shape than config.json says, such as {incomplete[0]}"
         )
     return detector
+
+
+@contextmanager
+def _without_report() -> Iterator[None]:
+    """Keep transformers from listing the weights that do not fit: what matters of it, one line or an error says."""
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
 
 
 def _given(options: Mapping[str, Any]) -> dict[str, Any]:

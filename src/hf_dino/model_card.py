@@ -5,32 +5,18 @@ Measured and quoted numbers never mix: only measured ones enter the card's `mode
 
 import math
 import re
-from collections.abc import Mapping
+import shlex
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
 
 from .configuration_dino_detr import UNUSED_LABEL, DinoDetrConfig
+from .metrics import METRIC_NAMES
 
 
 TAGS = ["object-detection", "vision", "detr", "dino", "dino-detr", "hf_dino"]
-
-# COCO's summary numbers, by the names that the evaluation uses; every one is a fraction of 1.
-METRIC_NAMES = {
-    "ap": "AP@[.50:.95]",
-    "ap50": "AP50",
-    "ap75": "AP75",
-    "ap_small": "AP small",
-    "ap_medium": "AP medium",
-    "ap_large": "AP large",
-    "ar_1": "AR 1",
-    "ar_10": "AR 10",
-    "ar_100": "AR 100",
-    "ar_small": "AR small",
-    "ar_medium": "AR medium",
-    "ar_large": "AR large",
-}
 
 
 def converted_card(
@@ -95,13 +81,36 @@ def converted_card(
     return _card(data, sections)
 
 
+def training_command(script: str, words: Sequence[str], num_processes: int) -> str:
+    """Write down how to train again.
+
+    Args:
+        script (`str`): Path of the script.
+        words (`Sequence[str]`): Its command line.
+        num_processes (`int`): That took part.
+
+    Example:
+
+    ```python
+    >>> training_command("train.py", ["--data", "my data"], num_processes=1)
+    "python train.py --data 'my data'"
+    >>> training_command("train.py", ["--data", "mine"], num_processes=4)
+    'accelerate launch --multi_gpu --num_processes 4 train.py --data mine'
+
+    ```
+    """
+    several = ["accelerate", "launch", "--multi_gpu", "--num_processes", str(num_processes)]  # on CPUs too
+    return shlex.join([*(several if num_processes > 1 else ["python"]), script, *words])
+
+
 def finetuned_card(
     config: DinoDetrConfig,
     *,
     metrics: Mapping[str, float],
     dataset: str,
     command: str,
-    base_model: str | None,
+    base_model: str | None = None,
+    backbone: str | None = None,
     split: str | None = None,
     size: Mapping[str, int] | None = None,
 ) -> str:
@@ -114,7 +123,9 @@ def finetuned_card(
             are left out.
         dataset (`str`): Name of the training data, for people.
         command (`str`): The command that trained the model.
-        base_model (`str`, *optional*): What training started from: a Hub id or a folder. `None`: random weights.
+        base_model (`str`, *optional*): What training started from: a Hub id or a folder. `None`: random
+            weights, but perhaps the backbone's.
+        backbone (`str`, *optional*): What the backbone alone started from: a name for [`load_backbone_weights`].
         split (`str`, *optional*): Which part of the data was measured on.
         size (`dict[str, int]`, *optional*): The image processor's size, in pixels.
 
@@ -144,16 +155,10 @@ def finetuned_card(
         ]
         or None,
     )
-    if base_model is None:
-        start = "from random weights"
-    elif on_hub:
-        start = f"from [{base_model}](https://huggingface.co/{base_model})"
-    else:
-        start = f"from the local model `{Path(base_model).name}`"
     sections = [
         f"# DINO, {_backbone_name(config)}, trained on {dataset}",
         _DESCRIPTION,
-        f"Trained {start} on {dataset}, with this command:\n\n```bash\n{command.strip()}\n```",
+        f"Trained {_start(base_model, backbone)} on {dataset}, with this command:\n\n```bash\n{command.strip()}\n```",
         _measured(measured, dataset, split),
         _usage(),
         _preprocessing(size) if size else "",
@@ -163,6 +168,22 @@ def finetuned_card(
         _CITATION,
     ]
     return _card(data, sections)
+
+
+def _start(base_model: str | None, backbone: str | None) -> str:
+    if base_model:
+        return f"from {_origin(base_model)}"
+    return (
+        f"with the backbone from {_origin(backbone)} and the rest from random weights"
+        if backbone
+        else "from random weights"
+    )
+
+
+def _origin(name: str) -> str:
+    if name.startswith("torchvision/"):
+        return f"`{name}`"
+    return f"[{name}](https://huggingface.co/{name})" if _is_hub_id(name) else f"the local model `{Path(name).name}`"
 
 
 def _card(data: ModelCardData, sections: list[str]) -> str:

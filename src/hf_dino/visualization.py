@@ -1,15 +1,18 @@
 """Pictures for people: detections drawn into a picture, two pictures side by side, training curves."""
 
+import io
 import os
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from .data.extras import import_extra
+from .errors import InputError
 from .files import replacing
 
 
@@ -33,8 +36,38 @@ _COLORS = (
 )
 
 
+def check_can_draw(*paths: Path) -> None:
+    """See, before the work is done, that pictures can be drawn into and written.
+
+    Args:
+        paths (`Path`): The files to be written, whose suffixes give the formats.
+
+    Raises:
+        InputError: If Pillow writes no pictures of a suffix.
+        ImportError: If supervision or matplotlib is not installed.
+    """
+    for path in paths:
+        kind = Image.registered_extensions().get(path.suffix.lower())
+        try:  # there are kinds that Pillow only reads, or writes with another library, or in grey only
+            Image.new("RGB", (8, 8)).save(io.BytesIO(), kind)
+        except (KeyError, ValueError, OSError):
+            raise InputError(f"{path}: pictures of kind {path.suffix!r} cannot be written; use .png or .jpg") from None
+    _supervision()
+    _font_path()
+
+
+def save_picture(picture: Image.Image, path: Path) -> None:
+    """Write a picture, or leave what was there if it cannot be finished."""
+    with replacing(path) as temporary:
+        picture.save(temporary)
+
+
 def draw_detections(
-    image: Image.Image, boxes: Any, names: Sequence[str], scores: Sequence[float] | None = None
+    image: Image.Image,
+    boxes: Any,
+    names: Sequence[str],
+    scores: Sequence[float] | None = None,
+    classes: Iterable[str] = (),
 ) -> Image.Image:
     """Draw boxes with their names into a copy of a picture.
 
@@ -46,6 +79,8 @@ def draw_detections(
         names (`list[str]` of length `num_boxes`): What to write at each box.
         scores (`list[float]` of length `num_boxes`, *optional*): Written behind the names. Boxes of higher score are
             drawn above those of lower score.
+        classes (`Iterable[str]`, *optional*): All names that there are, which makes the colours of the first twelve
+            differ. Other names may share one.
 
     Returns:
         `PIL.Image.Image`: An RGB picture, larger than `image` by a factor of `ceil(480 / longer side)`.
@@ -65,7 +100,7 @@ def draw_detections(
 
     ```
     """
-    supervision = import_extra("supervision", "train", "drawing")
+    supervision = _supervision()
     corners = np.asarray([[float(value) for value in box] for box in boxes], dtype=np.float32).reshape(-1, 4)
     if len(names) != len(corners) or (scores is not None and len(scores) != len(corners)):
         counts = f"{len(corners)} boxes, {len(names)} names" + ("" if scores is None else f", {len(scores)} scores")
@@ -82,9 +117,10 @@ def draw_detections(
     text = [
         names[index] if scores is None else f"{names[index]} {float(scores[index]):.2f}" for index in weakest_first
     ]
+    numbers = {name: number for number, name in enumerate(classes)}
+    colors = [numbers.get(name, zlib.crc32(name.encode())) % len(_COLORS) for name in names]
     detections = supervision.Detections(
-        xyxy=corners[weakest_first] * enlargement,
-        class_id=np.array([zlib.crc32(names[index].encode()) % len(_COLORS) for index in weakest_first]),
+        xyxy=corners[weakest_first] * enlargement, class_id=np.array(colors)[weakest_first]
     )
     palette = supervision.ColorPalette.from_hex(list(_COLORS))
     longer_side = max(drawn.size)
@@ -141,12 +177,10 @@ def plot_training_curves(history: Sequence[Mapping[str, float]], path: str | os.
     Raises:
         ImportError: If matplotlib is not installed.
     """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-        from matplotlib.ticker import MaxNLocator
-    except ImportError as error:
-        raise ImportError("plotting needs matplotlib: pip install 'hf-dino[train]'") from error
+    import_extra("matplotlib", "train", "plotting")
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     figure = Figure(figsize=(10, 4), layout="constrained")
     FigureCanvasAgg(figure)  # draws into memory: works without a display and leaves pyplot's global state alone
@@ -175,10 +209,11 @@ def _plot(axes: Any, history: Sequence[Mapping[str, float]], curves: Mapping[str
             axes.plot(steps, values, label=label, color=color, marker="o" if len(points) < 30 else None, markersize=3)
 
 
+def _supervision() -> ModuleType:
+    return import_extra("supervision", "train", "drawing")
+
+
 def _font_path() -> str:
     """A font that comes with matplotlib and knows more than Pillow's own: Greek, Cyrillic, signs such as ≥."""
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise ImportError("drawing text needs matplotlib: pip install 'hf-dino[train]'") from error
+    matplotlib = import_extra("matplotlib", "train", "drawing text")
     return str(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf")

@@ -1,7 +1,7 @@
 """Data sets in any of the usual formats, their check, augmentation, batches, and the generated `shapes` data set."""
 
 from ..errors import InputError
-from .augmentation import AUGMENTATIONS, Augmentation, evaluation_size, make_augmentation, smallest_shape
+from .augmentation import AUGMENTATIONS, Augmentation, NoAugmentation, make_augmentation
 from .batching import (
     EvaluationCollator,
     SameSizeBatchSampler,
@@ -40,6 +40,7 @@ __all__ = [
     "DetectionDataset",
     "EvaluationCollator",
     "InputError",
+    "NoAugmentation",
     "SameSizeBatchSampler",
     "SplitCounts",
     "TrainingBatchSampler",
@@ -49,7 +50,6 @@ __all__ = [
     "contiguous_id2label",
     "convert_data",
     "evaluation_loader",
-    "evaluation_size",
     "label_of_category",
     "list_pictures",
     "make_augmentation",
@@ -58,7 +58,6 @@ __all__ = [
     "read_coco",
     "read_data",
     "read_image",
-    "smallest_shape",
     "steps_per_epoch",
     "training_loader",
     "training_shapes",

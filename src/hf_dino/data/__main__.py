@@ -6,13 +6,13 @@ It is never changed.
 
 import argparse
 import logging
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ..arguments import HelpFormatter, at_least, parse_size
-from ..errors import InputError
+from ..errors import InputError, run_as_command
+from ..image_processing_dino_detr import LONGEST_EDGE, SHORTEST_EDGE
 from .augmentation import AUGMENTATIONS, make_augmentation
 from .check import SIZES, DataReport, check_data
 from .coco import read_coco_file
@@ -29,14 +29,10 @@ _NEEDED = ("train", "validation")
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command line; `arguments` replace those of the process. Return the exit status, 1 for errors."""
+    """Run the command line; `arguments` replace those of the process. Return the exit status, 1 for errors in data."""
     logging.basicConfig(level=logging.ERROR, format="%(message)s")  # the report says what would be logged
     options = _parse(arguments)
-    try:
-        return options.run(options)
-    except (InputError, ImportError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    return options.run(options)
 
 
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -73,9 +69,11 @@ def _add_check(command: argparse.ArgumentParser) -> None:
 
 
 def _add_augment(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--augmentation", default="dino", metavar="NAME", help=f"one of {', '.join(AUGMENTATIONS)}")
+    augmentations = f"{', '.join(AUGMENTATIONS)}, or path/to/file.py:function"
+    command.add_argument("--augmentation", default="dino", metavar="NAME", help=augmentations)
     size = "SHORTEST [LONGEST] edge, or HEIGHTxWIDTH, as in training"
-    command.add_argument("--image-size", nargs="+", default=["800", "1333"], metavar="PIXELS", help=size)
+    default = [str(SHORTEST_EDGE), str(LONGEST_EDGE)]
+    command.add_argument("--image-size", nargs="+", default=default, metavar="PIXELS", help=size)
     command.add_argument("--output", type=Path, required=True, metavar="FILE", help="the sheet; a new file")
     command.add_argument("--num-pictures", type=at_least(1), default=4, metavar="N", help="each a row of the sheet")
     command.add_argument("--num-views", type=at_least(1), default=3, metavar="N", help="of each, beside the original")
@@ -171,7 +169,7 @@ def print_report(report: DataReport) -> None:
             },
         )
     )
-    names = dict.fromkeys(name for each in report.counts.values() for name in each.classes)
+    names = dict.fromkeys(name for each in report.counts.values() for name, count in each.classes.items() if count)
     objects = {name: [each.classes.get(name, "—") for each in report.counts.values()] for name in names}
     console.print(_table(("class", *report.counts), objects))
     _print_messages(console, "warning", "yellow", report.warnings)
@@ -204,4 +202,4 @@ _COMMANDS: dict[str, tuple[Callable[[argparse.Namespace], int], str, Callable[[a
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_as_command(main)

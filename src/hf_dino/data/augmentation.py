@@ -44,11 +44,13 @@ class Augmented(NamedTuple):
     Attributes:
         image (`PIL.Image.Image`): The new picture.
         boxes (`torch.Tensor` of shape `(num_boxes, 4)`): x, y, width, height in its pixels, inside the picture.
+        areas (`torch.Tensor` of shape `(num_boxes,)`): In its square pixels, of what each box stands for.
         objects (`torch.Tensor` of shape `(num_boxes,)`): Which of the objects that went in each box belongs to.
     """
 
     image: Image.Image
     boxes: torch.Tensor
+    areas: torch.Tensor
     objects: torch.Tensor
 
 
@@ -61,29 +63,72 @@ class Augmentation:
         transform (`v2.Transform`): Takes and returns a dict of `image`, a PIL picture, `boxes`,
             `tv_tensors.BoundingBoxes` in pixels, and `labels` of shape `(num_boxes,)`, which number the objects.
         resizes (`bool`): Whether its pictures have their final size, so that the image processor must not resize.
+        evaluation_size (`Mapping[str, int]`, *optional*): At what size, in the words of the image processor, to
+            evaluate a model that is trained with it: the largest that it shows. [`make_augmentation`] puts the size
+            that it was asked for where a user's function leaves this out.
     """
 
-    def __init__(self, transform: v2.Transform, resizes: bool):
+    def __init__(self, transform: v2.Transform, resizes: bool, evaluation_size: Mapping[str, int] | None = None):
         self.transform = transform
         self.resizes = resizes
+        self.evaluation_size = dict(evaluation_size or {})
 
-    def __call__(self, image: Image.Image, boxes: torch.Tensor, objects: torch.Tensor) -> Augmented:
-        """Augment `image` and its `boxes` (x, y, width, height in pixels); `objects` numbers them.
+    def __call__(self, image: Image.Image, boxes: torch.Tensor, areas: torch.Tensor) -> Augmented:
+        """Augment a picture.
+
+        Args:
+            image (`PIL.Image.Image`): RGB.
+            boxes (`torch.Tensor` of shape `(num_boxes, 4)`): x, y, width, height in pixels.
+            areas (`torch.Tensor` of shape `(num_boxes,)`): In square pixels, as annotated, which may be of masks. What
+                a transform leaves of a mask is not known: the result has the areas of its boxes.
 
         Raises:
             InputError: If the transform returns no PIL picture, or boxes that do not belong to it.
         """
-        image, boxes, objects = _checked(self.transform(_sample(image, (image.height, image.width), boxes, objects)))
+        sample = _sample(image, (image.height, image.width), boxes)
+        image, boxes, objects = _checked(self.transform(sample))
         boxes = tvF.clamp_bounding_boxes(tvF.convert_bounding_box_format(boxes, new_format="XYWH"))
         boxes = boxes.as_subclass(torch.Tensor)
         visible = (boxes[:, 2:] > _SMALLEST_SIDE).all(dim=1)
-        return Augmented(image, boxes[visible], objects[visible])
+        boxes = boxes[visible]
+        return Augmented(image, boxes, boxes[:, 2] * boxes[:, 3], objects[visible])
 
     def shape(self, height: int, width: int, boxes: torch.Tensor) -> tuple[int, int]:
         """Say what `(height, width)` a picture of `height` x `width` pixels would get from the same random numbers."""
         no_pixels = tv_tensors.Image(torch.empty(3, height, width, dtype=torch.uint8, device="meta"))
-        image = self.transform(_sample(no_pixels, (height, width), boxes, torch.arange(len(boxes))))["image"]
+        image = self.transform(_sample(no_pixels, (height, width), boxes))["image"]
         return image.shape[-2], image.shape[-1]
+
+    def smallest_shape(self, height: int, width: int) -> tuple[int, int]:
+        """Say what `(height, width)` a picture of `height` x `width` pixels may have at the least in training.
+
+        Here that is the picture resized, and no part of it: what a user's own transform cuts away is not known.
+
+        Example:
+
+        ```python
+        >>> coco = {"shortest_edge": 800, "longest_edge": 1333}
+        >>> [make_augmentation(name, coco).smallest_shape(480, 640) for name in ("flip", "dino", "dino-large")]
+        [(800, 1066), (480, 480), (720, 720)]
+
+        ```
+        """
+        return shape_of_size(self.evaluation_size, height, width)
+
+
+class NoAugmentation(Augmentation):
+    """Leaves pictures, boxes and annotated areas as they are.
+
+    Args:
+        evaluation_size (`Mapping[str, int]`, *optional*): As for [`Augmentation`].
+    """
+
+    def __init__(self, evaluation_size: Mapping[str, int] | None = None):
+        super().__init__(v2.Identity(), resizes=False, evaluation_size=evaluation_size)
+
+    def __call__(self, image: Image.Image, boxes: torch.Tensor, areas: torch.Tensor) -> Augmented:
+        """Return what is given, bit by bit."""
+        return Augmented(image, boxes, areas, torch.arange(len(boxes)))
 
 
 @contextmanager
@@ -96,17 +141,34 @@ def random_numbers_of(seed: int, epoch: int, image_id: int) -> Iterator[None]:
         yield
 
 
-def make_augmentation(name: str, size: Mapping[str, int]) -> Augmentation | None:
+def shape_of_size(size: Mapping[str, int], height: int, width: int) -> tuple[int, int]:
+    """Say what `(height, width)` a picture of `height` x `width` pixels is resized to.
+
+    Args:
+        size (`Mapping[str, int]`): An image processor's: `shortest_edge` and `longest_edge`, or `height` and `width`,
+            in pixels.
+
+    Raises:
+        InputError: If `size` has other keys.
+    """
+    if {"shortest_edge", "longest_edge"} <= size.keys():
+        return resized_shape(height, width, size["shortest_edge"], size["longest_edge"])
+    if {"height", "width"} <= size.keys():
+        return size["height"], size["width"]
+    raise InputError(f"a size must be shortest_edge and longest_edge, or height and width; it is {dict(size)}")
+
+
+def make_augmentation(name: str, size: Mapping[str, int]) -> Augmentation:
     """Build an augmentation for the picture size that a model is trained at.
 
     Args:
         name (`str`): A preset:
 
             - `"dino"`: the original's recipe, its sizes scaled to `size`.
-            - `"dino-large"`: the same with all sizes 1.5 times larger. See [`evaluation_size`].
+            - `"dino-large"`: the same with all sizes 1.5 times larger, its `evaluation_size` too.
             - `"photometric"`: `"dino"`, and brightness, contrast, saturation, hue and channels distorted as in SSD.
             - `"flip"`: a mirror image half of the time.
-            - `"none"`.
+            - `"none"`: [`NoAugmentation`].
 
             Or a function of one's own, `path/to/file.py:function` or `package.module:function`. It gets `size` and
             returns a `v2.Transform`, whose pictures the image processor resizes, or an [`Augmentation`]. Random
@@ -115,7 +177,7 @@ def make_augmentation(name: str, size: Mapping[str, int]) -> Augmentation | None
             in pixels. With the latter every picture gets exactly that size.
 
     Returns:
-        `Augmentation` or `None`.
+        `Augmentation`: With an `evaluation_size`.
 
     Raises:
         InputError: If the name is unknown, or there is no such function, or what it returns cannot be used.
@@ -130,100 +192,50 @@ def make_augmentation(name: str, size: Mapping[str, int]) -> Augmentation | None
     return _PRESETS[name](size)
 
 
-def evaluation_size(name: str, size: Mapping[str, int]) -> dict[str, int]:
-    """Say at what size to evaluate a model that is trained with an augmentation: the largest that it was shown.
-
-    Args:
-        name (`str`): As for [`make_augmentation`].
-        size (`Mapping[str, int]`): As for [`make_augmentation`].
-
-    Returns:
-        `dict[str, int]`: The same keys, in pixels.
-
-    Example:
-
-    ```python
-    >>> evaluation_size("dino-large", {"shortest_edge": 800, "longest_edge": 1333})
-    {'shortest_edge': 1200, 'longest_edge': 2000}
-
-    ```
-    """
-    factor = _LARGE if name == "dino-large" else 1
-    return {side: round(length * factor) for side, length in size.items()}
-
-
-def smallest_shape(name: str, size: Mapping[str, int], height: int, width: int) -> tuple[int, int]:
-    """Say what `(height, width)` a picture may have at the least when a model is trained on it.
-
-    Args:
-        name (`str`): As for [`make_augmentation`]. What a function of one's own does to pictures is not known here:
-            they count as resized only.
-        size (`Mapping[str, int]`): As for [`make_augmentation`].
-        height, width (`int`): Of the picture, in pixels.
-
-    Example:
-
-    ```python
-    >>> coco = {"shortest_edge": 800, "longest_edge": 1333}
-    >>> smallest_shape("flip", coco, 480, 640), smallest_shape("dino", coco, 480, 640)
-    ((800, 1066), (480, 480))
-
-    ```
-    """
-    largest = evaluation_size(name, size)
-    if "height" in largest:
-        return largest["height"], largest["width"]
-    shortest, longest = largest["shortest_edge"], largest["longest_edge"]
-    if name not in _CROPPING:
-        return resized_shape(height, width, shortest, longest)
-    shortest = _scaled(_SCALES[:1], shortest)[0]
-    # a crop may be a square, which is less than the picture unless that is so long that its longer side is the limit
-    return min((shortest, shortest), resized_shape(height, width, shortest, longest), key=math.prod)
-
-
 def _scaled(lengths: Sequence[int], short: int) -> list[int]:
     return [max(1, round(length * short / SHORTEST_EDGE)) for length in lengths]
 
 
-def _dino(size: Mapping[str, int]) -> Augmentation:
-    short = size.get("shortest_edge") or min(size["height"], size["width"])
-    final: v2.Transform
-    if "shortest_edge" in size:
-        final = ResizeShortestEdge(_scaled(_SCALES, short), size["longest_edge"])
-    else:
-        final = v2.Resize((size["height"], size["width"]))
-    before_crop = ResizeShortestEdge(_scaled(_SCALES_BEFORE_CROP, short), longest_edge=None)
-    crop = v2.Compose([before_crop, RandomSizeCrop(*_scaled(_CROP, short)), final])
-    return Augmentation(v2.Compose([v2.RandomHorizontalFlip(0.5), v2.RandomChoice([final, crop])]), resizes=True)
+class _Dino(Augmentation):
+    """The original's recipe, after transforms that leave shapes as they are."""
+
+    def __init__(self, size: Mapping[str, int], *before: v2.Transform):
+        short = size.get("shortest_edge") or min(size["height"], size["width"])
+        final: v2.Transform
+        if "shortest_edge" in size:
+            scales = _scaled(_SCALES, short)
+            final, self._square = ResizeShortestEdge(scales, size["longest_edge"]), (scales[0], scales[0])
+        else:
+            shape = size["height"], size["width"]
+            final, self._square = v2.Resize(shape), shape
+        before_crop = ResizeShortestEdge(_scaled(_SCALES_BEFORE_CROP, short), longest_edge=None)
+        crop = v2.Compose([before_crop, RandomSizeCrop(*_scaled(_CROP, short)), final])
+        recipe = v2.RandomHorizontalFlip(0.5), v2.RandomChoice([final, crop])
+        super().__init__(v2.Compose([*before, *recipe]), resizes=True, evaluation_size=size)
+
+    def smallest_shape(self, height: int, width: int) -> tuple[int, int]:
+        """A crop may be a square: less than the picture unless that is so long that its longer side is the limit."""
+        return min(self._square, super().smallest_shape(height, width), key=math.prod)
 
 
 def _dino_large(size: Mapping[str, int]) -> Augmentation:
-    large = evaluation_size("dino-large", size)
+    large = {side: round(length * _LARGE) for side, length in size.items()}
     if min(size.values()) > SHORTEST_EDGE:
         logger.warning(
             "dino-large makes pictures %s pixels, 1.5 times the model's %s; `dino` would stay at the model's size",
             *("/".join(map(str, sorted(each.values()))) for each in (large, size)),
         )
-    return _dino(large)
+    return _Dino(large)
 
 
-def _photometric(size: Mapping[str, int]) -> Augmentation:
-    return Augmentation(v2.Compose([v2.RandomPhotometricDistort(), _dino(size).transform]), resizes=True)
-
-
-def _flip(size: Mapping[str, int]) -> Augmentation:
-    return Augmentation(v2.RandomHorizontalFlip(0.5), resizes=False)
-
-
-_PRESETS: dict[str, Callable[[Mapping[str, int]], Augmentation | None]] = {
-    "dino": _dino,
+_PRESETS: dict[str, Callable[[Mapping[str, int]], Augmentation]] = {
+    "dino": _Dino,
     "dino-large": _dino_large,
-    "photometric": _photometric,
-    "flip": _flip,
-    "none": lambda size: None,
+    "photometric": lambda size: _Dino(size, v2.RandomPhotometricDistort()),
+    "flip": lambda size: Augmentation(v2.RandomHorizontalFlip(0.5), resizes=False, evaluation_size=size),
+    "none": NoAugmentation,
 }
 AUGMENTATIONS = tuple(_PRESETS)
-_CROPPING = ("dino", "dino-large", "photometric")
 
 
 class _OfUser(Augmentation):
@@ -240,7 +252,7 @@ class _OfUser(Augmentation):
             made = Augmentation(made, resizes=False)
         if not isinstance(made, Augmentation):
             raise InputError(f"{name}: must return a torchvision v2.Transform or an Augmentation, got {made!r}")
-        super().__init__(made.transform, made.resizes)
+        super().__init__(made.transform, made.resizes, made.evaluation_size or size)
         self.origin = name, dict(size)
         self._try(name, (max(size.values()), min(size.values())))
 
@@ -267,7 +279,7 @@ class _OfUser(Augmentation):
 
     def _seeded(self, seed: int, image: Image.Image, boxes: torch.Tensor) -> tuple[bytes, list[list[float]]]:
         torch.default_generator.manual_seed(seed)
-        augmented = self(image.copy(), boxes.clone(), torch.arange(len(boxes)))
+        augmented = self(image.copy(), boxes.clone(), boxes[:, 2] * boxes[:, 3])
         return augmented.image.tobytes(), augmented.boxes.tolist()
 
 
@@ -303,10 +315,10 @@ def _installed_module(name: str) -> ModuleType:
         ) from None
 
 
-def _sample(image: Any, canvas: tuple[int, int], boxes: torch.Tensor, objects: torch.Tensor) -> dict[str, Any]:
+def _sample(image: Any, canvas: tuple[int, int], boxes: torch.Tensor) -> dict[str, Any]:
     """What a transform gets. Torchvision takes a tensor named "labels" to be one value per box."""
     boxes = tv_tensors.BoundingBoxes(boxes, format="XYWH", canvas_size=canvas)
-    return {"image": image, "boxes": boxes, "labels": objects}
+    return {"image": image, "boxes": boxes, "labels": torch.arange(len(boxes))}
 
 
 def _checked(sample: Any) -> tuple[Image.Image, tv_tensors.BoundingBoxes, torch.Tensor]:

@@ -10,9 +10,8 @@ from torch.utils.data import DataLoader, Sampler
 from transformers import BaseImageProcessor
 
 from ..errors import InputError
-from ..image_processing_dino_detr import resized_shape
 from ..loss_dino_detr import check_labels
-from .augmentation import random_numbers_of
+from .augmentation import random_numbers_of, shape_of_size
 from .dataset import DetectionData, DetectionDataset
 
 
@@ -224,10 +223,9 @@ def training_shapes(data: DetectionDataset, collate: TrainingCollator) -> Callab
 
     def shape_of(index: int) -> tuple[int, int]:
         picture = data.data.pictures[index]
-        shape = picture.height, picture.width
-        if data.augmentation is not None:
-            with random_numbers_of(data.seed, data.epoch, picture.image_id):
-                shape = data.augmentation.shape(*shape, torch.from_numpy(picture.clipped_boxes))
+        boxes = torch.from_numpy(picture.clipped_boxes)
+        with random_numbers_of(data.seed, data.epoch, picture.image_id):
+            shape = data.augmentation.shape(picture.height, picture.width, boxes)
         return processed_shape(collate.processor, *shape) if collate.do_resize else shape
 
     return shape_of
@@ -239,12 +237,7 @@ def processed_shape(processor: BaseImageProcessor, height: int, width: int) -> t
     Raises:
         InputError: If the processor's `size` is of a kind that DINO's does not have.
     """
-    size = dict(processor.size)
-    if {"shortest_edge", "longest_edge"} <= size.keys():
-        return resized_shape(height, width, size["shortest_edge"], size["longest_edge"])
-    if {"height", "width"} <= size.keys():
-        return size["height"], size["width"]
-    raise InputError(f"the processor's size must be shortest_edge and longest_edge, or height and width; it is {size}")
+    return shape_of_size(dict(processor.size), height, width)
 
 
 def evaluation_loader(

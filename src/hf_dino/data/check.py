@@ -3,7 +3,7 @@
 import hashlib
 import os
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -14,6 +14,7 @@ import numpy as np
 from ..errors import InputError, few
 from .dataset import AnnotatedPicture, DetectionData
 from .images import PictureSource, picture_size, short_name
+from .objects import objects_of
 
 
 # COCO's sizes of objects: areas in square pixels, each below its limit and not below the one before
@@ -182,11 +183,13 @@ def _num_doubled(picture: AnnotatedPicture) -> int:
 
 def _misread_boxes(split: str, data: DetectionData) -> Iterator[str]:
     """Boxes that are written in another way than x, y, width, height in pixels."""
-    boxes = np.concatenate([np.empty((0, 4)), *(picture.boxes for picture in data.pictures)])
-    clipped = np.concatenate([np.empty((0, 4)), *(picture.clipped_boxes for picture in data.pictures)])
+    boxes = objects_of(data)["bbox"]
     if len(boxes) and boxes.max() <= 1:
         yield f"{split}: no box is larger than a pixel; they seem to be fractions, but must be in pixels"
-    over_border = (np.abs(boxes - clipped).max(axis=1, initial=0) >= 1).sum()
+    over_border = sum(
+        np.count_nonzero(np.abs(picture.boxes - picture.clipped_boxes).max(axis=1, initial=0) >= 1)
+        for picture in data.pictures
+    )
     if over_border > _MANY_OVER_BORDER * len(boxes) and (boxes[:, 2:] > boxes[:, :2]).all():
         yield (
             f"{split}: boxes seem to be x0, y0, x1, y1, but must be x, y, width, height: as they are, {over_border} "
@@ -195,22 +198,17 @@ def _misread_boxes(split: str, data: DetectionData) -> Iterator[str]:
 
 
 def _count(data: DetectionData) -> SplitCounts:
-    crowd = _joined((picture.iscrowd for picture in data.pictures), bool)
-    category_ids = _joined((picture.category_ids for picture in data.pictures), np.int64)[~crowd]
-    areas = _joined((picture.areas for picture in data.pictures), np.float64)[~crowd]
-    objects = Counter(category_ids.tolist())
-    size = np.searchsorted([*SIZES.values()], areas, side="right")
+    everything = objects_of(data)
+    objects = everything[everything["iscrowd"] == 0]
+    of_category = Counter(objects["category_id"].tolist())
+    size = np.searchsorted([*SIZES.values()], objects["area"], side="right")
     return SplitCounts(
         pictures=len(data.pictures),
         without_objects=sum(bool(picture.iscrowd.all()) for picture in data.pictures),
-        crowds=int(crowd.sum()),
-        classes={name: objects[number] for number, name in data.categories.items()},
+        crowds=len(everything) - len(objects),
+        classes={name: of_category[number] for number, name in data.categories.items()},
         sizes={name: int((size == number).sum()) for number, name in enumerate(SIZES)},
     )
-
-
-def _joined(arrays: Iterable[np.ndarray], dtype: type) -> np.ndarray:
-    return np.concatenate([np.empty(0, dtype), *arrays]).astype(dtype)
 
 
 def _unknown_classes(counts: Mapping[str, SplitCounts]) -> Iterator[str]:

@@ -1,21 +1,22 @@
 """Write a data set in another format: the pictures copied byte for byte, the annotations written by supervision.
 
-Boxes only: masks and key points are not even read. Pictures and objects are numbered anew.
+Boxes only: masks and key points are not even read.
 
 | format | layout | error of a box's edge | does not hold |
 |---|---|---|---|
-| COCO | `train.json`, `train/` | none | numbers of classes |
+| COCO | `train.json`, `train/` | none | numbers of objects |
 | YOLO | `data.yaml`, `images/train/`, `labels/train/` | 7.5e-6 of the side: 0.015 pixels of 2000 | crowds, areas |
 | Pascal VOC | `train/JPEGImages/`, `train/Annotations/` | half a pixel | crowds, areas, classes without objects |
 
-The other splits are `val` and `test`. Classes keep their order, numbered from 1 in COCO and from 0 in YOLO; Pascal VOC
-has nothing but their names, at the objects.
+The other splits are `val` and `test`. Classes keep their order; in COCO their numbers and those of the pictures too,
+while YOLO numbers classes from 0 and Pascal VOC has nothing but their names, at the objects.
 """
 
 import json
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,11 +25,13 @@ from PIL import Image
 
 from ..errors import InputError, few
 from ..files import new_folder
+from .boxes import to_corners
 from .dataset import AnnotatedPicture, DetectionData
 from .extras import import_extra
 from .formats import read_data
 from .hub import TablePicture
 from .images import PICTURE_SUFFIXES, PictureSource, picture_size
+from .objects import objects_of
 
 
 # what the files and folders of each split are called, which is what other tools look for
@@ -40,14 +43,15 @@ class Target(NamedTuple):
 
     Attributes:
         pictures (`str`): Where the folder of a split's pictures is, as a template.
-        write (`Callable`): Writes the annotations of supervision's data sets, by the words of their splits.
+        write (`Callable`): Writes the annotations of data, which it gets by the words of their splits, with
+            supervision's data sets made of them.
         holds_crowds (`bool`): And areas.
         holds_sizes (`bool`): Of pictures, which tell whether boxes were drawn before the EXIF rotation or after it.
         holds_unused_classes (`bool`): Rather than names at objects alone.
     """
 
     pictures: str
-    write: Callable[[Mapping[str, Any], Path], None]
+    write: Callable[[Mapping[str, tuple[DetectionData, Any]], Path], None]
     holds_crowds: bool
     holds_sizes: bool
     holds_unused_classes: bool
@@ -88,7 +92,7 @@ def convert_data(
         filled = {split: data for split, data in held.items() if data.pictures}
         if not filled:
             raise InputError("there are no pictures to write")
-        if not target.holds_unused_classes and not any(map(_objects, filled.values())):
+        if not target.holds_unused_classes and not any(len(objects_of(data)) for data in filled.values()):
             raise InputError(
                 "there are no objects, at which alone the format names its classes; choose another format"
             )
@@ -139,7 +143,7 @@ def _write(
             with picture.path.open("rb") as source, path.open("xb") as copy:
                 shutil.copyfileobj(source, copy)
             on_picture()
-        written[_WORDS[split]] = _supervision_data(data, paths, classes)
+        written[_WORDS[split]] = data, _supervision_data(data, paths, classes)
     target.write(written, folder)
 
 
@@ -195,45 +199,62 @@ def _supervision_data(data: DetectionData, paths: Sequence[Path], classes: Seque
 
 
 def _detections(supervision: Any, picture: AnnotatedPicture, numbers: Mapping[int, int]) -> Any:
-    top_left, size = picture.boxes[:, :2], picture.boxes[:, 2:]
     return supervision.Detections(
-        xyxy=np.concatenate([top_left, top_left + size], axis=1),
+        xyxy=to_corners(picture.boxes),
         class_id=np.array([numbers[category_id] for category_id in picture.category_ids.tolist()], dtype=np.int64),
         data={"area": picture.areas, "iscrowd": picture.iscrowd},  # which its COCO writer looks for
     )
 
 
-def _write_coco(splits: Mapping[str, Any], folder: Path) -> None:
-    image_id, annotation_id = 1, 1
-    for word, data in splits.items():
+def _write_coco(splits: Mapping[str, tuple[DetectionData, Any]], folder: Path) -> None:
+    category_ids = {name: number for data, _ in splits.values() for number, name in data.categories.items()}
+    image_ids = [picture.image_id for data, _ in splits.values() for picture in data.pictures]
+    if not _are_distinct(category_ids.values()):
+        category_ids = {name: number for number, name in enumerate(category_ids, start=1)}
+    if not _are_distinct(image_ids):
+        image_ids = list(range(1, len(image_ids) + 1))
+    next_image_id = iter(image_ids)
+    annotation_id = 1
+    for word, (data, made) in splits.items():
         file = folder / f"{word}.json"
-        image_id, annotation_id = data.as_coco(
-            annotations_path=str(file), starting_image_id=image_id, starting_annotation_id=annotation_id
-        )
-        _correct_coco(file, [image.shape[:2] for _, image, _ in data])
+        _, annotation_id = made.as_coco(annotations_path=str(file), starting_annotation_id=annotation_id)
+        _correct_coco(file, data.pictures, list(islice(next_image_id, len(data.pictures))), category_ids)
 
 
-def _correct_coco(file: Path, sizes: Sequence[tuple[int, int]]) -> None:
-    """Put in the annotated sizes, where supervision has those after EXIF rotation, and take out what it made up.
+def _are_distinct(numbers: Collection[int]) -> bool:
+    """Over all splits, which may number alike what differs."""
+    return len(set(numbers)) == len(numbers)
+
+
+def _correct_coco(
+    file: Path, pictures: Sequence[AnnotatedPicture], image_ids: Sequence[int], category_ids: Mapping[str, int]
+) -> None:
+    """Put in numbers and sizes, where supervision counts, and looks after EXIF rotation; take out what it made up.
 
     That is a licence, CC BY 4.0, and the present as the time when each picture was taken.
     """
     content = json.loads(file.read_text(encoding="utf-8"))
     del content["licenses"]
-    for image, (height, width) in zip(content["images"], sizes):
+    image_id_of = {image["id"]: image_id for image, image_id in zip(content["images"], image_ids)}
+    category_id_of = {category["id"]: category_ids[category["name"]] for category in content["categories"]}
+    for image, picture in zip(content["images"], pictures):
         del image["license"], image["date_captured"]
-        image |= {"height": height, "width": width}
+        image |= {"id": image_id_of[image["id"]], "height": picture.height, "width": picture.width}
+    for category in content["categories"]:
+        category["id"] = category_id_of[category["id"]]
+    for each in content["annotations"]:
+        each |= {"image_id": image_id_of[each["image_id"]], "category_id": category_id_of[each["category_id"]]}
     file.write_text(json.dumps(content), encoding="utf-8")
 
 
-def _write_voc(splits: Mapping[str, Any], folder: Path) -> None:
-    for word, data in splits.items():
+def _write_voc(splits: Mapping[str, tuple[DetectionData, Any]], folder: Path) -> None:
+    for word, (_, data) in splits.items():
         data.as_pascal_voc(annotations_directory_path=str(folder / word / "Annotations"))
 
 
-def _write_yolo(splits: Mapping[str, Any], folder: Path) -> None:
+def _write_yolo(splits: Mapping[str, tuple[DetectionData, Any]], folder: Path) -> None:
     description = folder / "data.yaml"
-    for word, data in splits.items():
+    for word, (_, data) in splits.items():
         data.as_yolo(annotations_directory_path=str(folder / "labels" / word), data_yaml_path=str(description))
     with description.open("a", encoding="utf-8") as file:  # supervision writes the classes alone
         file.writelines(f"{word}: images/{word}\n" for word in splits)
@@ -254,13 +275,16 @@ def _differences(data: DetectionData, held: DetectionData, found: DetectionData)
         name for category_id, name in held.categories.items() if numbers.get(name, category_id) != category_id
     }
     unused = set(held.categories.values()) - numbers.keys()
+    objects, objects_held, objects_found = map(objects_of, (data, held, found))
     counts = {
         "pictures whose boxes ignore their EXIF rotation, which the format cannot say: left out": (
             len(data.pictures) - len(held.pictures)
         ),
-        "crowd regions, which the format does not have: left out": _crowds(data) - _crowds(held),
-        "boxes are so small that rounding makes them vanish: lost": _objects(held) - _objects(found),
-        "objects had the area of a mask: now that of their box": _masked(held) - _masked(found),
+        "crowd regions, which the format does not have: left out": int(
+            objects["iscrowd"].sum() - objects_held["iscrowd"].sum()
+        ),
+        "boxes are so small that rounding makes them vanish: lost": len(objects_held) - len(objects_found),
+        "objects had the area of a mask: now that of their box": _masked(objects_held) - _masked(objects_found),
         "pictures have a new name, since it was missing, taken or without a known suffix": sum(
             name != given for name, given in names
         ),
@@ -270,15 +294,7 @@ def _differences(data: DetectionData, held: DetectionData, found: DetectionData)
     return {what: len(where) for what, where in data.remarks.items()} | counts
 
 
-def _objects(data: DetectionData) -> int:
-    return sum(len(picture.boxes) for picture in data.pictures)
-
-
-def _crowds(data: DetectionData) -> int:
-    return sum(int(picture.iscrowd.sum()) for picture in data.pictures)
-
-
-def _masked(data: DetectionData) -> int:
+def _masked(objects: np.ndarray) -> int:
     """Count the areas that are not those of the boxes, but for rounding."""
-    close = (np.isclose(each.areas, each.boxes[:, 2:].prod(axis=1), rtol=0.01) for each in data.pictures)
-    return sum(int((~each).sum()) for each in close)
+    close = np.isclose(objects["area"], objects["bbox"][:, 2:].prod(axis=1), rtol=0.01)
+    return len(close) - int(close.sum())

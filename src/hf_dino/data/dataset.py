@@ -16,7 +16,7 @@ from torch.utils.data import Dataset
 
 from ..configuration_dino_detr import UNUSED_LABEL
 from ..errors import InputError, few
-from .augmentation import Augmentation, random_numbers_of
+from .augmentation import Augmentation, NoAugmentation, random_numbers_of
 from .images import PictureSource, picture_size, read_image
 from .splits import SPLIT_OF_WORD
 
@@ -106,8 +106,7 @@ class DetectionDataset(Dataset[dict[str, Any]]):
 
     Args:
         data (`DetectionData`): From [`read_data`] or [`read_coco`].
-        augmentation (`Augmentation`, *optional*): From [`make_augmentation`]; takes and returns a picture, its boxes
-            (x, y, width, height in pixels) and, of shape `(num_boxes,)`, the number of the object each belongs to.
+        augmentation (`Augmentation`, *optional*): From [`make_augmentation`]; none by default.
         seed (`int`, *optional*, defaults to 0): With `epoch` and the picture's id, decides the augmentation.
         epoch (`int`, *optional*, defaults to 0): Make one data set per epoch.
 
@@ -119,7 +118,7 @@ class DetectionDataset(Dataset[dict[str, Any]]):
 
     def __init__(self, data: DetectionData, augmentation: Augmentation | None = None, seed: int = 0, epoch: int = 0):
         self.data = data
-        self.augmentation = augmentation
+        self.augmentation = augmentation or NoAugmentation()
         self.seed = seed
         self.epoch = epoch
 
@@ -128,13 +127,9 @@ class DetectionDataset(Dataset[dict[str, Any]]):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         picture = self.data.pictures[index]
-        image: Image.Image = picture.read()
-        boxes, objects = torch.from_numpy(picture.clipped_boxes), torch.arange(len(picture.boxes))
-        areas = torch.from_numpy(picture.areas)
-        if self.augmentation is not None:
-            with random_numbers_of(self.seed, self.epoch, picture.image_id):
-                image, boxes, objects = self.augmentation(image, boxes, objects)
-            areas = boxes[:, 2] * boxes[:, 3]
+        image, boxes, areas = picture.read(), torch.from_numpy(picture.clipped_boxes), torch.from_numpy(picture.areas)
+        with random_numbers_of(self.seed, self.epoch, picture.image_id):
+            image, boxes, areas, objects = self.augmentation(image, boxes, areas)
         annotations = [
             {
                 "category_id": int(picture.category_ids[number]),

@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from .boxes import from_corners
+
 
 def import_extra(module: str, extra: str, purpose: str) -> ModuleType:
     """Import `module`, which `pip install 'hf-dino[extra]'` brings.
@@ -37,5 +39,4 @@ def boxes_of(detections: Any) -> np.ndarray:
 
     ```
     """
-    corners = detections.xyxy.astype(np.float64)
-    return np.round(np.concatenate([corners[:, :2], corners[:, 2:] - corners[:, :2]], axis=1), 3)
+    return np.round(from_corners(detections.xyxy.astype(np.float64)), 3)

@@ -19,6 +19,7 @@ from typing import Any, BinaryIO, NamedTuple, TypeVar
 from tqdm import tqdm
 
 from ..errors import InputError, few
+from ..files import naming
 from .dataset import Complain, DetectionData, PictureMaker, distinct
 from .extras import import_extra
 from .images import PICTURE_SUFFIXES, PictureSource
@@ -227,12 +228,11 @@ def _write_rows(rows: Iterable[dict], column: str, folder: Path, first: int, tit
         for number, (row, content) in enumerate(progress, start=first):
             suffix = Path(row[column]["path"] or "").suffix.lower()
             path = folder / f"{number:08}{suffix if suffix in PICTURE_SUFFIXES else ''}"
-            beside = path.with_name(f".{path.name}")
-            beside.write_bytes(content)
-            os.replace(beside, path)
             kept = {"file_name": path.name, **{name: value for name, value in row.items() if name in _USED}}
-            file.write(json.dumps(kept) + "\n")
-            file.flush()
+            with naming(folder):
+                path.write_bytes(content)  # a picture is there once its line is: half a one is written anew
+                file.write(json.dumps(kept) + "\n")
+                file.flush()
             yield kept
 
 

@@ -1,6 +1,5 @@
 """A sheet of sample pictures with their boxes, to see in a minute what a model would be shown."""
 
-import io
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -10,8 +9,10 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from ..errors import InputError
-from ..visualization import draw_detections
+from ..files import check_new_files
+from ..visualization import check_can_draw, draw_detections, save_picture
 from .augmentation import Augmentation
+from .boxes import to_corners
 from .dataset import DetectionData, DetectionDataset
 from .images import short_name
 
@@ -28,12 +29,14 @@ class Sample(NamedTuple):
         image (`PIL.Image.Image`): RGB.
         boxes (`np.ndarray` of shape `(num_objects, 4)`): x, y, width, height in pixels.
         names (`list[str]` of length `num_objects`): What to write at each box.
+        classes (`list[str]`): All names in the data set.
         caption (`str`): What to write below.
     """
 
     image: Image.Image
     boxes: np.ndarray
     names: Sequence[str]
+    classes: Sequence[str]
     caption: str
 
 
@@ -46,7 +49,7 @@ def draw_sheet(samples: Iterable[Sample], path: str | Path, columns: int | None 
         columns (`int`, *optional*): Samples in a row; by default about as many as there are rows.
 
     Raises:
-        InputError: If there is such a file already, its suffix is that of no format, or there are no samples.
+        InputError: If there is such a file already, no pictures of its suffix can be written, or there are no samples.
         ImportError: If supervision or matplotlib is not installed.
     """
     path = Path(path)
@@ -61,37 +64,26 @@ def draw_sheet(samples: Iterable[Sample], path: str | Path, columns: int | None 
     for number, row in enumerate(rows):
         for column, cell in enumerate(row):
             sheet.paste(cell, (column * (_CELL + _GAP) + _GAP, sum(heights[:number]) + _GAP))
-    encoded = io.BytesIO()
-    sheet.save(encoded, format=_format(path))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "xb") as file:
-        file.write(encoded.getvalue())
+    save_picture(sheet, path)
 
 
 def require_new(path: Path) -> None:
-    """See that a picture can be written there.
+    """See, before the work is done, that a sheet can be drawn into a new file.
 
     Raises:
-        InputError: If there is such a file already, or its suffix is that of no format.
+        InputError: If there is such a file already, or no pictures of its suffix can be written.
+        ImportError: If supervision or matplotlib is not installed.
     """
-    if path.exists():
-        raise InputError(f"{path}: is there already and is not overwritten; choose another name")
-    _format(path)
-
-
-def _format(path: Path) -> str:
-    formats = Image.registered_extensions()
-    if path.suffix.lower() not in formats:
-        raise InputError(f"{path}: a picture's name ends in .png or .jpg")
-    return formats[path.suffix.lower()]
+    check_new_files(path)
+    check_can_draw(path)
 
 
 def _cell(sample: Sample) -> Image.Image:
     factor = _CELL / max(sample.image.size)
     size = (max(1, round(sample.image.width * factor)), max(1, round(sample.image.height * factor)))
     boxes = np.asarray(sample.boxes, dtype=np.float64).reshape(-1, 4) * factor
-    corners = np.concatenate([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], axis=1)
-    drawn = draw_detections(sample.image.resize(size, Image.Resampling.BICUBIC), corners, sample.names)
+    resized = sample.image.resize(size, Image.Resampling.BICUBIC)
+    drawn = draw_detections(resized, to_corners(boxes), sample.names, classes=sample.classes)
     cell = Image.new("RGB", (_CELL, drawn.height + _CAPTION), "white")
     cell.paste(drawn, (0, 0))
     font = ImageFont.load_default(_CAPTION * 0.65)
@@ -143,4 +135,5 @@ def _sample(dataset: DetectionDataset, index: int, caption: str) -> Sample:
     names = [
         dataset.data.categories[each["category_id"]] + (" (crowd)" if each["iscrowd"] else "") for each in objects
     ]
-    return Sample(item["image"], boxes, names, f"{caption}: {short_name(dataset.data.pictures[index].path)}")
+    classes = list(dataset.data.categories.values())
+    return Sample(item["image"], boxes, names, classes, f"{caption}: {short_name(dataset.data.pictures[index].path)}")

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 from xml.etree.ElementTree import Element, ParseError
 
 from ..errors import InputError
+from ..files import read_lines
 from .dataset import Complain, DetectionData, PictureMaker
 from .extras import boxes_of, import_extra
 from .images import is_picture
@@ -65,15 +66,11 @@ def _listed(lists: Path, pictures: Path, annotations: Path) -> dict[str, Pairs]:
     files = {SPLIT_OF_WORD[file.stem]: file for file in sorted(lists.glob("*.txt")) if file.stem in SPLIT_OF_WORD}
     if "train" not in files and (lists / "trainval.txt").is_file():
         files["train"] = lists / "trainval.txt"
-    stems = {split: [line.split()[0] for line in _lines(file)] for split, file in files.items()}
+    stems = {split: read_lines(file) for split, file in files.items()}
     return {
         split: [(by_stem.get(stem, pictures / f"{stem}.jpg"), annotations / f"{stem}.xml") for stem in listed]
         for split, listed in stems.items()
     } or {"train": _pairs(pictures, annotations)}
-
-
-def _lines(file: Path) -> list[str]:
-    return [line for line in file.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
 
 
 def read_voc(splits: Mapping[str, Pairs], source: Path, complain: Complain) -> dict[str, DetectionData]:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..errors import InputError, few
+from ..files import read_lines, read_text
 from .dataset import Complain, DetectionData, PictureMaker, distinct
 from .extras import boxes_of, import_extra
 from .images import is_picture, picture_size
@@ -40,7 +41,12 @@ class YoloSplit(NamedTuple):
 def find_described_yolo(folder: Path) -> dict[str, YoloSplit]:
     """Find what a YAML file with `names` and at least one of `train`, `val` and `test` describes."""
     for file in sorted([*folder.glob("*.yaml"), *folder.glob("*.yml")]):
-        content = _read_yaml(file)
+        try:
+            content = _read_yaml(file)
+        except InputError:
+            if file.stem in _USUAL_STEMS:
+                raise
+            continue  # it may be anything
         entries = {split: entry for key, entry in content.items() if (split := split_of(key)) and entry}
         if "names" in content and entries:
             return _described(file, content, entries)
@@ -49,11 +55,10 @@ def find_described_yolo(folder: Path) -> dict[str, YoloSplit]:
 
 def _read_yaml(file: Path) -> dict[str, Any]:
     yaml = import_extra("yaml", "train", "reading YOLO data")
+    text = read_text(file)
     try:
-        content = yaml.safe_load(file.read_text(encoding="utf-8-sig"))
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        if file.stem not in _USUAL_STEMS:  # which may be anything
-            return {}
+        content = yaml.safe_load(text)
+    except (ValueError, yaml.YAMLError) as error:
         raise InputError(f"{file}: cannot be read as YAML ({error})") from None
     return {str(key): value for key, value in content.items()} if isinstance(content, dict) else {}
 
@@ -91,8 +96,7 @@ def _place(root: Path, entry: str) -> Path:
 
 def _pictures(place: Path, root: Path) -> list[Path]:
     if place.is_file():
-        lines = place.read_text(encoding="utf-8-sig").split("\n")
-        return [root / line.strip() for line in lines if line.strip()]
+        return [root / line for line in read_lines(place)]
     found = sorted(path for path in place.rglob("*") if is_picture(path))
     labels = label_file(place / "any").parent
     labelled = {label_file(path) for path in found}
@@ -124,18 +128,17 @@ def find_plain_yolo(folder: Path) -> dict[str, YoloSplit]:
         places = split_folders(folder / "images") or {"train": folder / "images"}
     else:
         places = {split: place / "images" for split, place in split_folders(folder).items()}
-    names = _listed_names(folder)
     labelled = {
         split: place for split, place in places.items() if any(label_file(place / "any").parent.rglob("*.txt"))
     }
+    names = _listed_names(folder) if labelled else None  # another format may have such files for something else
     return {split: YoloSplit(_pictures(place, folder), names) for split, place in labelled.items()}
 
 
 def _listed_names(folder: Path) -> dict[int, str] | None:
     for file in (folder / name for name in _NAME_FILES):
         if file.is_file():
-            names = [line.strip() for line in file.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
-            return distinct(dict(enumerate(names)), file)
+            return distinct(dict(enumerate(read_lines(file))), file)
     return None
 
 
@@ -167,13 +170,7 @@ def _read_split(found: YoloSplit, source: Path, split: str, complain: Complain) 
 
 
 def _lines(file: Path, num_keypoint_values: int) -> list[str]:
-    try:
-        text = file.read_text(encoding="utf-8-sig")
-    except FileNotFoundError:
-        return []
-    except (OSError, ValueError) as error:
-        raise InputError(f"{file}: cannot be read as text ({error})") from None
-    rows = [line.split() for line in text.splitlines() if line.strip()]
+    rows = [line.split() for line in read_lines(file)] if file.exists() else []
     has_keypoints = 5 + (num_keypoint_values or math.inf)
     return [" ".join(row[:5] if len(row) == has_keypoints else row) for row in rows]
 

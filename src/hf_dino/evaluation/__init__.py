@@ -1,9 +1,10 @@
 """Detections of a model on a data set, COCO's numbers, and what goes wrong: gathered, scored, sorted and reported."""
 
 try:
+    from ..data.objects import OBJECT
     from .analysis import KINDS, Analysis, OperatingPoint, PictureMistakes, analyse
     from .detections import collect_detections, write_coco_results
-    from .records import DETECTION, OBJECT, as_detections
+    from .records import DETECTION, as_detections
     from .run import evaluate_model
     from .scores import ENGINES, METRICS, CocoScores, check_engine, evaluate_coco
 except ImportError as error:

@@ -1,6 +1,8 @@
 """What goes wrong: each detection's kind of mistake, who is taken for whom, the best score threshold, worst pictures.
 
-The kinds are those of TIDE (https://arxiv.org/abs/2008.08115), counted rather than weighed by their effect on AP.
+The kinds are those of TIDE (https://arxiv.org/abs/2008.08115), counted rather than weighed by their effect on AP. What
+TIDE calls duplicate, background and missed is called so here too, and its other errors have plainer names: wrong class
+is classification, badly placed is localization, wrong class and place is both.
 Detections are matched with objects as COCO does, at half overlap: strongest first, each to the free object of its
 class that it overlaps most. So whether one is right depends on stronger ones alone, and one pass serves any threshold.
 """
@@ -13,16 +15,17 @@ import numpy as np
 from pycocotools import mask
 
 from ..data.dataset import DetectionData
-from .records import objects_of, rows_of
+from ..data.objects import objects_of
+from .records import rows_of
 
 
 KINDS = {
     "correct": "on an object of its class that no stronger detection has found",
     "ignored": "within a crowd region of its class: neither right nor wrong",
     "duplicate": "on an object of its class that a stronger detection has found already",
-    "wrong class": "on an object of another class",
-    "badly placed": "near an object of its class, but overlapping it by less than half",
-    "wrong class and place": "near an object of another class, but overlapping it by less than half",
+    "wrong class": "on an object of another class (TIDE: classification)",
+    "badly placed": "near an object of its class, but overlapping it by less than half (TIDE: localization)",
+    "wrong class and place": "near an object of another class, but overlapping it by less than half (TIDE: both)",
     "background": "where there is no object",
     "missed": "an object without a detection on it, or of its class near it",
 }

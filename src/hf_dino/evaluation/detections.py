@@ -17,6 +17,7 @@ from accelerate.utils import send_to_device
 from torch import nn
 from transformers import BaseImageProcessor
 
+from ..data.boxes import from_corners
 from ..files import naming, new_text_file
 from .records import DETECTION
 
@@ -131,11 +132,10 @@ def _records(
     """One picture's detections, boxes given as corners."""
     labels = detection["labels"].tolist()
     kept = [index for index, label in enumerate(labels) if label in label_to_category_id]
-    corners = detection["boxes"].float().cpu()[kept]
     records = np.empty(len(kept), DETECTION)
     records["image_id"] = image_id
     records["category_id"] = [label_to_category_id[labels[index]] for index in kept]
-    records["bbox"] = torch.cat([corners[:, :2], corners[:, 2:] - corners[:, :2]], dim=1).numpy()
+    records["bbox"] = from_corners(detection["boxes"].float().cpu()[kept].numpy())
     records["score"] = detection["scores"].float().cpu()[kept].numpy()
     return records
 

@@ -1,11 +1,9 @@
-"""Objects and detections as arrays of records of fixed size, which can lie on the disk."""
+"""Detections as an array of records of fixed size, which can lie on the disk."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
-
-from ..data.dataset import DetectionData
 
 
 DETECTION = np.dtype([("image_id", "<i8"), ("category_id", "<i8"), ("bbox", "<f8", 4), ("score", "<f8")])
@@ -13,11 +11,6 @@ DETECTION = np.dtype([("image_id", "<i8"), ("category_id", "<i8"), ("bbox", "<f8
 
 As wide as JSON's numbers, so that COCO results read from a file keep every digit.
 """
-
-OBJECT = np.dtype(
-    [("image_id", "<i8"), ("category_id", "<i8"), ("bbox", "<f8", 4), ("area", "<f8"), ("iscrowd", "<i8")]
-)
-"""One annotated object: raw ids, box as x, y, width, height in pixels, area in square pixels, 1 for a crowd region."""
 
 
 def as_detections(results: Iterable[Mapping[str, Any]]) -> np.ndarray:
@@ -34,17 +27,6 @@ def as_detections(results: Iterable[Mapping[str, Any]]) -> np.ndarray:
     """
     fields = DETECTION.names or ()
     return np.array([tuple(result[field] for field in fields) for result in results], dtype=DETECTION)
-
-
-def objects_of(data: DetectionData) -> np.ndarray:
-    """All objects of a data set, crowd regions included, in the order of the pictures; of dtype [`OBJECT`]."""
-    objects = np.empty(sum(len(picture.boxes) for picture in data.pictures), OBJECT)
-    parts = np.split(objects, np.cumsum([len(picture.boxes) for picture in data.pictures])[:-1])
-    for part, picture in zip(parts, data.pictures):
-        part["image_id"] = picture.image_id
-        part["category_id"], part["bbox"] = picture.category_ids, picture.boxes
-        part["area"], part["iscrowd"] = picture.areas, picture.iscrowd
-    return objects
 
 
 def rows_of(ids: np.ndarray, keys: Iterable[int]) -> list[np.ndarray]:

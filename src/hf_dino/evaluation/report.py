@@ -16,9 +16,11 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
 
+from ..data.boxes import to_corners
 from ..data.dataset import DetectionData, DetectionDataset
+from ..data.objects import objects_of
 from ..files import new_text_file
-from ..model_card import METRIC_NAMES
+from ..metrics import METRIC_NAMES
 from ..visualization import draw_detections, side_by_side
 from .analysis import KINDS, Analysis, OperatingPoint, PictureMistakes
 from .scores import CocoScores
@@ -83,7 +85,7 @@ def write_report(
             metrics=[(METRIC_NAMES[name], value) for name, value in scores.metrics.items()],
             num_pictures=len(data.pictures),
             num_objects=int(analysis.confusion[:-1].sum()),
-            num_crowds=sum(int(picture.iscrowd.sum()) for picture in data.pictures),
+            num_crowds=int(objects_of(data)["iscrowd"].sum()),
             threshold=analysis.threshold,
             counts=analysis.counts,
             kinds=KINDS,
@@ -208,8 +210,10 @@ def _draw(image: Image.Image, data: DetectionData, mistakes: PictureMistakes) ->
     objects = [data.categories[category_id] for category_id in picture.category_ids.tolist()]
     found = [data.categories[category_id] for category_id in detections["category_id"].tolist()]
     kinds = ["" if kind == "correct" else f" ({kind})" for kind in mistakes.kinds]
-    truth = draw_detections(image, _corners(picture.boxes), _labels(objects, marks))
-    answer = draw_detections(image, _corners(detections["bbox"]), _labels(found, kinds), detections["score"].tolist())
+    truth = draw_detections(image, to_corners(picture.boxes), _labels(objects, marks))
+    answer = draw_detections(
+        image, to_corners(detections["bbox"]), _labels(found, kinds), detections["score"].tolist()
+    )
     both = side_by_side(truth, answer, (f"{len(objects)} objects", f"{len(found)} detections"))
     both.thumbnail((_WIDEST, _WIDEST))
     return both
@@ -217,10 +221,6 @@ def _draw(image: Image.Image, data: DetectionData, mistakes: PictureMistakes) ->
 
 def _labels(names: Sequence[str], marks: Sequence[str]) -> list[str]:
     return [f"{_shorten(name)}{mark}" for name, mark in zip(names, marks, strict=True)]
-
-
-def _corners(boxes: np.ndarray) -> np.ndarray:
-    return np.concatenate([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], axis=1)
 
 
 def _versions() -> str:

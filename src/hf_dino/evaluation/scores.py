@@ -11,9 +11,10 @@ import numpy as np
 from pycocotools.cocoeval import COCOeval, Params
 
 from ..data.dataset import DetectionData
+from ..data.objects import objects_of
 from ..errors import InputError, few
-from ..model_card import METRIC_NAMES
-from .records import objects_of, rows_of
+from ..metrics import METRIC_NAMES
+from .records import rows_of
 
 
 METRICS = tuple(METRIC_NAMES)

@@ -5,6 +5,7 @@ from .checkpoint import (
     check_disk_space,
     checkpoint_path,
     data_fingerprint,
+    file_fingerprint,
     find_start,
     latest_checkpoint,
     load_checkpoint,
@@ -19,6 +20,7 @@ from .ema import WeightAverage
 from .export import export_run, whole_model
 from .freezing import freezable_stages, freeze
 from .history import RunHistory
+from .inputs import TrainingInputs, make_inputs, read_checked
 from .lock import run_folder
 from .monitor import LossMonitor
 from .optimization import (
@@ -44,6 +46,7 @@ __all__ = [
     "LossMonitor",
     "RunHistory",
     "StopSignals",
+    "TrainingInputs",
     "TrainingProgress",
     "TrainingState",
     "WeightAverage",
@@ -57,14 +60,17 @@ __all__ = [
     "drop_steps",
     "effective_batch",
     "export_run",
+    "file_fingerprint",
     "find_start",
     "freezable_stages",
     "freeze",
     "latest_checkpoint",
     "load_checkpoint",
+    "make_inputs",
     "make_schedule",
     "parameter_groups",
     "prepare_checkpoints",
+    "read_checked",
     "read_state",
     "remove_checkpoints",
     "rescue_state",

@@ -24,7 +24,7 @@ from torch import nn
 from ..configuration_dino_detr import DinoDetrConfig
 from ..data.dataset import DetectionData
 from ..errors import InputError
-from ..files import sync, sync_tree, write_json
+from ..files import read_text, sync, sync_tree, write_json
 from .processes import highest_of_all, texts_of_all
 
 
@@ -55,6 +55,8 @@ class TrainingState:
         best_step (`int` or `None`): The step whose checkpoint has the highest `best_ap`, once one was evaluated.
         best_ap (`float`): Average precision at `best_step`, in [0, 1]; -1 before.
         run_id (`str`): By which a tracker knows the run when it goes on.
+        total_steps (`int` or `None`): Optimizer steps that the run was to have, on which its learning rate depends;
+            None in checkpoints of versions that did not know.
     """
 
     settings: dict[str, Any]
@@ -63,6 +65,7 @@ class TrainingState:
     best_step: int | None = None
     best_ap: float = -1.0
     run_id: str = field(default_factory=lambda: uuid.uuid4().hex[:12])
+    total_steps: int | None = None
 
     @property
     def evaluated(self) -> bool:
@@ -134,10 +137,24 @@ def data_fingerprint(data: DetectionData) -> str:
     Boxes may be corrected before a run goes on, and are left out.
 
     Args:
-        data (`DetectionData`): What a run trains on; the result belongs in [`TrainingState`]'s settings.
+        data (`DetectionData`): What a run trains on, or is measured on; the result belongs in [`TrainingState`]'s
+            settings.
     """
     pictures = [(picture.image_id, picture.height, picture.width) for picture in data.pictures]
-    return f"{zlib.crc32(repr((pictures, sorted(data.categories.items()))).encode()):08x}"
+    return _fingerprint(repr((pictures, sorted(data.categories.items()))))
+
+
+def file_fingerprint(path: Path | None) -> str:
+    """Tell the text of a file from any other, wherever the file is; "none" for no file.
+
+    Raises:
+        InputError: If the file cannot be read.
+    """
+    return "none" if path is None else _fingerprint(read_text(path))
+
+
+def _fingerprint(text: str) -> str:
+    return f"{zlib.crc32(text.encode()):08x}"
 
 
 def prepare_checkpoints(folder: Path, *, resume: bool) -> None:
@@ -232,7 +249,8 @@ def read_state(checkpoint: Path, settings: dict[str, Any]) -> TrainingState:
 
     Args:
         checkpoint (`Path`): From [`latest_checkpoint`].
-        settings (`dict`): What the run that goes on was started with.
+        settings (`dict`): What the run that goes on was started with. What only one of the two knows is not compared:
+            the checkpoint may be of another version.
 
     Raises:
         InputError: If a setting is not the checkpoint's, or the file that holds them is missing or damaged.
@@ -243,9 +261,9 @@ def read_state(checkpoint: Path, settings: dict[str, Any]) -> TrainingState:
         raise InputError(_damaged(checkpoint, error)) from error
     now = json.loads(json.dumps(settings))  # as it comes back from the file: tuples are lists
     changed = [
-        f"{name}: {state.settings.get(name)!r} before, {now.get(name)!r} now"
-        for name in sorted(state.settings.keys() | now.keys())
-        if state.settings.get(name) != now.get(name)
+        f"{name}: {state.settings[name]!r} before, {now[name]!r} now"
+        for name in sorted(state.settings.keys() & now.keys())
+        if state.settings[name] != now[name]
     ]
     if changed:
         raise InputError(

@@ -46,6 +46,7 @@ def export_run(
     dataset: str,
     command: str,
     base_model: str | None,
+    backbone: str | None,
 ) -> None:
     """Write model, image processor, card, `metrics.json` and `curves.png`, all at once.
 
@@ -58,6 +59,7 @@ def export_run(
         dataset (`str`): Name of the data, for people.
         command (`str`): What does the run again.
         base_model (`str`, *optional*): What training started from; None for random weights.
+        backbone (`str`, *optional*): What the backbone alone started from.
     """
     split = list(measured)[-1]
     card = finetuned_card(
@@ -66,6 +68,7 @@ def export_run(
         dataset=dataset,
         command=command,
         base_model=base_model,
+        backbone=backbone,
         split=split,
         size=dict(processor.size),
     )

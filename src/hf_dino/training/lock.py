@@ -40,8 +40,8 @@ def run_folder(accelerator: Accelerator, folder: Path, start: Path | None, *, ov
         overwrite (`bool`): Whether there may be an older run.
 
     Raises:
-        InputError: If another run uses the folder, or did since `start` was found, or a process does not see it.
-        OSError: If the folder cannot be made or written to.
+        InputError: In every process, if another run uses the folder, or did since `start` was found, or a process does
+            not see it, or it cannot be made or written to.
     """
     with ExitStack() as held:
         failure = ""
@@ -50,7 +50,7 @@ def run_folder(accelerator: Accelerator, folder: Path, start: Path | None, *, ov
                 held.enter_context(_lock(folder))
                 _check_start(folder, start, overwrite=overwrite)
                 prepare_checkpoints(folder, resume=start is not None)
-            except InputError as error:
+            except (InputError, OSError) as error:
                 failure = str(error)
         _stop_if(failure)
         is_seen = (folder / _LOCK_FILE).exists()

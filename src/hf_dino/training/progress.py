@@ -53,6 +53,8 @@ class TrainingProgress:
             speed_estimate_period=120,  # long enough to even out slow and fast pictures
             disable=not enabled,
         )
+        # in a file the lines of `report` say it all, and what the bars showed last would come behind the end
+        self.progress.live.transient = not self.progress.console.is_terminal
         self.steps = self.progress.add_task("training", total=total_steps, completed=done_steps)
         self._ap: float | None = None
         self._first_step, self._since = done_steps, time.monotonic()  # of what the speed is measured over

@@ -21,6 +21,10 @@ def whole_weights(model: nn.Module) -> Iterator[None]:
         model (`nn.Module`): Prepared by `accelerator` or not. All processes enter and leave the context together.
     """
     units = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    # torch has a public way to set whether a unit keeps its weights after a forward, and none to ask; a unit whose
+    # weights are all those of units within it has no group
+    groups = [group for unit in units if (group := unit._get_fsdp_state()._fsdp_param_group)]
+    settings = [group.post_forward_mesh_info for group in groups]
     for unit in units:
         unit.set_reshard_after_forward(False, recurse=False)
         unit.unshard()
@@ -29,8 +33,8 @@ def whole_weights(model: nn.Module) -> Iterator[None]:
     finally:
         for unit in units:
             unit.reshard()
-        for unit in units[1:]:  # the first is the model itself, which is needed again at once after its forward
-            unit.set_reshard_after_forward(True, recurse=False)
+        for group, setting in zip(groups, settings):
+            group.post_forward_mesh_info = setting
 
 
 def local_part(tensor: torch.Tensor) -> torch.Tensor:

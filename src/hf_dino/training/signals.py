@@ -51,7 +51,7 @@ class StopSignals:
         if not self.received:
             self.received, self._since = number, now
             if self.accelerator.is_main_process:  # written by the system: a print may be what was interrupted
-                os.write(2, b"stopping after this step; a second signal stops at once\n")
+                os.write(2, b"stopping after this step or evaluation; a second signal stops at once\n")
         elif now - self._since > _SECONDS_TO_THE_SECOND:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)

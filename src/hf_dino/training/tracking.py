@@ -1,4 +1,4 @@
-"""A run in TensorBoard, Weights & Biases and what else Accelerate knows: under its own name, and gone on with."""
+"""A run in TensorBoard, Weights & Biases and what else Accelerate knows: under its own name."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -18,6 +18,9 @@ def tracked(
     accelerator: Accelerator, state: TrainingState, output: Path, arguments: Mapping[str, Any]
 ) -> Iterator[None]:
     """Begin a tracker's run with the hyper-parameters, or go on with the one that a resumed run had.
+
+    TensorBoard, Weights & Biases, SwanLab and Trackio go on with it. MLflow, which gives runs ids of its own, gets a
+    second run of the same name, with the steps from the checkpoint on. What other trackers do is left to them.
 
     However the context is left, the tracker gets to write what it has.
 

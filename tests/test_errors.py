@@ -1,0 +1,26 @@
+"""What a user can repair ends a command as one line; what we have to repair keeps its traceback."""
+
+import pytest
+
+from hf_dino.errors import InputError, run_as_command
+
+
+@pytest.mark.parametrize("status", [None, 0, 1])
+def test_a_command_ends_with_the_status_of_its_main(status):
+    with pytest.raises(SystemExit) as end:
+        run_as_command(lambda: status)
+    assert end.value.code == status
+
+
+@pytest.mark.parametrize("kind", [InputError, ImportError, OSError, FloatingPointError])
+def test_what_a_user_can_repair_is_one_line(kind):
+    def main():
+        raise kind("no such thing")
+
+    with pytest.raises(SystemExit, match=r"^error: no such thing$"):
+        run_as_command(main)
+
+
+def test_other_errors_are_ours():
+    with pytest.raises(ZeroDivisionError):
+        run_as_command(lambda: 1 // 0)
