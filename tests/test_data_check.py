@@ -245,7 +245,7 @@ def test_augmented_samples_are_drawn(tmp_path):
 
 
 def test_a_sheet_is_a_new_picture_of_a_known_format(tmp_path):
-    sample = Sample(Image.new("RGB", (30, 20)), np.zeros((0, 4)), [], "nothing")
+    sample = Sample(Image.new("RGB", (30, 20)), np.zeros((0, 4)), [], [], "nothing")
     with pytest.raises(InputError, match="there is no picture to draw"):
         draw_sheet([], tmp_path / "a.png")
     with pytest.raises(InputError, match=r"pictures of kind '\.txt' cannot be written; use \.png or \.jpg"):

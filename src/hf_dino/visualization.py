@@ -195,7 +195,7 @@ def plot_training_curves(history: Sequence[Mapping[str, float]], path: str | os.
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.spines[["top", "right"]].set_visible(False)
     if precision_axes.lines:
-        precision_axes.legend(frameon=False, loc="upper left")
+        precision_axes.legend(frameon=False, loc="best")
 
     with replacing(Path(path)) as temporary:
         figure.savefig(temporary, dpi=120)
