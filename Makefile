@@ -4,7 +4,7 @@ VENV := .venv
 FLOOR := .venv-floor
 
 # Two processes with one thread each: on small machines PyTorch's own threads only get in each other's way.
-PYTEST_ARGS ?= -n 2 --dist loadfile
+PYTEST_ARGS ?= -n 2 --dist loadfile --no-loadscope-reorder
 PYTEST = OMP_NUM_THREADS=1 $(1)/bin/python -m pytest -q $(PYTEST_ARGS)
 
 .DEFAULT_GOAL := help

@@ -13,8 +13,16 @@ SHARED = Path(__file__).parents[2] / "shared"
 FIXTURES = Path(__file__).parent / "fixtures"
 
 
+SLOWEST_FILES = ("test_parity", "test_examples", "test_finetuning", "test_distributed", "test_faults", "test_kernels")
+
+
 def pytest_configure(config):
     torch.set_num_threads(1)  # tests run on several processes
+
+
+def pytest_collection_modifyitems(items):
+    """Begin with what takes longest, so that in the end no test process is left alone with it."""
+    items.sort(key=lambda item: not item.path.stem.startswith(SLOWEST_FILES))
 
 
 @pytest.fixture
