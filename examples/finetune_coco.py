@@ -60,6 +60,7 @@ from hf_dino.data import (
     training_loader,
     training_shapes,
 )
+from hf_dino.errors import run_as_command
 from hf_dino.evaluation import CocoScores, evaluate_model
 from hf_dino.loading import load_detector_for, new_detector, warn_of_frozen_batch_norms
 from hf_dino.model_card import training_command
@@ -171,7 +172,7 @@ class FineTuning:
         self.epoch_steps = steps_per_epoch(len(self.train_data.pictures), args.batch_size)
         self.total_steps = min(args.epochs * self.epoch_steps, args.max_steps or sys.maxsize)
         self.rate_at = self.schedule(self.total_steps)
-        self.warn_of_jump()
+        self.warn_of_learning_rate()
         self.state.total_steps = self.total_steps
         self.signals = StopSignals(accelerator)
         self.progress = TrainingProgress(
@@ -187,8 +188,13 @@ class FineTuning:
         warmup = self.args.warmup_steps
         return make_schedule(self.args.schedule, total_steps=total_steps, drop_steps=drops, warmup_steps=warmup)
 
-    def warn_of_jump(self) -> None:
-        """Log it if the learning rate of a resumed run jumps because the run is to have another length than before."""
+    def warn_of_learning_rate(self) -> None:
+        """Log it if a run is too short for its warm-up, or a resumed one jumps since it is to have another length."""
+        if self.args.warmup_steps > self.total_steps:
+            logging.getLogger("hf_dino").warning(
+                f"the learning rate rises for {self.args.warmup_steps} steps (--warmup-steps) and the run has "
+                f"{self.total_steps}: it never comes to {self.args.learning_rate:g}"
+            )
         step, before = self.state.step, self.state.total_steps or self.total_steps
         was, now = (self.args.learning_rate * self.schedule(total)(step) for total in (before, self.total_steps))
         if step < self.total_steps and not math.isclose(was, now, rel_tol=0.01):
@@ -544,7 +550,4 @@ def files_of_splits(args: argparse.Namespace) -> dict[str, tuple[Path, Path]]:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (InputError, FloatingPointError, ImportError, OSError) as error:
-        raise SystemExit(f"error: {error}") from None
+    run_as_command(main)

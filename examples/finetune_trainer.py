@@ -25,6 +25,7 @@ from transformers import HfArgumentParser, Trainer, TrainerCallback, TrainingArg
 
 from hf_dino.arguments import parse_size
 from hf_dino.data import DetectionDataset, InputError, read_data
+from hf_dino.errors import run_as_command
 from hf_dino.evaluation import METRICS, evaluate_model
 from hf_dino.loading import load_detector_for
 from hf_dino.model_card import finetuned_card, training_command
@@ -203,7 +204,4 @@ def without_resume(words: list[str]) -> list[str]:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (InputError, FloatingPointError, ImportError, OSError) as error:
-        raise SystemExit(f"error: {error}") from None
+    run_as_command(main)

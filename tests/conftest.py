@@ -3,6 +3,7 @@
 import shutil
 from pathlib import Path
 
+import datasets
 import pytest
 import torch
 
@@ -31,6 +32,13 @@ def shared() -> Path:
     if not SHARED.is_dir():
         pytest.skip("needs the folder ../shared with official references and pictures")
     return SHARED
+
+
+@pytest.fixture
+def datasets_cache(tmp_path, monkeypatch) -> None:
+    """What `datasets` keeps goes into the test's own folder."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    datasets.disable_progress_bars()
 
 
 TINY_RESNET = {

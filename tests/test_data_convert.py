@@ -15,14 +15,9 @@ from hf_dino.data import InputError, convert, convert_data, read_coco, read_data
 from hf_dino.data.__main__ import main
 
 
+pytestmark = pytest.mark.usefixtures("datasets_cache")
+
 TARGETS = ("coco", "voc", "yolo")
-
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path, monkeypatch):
-    """What `datasets` keeps goes into the test's own folder."""
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    datasets.disable_progress_bars()
 
 
 @pytest.fixture(scope="module")

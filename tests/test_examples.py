@@ -11,7 +11,6 @@ import sys
 import time
 from pathlib import Path
 
-import psutil
 import pytest
 import torch
 from PIL import Image
@@ -20,6 +19,7 @@ from transformers import AutoImageProcessor, AutoModelForObjectDetection
 
 from hf_dino.data import InputError
 from hf_dino.data.shapes import generate_shapes
+from jobs import kill_once_there
 
 
 ROOT = Path(__file__).parents[1]
@@ -248,13 +248,7 @@ def test_two_processes_that_are_killed_go_on_as_if_nothing_had_been(arguments, t
     assert command.startswith("accelerate launch --multi_gpu --num_processes 2 examples/finetune_coco.py ")
 
     job = subprocess.Popen([*script, f"--output={killed}"], start_new_session=True, **options)
-    while not (killed / "checkpoints" / "step_00000002").exists():
-        assert job.poll() is None
-        time.sleep(0.01)
-    for process in psutil.Process(job.pid).children(recursive=True):  # the launcher's are in sessions of their own
-        process.kill()
-    os.killpg(job.pid, signal.SIGKILL)
-    job.wait()
+    kill_once_there(job, killed / "checkpoints" / "step_00000002")
     subprocess.run([*script, f"--output={killed}", "--resume"], check=True, **options)
     assert history(killed) == history(whole)
     ours, theirs = (load_file(folder / "model.safetensors") for folder in (killed, whole))
@@ -358,6 +352,7 @@ def test_predict_draws_one_picture_and_a_folder(finished, examples, shapes, tmp_
         ([str(picture), f"--output={tmp_path / 'a.png'}", f"--json={tmp_path / 'a.png'}"], "is given for two outputs"),
         ([str(picture), f"--output={tmp_path / 'a.png'}", "--device=quantum"], "--device quantum: cannot be used"),
         ([str(shapes / "train"), str(picture), f"--output={tmp_path / 'b'}"], "several pictures would be drawn into"),
+        ([str(shapes / "train"), f"--output={tmp_path / 'one.png'}"], "is the name of one picture, but 10 are to be"),
     ):
         with pytest.raises(InputError, match=message):
             predict([model, *arguments])

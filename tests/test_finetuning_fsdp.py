@@ -2,19 +2,17 @@
 
 import json
 import os
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
-import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from conftest import tiny_config
 from hf_dino.data.shapes import generate_shapes
+from jobs import kill_once_there
 
 
 ROOT = Path(__file__).parents[1]
@@ -66,13 +64,7 @@ def test_it_learns_what_processes_with_whole_copies_learn(launch, in_processes, 
 def test_killed_it_goes_on_as_if_nothing_had_been(launch, in_processes, shared_out, tmp_path):
     command = launch(tmp_path / "run", ON_CPUS, EXAMPLE)
     job = subprocess.Popen(command, start_new_session=True, **in_processes)
-    while not (tmp_path / "run" / "checkpoints" / "step_00000002").exists():
-        assert job.poll() is None
-        time.sleep(0.01)
-    for process in psutil.Process(job.pid).children(recursive=True):  # the launcher's are in sessions of their own
-        process.kill()
-    os.killpg(job.pid, signal.SIGKILL)
-    job.wait()
+    kill_once_there(job, tmp_path / "run" / "checkpoints" / "step_00000002")
     subprocess.run([*command, "--resume"], check=True, **in_processes)
     (ours, weights), (theirs, expected) = results(tmp_path / "run"), results(shared_out)
     assert ours == theirs

@@ -8,7 +8,6 @@ import signal
 import sys
 from pathlib import Path
 
-import datasets
 import pytest
 import torch
 from accelerate.state import AcceleratorState
@@ -98,9 +97,9 @@ def trained_on_source(finetune, start, source, tmp_path_factory):
     return run
 
 
+@pytest.mark.usefixtures("datasets_cache")
 @pytest.mark.parametrize("name", FORMATS)
-def test_every_format_trains_the_same_model(finetune, start, source, trained_on_source, tmp_path, monkeypatch, name):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+def test_every_format_trains_the_same_model(finetune, start, source, trained_on_source, tmp_path, name):
     FORMATS[name](source, tmp_path / name)
     run = tmp_path / "run"
     finetune.main([*start, f"--data={tmp_path / name}", f"--output={run}", "--epochs=2", "--max-steps=3"])
@@ -172,6 +171,12 @@ def test_a_resumed_run_of_another_length_says_where_the_learning_rate_jumps(fine
     moved.write_text(moved.read_text() + "\n")
     with pytest.raises(InputError, match=r"config_file: '.*' before, '.*' now"):
         finetune.main([*command, f"--config={moved}", "--resume"])
+
+
+def test_a_warm_up_longer_than_the_run_is_said(finetune, start, data, tmp_path, caplog):
+    finetune.main([*start, data, f"--output={tmp_path / 'run'}", "--max-steps=1", "--warmup-steps=2"])
+    said = "rises for 2 steps (--warmup-steps) and the run has 1: it never comes to 0.001"
+    assert any(said in message for message in caplog.messages)
 
 
 @pytest.mark.parametrize("last", [1, 2, 3], ids=["last evaluation", "validation of the export", "test of the export"])

@@ -69,19 +69,13 @@ def files_into_folder(folder: Path, last: str) -> Iterator[Path]:
         folder (`Path`): May hold other files, which stay.
         last (`str`): The file that is moved last, without which nobody takes the folder for complete.
     """
-    temporary = folder / ".files.part"
-    shutil.rmtree(temporary, ignore_errors=True)
-    try:
-        with naming(folder):
-            temporary.mkdir(parents=True)
-            yield temporary
-            sync_tree(temporary)
-            (folder / last).unlink(missing_ok=True)
-            for path in sorted(temporary.iterdir(), key=lambda path: path.name == last):
-                path.replace(folder / path.name)
-            sync(folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    with _part_of(folder, folder / ".files.part") as temporary:
+        yield temporary
+        sync_tree(temporary)
+        (folder / last).unlink(missing_ok=True)
+        for path in sorted(temporary.iterdir(), key=lambda path: path.name == last):
+            path.replace(folder / path.name)
+        sync(folder)
 
 
 @contextmanager
@@ -97,17 +91,23 @@ def new_folder(folder: Path) -> Iterator[Path]:
     folder = folder.resolve()  # so that `.` has a name too
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise _exists(folder)
-    temporary = folder.with_name(f".{folder.name}.part")
+    with _part_of(folder, folder.with_name(f".{folder.name}.part")) as temporary:
+        yield temporary
+        sync_tree(temporary)
+        with suppress(FileNotFoundError):
+            folder.rmdir()  # an empty one is replaced on POSIX, but not on Windows
+        temporary.replace(folder)
+        sync(folder.parent)
+
+
+@contextmanager
+def _part_of(folder: Path, temporary: Path) -> Iterator[Path]:
+    """Make an empty `temporary` folder and remove what is left of it in the end; a full disk names `folder`."""
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         with naming(folder):
             temporary.mkdir(parents=True)
             yield temporary
-            sync_tree(temporary)
-            with suppress(FileNotFoundError):
-                folder.rmdir()  # an empty one is replaced on POSIX, but not on Windows
-            temporary.replace(folder)
-            sync(folder.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 

@@ -103,7 +103,7 @@ def choose_samples(splits: Mapping[str, DetectionData], count: int) -> list[Samp
 
 
 def choose_augmented(
-    data: DetectionData, augmentation: Augmentation | None, count: int, views: int, seed: int
+    data: DetectionData, augmentation: Augmentation, count: int, views: int, seed: int
 ) -> list[Sample]:
     """Choose `count` pictures, each as it is and then as `views` epochs of training see it."""
     datasets = {"as it is": DetectionDataset(data)}
