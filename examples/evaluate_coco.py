@@ -15,6 +15,7 @@ import argparse
 import logging
 import shlex
 import sys
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -23,12 +24,13 @@ from rich.logging import RichHandler
 from rich.progress import Progress
 
 from hf_dino.arguments import HelpFormatter, at_least
-from hf_dino.data import SPLITS, read_coco, read_data
+from hf_dino.data import SPLITS, DetectionData, read_coco, read_data
 from hf_dino.errors import run_as_command
 from hf_dino.evaluation import ENGINES, analyse, check_engine, evaluate_model, write_coco_results
 from hf_dino.evaluation.report import write_report
 from hf_dino.files import check_new_files, write_json
 from hf_dino.loading import load_detector
+from hf_dino.training import PATIENCE, read_checked
 from hf_dino.visualization import check_can_draw
 
 
@@ -65,13 +67,10 @@ def main(argv: list[str] | None = None) -> None:
     check_engine(args.engine)
     if args.report:
         check_can_draw()
-    accelerator = Accelerator(cpu=not torch.accelerator.is_available(), mixed_precision=args.mixed_precision)
-    with accelerator.main_process_first():  # which downloads, if anything has to be
-        data = (
-            read_data(args.data, splits=[args.split])[args.split]
-            if args.data
-            else read_coco(args.images, args.annotations)
-        )
+    accelerator = Accelerator(
+        cpu=not torch.accelerator.is_available(), mixed_precision=args.mixed_precision, kwargs_handlers=[PATIENCE]
+    )
+    (data,) = read_checked(partial(read_split, args)).values()
     model, processor = load_detector(args.model, backend=args.backend)
     model = accelerator.prepare(model)
 
@@ -102,6 +101,13 @@ def main(argv: list[str] | None = None) -> None:
         for name in filter(None, (args.json, args.detections, args.report)):
             print(f"written: {name}")
     accelerator.end_training()
+
+
+def read_split(args: argparse.Namespace) -> dict[str, DetectionData]:
+    if args.data:
+        return read_data(args.data, splits=[args.split])
+    data = read_coco(args.images, args.annotations)
+    return {data.name: data}
 
 
 if __name__ == "__main__":

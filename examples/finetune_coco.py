@@ -65,6 +65,7 @@ from hf_dino.evaluation import CocoScores, evaluate_model
 from hf_dino.loading import load_detector_for, new_detector, warn_of_frozen_batch_norms
 from hf_dino.model_card import training_command
 from hf_dino.training import (
+    PATIENCE,
     SCHEDULES,
     LossMonitor,
     RunHistory,
@@ -96,7 +97,6 @@ from hf_dino.training import (
     stopped_improving,
     tracked,
     whole_model,
-    whole_weights,
     with_effective_batch,
 )
 
@@ -119,7 +119,7 @@ def main(argv: list[str] | None = None) -> None:
             load_checkpoint(accelerator, start)
             run.progress.say(f"going on after step {run.state.step}, with {start}")
         run.train(RunHistory(args.output, run.state.history, accelerator.is_main_process))
-        again = [word for word in words if word not in ("--resume", "--overwrite")]
+        again = words_to_train_again(words, args, accelerator)
         run.export(training_command("examples/finetune_coco.py", again, accelerator.num_processes))
     accelerator.end_training()
 
@@ -184,21 +184,27 @@ class FineTuning:
 
     def schedule(self, total_steps: int) -> Callable[[int], float]:
         """What the learning rate is multiplied with at each step of a run of that length."""
-        drops = drop_steps(self.args.lr_drop, total_steps=total_steps, steps_per_epoch=self.epoch_steps)
-        warmup = self.args.warmup_steps
+        drops, warmup = self.drops(total_steps), self.args.warmup_steps
         return make_schedule(self.args.schedule, total_steps=total_steps, drop_steps=drops, warmup_steps=warmup)
 
+    def drops(self, total_steps: int) -> list[int]:
+        return drop_steps(self.args.lr_drop, total_steps=total_steps, steps_per_epoch=self.epoch_steps)
+
     def warn_of_learning_rate(self) -> None:
-        """Log it if a run is too short for its warm-up, or a resumed one jumps since it is to have another length."""
+        """Log it if a run is too short for its schedule, or a resumed one jumps since it is to have another length."""
+        warn = logging.getLogger("hf_dino").warning
         if self.args.warmup_steps > self.total_steps:
-            logging.getLogger("hf_dino").warning(
+            warn(
                 f"the learning rate rises for {self.args.warmup_steps} steps (--warmup-steps) and the run has "
                 f"{self.total_steps}: it never comes to {self.args.learning_rate:g}"
             )
+        late = [str(drop) for drop in self.drops(self.total_steps) if drop >= self.total_steps]
+        if late:
+            warn(f"--lr-drop: the run ends after {self.total_steps} steps, before a drop at {', '.join(late)}")
         step, before = self.state.step, self.state.total_steps or self.total_steps
         was, now = (self.args.learning_rate * self.schedule(total)(step) for total in (before, self.total_steps))
         if step < self.total_steps and not math.isclose(was, now, rel_tol=0.01):
-            logging.getLogger("hf_dino").warning(
+            warn(
                 f"the run is to have {self.total_steps} steps, before it was to have {before}: after step {step} the "
                 f"learning rate goes on at {now:.2e} instead of {was:.2e}"
             )
@@ -304,7 +310,6 @@ class FineTuning:
         with (
             self.progress.count(name, share) as counted,
             self.averaged(),
-            whole_weights(self.model),
             torch.random.fork_rng(devices=[]),  # loading draws a number, and training goes on as if it had not
         ):
             return evaluate_model(self.model, self.processor, data, self.accelerator, on_batch=counted, **options)[0]
@@ -354,6 +359,7 @@ def start_accelerator(args: argparse.Namespace) -> Accelerator:
         mixed_precision=args.mixed_precision,
         log_with=args.report_to,
         project_dir=str(args.output),
+        kwargs_handlers=[PATIENCE],
     )
     level = logging.WARNING if accelerator.is_main_process else logging.ERROR
     logging.basicConfig(level=level, format="%(message)s", handlers=[RichHandler(show_path=False)])
@@ -414,6 +420,13 @@ def make_detector(
         compile_layers(model)
     freeze(model, args.freeze)
     return model, processor
+
+
+def words_to_train_again(words: list[str], args: argparse.Namespace, accelerator: Accelerator) -> list[str]:
+    """The command line from the start, with the precision if accelerate's configuration has chosen it."""
+    is_set_elsewhere = args.mixed_precision is None and accelerator.mixed_precision != "no"
+    precision = ["--mixed-precision", accelerator.mixed_precision] if is_set_elsewhere else []
+    return [word for word in words if word not in ("--resume", "--overwrite")] + precision
 
 
 # what may differ between a run and its resumption: where things are, how fast they are read, and how long it goes on

@@ -29,7 +29,7 @@ from hf_dino.errors import run_as_command
 from hf_dino.evaluation import METRICS, evaluate_model
 from hf_dino.loading import load_detector_for
 from hf_dino.model_card import finetuned_card, training_command
-from hf_dino.training import effective_batch, freeze, make_inputs, parameter_groups, read_checked
+from hf_dino.training import PATIENCE, effective_batch, freeze, make_inputs, parameter_groups, read_checked
 
 
 DEFAULTS: dict[str, Any] = {
@@ -50,6 +50,7 @@ DEFAULTS: dict[str, Any] = {
     "remove_unused_columns": False,  # what the data set gives is for the collator, not for the model
     "ddp_find_unused_parameters": False,  # every parameter gets a gradient in every step
     "dataloader_num_workers": 2,
+    "ddp_timeout": int(PATIENCE.timeout.total_seconds()),
     "hub_strategy": "end",  # what would be pushed before has neither card nor code
     "use_cpu": not torch.accelerator.is_available(),  # said so, several processes on CPUs find each other
 }

@@ -52,17 +52,24 @@ def main(argv: list[str] | None = None) -> None:
         model.to(args.device)
     except (RuntimeError, AssertionError) as error:  # torch has no error of its own for this
         raise InputError(f"--device {args.device}: cannot be used ({str(error).partition(chr(10))[0]})") from error
-    found = {}
+    found: dict[str, list[dict[str, Any]]] = {}
+    problems: list[str] = []
     for source, target in track(outputs.items(), "detecting", disable=len(outputs) == 1):
-        picture = read_image(source)
+        try:
+            picture = read_image(source)
+        except InputError as error:
+            problems.append(str(error))
+            continue
         detections = detect(model, processor, picture, args.threshold)
         found[str(source)] = detections
         boxes, names, scores = ([detection[key] for detection in detections] for key in ("box", "name", "score"))
         save_picture(draw_detections(picture, boxes, names, scores, model.config.id2label.values()), target)
         counts = ", ".join(f"{count} {name}" for name, count in Counter(names).most_common())
         print(f"{source}: {counts or f'nothing above {args.threshold}'} -> {target}")
-    if args.json:
+    if args.json and found:
         write_json(args.json, found)
+    if problems:
+        raise InputError("\n".join([f"{len(problems)} of {len(outputs)} pictures cannot be read:", *problems]))
 
 
 @torch.no_grad()

@@ -5,12 +5,15 @@ import os
 import random
 import shutil
 from collections import namedtuple
+from contextlib import nullcontext
 from pathlib import Path
+from threading import Timer
 
 import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.utils import DistributedType
 from torch import nn
 
 from hf_dino.data import InputError
@@ -27,6 +30,7 @@ from hf_dino.training import (
     save_checkpoint,
 )
 from hf_dino.training import checkpoint as checkpoint_module
+from hf_dino.training import lock as lock_module
 from hf_dino.training.checkpoint import check_disk_space, data_fingerprint, file_fingerprint, rescue_state
 from hf_dino.training.ema import WeightAverage
 from hf_dino.training.lock import run_folder
@@ -371,3 +375,25 @@ def test_overwrite_leaves_somebody_elses_folder_alone(tmp_path, content):
         find_start(tmp_path, tmp_path / "checkpoints", resume=False, overwrite=True)
     (tmp_path / "config.json").write_text('{"model_type": "dino_detr"}')
     assert find_start(tmp_path, tmp_path / "checkpoints", resume=False, overwrite=True) is None
+
+
+def test_where_all_write_together_the_one_that_cannot_does_not_wait_for_the_others(tmp_path, monkeypatch):
+    """They wait for it already, inside of what saves: it has to end, so that the launcher ends them."""
+    accelerator, *_ = make_run()
+    monkeypatch.setattr(accelerator.state, "distributed_type", DistributedType.FSDP)
+    monkeypatch.setattr(accelerator, "save_state", lambda path: os.truncate(tmp_path / "gone", 0))
+    monkeypatch.setattr(checkpoint_module, "texts_of_all", lambda text: pytest.fail("waits for ever"))
+    with pytest.raises(InputError, match=r"could not be written \(.*gone.*then start again"):
+        save_checkpoint(accelerator, tmp_path, TrainingState({}, step=3))
+
+
+def test_a_folder_that_a_network_disk_shows_late_is_waited_for(tmp_path, monkeypatch):
+    accelerator, *_ = make_run()
+    monkeypatch.setattr(lock_module, "_lock", lambda folder: nullcontext())
+    monkeypatch.setattr(lock_module, "_MEMORY_OF_NETWORK_DISKS", 0.2)
+    with pytest.raises(InputError, match="is not seen by"), run_folder(accelerator, tmp_path, None, overwrite=False):
+        pass
+    monkeypatch.setattr(lock_module, "_MEMORY_OF_NETWORK_DISKS", 60)
+    Timer(0.3, (tmp_path / lock_module._LOCK_FILE).touch).start()
+    with run_folder(accelerator, tmp_path, None, overwrite=False):
+        pass

@@ -292,6 +292,43 @@ def test_own_augmentation_travels_to_another_process(tmp_path):
     assert augment(again, Image.new("RGB", (40, 30)), [[4, 6, 9, 5]]).boxes.tolist() == [[27, 6, 9, 5]]
 
 
+CLASS = """
+    class Own(Augmentation):
+        def __init__(self):
+            super().__init__(v2.Identity(), resizes=True)
+
+        def __call__(self, image, boxes, areas):
+            return image.crop((0, 0, 20 + int({number} * 5), 10)), boxes[:1], areas[:1], torch.arange(len(boxes))[:1]
+
+        def shape(self, height, width, boxes):
+            return 10, 20
+
+        def smallest_shape(self, height, width):
+            return 10, 20
+
+    def make(size):
+        return Own()
+"""
+
+
+def test_own_class_may_replace_methods(tmp_path):
+    augmentation = own_augmentation(tmp_path, CLASS.format(number="0"))
+    for each in (augmentation, pickle.loads(pickle.dumps(augmentation))):
+        result = augment(each, Image.new("RGB", (40, 30)), [[1, 2, 3, 4], [5, 6, 7, 8]])
+        assert (result.image.size, result.boxes.tolist(), result.objects.tolist()) == ((20, 10), [[1, 2, 3, 4]], [0])
+        assert each.shape(30, 40, torch.zeros(0, 4)) == each.smallest_shape(30, 40) == (10, 20)
+        assert (each.resizes, each.evaluation_size) == (True, OWN_SIZE)
+    with pytest.raises(InputError, match="another picture or other boxes each time"):
+        own_augmentation(tmp_path, CLASS.format(number="random.random()"))
+
+
+def test_own_class_that_only_augments_does_not_foretell_the_shape(tmp_path):
+    body = CLASS.format(number="0").replace("def shape", "def other").replace("def smallest_shape", "def another")
+    augmentation = own_augmentation(tmp_path, body)
+    assert augmentation.shape(30, 40, torch.zeros(0, 4)) == (30, 40)
+    assert augmentation.smallest_shape(30, 60) == (30, 60)
+
+
 WRONG = {
     "5": "must return a torchvision v2.Transform or an Augmentation, got 5",
     "v2.ToImage()": "must return a PIL picture, got Image; leave tensors and normalisation",

@@ -156,3 +156,11 @@ def test_an_error_in_a_reading_process_is_one_line(tmp_path):
         list(loader)
     assert str(there.value) == str(here.value)
     assert "1.png: the annotations say 60 x 40 pixels" in str(here.value)
+
+
+@pytest.mark.parametrize(("num_workers", "read_ahead"), [(0, None), (2, 8), (5, 4), (100, 2)])
+def test_pictures_of_a_whole_step_are_read_ahead(tmp_path, num_workers, read_ahead):
+    """By each of the processes that read, which make a batch each."""
+    data = DetectionDataset(read_coco(*write_coco(tmp_path, [])))
+    sampler = TrainingBatchSampler(1, 16, seed=0, epoch=0, accumulation=16)
+    assert training_loader(data, collator(5), sampler, num_workers=num_workers).prefetch_factor == read_ahead

@@ -1,6 +1,7 @@
 """What would cost a night is found in a minute, and nothing of the user's is changed."""
 
 import json
+import logging
 import sys
 
 import numpy as np
@@ -61,7 +62,7 @@ def test_pictures_missing_broken_and_of_another_size(tmp_path, decode):
         assert error.startswith("train: ")
         assert message in error
     assert len(seen) == 4
-    with pytest.raises(InputError, match=r"(?s)cannot be trained on:\ntrain: .*1\.png: there is no such"):
+    with pytest.raises(InputError, match=r"(?s)cannot be used:\ntrain: .*1\.png: there is no such"):
         report.raise_if_errors()
 
 
@@ -265,3 +266,37 @@ def test_a_sheet_that_cannot_be_drawn_is_heard_of_before_the_work(tmp_path, monk
     monkeypatch.setitem(sys.modules, "supervision", None)
     with pytest.raises(ImportError, match=r"pip install 'hf-dino\[train\]'"):
         main([*words, str(tmp_path / "sheet.png")])
+
+
+def test_class_names_are_printed_as_they_are(tmp_path, capsys):
+    names = {3: "car [small]", 5: "a [/] b", 7: ":smile: [red]"}
+    file = write_coco(tmp_path, [annotation(1, number, [1, 2, 30, 20]) for number in (3, 5, 7, 7)], categories=names)
+    assert main(["check", "--images", str(file[0]), "--annotations", str(file[1])]) == 0
+    printed = capsys.readouterr().out
+    assert [name for name in names.values() if name not in printed] == []
+
+
+@pytest.mark.parametrize("option", [["--streaming"], ["--limit", "3"], ["--cache", "c"]])
+def test_options_of_a_stream_are_not_for_a_pair(tmp_path, capsys, option):
+    with pytest.raises(SystemExit):
+        main(["check", "--images", str(tmp_path), "--annotations", "a.json", *option])
+    assert "--streaming, --limit and --cache are for a SOURCE" in capsys.readouterr().err
+
+
+def test_what_the_report_does_not_say_is_logged(tmp_path, capsys, monkeypatch):
+    """That a folder of a split is missing, but not what was done to boxes, which is in the report."""
+    monkeypatch.setattr(logging.getLogger(), "handlers", [])
+    files = {
+        "data.yaml": "names: [cell]\ntrain: a\nval: [a, b]\n",
+        "a/1.png": None,
+        "a/1.txt": "0 0.5 0.5 0.2 0.2\n0 0.5 0.5 0 0.2\n",
+    }
+    for name, text in files.items():
+        draw(tmp_path / name) if text is None else write(tmp_path / name, text)
+    assert main(["check", str(tmp_path)]) == 0
+    printed = capsys.readouterr()
+    place = tmp_path / "b"
+    assert printed.err == (
+        f"{tmp_path / 'data.yaml'}: the validation split is left out, since {place} does not exist\n"
+    )
+    assert "1 boxes have no width or no height: dropped" in printed.out

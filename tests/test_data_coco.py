@@ -2,6 +2,7 @@
 
 import json
 import logging
+import shutil
 
 import numpy as np
 import pytest
@@ -14,7 +15,9 @@ from hf_dino.data import (
     label_of_category,
     make_augmentation,
     read_coco,
+    read_data,
 )
+from hf_dino.data.shapes import generate_shapes
 
 
 def read(folder, annotations=(), **options):
@@ -206,3 +209,14 @@ def test_a_name_that_is_no_line_of_text(tmp_path, name):
 def test_names_of_all_languages(tmp_path):
     names = {1: "Bär", 2: "猫", 3: "👨\u200d👩\u200d👧", 4: "a\xa0b"}
     assert read(tmp_path, [], categories=names).categories == names
+
+
+def test_pictures_of_another_split_never_stand_in_for_missing_ones(tmp_path):
+    """Folders of two splits often have pictures of the same names."""
+    folder = generate_shapes(tmp_path / "data", image_size=64, num_train=3, num_val=3, num_test=2)
+    (folder / "val" / "000002.png").unlink()
+    with pytest.raises(InputError, match=r"val\.json: 1 of the pictures in .*val are missing: 000002\.png"):
+        read_data(folder)
+    shutil.rmtree(folder / "val")
+    with pytest.raises(InputError, match=r"val\.json: 3 of the pictures in .* are missing: 000001\.png"):
+        read_data(folder)

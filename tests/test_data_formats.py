@@ -3,6 +3,7 @@
 import json
 import logging
 import pickle
+import shutil
 from pathlib import Path
 
 import datasets
@@ -275,6 +276,8 @@ def test_splits_can_be_chosen(tmp_path):
     assert list(read_data(folder, splits=["test"])) == ["test"]
     with pytest.raises(InputError, match="has no split for validation; it has train"):
         read_data(folder, splits=["train", "validation"])
+    with pytest.raises(InputError, match="has no split for validation"):
+        read_data(folder, splits=["validation"])
     with pytest.raises(InputError, match="there are no splits called val; choose of train, validation, test"):
         read_data(folder, splits=["val"])
 
@@ -575,3 +578,94 @@ def test_a_stream_is_checked_like_any_other_data(folder, tmp_path, capsys):
     assert main(["check", str(folder), "--streaming", "--limit", "2", "--cache", str(kept)]) == 0
     assert "train: 1 of 2 pictures have no objects" in capsys.readouterr().out
     assert len(list(kept.rglob("*.png"))) == 6
+
+
+def test_a_folder_keeps_one_stream_only(folder, tmp_path):
+    kept, other = tmp_path / "kept", tmp_path / "other"
+    read_data(folder, streaming=True, cache=kept, limit=1)
+    before = {path: path.read_bytes() for path in kept.rglob("*") if path.is_file()}
+    shutil.copytree(folder, other)
+    with pytest.raises(InputError, match=f"kept: keeps the stream .*{folder}.*, not .*{other}.*; give another folder"):
+        read_data(other, streaming=True, cache=kept)
+    metadata = folder / "train" / "metadata.jsonl"
+    metadata.write_text(metadata.read_text().replace("circle", "disc"))
+    with pytest.raises(InputError, match="kept: keeps the stream"):  # another version of it
+        read_data(folder, streaming=True, cache=kept)
+    assert {path: path.read_bytes() for path in kept.rglob("*") if path.is_file()} == before
+
+
+def test_other_versions_and_configurations_are_other_streams(tmp_path):
+    stream = {"name": "owner/name", "configuration": "mini", "revision": "abc"}
+    hub._claim(tmp_path, stream)
+    hub._claim(tmp_path, stream)
+    for key in stream:
+        with pytest.raises(InputError, match=f'keeps the stream {{.*}}, not {{.*"{key}": "new"'):
+            hub._claim(tmp_path, stream | {key: "new"})
+
+
+def test_a_folder_of_the_user_does_not_keep_a_stream(folder, tmp_path):
+    own = lay_out(tmp_path / "own", LAYOUTS["datasets in folders of splits"][0])
+    before = {path: path.read_bytes() for path in own.rglob("*") if path.is_file()}
+    with pytest.raises(InputError, match="own: holds train, val, and no stream; give a new or empty folder"):
+        read_data(folder, streaming=True, cache=own)
+    after = {path: path.read_bytes() for path in own.rglob("*") if path.is_file() and path.name != ".lock"}
+    assert after == before
+
+
+def test_a_first_use_that_was_killed_is_no_hindrance(folder, tmp_path):
+    (tmp_path / "kept").mkdir()
+    (tmp_path / "kept" / ".stream.part.json").write_text('{"na')
+    assert len(read_data(folder, streaming=True, cache=tmp_path / "kept", limit=1)["train"].pictures) == 1
+
+
+@pytest.mark.parametrize("option", [{"limit": 3}, {"cache": "c"}])
+def test_options_of_a_stream_need_one(shapes, option):
+    with pytest.raises(InputError, match="limit and cache are for a stream: give streaming as well"):
+        read_data(shapes, **option)
+
+
+@pytest.mark.parametrize("form", ["torch", "numpy", "pandas"])
+def test_a_saved_table_may_have_a_format(tmp_path, form):
+    files: dict = dict.fromkeys(("a.png", "b.png"))
+    rows = [
+        {"file_name": name, "image_id": number, "objects": {"bbox": [[1, 2, 3, number]], "categories": [number]}}
+        for name, number in zip(files, (9, 4))
+    ]
+    files["metadata.jsonl"] = "".join(json.dumps(row) + "\n" for row in rows)
+    loaded = datasets.load_dataset(str(lay_out(tmp_path / "data", files)))
+    loaded.set_format(form)
+    loaded.save_to_disk(str(tmp_path / "saved"))
+    expected = read_data(tmp_path / "data")
+    data = read_data(tmp_path / "saved")
+    assert contents(data["train"]) == contents(expected["train"])
+    assert [picture.image_id for picture in data["train"].pictures] == [9, 4]
+
+
+@pytest.mark.parametrize("form", ["voc", "datasets"])
+def test_classes_have_the_same_number_whichever_splits_are_read(tmp_path, form):
+    for split, name in (("train", "zebra"), ("val", "bee"), ("test", "ant")):
+        draw(tmp_path / "data" / split / "1.png")
+        row = {"file_name": "1.png", "objects": {"bbox": [[1, 2, 3, 4]], "categories": [name]}}
+        if form == "voc":
+            write(tmp_path / "data" / split / "1.xml", voc_xml((40, 60), [(name, [1, 2, 3, 4])]))
+        else:
+            write(tmp_path / "data" / split / "metadata.jsonl", json.dumps(row) + "\n")
+    whole = read_data(tmp_path / "data")
+    for split, expected in whole.items():
+        (alone,) = read_data(tmp_path / "data", splits=[split]).values()
+        assert alone.categories == expected.categories
+        assert contents(alone) == contents(expected)
+
+
+def test_a_split_that_is_not_read_may_have_no_annotations(tmp_path):
+    draw(tmp_path / "data" / "val" / "1.png")
+    objects = {"bbox": [[1, 2, 3, 4]], "categories": ["cell"]}
+    write(
+        tmp_path / "data" / "val" / "metadata.jsonl",
+        json.dumps({"file_name": "1.png", "image_id": 1, "objects": objects}),
+    )
+    loaded = datasets.load_dataset(str(tmp_path / "data"), split="validation")
+    test = loaded.remove_columns("objects")
+    datasets.DatasetDict(validation=loaded, test=test).save_to_disk(str(tmp_path / "saved"))
+    (data,) = read_data(tmp_path / "saved", splits=["validation"]).values()
+    assert data.categories == {0: "cell"}

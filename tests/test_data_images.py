@@ -1,13 +1,15 @@
 """Every kind of picture file becomes the RGB pixels that its annotations were drawn on, or one clear error."""
 
 import logging
+import struct
 
 import numpy as np
 import pytest
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, ImageOps
 
 from hf_dino.data import InputError, list_pictures, read_image
 from hf_dino.data import images as images_module
+from hf_dino.data.images import picture_size
 
 
 @pytest.fixture
@@ -77,6 +79,55 @@ def test_exif_rotation_is_applied_unless_annotated_as_stored(gradient, tmp_path)
         InputError, match=r"a\.png: the annotations say 50 x 40 .* file has 60 x 40 \(EXIF orientation 6"
     ):
         read_image(path, annotated_size=(40, 50))
+
+
+@pytest.mark.parametrize("orientation", range(10))
+def test_every_exif_orientation_is_turned_as_pillow_does(gradient, tmp_path, orientation):
+    path = tmp_path / "a.png"
+    save_turned(gradient, path, orientation)
+    with Image.open(path) as image:
+        assert read_image(path).tobytes() == ImageOps.exif_transpose(image).tobytes()
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_the_head_of_a_file_tells_the_size_that_its_pixels_get(gradient, tmp_path, orientation):
+    for name in ("a.png", "a.jpg", "a.tif"):
+        save_turned(gradient, tmp_path / name, orientation)
+        height, width = picture_size(tmp_path / name)
+        assert (height, width) == ((60, 40) if orientation >= 5 else (40, 60))
+        assert read_image(tmp_path / name, annotated_size=(height, width)).size == (width, height)
+
+
+def test_exif_data_that_cannot_be_written_again_is_no_hindrance(gradient, tmp_path):
+    path = tmp_path / "a.jpg"
+    tags = [(0x0100, 9, 1, 0xFFFFFFFF), (0x0112, 3, 1, 6)]  # a width of -1, and turned by a quarter
+    entries = b"".join(struct.pack("<HHII", *tag) for tag in tags)
+    gradient.save(path, exif=b"Exif\0\0II*\0" + struct.pack("<IH", 8, len(tags)) + entries + bytes(4))
+    with Image.open(path) as image, pytest.raises(struct.error):
+        ImageOps.exif_transpose(image)
+    assert read_image(path).size == (40, 60)
+
+
+@pytest.mark.parametrize("error", [OverflowError, TypeError, IndexError, struct.error])
+def test_whatever_pillow_stumbles_over_names_the_picture(gradient, tmp_path, monkeypatch, error):
+    def stumble(image):
+        raise error("odd data")
+
+    gradient.save(tmp_path / "a.png")
+    monkeypatch.setattr(Image.Image, "getexif", stumble)
+    for read in (read_image, picture_size):
+        with pytest.raises(InputError, match=r"a\.png: cannot be read as a picture \(odd data\); repair or remove"):
+            read(tmp_path / "a.png")
+
+
+def test_a_picture_that_is_too_large_for_pillow_is_sound(gradient, tmp_path, monkeypatch):
+    gradient.save(tmp_path / "a.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    with pytest.raises(
+        InputError, match=r"a\.png: is larger .*2400 pixels.*; cut it into tiles, or raise PIL"
+    ) as error:
+        read_image(tmp_path / "a.png")
+    assert "repair" not in str(error.value)
 
 
 @pytest.mark.parametrize("damage", [lambda data: data[: len(data) // 2], lambda data: b"", lambda data: b"no picture"])

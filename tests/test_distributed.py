@@ -18,9 +18,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from conftest import TINY_SWIN, make_labels, tiny_model
 from hf_dino.data.batching import TrainingBatchSampler
+from hf_dino.sharding import whole_weights
 from hf_dino.training.effective_batch import effective_batch, with_effective_batch
 from hf_dino.training.ema import WeightAverage
-from hf_dino.training.sharding import whole_weights
 
 
 NUM_PROCESSES = 2
@@ -281,3 +281,13 @@ def test_the_effective_batch_counts_the_objects_of_all_batches():
         ([make_labels(0), make_labels(0), []], {"num_boxes": 1 / 3, "most_objects": 0}),
     ):
         assert asdict(effective_batch(batches, accelerator)) == expected
+
+
+class OneProcessOfMany:
+    """As a launcher starts one process for one GPU: gathering would ask the others, of which there are none."""
+
+    num_processes = 1
+
+
+def test_one_process_asks_nobody():
+    assert asdict(effective_batch([make_labels(2, 0)], OneProcessOfMany())) == {"num_boxes": 2, "most_objects": 2}

@@ -358,6 +358,26 @@ def test_predict_draws_one_picture_and_a_folder(finished, examples, shapes, tmp_
             predict([model, *arguments])
 
 
+def test_a_picture_that_cannot_be_read_costs_none_of_the_others(finished, examples, shapes, tmp_path):
+    pictures, drawn, found = tmp_path / "pictures", tmp_path / "drawn", tmp_path / "found.json"
+    shutil.copytree(shapes / "test", pictures)
+    first, second, *others = sorted(pictures.iterdir())
+    first.write_text("no picture")
+    second.write_bytes(second.read_bytes()[:-100])
+    with pytest.raises(InputError, match=rf"2 of 4 pictures cannot be read:\n{first}: .*\n{second}: "):
+        examples["predict"].main([f"--model={finished}", str(pictures), f"--output={drawn}", f"--json={found}"])
+    assert json.loads(found.read_text()).keys() == {str(picture) for picture in others}
+    assert {path.stem for path in drawn.iterdir()} == {picture.stem for picture in others}
+
+
+def test_a_picture_that_is_not_there_is_missed_before_the_model_detects(examples, shapes, tmp_path):
+    data = shutil.copytree(shapes, tmp_path / "data")
+    picture = min((data / "val").iterdir())
+    picture.unlink()
+    with pytest.raises(InputError, match=picture.name):
+        examples["evaluate_coco"].main(["--model=nothing", f"--data={data}"])
+
+
 @pytest.mark.parametrize("name", ["supervision", "matplotlib"])
 def test_a_library_for_drawing_is_missed_before_the_work(examples, shapes, tmp_path, monkeypatch, name):
     monkeypatch.setitem(sys.modules, name, None)

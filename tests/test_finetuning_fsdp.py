@@ -25,9 +25,16 @@ def launch(tmp_path_factory):
     """Gives the command of two processes for a script and an output folder."""
     folder = tmp_path_factory.mktemp("start")
     (folder / "tiny.json").write_text(json.dumps(tiny_config(num_denoising=6, freeze_batch_norm=False).to_diff_dict()))
-    shapes = generate_shapes(folder / "shapes", image_size=64, num_train=16, num_val=4, num_test=2)
+    shapes = generate_shapes(folder / "shapes", image_size=64, num_train=16, num_val=3, num_test=2)
     options = [f"--config={folder / 'tiny.json'}", f"--data={shapes}", "--image-size=96", "--batch-size=8"]
-    options += ["--epochs=2", "--ema=0.9", "--num-workers=0", "--report-every=1", "--checkpoint-steps=1"]
+    options += [
+        "--epochs=2",
+        "--ema=0.9",
+        "--num-workers=0",
+        "--report-every=1",
+        "--checkpoint-steps=1",
+        "--eval-batch-size=1",
+    ]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     return lambda output, *script: [*torchrun, *script, *options, f"--output={output}"]
 

@@ -7,6 +7,7 @@ import shutil
 import signal
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -173,10 +174,32 @@ def test_a_resumed_run_of_another_length_says_where_the_learning_rate_jumps(fine
         finetune.main([*command, f"--config={moved}", "--resume"])
 
 
-def test_a_warm_up_longer_than_the_run_is_said(finetune, start, data, tmp_path, caplog):
-    finetune.main([*start, data, f"--output={tmp_path / 'run'}", "--max-steps=1", "--warmup-steps=2"])
-    said = "rises for 2 steps (--warmup-steps) and the run has 1: it never comes to 0.001"
-    assert any(said in message for message in caplog.messages)
+def test_a_run_that_is_too_short_for_its_schedule_says_so(finetune, start, data, tmp_path, caplog):
+    command = [
+        *start,
+        data,
+        f"--output={tmp_path / 'run'}",
+        "--max-steps=1",
+        "--warmup-steps=2",
+        "--lr-drop",
+        "0.5",
+        "1",
+    ]
+    finetune.main(command)
+    for said in (
+        "rises for 2 steps (--warmup-steps) and the run has 1: it never comes to 0.001",
+        "--lr-drop: the run ends after 1 steps, before a drop at 3",
+    ):
+        assert any(said in message for message in caplog.messages)
+
+
+@pytest.mark.parametrize(
+    ("given", "chosen", "added"), [(None, "bf16", True), ("bf16", "bf16", False), (None, "no", False)]
+)
+def test_the_command_that_repeats_a_run_says_the_precision(finetune, given, chosen, added):
+    args, accelerator = SimpleNamespace(mixed_precision=given), SimpleNamespace(mixed_precision=chosen)
+    words = finetune.words_to_train_again(["--ema=0.5", "--resume"], args, accelerator)
+    assert words == ["--ema=0.5", *(["--mixed-precision", chosen] if added else [])]
 
 
 @pytest.mark.parametrize("last", [1, 2, 3], ids=["last evaluation", "validation of the export", "test of the export"])

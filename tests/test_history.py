@@ -59,6 +59,19 @@ def test_a_resumed_run_cuts_what_its_checkpoint_does_not_know(tmp_path):
     assert read(tmp_path)[0] == read(tmp_path)[1] == ROWS
 
 
+@pytest.mark.parametrize("file", ["history.jsonl", "history.csv"])
+def test_a_file_that_cannot_be_written_ends_no_run_and_is_made_whole_later(tmp_path, caplog, file):
+    history = RunHistory(tmp_path, [], writes=True)
+    history.add(ROWS[0])
+    (tmp_path / file).unlink()
+    (tmp_path / file).mkdir()  # as good as open in a program that lets no other write
+    history.add(ROWS[1])
+    assert file in caplog.text
+    (tmp_path / file).rmdir()
+    history.add(ROWS[2])
+    assert read(tmp_path)[0] == read(tmp_path)[1] == ROWS[:3]
+
+
 def test_other_processes_write_nothing(tmp_path):
     rows = []
     history = RunHistory(tmp_path, rows, writes=False)

@@ -104,6 +104,15 @@ def test_a_model_with_these_classes_is_kept_whole(saved):
     assert all(torch.equal(after.state_dict()[name], value) for name, value in before.state_dict().items())
 
 
+@pytest.mark.parametrize("names", [CATEGORIES, {1: "another"}], ids=["the same classes", "others"])
+def test_what_was_saved_in_16_bits_is_trained_in_32(saved, tmp_path, names):
+    model, processor = load_detector(str(saved))
+    model.to(torch.bfloat16).save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    assert {each.dtype for each in load_detector(str(tmp_path))[0].parameters()} == {torch.bfloat16}
+    assert {each.dtype for each in load_detector_for(str(tmp_path), names)[0].parameters()} == {torch.float32}
+
+
 CLASS_TENSORS = {
     "class_embed.0.weight",
     "class_embed.0.bias",

@@ -58,7 +58,7 @@ def load_detector_for(
     A model that has these very classes keeps its heads and the numbers of its labels. Otherwise classes are numbered
     as the data set has them: those that the model knows by the same name, whatever their case and whether words are
     joined by spaces, hyphens or underscores, keep what class heads and label embedding learned of them, and others
-    start anew. All else is kept. One line of the log tells which is which.
+    start anew. All else is kept, in float32 whatever it was saved in. One line of the log tells which is which.
 
     Args:
         model (`str`): A folder written by `save_pretrained`, or a name on the Hub.
@@ -71,7 +71,8 @@ def load_detector_for(
     """
     config = load_config(model)
     processor = _load_processor(model, {"size": size})
-    overrides = overrides or {}
+    # steps as small as training's get lost in 16 bits, which a model may have been saved in
+    overrides = {**(overrides or {}), "dtype": torch.float32}
     if set(config.id2label.values()) - {UNUSED_LABEL} == set(categories.values()):
         return _load_weights(model, config.id2label, overrides), processor
     id2label = contiguous_id2label(categories)

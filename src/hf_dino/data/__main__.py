@@ -30,7 +30,9 @@ _NEEDED = ("train", "validation")
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; `arguments` replace those of the process. Return the exit status, 1 for errors in data."""
-    logging.basicConfig(level=logging.ERROR, format="%(message)s")  # the report says what would be logged
+    log = logging.StreamHandler()
+    log.addFilter(lambda record: record.name != DetectionData.__module__)  # the report says that
+    logging.basicConfig(format="%(message)s", handlers=[log])
     options = _parse(arguments)
     return options.run(options)
 
@@ -47,6 +49,8 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     given = [option is not None for option in (options.source, options.images, options.annotations)]
     if given not in ([True, False, False], [False, True, True]):
         parser.error("give either SOURCE, or --images and --annotations")
+    if options.source is None and (options.streaming or options.limit or options.cache):
+        parser.error("--streaming, --limit and --cache are for a SOURCE, not for --images and --annotations")
     return options
 
 
@@ -179,18 +183,19 @@ def print_report(report: DataReport) -> None:
 
 def _print_messages(console: Any, kind: str, style: str, messages: Sequence[str]) -> None:
     for message in messages[:_MOST_LINES]:
-        console.print(f"{kind}: {message}", style=style, markup=False, highlight=False, soft_wrap=True)
+        console.print(f"{kind}: {message}", style=style, markup=False, emoji=False, highlight=False, soft_wrap=True)
     if len(messages) > _MOST_LINES:
         console.print(f"… and {len(messages) - _MOST_LINES} more {kind}s", style=style)
 
 
 def _table(header: Sequence[str], rows: Mapping[str, Sequence[object]]) -> Any:
     table = import_extra("rich.table", "train", "the report").Table()
+    text = import_extra("rich.text", "train", "the report").Text  # without it, brackets in a name would be markup
     table.add_column(header[0], no_wrap=True, max_width=40)
     for name in header[1:]:
         table.add_column(name, justify="right")
     for name, numbers in rows.items():
-        table.add_row(name, *map(str, numbers))
+        table.add_row(text(name), *map(str, numbers))
     return table
 
 

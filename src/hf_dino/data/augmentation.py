@@ -171,8 +171,8 @@ def make_augmentation(name: str, size: Mapping[str, int]) -> Augmentation:
             - `"none"`: [`NoAugmentation`].
 
             Or a function of one's own, `path/to/file.py:function` or `package.module:function`. It gets `size` and
-            returns a `v2.Transform`, whose pictures the image processor resizes, or an [`Augmentation`]. Random
-            numbers must come from torch.
+            returns a `v2.Transform`, whose pictures the image processor resizes, or an [`Augmentation`], also of a
+            class of one's own that replaces methods. Random numbers must come from torch.
         size (`Mapping[str, int]`): The image processor's: `shortest_edge` and `longest_edge`, or `height` and `width`,
             in pixels. With the latter every picture gets exactly that size.
 
@@ -253,6 +253,8 @@ class _OfUser(Augmentation):
         if not isinstance(made, Augmentation):
             raise InputError(f"{name}: must return a torchvision v2.Transform or an Augmentation, got {made!r}")
         super().__init__(made.transform, made.resizes, made.evaluation_size or size)
+        made.evaluation_size = self.evaluation_size
+        self.made = made
         self.origin = name, dict(size)
         self._try(name, (max(size.values()), min(size.values())))
 
@@ -260,9 +262,18 @@ class _OfUser(Augmentation):
         """Another process calls the function again: it could not import a class from a file that has no module."""
         return type(self), self.origin
 
+    def __call__(self, image: Image.Image, boxes: torch.Tensor, areas: torch.Tensor) -> Augmented:
+        """As the user's class does it."""
+        return Augmented(*self.made(image, boxes, areas))
+
     def shape(self, height: int, width: int, boxes: torch.Tensor) -> tuple[int, int]:
-        """The shape before, as not every transform can do without pixels."""
-        return height, width
+        """What the user's class says, otherwise the shape before, as not every transform can do without pixels."""
+        foretold = type(self.made).shape is not Augmentation.shape
+        return self.made.shape(height, width, boxes) if foretold else (height, width)
+
+    def smallest_shape(self, height: int, width: int) -> tuple[int, int]:
+        """As the user's class says."""
+        return self.made.smallest_shape(height, width)
 
     def _try(self, name: str, picture_size: tuple[int, int]) -> None:
         width, height = picture_size

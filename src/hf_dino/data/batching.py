@@ -149,8 +149,7 @@ class TrainingCollator:
         """Return `pixel_values`, `pixel_mask` and `labels`.
 
         Raises:
-            InputError: If the model could not learn from a label, naming the picture. Here it costs nothing, while on
-                an accelerator the model would have to wait for the device to see it.
+            InputError: If the model could not learn from a label, naming the picture, which the model does not know.
         """
         batch = self.processor(
             images=[item["image"] for item in items],
@@ -283,6 +282,8 @@ def training_loader(
         batch_sampler=batches,
         collate_fn=collate,
         num_workers=num_workers,
+        # enough for a whole step, of which the number of objects is asked before its first batch is learned from
+        prefetch_factor=max(2, -(-batches.accumulation // num_workers)) if num_workers else None,
         pin_memory=torch.cuda.is_available(),
         # a generator of its own, so that starting a loader draws nothing from the numbers that the noise comes from
         generator=torch.Generator(),

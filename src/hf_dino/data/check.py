@@ -68,7 +68,7 @@ class DataReport:
         """
         if self.errors:
             more = f"\n… and {len(self.errors) - 5} more" if len(self.errors) > 5 else ""
-            raise InputError("the data cannot be trained on:\n" + "\n".join(self.errors[:5]) + more)
+            raise InputError("the data cannot be used:\n" + "\n".join(self.errors[:5]) + more)
 
 
 def check_data(

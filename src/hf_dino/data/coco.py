@@ -37,7 +37,7 @@ def read_coco(images: str | Path, annotations: str | Path) -> DetectionData:
 
 
 def read_coco_file(folders: Sequence[Path], source: Path, complain: Complain = refuse) -> DetectionData:
-    """Read an annotation file whose pictures are in that of `folders` which holds most of the first few.
+    """Read an annotation file whose pictures are in the first of `folders` which holds most of the first few.
 
     Objects of unknown pictures or categories are complained of, and left out where that does not stop.
     """
@@ -80,14 +80,18 @@ def find_coco(folder: Path) -> dict[str, CocoFiles]:
 def find_lone_coco(folder: Path) -> dict[str, CocoFiles]:
     """Find the only JSON file, whatever its name: for training."""
     files = [*folder.glob("*.json"), *folder.glob("annotations/*.json")]
-    return {"train": (_folders(folder, "train", files[0]), files[0])} if len(files) == 1 else {}
+    return {"train": ([files[0].parent, folder, *_places(folder)], files[0])} if len(files) == 1 else {}
 
 
 def _folders(folder: Path, split: str, file: Path) -> list[Path]:
+    """Leave out the folders of other splits: they may hold other pictures of the same names."""
+    named = {name: [place for place in _places(folder) if split_of(place.name) == name] for name in (split, None)}
+    return [*named[split], file.parent, folder, *named[None]]
+
+
+def _places(folder: Path) -> list[Path]:
     nested = [*sorted(folder.iterdir()), *sorted((folder / "images").glob("*"))]
-    places = [entry for entry in nested if entry.is_dir()]
-    named = [place for place in places if split_of(place.name) == split]
-    return [*named, file.parent, folder, *places]
+    return [entry for entry in nested if entry.is_dir()]
 
 
 def read_coco_files(splits: Mapping[str, CocoFiles], source: Path, complain: Complain) -> dict[str, DetectionData]:
@@ -169,7 +173,8 @@ def _is_among(number: Any, known: set[int]) -> bool:
 def _picture_folder(folders: Sequence[Path], content: dict, source: Path) -> Path:
     names = [entry["file_name"] for entry in content["images"][:_FEW_PICTURES]]
     held = {folder: sum((folder / name).is_file() for name in names) for folder in folders}
-    folder = max(held, key=lambda folder: held[folder])  # the first of several
+    most = max(held, key=lambda folder: held[folder])  # the first of several
+    folder = next((folder for folder in folders if 2 * held[folder] > len(names)), most)
     if not folder.is_dir():
         raise InputError(f"{folder}: there is no such folder of pictures")
     if not held[folder] and not any(path.suffix.lower() in PICTURE_SUFFIXES for path in folder.rglob("*")):

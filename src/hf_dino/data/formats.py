@@ -67,13 +67,14 @@ def read_data(
         source (`str` or `Path`): A folder, or a name on the Hub: `OWNER/NAME[:CONFIGURATION][@REVISION]`.
         splits (`Sequence[str]`, *optional*): Which of `"train"`, `"validation"` and `"test"` must be there and are
             read; by default those that are there. Their names in the data set may be others, as `val` or `train2017`;
-            what is not divided is `"train"`.
+            what is not divided is `"train"`. Where classes have no numbers but names at the objects, they are numbered
+            over all splits, whichever are read; those of a stream over what is read.
         streaming (`bool`, *optional*, defaults to `False`): Fetch a data set of `datasets` picture by picture instead
             of downloading it whole. Since training reads pictures in any order and again, they are kept: in `cache`,
             encoded as they come. A pass that was cut short goes on where it was.
         limit (`int`, *optional*): Of a stream, the most pictures of a split.
         cache (`str` or `Path`, *optional*): Of a stream, the folder to keep it in; by default beside the cache of
-            `datasets`, one for each version of the data set.
+            `datasets`, one for each version of the data set. It is new, empty, or keeps this very stream.
         complain (`Callable`, *optional*): Called with each thing that stops a training and yet leaves the rest
             readable. By default the first is raised.
 
@@ -81,12 +82,15 @@ def read_data(
         `dict[str, DetectionData]`: By split, in the order above.
 
     Raises:
-        InputError: If the source is of no known format, contradicts itself, or lacks a split or pictures.
+        InputError: If the source is of no known format, contradicts itself, or lacks a split or pictures; if `limit`
+            or `cache` is given without `streaming`, or the cache is used for something else.
         ImportError: If a library is missing that this format needs.
     """
     wanted = tuple(splits)
     if unknown := set(wanted) - set(SPLITS):
         raise InputError(f"there are no splits called {few(sorted(unknown))}; choose of {few(SPLITS)}")
+    if not streaming and (limit is not None or cache is not None):
+        raise InputError("limit and cache are for a stream: give streaming as well, or leave them out")
     data = (
         read_stream(str(source), wanted, limit, Path(cache) if cache else None, complain)
         if streaming

@@ -10,8 +10,9 @@ import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from types import ModuleType
 from typing import Any, BinaryIO, NamedTuple, TypeVar
@@ -19,7 +20,7 @@ from typing import Any, BinaryIO, NamedTuple, TypeVar
 from tqdm import tqdm
 
 from ..errors import InputError, few
-from ..files import naming
+from ..files import naming, read_text, replacing
 from .dataset import Complain, DetectionData, PictureMaker, distinct
 from .extras import import_extra
 from .images import PICTURE_SUFFIXES, PictureSource
@@ -64,6 +65,18 @@ class TablePicture:
         return f"{self.title}, row {self.row}: {self.table[self.row][self.column]['path'] or 'picture without name'}"
 
 
+class TableSplit(NamedTuple):
+    """Where a split is.
+
+    Attributes:
+        table (`datasets.Dataset`): Of the split.
+        all_tables (`dict[str, datasets.Dataset]`): Of all splits, whose classes are numbered together.
+    """
+
+    table: Any
+    all_tables: Mapping[str, Any]
+
+
 class Row(NamedTuple):
     """One row: its picture, and what it says of it.
 
@@ -76,27 +89,27 @@ class Row(NamedTuple):
     said: Mapping[str, Any]
 
 
-def find_saved(folder: Path) -> dict[str, Any]:
+def find_saved(folder: Path) -> dict[str, TableSplit]:
     """Find what `save_to_disk` wrote."""
     if not (folder / "dataset_dict.json").is_file() and not all(
         (folder / name).is_file() for name in ("dataset_info.json", "state.json")
     ):
         return {}
-    return _by_split(_load(str(folder), lambda: _datasets().load_from_disk(str(folder))), folder)
+    return _table_splits(_load(str(folder), lambda: _datasets().load_from_disk(str(folder))), folder)
 
 
-def find_picture_folder(folder: Path) -> dict[str, Any]:
+def find_picture_folder(folder: Path) -> dict[str, TableSplit]:
     """Find pictures with metadata files, divided into folders of splits or not, or Parquet files."""
     patterns = ("metadata.jsonl", "metadata.csv", "metadata.parquet", "*.parquet")
     if not any(any(folder.glob(f"{depth}{pattern}")) for depth in ("", "*/") for pattern in patterns):
         return {}
-    return _by_split(_load(str(folder), lambda: _datasets().load_dataset(str(folder))), folder)
+    return _table_splits(_load(str(folder), lambda: _datasets().load_dataset(str(folder))), folder)
 
 
-def load_name(name: str) -> dict[str, Any]:
+def load_name(name: str) -> dict[str, TableSplit]:
     """Load the splits of a data set on the Hub: `owner/name`, with `:configuration` and `@revision` if need be."""
     options = _parse(name)
-    return _by_split(_load(name, lambda: _datasets().load_dataset(**options)), name)
+    return _table_splits(_load(name, lambda: _datasets().load_dataset(**options)), name)
 
 
 def is_name(text: str) -> bool:
@@ -131,6 +144,11 @@ def _load(name: str, load: Any) -> Any:
         ) from None
 
 
+def _table_splits(loaded: Any, source: Path | str) -> dict[str, TableSplit]:
+    tables = _by_split(loaded, source)
+    return {split: TableSplit(table, tables) for split, table in tables.items()}
+
+
 def _by_split(loaded: Any, source: Path | str) -> dict[str, Any]:
     """Sort tables by split; a single one that is named after none is for training."""
     tables = dict(loaded) if isinstance(loaded, dict) else {"train": loaded}
@@ -149,14 +167,30 @@ def _by_split(loaded: Any, source: Path | str) -> dict[str, Any]:
     return ordered
 
 
-def read_tables(splits: Mapping[str, Any], source: Path | str, complain: Complain) -> dict[str, DetectionData]:
-    """Read tables of `datasets`. Their pictures stay where they are: on disk, in Arrow files or beside them."""
-    rows = {split: list(_table_rows(table, f"{source} ({split})")) for split, table in splits.items()}
-    names = {split: _class_names(table.features) for split, table in splits.items()}
-    return _read_rows(rows, names, source, complain)
+def read_tables(splits: Mapping[str, TableSplit], source: Path | str, complain: Complain) -> dict[str, DetectionData]:
+    """Read tables of `datasets`. Their pictures stay where they are: on disk, in Arrow files or beside them.
+
+    Classes that are named by words at the objects are numbered from 0 in the order of words, over all splits of the
+    data set, whichever are read: ids in a file of results are the same every time.
+    """
+    rows = {split: list(_table_rows(each.table, f"{source} ({split})")) for split, each in splits.items()}
+    names = {split: _class_names(each.table.features) for split, each in splits.items()}
+    unread = {
+        split: table for each in splits.values() for split, table in each.all_tables.items() if split not in splits
+    }
+    return _read_rows(rows, names, source, complain, _categories(unread) if None in names.values() else ())
+
+
+def _categories(tables: Mapping[str, Any]) -> Iterator[Any]:
+    """The categories of all objects, as far as the tables can be read: the labels of a test may be kept secret."""
+    for split, table in tables.items():
+        with suppress(InputError):
+            for row in _table_rows(table, split):
+                yield from _columns(row, split)[1]
 
 
 def _table_rows(table: Any, title: str) -> Iterator[Row]:
+    table = table.with_format(None)  # a saved table may give tensors
     column = _picture_column(table.features, title)
     pictures = table.select_columns([column]).cast_column(column, _datasets().Image(decode=False))
     said = table.select_columns([name for name in table.column_names if name in _USED])
@@ -175,31 +209,58 @@ def read_stream(
     where it was. What comes out is a folder of pictures like any other. Without `limit` it saves no space on the disk
     compared to a download, only the second copy in Arrow files.
 
+    Classes that are named by words at the objects are numbered over what is read: which words the other splits and
+    pictures have is not known before they are fetched.
+
     Args:
         name (`str`): On the Hub, or a folder.
         splits (`Sequence[str]`): To read, if there are any; else all.
         limit (`int` or `None`): The most pictures of a split, the first ones.
         cache (`Path` or `None`): The folder; by default one beside what `datasets` itself keeps of this very version.
         complain (`Callable`): Is told of what stops a training.
+
+    Raises:
+        InputError: If the folder holds anything else than this very stream.
     """
     options = _parse(name)
     builder = _load(name, lambda: _datasets().load_dataset_builder(**options))
     streams = _by_split(_load(name, builder.as_streaming_dataset), name)
     cache = cache or Path(f"{builder.cache_dir}-pictures")
+    path = str(Path(name).resolve()) if Path(name).is_dir() else options["path"]
+    _claim(cache, {"name": path, "configuration": builder.config_id, "revision": builder.hash})
     chosen = {split: stream for split, stream in streams.items() if not splits or split in splits}
     rows = {split: _keep(stream, cache / split, f"{name} ({split})", limit) for split, stream in chosen.items()}
     names = {split: _class_names(stream.features) for split, stream in chosen.items()}
     return _read_rows(rows, names, name, complain)
 
 
+def _claim(cache: Path, stream: Mapping[str, str]) -> None:
+    """Note in a folder, when it is first used, which stream it keeps; refuse it if it holds anything else."""
+    file, said = cache / "stream.json", json.dumps(stream)
+    with _locked(cache):
+        if not file.exists():
+            # hidden are the lock, and what a process leaves that was killed just here
+            if held := sorted(entry.name for entry in cache.iterdir() if not entry.name.startswith(".")):
+                raise InputError(f"{cache}: holds {few(held)}, and no stream; give a new or empty folder to keep one")
+            with replacing(file) as temporary:
+                temporary.write_text(said, encoding="utf-8")
+        if (kept := read_text(file)) != said:
+            raise InputError(f"{cache}: keeps the stream {kept}, not {said}; give another folder, or remove this one")
+
+
+def _locked(folder: Path) -> Any:
+    """Make a folder that one process at a time uses within this context."""
+    folder.mkdir(parents=True, exist_ok=True)
+    filelock = import_extra("filelock", "hub-data", "reading a stream")  # what `datasets` locks with
+    return filelock.FileLock(folder / ".lock")
+
+
 def _keep(stream: Any, folder: Path, title: str, limit: int | None) -> list[Row]:
     """Write what is missing of a stream's first `limit` pictures, and return the rows."""
-    filelock = import_extra("filelock", "hub-data", "reading a stream")  # what `datasets` locks with
     if stream.features is None:
         raise InputError(f"{title}: cannot be streamed, since its columns are not known beforehand; do without")
     column = _picture_column(stream.features, title)
-    folder.mkdir(parents=True, exist_ok=True)
-    with filelock.FileLock(folder / ".lock"):  # the other processes of a run wait, then find everything there
+    with _locked(folder):  # the other processes of a run wait, then find everything there
         rows = _kept_rows(folder)
         missing = None if limit is None else max(0, limit - len(rows))
         if missing != 0 and not (folder / "complete").is_file():
@@ -257,9 +318,11 @@ def _read_rows(
     names: Mapping[str, Sequence[str] | None],
     source: Path | str,
     complain: Complain,
+    other_categories: Iterable[Any] = (),
 ) -> dict[str, DetectionData]:
     columns = {split: [_columns(row, f"{source} ({split})") for row in found] for split, found in rows.items()}
-    found_names = _found_names(category for split in columns.values() for each in split for category in each[1])
+    categories_read = (category for split in columns.values() for each in split for category in each[1])
+    found_names = _found_names(chain(categories_read, other_categories))
     data = {}
     for split, found in rows.items():
         listed = names[split]

@@ -2,12 +2,13 @@
 
 import logging
 import re
+import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO, Protocol, TypeAlias
 
-from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
 
 from ..errors import InputError
 from ..image_processing_dino_detr import to_rgb
@@ -28,7 +29,18 @@ class StoredPicture(Protocol):
 
 PictureSource: TypeAlias = Path | StoredPicture
 
-_QUARTER_TURNS = (5, 6, 7, 8)  # EXIF orientations that exchange height and width
+# What shows a picture of each EXIF orientation upright. Pillow's own `exif_transpose` also writes all EXIF data anew,
+# and fails where a camera wrote it oddly.
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+_QUARTER_TURNS = (5, 6, 7, 8)  # exchange height and width
 
 
 def read_image(source: str | PictureSource, annotated_size: tuple[int, int] | None = None) -> Image.Image:
@@ -52,8 +64,9 @@ def read_image(source: str | PictureSource, annotated_size: tuple[int, int] | No
     source = Path(source) if isinstance(source, str) else source
     with _opened(source) as image:
         image.load()
-        turn = _drawn_upright(image, annotated_size, source)
-    upright = ImageOps.exif_transpose(image) if turn else image
+        orientation = _orientation(image)
+    turn = _TURNS.get(_applied_orientation(image, orientation, annotated_size, source))
+    upright = image if turn is None else image.transpose(turn)
     try:
         converted = to_rgb(upright)
     except ValueError as error:
@@ -70,7 +83,12 @@ def picture_size(source: PictureSource, annotated_size: tuple[int, int] | None =
         InputError: If the head is missing, broken or of an unsupported kind, or tells another size than annotated.
     """
     with _opened(source) as image:
-        turned = _drawn_upright(image, annotated_size, source) and _orientation(image) in _QUARTER_TURNS
+        orientation = _orientation(image)
+        # Pillow turns a TIFF on loading; before that, its later versions give the turned size, yet the old orientation
+        if image.format == "TIFF" and orientation in _QUARTER_TURNS:
+            image.load()
+            orientation = _orientation(image)
+    turned = _applied_orientation(image, orientation, annotated_size, source) in _QUARTER_TURNS
     return (image.width, image.height) if turned else (image.height, image.width)
 
 
@@ -103,18 +121,24 @@ def short_name(source: str | PictureSource) -> str:
 
 @contextmanager
 def _opened(source: PictureSource) -> Iterator[Image.Image]:
+    """Open a picture for calls of Pillow, and of nothing else: whatever fails within is the file's fault."""
     try:
         with source.open("rb") as file, Image.open(file) as image:
             yield image
-    except InputError:
-        raise
     except FileNotFoundError:
         raise InputError(f"{source}: there is no such picture file") from None
-    # Pillow reports broken files by whichever of these its decoder happened to stumble over
-    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
+    except Image.DecompressionBombError as error:
+        raise InputError(
+            f"{source}: is larger than Pillow reads ({error}); cut it into tiles, or raise PIL.Image.MAX_IMAGE_PIXELS"
+        ) from None
+    except _BROKEN as error:
         # where Pillow does not know the kind, its own words name a file object
         reason = "it is of no known kind" if isinstance(error, UnidentifiedImageError) else error
         raise InputError(f"{source}: cannot be read as a picture ({reason}); repair or remove the file") from None
+
+
+# Pillow reports broken files by whichever of these its decoder happened to stumble over
+_BROKEN = (OSError, SyntaxError, ValueError, EOFError, OverflowError, TypeError, IndexError, struct.error)
 
 
 def _orientation(image: Image.Image) -> int:
@@ -123,15 +147,17 @@ def _orientation(image: Image.Image) -> int:
     return Image.Image.getexif(image).get(ExifTags.Base.Orientation, 1)
 
 
-def _drawn_upright(image: Image.Image, annotated_size: tuple[int, int] | None, source: PictureSource) -> bool:
-    """Whether the annotations were drawn on the picture as a viewer shows it, rather than on the pixels as stored."""
-    stored, orientation = (image.height, image.width), _orientation(image)
+def _applied_orientation(
+    image: Image.Image, orientation: int, annotated_size: tuple[int, int] | None, source: PictureSource
+) -> int:
+    """The picture's EXIF orientation, as a viewer applies it; 1 if annotations were drawn on the pixels as stored."""
+    stored = (image.height, image.width)
     shown = stored[::-1] if orientation in _QUARTER_TURNS else stored
     if annotated_size is None or annotated_size == shown:
-        return True
+        return orientation
     if stored == annotated_size:
         _log_once("EXIF rotation left out", f"{source} is annotated as stored: its EXIF rotation is not applied")
-        return False
+        return 1
     raise InputError(
         f"{source}: the annotations say {annotated_size[1]} x {annotated_size[0]} pixels (width x height) but the "
         f"file has {image.width} x {image.height} (EXIF orientation {orientation}); annotate this file or restore the "

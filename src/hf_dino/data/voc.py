@@ -23,6 +23,18 @@ _PLACES = (("JPEGImages", "Annotations"), ("images", "annotations"), (".", "."))
 Pairs = Sequence[tuple[Path, Path]]  # a picture and its annotation file, either of which may be missing
 
 
+class VocSplit(NamedTuple):
+    """Where a split is.
+
+    Attributes:
+        pairs (`list[tuple[Path, Path]]`): Pictures and their annotation files.
+        all_annotations (`list[Path]`): The annotation files of all splits, whose classes are numbered together.
+    """
+
+    pairs: Pairs
+    all_annotations: Sequence[Path]
+
+
 class VocAnnotation(NamedTuple):
     """What an XML file says.
 
@@ -39,8 +51,14 @@ class VocAnnotation(NamedTuple):
     difficult: Sequence[int] = ()
 
 
-def find_voc(folder: Path) -> dict[str, Pairs]:
+def find_voc(folder: Path) -> dict[str, VocSplit]:
     """Find the splits: lists in ImageSets/Main, or folders of their own, or else everything is for training."""
+    found = _find_pairs(folder)
+    all_annotations = [file for pairs in found.values() for _, file in pairs]
+    return {split: VocSplit(pairs, all_annotations) for split, pairs in found.items()}
+
+
+def _find_pairs(folder: Path) -> dict[str, Pairs]:
     lists = folder / "ImageSets" / "Main"
     if lists.is_dir() and all((folder / place).is_dir() for place in _PLACES[0]):
         return _listed(lists, *(folder / place for place in _PLACES[0]))
@@ -73,21 +91,24 @@ def _listed(lists: Path, pictures: Path, annotations: Path) -> dict[str, Pairs]:
     } or {"train": _pairs(pictures, annotations)}
 
 
-def read_voc(splits: Mapping[str, Pairs], source: Path, complain: Complain) -> dict[str, DetectionData]:
+def read_voc(splits: Mapping[str, VocSplit], source: Path, complain: Complain) -> dict[str, DetectionData]:
     """Read XML files with supervision, but without the pictures, which it would decode to know their size.
 
-    Classes are numbered from 1 in the order of their names, over all of `splits`. Difficult objects become crowds,
-    which are neither trained on nor counted.
+    Classes are numbered from 1 in the order of their names, over all splits of the folder, whichever are read: ids in
+    a file of results are the same every time. Difficult objects become crowds, which are neither trained on nor
+    counted.
     """
-    annotations = {split: [_read(file, complain) for _, file in pairs] for split, pairs in splits.items()}
-    names = sorted({name for split in annotations.values() for each in split for name in each.names if name})
-    if not names:
+    files = dict.fromkeys(file for split in splits.values() for file in split.all_annotations)
+    annotations = {file: _read(file, complain) for file in files}
+    names = sorted({name for said in annotations.values() for name in said.names if name})
+    if splits and not names:
         raise InputError(f"{source}: no annotation file has an object")
     ids = {name: number for number, name in enumerate(names, start=1)}
     data = {}
-    for split, pairs in splits.items():
+    for split, (pairs, _) in splits.items():
         maker = PictureMaker(source, split, complain)
-        for (path, file), said in zip(pairs, annotations[split]):
+        for path, file in pairs:
+            said = annotations[file]
             category_ids = [ids.get(name, 0) for name in said.names]
             maker.add(path, said.size, said.boxes, category_ids, iscrowd=said.difficult)
             if not file.is_file():

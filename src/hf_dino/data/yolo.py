@@ -78,11 +78,12 @@ def _described(file: Path, content: Mapping[str, Any], entries: Mapping[str, Any
     found = {}
     for split, entry in entries.items():
         places = [_place(root, str(place)) for place in (entry if isinstance(entry, list) else [entry])]
-        if all(place.exists() for place in places):
+        if absent := [str(place) for place in places if not place.exists()]:
+            # Roboflow describes splits that were left empty
+            logger.warning("%s: the %s split is left out, since %s does not exist", file, split, few(absent))
+        else:
             pictures = [path for place in places for path in _pictures(place, root)]
             found[split] = YoloSplit(pictures, distinct(classes, file), math.prod(keypoints))
-        else:  # Roboflow describes splits that were left empty
-            logger.warning("%s: the %s split is left out, since %s does not exist", file, split, few(map(str, places)))
     if not found:
         raise InputError(f"{file}: none of the folders that it names exists: {few(map(str, entries.values()))}")
     return found

@@ -19,6 +19,7 @@ from transformers import BaseImageProcessor
 
 from ..data.boxes import from_corners
 from ..files import naming, new_text_file
+from ..sharding import whole_weights
 from .records import DETECTION
 
 
@@ -57,7 +58,7 @@ def collect_detections(
     # without the wrapper of DistributedDataParallel, whose forward waits for the other processes
     network = accelerator.unwrap_model(model)
     with _temporary_file() as own:
-        with evaluation_mode(network):
+        with evaluation_mode(network), whole_weights(network):
             for batch in loader:
                 tensors = {name: batch[name] for name in ("pixel_values", "pixel_mask")}
                 outputs = network(**send_to_device(tensors, accelerator.device, non_blocking=True))

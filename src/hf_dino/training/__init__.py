@@ -34,14 +34,15 @@ from .optimization import (
     stopped_improving,
 )
 from .picture_sizes import check_picture_sizes
+from .processes import PATIENCE
 from .progress import TrainingProgress
 from .recipe import apply_recipe
-from .sharding import whole_weights
 from .signals import StopSignals
 from .tracking import tracked
 
 
 __all__ = [
+    "PATIENCE",
     "SCHEDULES",
     "LossMonitor",
     "RunHistory",
@@ -80,6 +81,5 @@ __all__ = [
     "stopped_improving",
     "tracked",
     "whole_model",
-    "whole_weights",
     "with_effective_batch",
 ]

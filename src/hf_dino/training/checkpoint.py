@@ -25,6 +25,7 @@ from ..configuration_dino_detr import DinoDetrConfig
 from ..data.dataset import DetectionData
 from ..errors import InputError
 from ..files import read_text, sync, sync_tree, write_json
+from ..sharding import IN_PIECES
 from .processes import highest_of_all, texts_of_all
 
 
@@ -291,7 +292,8 @@ def save_checkpoint(accelerator: Accelerator, folder: Path, state: TrainingState
         InputError: If it cannot be written, say because the disk is full. The earlier ones are still there.
     """
     path = checkpoint_path(folder, state.step)
-    is_new = not path.exists()  # else only what is known about this step has changed, such as its score
+    # else only what is known about this step has changed, such as its score; other machines may see the folder late
+    is_new = bool(highest_of_all(accelerator, int(accelerator.is_main_process and not path.exists())))
     temporary = folder / f".{path.name}.part"
     if is_new:
         _write_files(accelerator, temporary)
@@ -323,6 +325,8 @@ def _write_files(accelerator: Accelerator, temporary: Path) -> None:
         if isinstance(error, RuntimeError) and not any(word in str(error) for word in _TORCH_WRITES):
             raise
         failure = str(error).partition("\n")[0]
+        if accelerator.distributed_type in IN_PIECES:  # the others wait for this process before they come so far
+            raise _not_written([failure], temporary) from error
     _stop_if(failure, accelerator, temporary)
 
 
@@ -331,12 +335,17 @@ def _stop_if(failure: str, accelerator: Accelerator, temporary: Path) -> None:
     failures = texts_of_all(failure)
     if not failures:
         return
-    free = _gib(shutil.disk_usage(temporary.parent).free)
+    problem = _not_written(failures, temporary)
     if accelerator.is_main_process:
         shutil.rmtree(temporary, ignore_errors=True)
+    raise problem
+
+
+def _not_written(failures: Iterable[str], temporary: Path) -> InputError:
+    free = _gib(shutil.disk_usage(temporary.parent).free)
     last = latest_checkpoint(temporary.parent)
     go_on = f"go on from {last.name} with --resume" if last else "start again"
-    raise InputError(
+    return InputError(
         f"{temporary.parent}: a checkpoint could not be written ({'; '.join(failures)}; {free} were left on the "
         f"disk). Make space there, then {go_on}"
     )

@@ -25,10 +25,10 @@ def effective_batch(
         accelerator (`Accelerator`): Knows the other processes, which must all call this.
     """
     counts = [len(label["boxes"]) for labels in labels_of_batches for label in labels]
-    # where there is nobody to tell, the device need not be waited for
-    device = accelerator.device if accelerator.use_distributed else None
-    of_this_process = torch.tensor([sum(counts), max(counts, default=0)], device=device)
-    objects, most_objects = zip(*accelerator.gather(of_this_process).view(-1, 2).tolist())
+    of_all = torch.tensor([sum(counts), max(counts, default=0)])
+    if accelerator.num_processes > 1:  # where there is nobody to tell, the device need not be waited for
+        of_all = accelerator.gather(of_all.to(accelerator.device))
+    objects, most_objects = zip(*of_all.view(-1, 2).tolist())
     num_batches = len(labels_of_batches) * accelerator.num_processes
     return DinoDetrEffectiveBatch(num_boxes=max(1, sum(objects)) / num_batches, most_objects=max(most_objects))
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .sharding import gather_tensor, local_part, shared_like
+from ..sharding import gather_tensor, local_part, shared_like
 
 
 def decay_after(updates: int, decay: float) -> float:

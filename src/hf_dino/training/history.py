@@ -2,19 +2,24 @@
 
 import csv
 import json
-from collections.abc import Mapping
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ..files import replacing
+from ..files import naming, replacing
 from ..visualization import plot_training_curves
+
+
+logger = logging.getLogger(__name__)
 
 
 class RunHistory:
     """Rows of a history, kept in `history.jsonl` and `history.csv` as they come.
 
     What these files had is replaced at the start: a resumed run begins with the rows that its checkpoint knows, and
-    what came after that happens once more.
+    what came after that happens once more. Later, a file that cannot be written is only warned of: no row is lost.
 
     Args:
         folder (`Path`): Where the files are; made if it does not exist.
@@ -27,35 +32,58 @@ class RunHistory:
         self.rows = rows
         self.writes = writes
         self._columns: list[str] = []
+        self._is_whole = False
         if writes:
-            with replacing(folder / "history.jsonl") as path:
-                path.write_text("".join(map(_json_line, rows)), encoding="utf-8")
-            self._write_csv()
+            self._write_all()
 
     def add(self, row: Mapping[str, Any]) -> None:
         """Append a row, called by every process."""
         self.rows.append(dict(row))
-        if not self.writes:
-            return
-        with (self.folder / "history.jsonl").open("a", encoding="utf-8") as file:
-            file.write(_json_line(row))
-        if row.keys() <= set(self._columns):
-            with (self.folder / "history.csv").open("a", encoding="utf-8", newline="") as file:
-                csv.DictWriter(file, self._columns).writerow(row)
-        else:
-            self._write_csv()
+        if self.writes:
+            with _warning_only():
+                self._append(row)
 
     def plot(self) -> None:
         """Draw the curves of losses and average precision into `curves.png`."""
         if self.writes:
-            plot_training_curves(self.rows, self.folder / "curves.png")
+            with _warning_only():
+                plot_training_curves(self.rows, self.folder / "curves.png")
 
-    def _write_csv(self) -> None:
+    def _append(self, row: Mapping[str, Any]) -> None:
+        if not self._is_whole or not row.keys() <= set(self._columns):
+            self._write_all()
+            return
+        self._is_whole = False
+        json_lines, table = self._paths()
+        with naming(json_lines), json_lines.open("a", encoding="utf-8") as file:
+            file.write(_json_line(row))
+        with naming(table), table.open("a", encoding="utf-8", newline="") as file:
+            csv.DictWriter(file, self._columns).writerow(row)
+        self._is_whole = True
+
+    def _write_all(self) -> None:
+        self._is_whole = False
         self._columns = list(dict.fromkeys(name for row in self.rows for name in row))
-        with replacing(self.folder / "history.csv") as path, path.open("w", encoding="utf-8", newline="") as file:
+        json_lines, table = self._paths()
+        with replacing(json_lines) as path:
+            path.write_text("".join(map(_json_line, self.rows)), encoding="utf-8")
+        with replacing(table) as path, path.open("w", encoding="utf-8", newline="") as file:
             writer = csv.DictWriter(file, self._columns)
             writer.writeheader()
             writer.writerows(self.rows)
+        self._is_whole = True
+
+    def _paths(self) -> tuple[Path, Path]:
+        return self.folder / "history.jsonl", self.folder / "history.csv"
+
+
+@contextmanager
+def _warning_only() -> Iterator[None]:
+    """Let a file that only informs, open in another program or on a full disk, not end the run."""
+    try:
+        yield
+    except OSError as error:
+        logger.warning("%s; the run goes on, nothing of its history is lost, and the file is written later", error)
 
 
 def _json_line(row: Mapping[str, Any]) -> str:

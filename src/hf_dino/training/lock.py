@@ -3,6 +3,7 @@
 import logging
 import os
 import socket
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -25,6 +26,7 @@ except ImportError:  # Windows
 logger = logging.getLogger(__name__)
 
 _LOCK_FILE = ".lock"
+_MEMORY_OF_NETWORK_DISKS = 60.0  # seconds; NFS remembers for 30 to 60 that a name was not there
 
 
 @contextmanager
@@ -53,10 +55,20 @@ def run_folder(accelerator: Accelerator, folder: Path, start: Path | None, *, ov
             except (InputError, OSError) as error:
                 failure = str(error)
         _stop_if(failure)
-        is_seen = (folder / _LOCK_FILE).exists()
+        is_seen = _appears(folder / _LOCK_FILE)
         host = socket.gethostname()
         _stop_if("" if is_seen else f"{folder}: is not seen by {host}; give an --output that all machines share")
         yield
+
+
+def _appears(path: Path) -> bool:
+    """Whether a file that exists can be seen here, at once or after the time for which network disks remember."""
+    deadline = time.monotonic() + _MEMORY_OF_NETWORK_DISKS
+    while not path.exists():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.1)
+    return True
 
 
 def _stop_if(failure: str) -> None:

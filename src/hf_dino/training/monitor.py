@@ -7,11 +7,12 @@ from statistics import fmean
 from typing import Any, NoReturn
 
 import torch
-from accelerate import Accelerator, DistributedType
+from accelerate import Accelerator
 from torch import nn
 from torch.distributed.tensor import DTensor
 
 from ..errors import few
+from ..sharding import IN_PIECES
 from .diagnosis import RandomState, first_not_finite
 from .processes import highest_of_all, means_of_all, texts_of_all
 
@@ -19,9 +20,6 @@ from .processes import highest_of_all, means_of_all, texts_of_all
 # With a GradScaler, which halves its scale each time: more in a row than this are no matter of the scale.
 _TOLERATED = 10
 _IN_HISTORY = ("loss", "loss_ce", "loss_bbox", "loss_giou")
-
-# Where a process does not have the whole model, so that a layer cannot be looked at in passing.
-_IN_PIECES = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
 
 
 @dataclass(frozen=True)
@@ -87,6 +85,8 @@ class LossMonitor:
 
     def check(self, step: int, gradient_norm: torch.Tensor | float | None = None) -> dict[str, float]:
         """Read the losses of a step's batches, before the optimizer takes it; called by every process.
+
+        DeepSpeed has taken it by then, in `accelerator.backward`: what is rescued may be spoilt, and is called so.
 
         Args:
             step (`int`): Optimizer steps done before this one.
@@ -159,7 +159,7 @@ class LossMonitor:
         return f"{few(numbers, 3)} with the pictures of image_id {pictures}{first}"
 
     def _cause(self, begun: _Begun) -> str | None:
-        if self.accelerator.distributed_type in _IN_PIECES:
+        if self.accelerator.distributed_type in IN_PIECES:
             return None
         model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
         scale = 1.0 if self.accelerator.scaler is None else self.accelerator.scaler.get_scale()

@@ -1,11 +1,17 @@
 """What the processes of a run tell each other beside gradients. Where there is one process, nothing of it costs."""
 
 from collections.abc import Mapping
+from datetime import timedelta
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
+from accelerate.utils import InitProcessGroupKwargs, gather_object
+
+
+PATIENCE = InitProcessGroupKwargs(timeout=timedelta(hours=6))
+"""For `Accelerator`: the others wait while the main process downloads a data set or looks at it; NCCL's 10 minutes
+would end them."""
 
 
 def highest_of_all(accelerator: Accelerator, number: int) -> int:

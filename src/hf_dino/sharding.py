@@ -1,13 +1,18 @@
-"""Models whose weights several processes share out among them (PyTorch's FSDP2)."""
+"""Models whose weights, or what belongs to them, several processes share out among them (PyTorch's FSDP2)."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+from accelerate import DistributedType
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
+
+
+IN_PIECES = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
+"""Ways in which no process may have the whole model: its layers are run, and its checkpoints written, together."""
 
 
 @contextmanager
