@@ -192,17 +192,17 @@ class FineTuning:
 
     def warn_of_learning_rate(self) -> None:
         """Log it if a run is too short for its schedule, or a resumed one jumps since it is to have another length."""
-        warn = logging.getLogger("hf_dino").warning
-        if self.args.warmup_steps > self.total_steps:
+        args, warn = self.args, logging.getLogger("hf_dino").warning
+        if args.warmup_steps > self.total_steps:
             warn(
-                f"the learning rate rises for {self.args.warmup_steps} steps (--warmup-steps) and the run has "
-                f"{self.total_steps}: it never comes to {self.args.learning_rate:g}"
+                f"the learning rate rises for {args.warmup_steps} steps (--warmup-steps) and the run has "
+                f"{self.total_steps}: it never comes to {args.learning_rate:g}"
             )
-        late = [str(drop) for drop in self.drops(self.total_steps) if drop >= self.total_steps]
-        if late:
-            warn(f"--lr-drop: the run ends after {self.total_steps} steps, before a drop at {', '.join(late)}")
+        drops = zip(args.lr_drop, self.drops(self.total_steps))
+        for late in (when for when, drop in drops if when >= 1 and drop >= self.total_steps):
+            warn(f"--lr-drop {late:g}: never comes, the run ends after {self.total_steps / self.epoch_steps:g} epochs")
         step, before = self.state.step, self.state.total_steps or self.total_steps
-        was, now = (self.args.learning_rate * self.schedule(total)(step) for total in (before, self.total_steps))
+        was, now = (args.learning_rate * self.schedule(total)(step) for total in (before, self.total_steps))
         if step < self.total_steps and not math.isclose(was, now, rel_tol=0.01):
             warn(
                 f"the run is to have {self.total_steps} steps, before it was to have {before}: after step {step} the "

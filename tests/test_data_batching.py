@@ -1,5 +1,7 @@
 """Who sees which picture when: training order, equal sizes for evaluation."""
 
+import subprocess
+import sys
 from itertools import chain
 
 import numpy as np
@@ -164,3 +166,20 @@ def test_pictures_of_a_whole_step_are_read_ahead(tmp_path, num_workers, read_ahe
     data = DetectionDataset(read_coco(*write_coco(tmp_path, [])))
     sampler = TrainingBatchSampler(1, 16, seed=0, epoch=0, accumulation=16)
     assert training_loader(data, collator(5), sampler, num_workers=num_workers).prefetch_factor == read_ahead
+
+
+def test_an_error_while_others_read_ahead_ends_the_program(tmp_path):
+    """Readers leave signals to their parent, and the traceback holds what would end them."""
+    write_coco(tmp_path, [])
+    program = f"""
+import signal
+from hf_dino import DinoDetrImageProcessor
+from hf_dino.data import DetectionDataset, TrainingBatchSampler, TrainingCollator, read_coco, training_loader
+
+data = DetectionDataset(read_coco({str(tmp_path / "pictures")!r}, {str(tmp_path / "annotations.json")!r}))
+sampler = TrainingBatchSampler(1, 1, seed=0, epoch=0)
+for batch in training_loader(data, TrainingCollator(DinoDetrImageProcessor(), {{}}, 1, True), sampler, num_workers=1):
+    raise RuntimeError("something else")
+"""
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=100)
+    assert ended.stderr.endswith("RuntimeError: something else\n")

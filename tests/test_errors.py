@@ -1,5 +1,7 @@
 """What a user can repair ends a command as one line; what we have to repair keeps its traceback."""
 
+import weakref
+
 import pytest
 
 from hf_dino.errors import InputError, run_as_command
@@ -19,6 +21,20 @@ def test_what_a_user_can_repair_is_one_line(kind):
 
     with pytest.raises(SystemExit, match=r"^error: no such thing$"):
         run_as_command(main)
+
+
+def test_what_was_at_work_is_let_go_at_once():
+    """Processes that read pictures ahead would end seconds later, each."""
+    held = []
+
+    def main():
+        reader = set()
+        held.append(weakref.ref(reader))
+        raise InputError("a broken picture")
+
+    with pytest.raises(SystemExit) as end:
+        run_as_command(main)
+    assert held[0]() is None, end
 
 
 def test_other_errors_are_ours():

@@ -188,7 +188,7 @@ def test_a_run_that_is_too_short_for_its_schedule_says_so(finetune, start, data,
     finetune.main(command)
     for said in (
         "rises for 2 steps (--warmup-steps) and the run has 1: it never comes to 0.001",
-        "--lr-drop: the run ends after 1 steps, before a drop at 3",
+        "--lr-drop 1: never comes, the run ends after 0.333333 epochs",
     ):
         assert any(said in message for message in caplog.messages)
 

@@ -1,5 +1,6 @@
 """The error for input that a user can repair, words for it, and the end that it makes of a command."""
 
+import traceback
 from collections.abc import Callable, Iterable
 from typing import NoReturn
 
@@ -30,5 +31,6 @@ def run_as_command(main: Callable[[], int | None]) -> NoReturn:
     try:
         status = main()
     except (InputError, ImportError, OSError, FloatingPointError) as error:
+        traceback.clear_frames(error.__traceback__)  # what reads pictures ahead for them ends now, not at its own pace
         raise SystemExit(f"error: {error}") from None
     raise SystemExit(status)

@@ -1,8 +1,10 @@
 """Which pictures share a batch, and how items become one: shuffled for training, of equal size for evaluation."""
 
+import atexit
 import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from multiprocessing import active_children
 from typing import Any
 
 import torch
@@ -295,3 +297,13 @@ def _leave_signals_to_parent(worker: int) -> None:
     """Let a process that reads go on when a signal goes to all processes of a job: its parent ends it in time."""
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
+
+
+@atexit.register
+def _end_readers() -> None:
+    """End what still reads for an iterator that a traceback holds: Python would ask it to end, and wait for ever."""
+    for process in active_children():
+        if process.daemon:
+            process.terminate()
+            process.join(1)
+            process.kill()
