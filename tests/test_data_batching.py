@@ -178,8 +178,14 @@ from hf_dino.data import DetectionDataset, TrainingBatchSampler, TrainingCollato
 
 data = DetectionDataset(read_coco({str(tmp_path / "pictures")!r}, {str(tmp_path / "annotations.json")!r}))
 sampler = TrainingBatchSampler(1, 1, seed=0, epoch=0)
-for batch in training_loader(data, TrainingCollator(DinoDetrImageProcessor(), {{}}, 1, True), sampler, num_workers=1):
+collate = TrainingCollator(DinoDetrImageProcessor(), {{}}, 1, True)
+
+def main():
+    batches = iter(training_loader(data, collate, sampler, num_workers=1))
+    next(batches)
     raise RuntimeError("something else")
+
+main()
 """
     ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=100)
     assert ended.stderr.endswith("RuntimeError: something else\n")

@@ -2,6 +2,8 @@
 
 import atexit
 import signal
+import sys
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from multiprocessing import active_children
@@ -302,6 +304,7 @@ def _leave_signals_to_parent(worker: int) -> None:
 @atexit.register
 def _end_readers() -> None:
     """End what still reads for an iterator that a traceback holds: Python would ask it to end, and wait for ever."""
+    traceback.clear_frames(getattr(sys, "last_traceback", None))  # of the error that ends the program: in good order
     for process in active_children():
         if process.daemon:
             process.terminate()
