@@ -85,6 +85,7 @@ def test_one_wrong_number_among_many_is_found(benchmark, case):
     assert benchmark.relative_error((outputs, gradients), truth, problem.off_lines) < 1e-5
 
 
+@pytest.mark.slow
 def test_a_child_measures_memory_and_survives_failures_and_crashes(benchmark, case, monkeypatch):
     child, options = benchmark.Child(), benchmark.parse([])
     assert child.examine("no such", case, False, options) == {"verdict": "fails: KeyError: 'no such'"}

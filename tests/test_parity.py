@@ -90,18 +90,16 @@ def test_outputs(backend, model, case):
     check_outputs(model.eval(), *read_case(FIXTURES / f"official_{case}.npz"))
 
 
-# a picture without objects matters to the loss, which is the same whatever computes the attention
-WITHOUT_OBJECTS = [
-    pytest.param(name, "r50_4scale_empty", marks=[] if name == "definition" else pytest.mark.slow)
+# test_kernels.py compares the gradients of all forms; a picture without objects matters to the loss alone
+OFTEN = (("definition", "r50_4scale"), ("avx512", "r50_4scale"), ("definition", "r50_4scale_empty"))
+LOSSES = [
+    pytest.param(name, case, marks=[] if (name, case) in OFTEN else pytest.mark.slow)
     for name in ("definition", *PROCESSORS)
+    for case in OBJECT_COUNTS
 ]
 
 
-@pytest.mark.parametrize(
-    ("backend", "case"),
-    [*((name, "r50_4scale") for name in ("definition", *PROCESSORS)), *WITHOUT_OBJECTS],
-    indirect=["backend"],
-)
+@pytest.mark.parametrize(("backend", "case"), LOSSES, indirect=["backend"])
 def test_loss_and_gradients(backend, model, manifest, case):
     arrays, pixel_values, pixel_mask = read_case(FIXTURES / f"official_{case}.npz")
     recorded = official_weights.read_json(FIXTURES / f"official_{case}.loss.json.gz")

@@ -4,6 +4,7 @@ import re
 import shlex
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -44,6 +45,12 @@ def shell_commands() -> list[list[str]]:
     return [shlex.split(line, comments=True) for line in lines if line.strip()]
 
 
+@cache
+def help_of(*program: str | Path) -> str:
+    command = [sys.executable, *program, "--help"]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
 @pytest.mark.parametrize("command", [c for c in shell_commands() if c[0] in ("python", "accelerate")], ids=" ".join)
 def test_shell_commands_name_scripts_and_options_that_exist(command):
     if command[1] == "-m":
@@ -52,7 +59,7 @@ def test_shell_commands_name_scripts_and_options_that_exist(command):
     else:
         at = next(i for i, word in enumerate(command) if word.endswith(".py"))
         program, options = [ROOT / command[at]], command[at + 1 :]
-    told = subprocess.run([sys.executable, *program, "--help"], capture_output=True, text=True, check=True).stdout
+    told = help_of(*program)
     for option in (word for word in options if word.startswith("--")):
         assert option in told
 
