@@ -4,7 +4,8 @@
     python examples/predict.py --model runs/mine folder more.jpg --output drawn_pictures --json found.json
 
 With one picture `--output` is a picture file; with several, or with a folder of pictures, it is a folder in which each
-drawn picture is a PNG of the same name. Nothing that exists is overwritten.
+drawn picture is a PNG of the same name. Nothing that exists is overwritten. Pictures that cannot be read are named in
+the end, and cost none of the others.
 """
 
 import argparse

@@ -83,7 +83,7 @@ def _warning_only() -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        logger.warning("%s; the run goes on, nothing of its history is lost, and the file is written later", error)
+        logger.warning("%s; the run goes on, and its checkpoints have the whole history", error)
 
 
 def _json_line(row: Mapping[str, Any]) -> str:
