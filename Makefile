@@ -20,7 +20,7 @@ setup-floor: ## the same with the oldest supported versions, in .venv-floor
 	@PYTHON='$(PYTHON)' PYTHONS='python3.10 python3.11 python3.12 python3.13 python3 python' \
 		sh tools/setup.sh $(FLOOR) 'torch==2.10.*' 'transformers==5.14.*'
 
-demo: setup ## draw a data set, train a small DINO on it, evaluate it, show a detection
+demo: setup ## draw a dataset, train a small DINO on it, evaluate it, show a detection
 	$(VENV)/bin/python examples/demo.py
 
 test: setup ## the tests (PYTEST_ARGS="-k denoising" replaces the arguments)

@@ -4,7 +4,7 @@ r"""Multi-scale deformable attention: time and memory of every implementation at
     python benchmarks/deformable_attention.py --device cuda --hub --batch-sizes 1 2 8 \
         --shapes encoder-4scale encoder-5scale decoder-900 decoder-1100
 
-The encoder asks from the centre of every cell of a picture of 800 x 1333, with the offsets that training starts from
+The encoder asks from the center of every cell of an image of 800 x 1333, with the offsets that training starts from
 and noise of 1.5 cells; the decoder asks from random boxes. With 16-bit values, raw offsets and logits are of their
 dtype, and locations and weights of 32 bits, as in the model under autocast; what takes one dtype only gets it.
 
@@ -241,7 +241,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--hub", action="store_true", help="download kernels-community/deformable-detr and compare it")
     parser.add_argument("--time-wrong", action="store_true", help="time what gives wrong results, too; it may crash")
-    parser.add_argument("--quick", action="store_true", help="a tiny picture, one round: only to see that it works")
+    parser.add_argument("--quick", action="store_true", help="a tiny image, one round: only to see that it works")
     options = parser.parse_args(arguments)
     if options.rounds < 1 or min(options.batch_sizes) < 1:
         parser.error("--rounds and --batch-sizes must be at least 1")
@@ -256,14 +256,14 @@ def main(arguments: list[str] | None = None) -> None:
     found = find_implementations(options)
     options.implementations = [name for name, state in found.items() if state == "takes part"]
     device = torch.cuda.get_device_name() if options.device == "cuda" else machine.processor_name()
-    picture = (64, 96) if options.quick else (800, 1333)
+    image = (64, 96) if options.quick else (800, 1333)
     if options.quick:
         options.rounds = 1
     bandwidth = copy_bandwidth(options.device, 8 if options.quick else 256)
     child = Child()
     measured = [
         one
-        for case in itertools.product(options.shapes, options.batch_sizes, options.dtypes, [picture])
+        for case in itertools.product(options.shapes, options.batch_sizes, options.dtypes, [image])
         for one in measure(Case(*case), options, bandwidth, child)
     ]
     child.pool.shutdown()

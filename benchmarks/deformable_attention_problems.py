@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 
 from hf_dino.deformable_attention_dino_detr import sampling_locations
-from hf_dino.initialization_dino_detr import sampling_ring
+from hf_dino.initialization_dino_detr import initial_sampling_offsets
 
 
 HEADS, HEAD_DIM, POINTS = 8, 32, 4
@@ -23,12 +23,12 @@ class Levels:
 
 
 class Case(NamedTuple):
-    """What is asked, of how many pictures at once, in which dtype."""
+    """What is asked, of how many images at once, in which dtype."""
 
     shape: str
     batch_size: int
     dtype: str
-    picture: tuple[int, int]  # height, width in pixels
+    image: tuple[int, int]  # height, width in pixels
 
 
 class Problem:
@@ -39,13 +39,13 @@ class Problem:
         dtype = getattr(torch, case.dtype)
         wide = torch.promote_types(dtype, torch.float32)
         strides = STRIDES.get(case.shape, STRIDES["encoder-4scale"])
-        self.levels = Levels([(-(-case.picture[0] // s), -(-case.picture[1] // s)) for s in strides], device)
+        self.levels = Levels([(-(-case.image[0] // s), -(-case.image[1] // s)) for s in strides], device)
         value = torch.randn(case.batch_size, int(self.levels.tensor.prod(1).sum()), HEADS, HEAD_DIM)
-        references = cell_centres(self.levels.shapes) if case.shape in STRIDES else random_boxes(QUERIES[case.shape])
+        references = cell_centers(self.levels.shapes) if case.shape in STRIDES else random_boxes(QUERIES[case.shape])
         references = references[:, None].repeat(case.batch_size, 1, len(strides), 1).to(device, wide)
 
         points = (case.batch_size, references.shape[1], HEADS, len(strides), POINTS)
-        offsets = (sampling_ring(*points[2:]) + 1.5 * torch.randn(*points, 2)).to(device, dtype)
+        offsets = (initial_sampling_offsets(*points[2:]) + 1.5 * torch.randn(*points, 2)).to(device, dtype)
         logits, value = torch.randn(points).to(device, dtype), value.to(device, dtype)
         locations = sampling_locations(offsets, references, self.levels.tensor)
         weights = logits.to(wide).flatten(-2).softmax(dim=-1).view(points)
@@ -58,12 +58,12 @@ class Problem:
         self.off_lines = (cells - cells.round()).abs() > 1e-3
 
 
-def cell_centres(shapes: list[tuple[int, int]]) -> torch.Tensor:
+def cell_centers(shapes: list[tuple[int, int]]) -> torch.Tensor:
     """Reference points of the encoder, `(cells of all levels, 2)`: (x, y) as fractions."""
     rows_first = [torch.cartesian_prod((torch.arange(h) + 0.5) / h, (torch.arange(w) + 0.5) / w) for h, w in shapes]
     return torch.cat(rows_first).flip(-1)
 
 
 def random_boxes(count: int) -> torch.Tensor:
-    """Reference boxes of the decoder, `(count, 4)`: centre x, centre y, width, height as fractions."""
+    """Reference boxes of the decoder, `(count, 4)`: center x, center y, width, height as fractions."""
     return torch.cat([torch.rand(count, 2), 0.05 + 0.45 * torch.rand(count, 2)], dim=-1)

@@ -1,10 +1,10 @@
 """Time and memory of scoring detections: all that we do from the file on, against pycocotools' two steps alone.
 
-    python benchmarks/evaluation.py [--pictures 5000] [--detections 300] [--rounds 2]
+    python benchmarks/evaluation.py [--images 5000] [--detections 300] [--rounds 2]
 
 Objects and detections are drawn by chance, 80 classes as unequally frequent as COCO's. `hf_dino` starts from a file of
-records as a model leaves it: gathered by picture, evaluated, accumulated and summarised. `pycocotools` has everything
-in its own data sets already and only evaluates and accumulates. Each lives in a process of its own, and they take
+records as a model leaves it: gathered by image, evaluated, accumulated and summarized. `pycocotools` has everything
+in its own datasets already and only evaluates and accumulates. Each lives in a process of its own, and they take
 turns. At full size a round takes several minutes.
 """
 
@@ -24,10 +24,10 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from evaluation_problems import generate
-from hf_dino.data import DetectionData
-from hf_dino.data.objects import objects_of
-from hf_dino.evaluation import DETECTION, ENGINES, METRICS, evaluate_coco
-from hf_dino.evaluation.detections import sorted_by_picture
+from hf_dino.data import DetectionSplit
+from hf_dino.data.objects import to_annotation_array
+from hf_dino.evaluation import DETECTION_DTYPE, ENGINES, METRICS, evaluate_coco
+from hf_dino.evaluation.detections import sort_by_image
 from machine import write_result
 from turns import Contender, take_turns
 
@@ -37,7 +37,7 @@ def make_ours(folder: Path, engine: str) -> Callable[[], None]:
 
     def run() -> None:
         data = pickle.loads((folder / "data.pickle").read_bytes())
-        detections = sorted_by_picture([np.memmap(folder / "detections", DETECTION, mode="r")])
+        detections = sort_by_image([np.memmap(folder / "detections", DETECTION_DTYPE, mode="r")])
         scores = evaluate_coco(data, detections, engine)
         (folder / f"{engine}.json").write_text(json.dumps(list(scores.metrics.values())))
 
@@ -51,11 +51,11 @@ def as_dicts(records: np.ndarray) -> list[dict[str, Any]]:
 
 
 def make_pycocotools(folder: Path) -> Callable[[], None]:
-    data: DetectionData = pickle.loads((folder / "data.pickle").read_bytes())
-    objects, detections = objects_of(data), np.fromfile(folder / "detections", DETECTION)
+    data: DetectionSplit = pickle.loads((folder / "data.pickle").read_bytes())
+    objects, detections = to_annotation_array(data), np.fromfile(folder / "detections", DETECTION_DTYPE)
     truth = COCO()
     truth.dataset = {
-        "images": [{"id": picture.image_id} for picture in data.pictures],
+        "images": [{"id": image.image_id} for image in data.images],
         "categories": [{"id": category_id} for category_id in data.categories],
         "annotations": [{"id": number, **record} for number, record in enumerate(as_dicts(objects), start=1)],
     }
@@ -76,14 +76,14 @@ def make_pycocotools(folder: Path) -> Callable[[], None]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pictures", type=int, default=5000)
-    parser.add_argument("--detections", type=int, default=300, help="in each picture")
+    parser.add_argument("--images", type=int, default=5000)
+    parser.add_argument("--detections", type=int, default=300, help="in each image")
     parser.add_argument("--rounds", type=int, default=2, help="beside one to warm up")
     args = parser.parse_args()
 
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        data, detections = generate(args.pictures, args.detections)
+        data, detections = generate(args.images, args.detections)
         detections.tofile(folder / "detections")
         (folder / "data.pickle").write_bytes(pickle.dumps(data))
         contenders: dict[str, Contender] = {
@@ -93,11 +93,11 @@ def main() -> None:
         measured = take_turns(contenders, args.rounds)
         numbers = {name: json.loads((folder / f"{name}.json").read_text()) for name in (*ENGINES, "direct")}
 
-    command = f"python benchmarks/evaluation.py --pictures {args.pictures} --detections {args.detections}"
+    command = f"python benchmarks/evaluation.py --images {args.images} --detections {args.detections}"
     content = {
-        "pictures": args.pictures,
+        "images": args.images,
         "detections": len(detections),
-        "objects": len(objects_of(data)),
+        "objects": len(to_annotation_array(data)),
         **measured,
         "numbers": {name: round(value, 4) for name, value in zip(METRICS, numbers["direct"])},
         "largest_difference_of_a_number": {

@@ -1,11 +1,11 @@
 """One training step of DINO-4scale ResNet-50: time and memory beside others', its parts, and its wait for data.
 
-    python benchmarks/training_step.py [--height 480] [--width 640] [--pictures 2] [--objects 7] [--rounds 5]
+    python benchmarks/training_step.py [--height 480] [--width 640] [--images 2] [--objects 7] [--rounds 5]
 
 Random weights, fp32: forward, losses, backward, clipping and a step of AdamW. Compared are ours, ours without compiled
 operators, and transformers' Deformable DETR of the same size, which has no denoising queries: it does less. The parts
 are those of ours with compiled operators, the losses' own backward pass included. The wait is for a loader with two
-workers that augments pictures as for training; on a small machine its workers and the step share the processors.
+workers that augments images as for training; on a small machine its workers and the step share the processors.
 """
 
 import argparse
@@ -27,9 +27,9 @@ from torch.overrides import TorchFunctionMode
 from forward import make_ours, make_transformers
 from hf_dino import DinoDetrImageProcessor, loss_dino_detr
 from hf_dino.data import (
-    AnnotatedPicture,
-    DetectionData,
+    AnnotatedImage,
     DetectionDataset,
+    DetectionSplit,
     TrainingBatchSampler,
     TrainingCollator,
     make_augmentation,
@@ -102,7 +102,7 @@ class SeparateLoss:
         torch.autograd.backward(values, gradients)
 
 
-def random_batch(height: int, width: int, pictures: int, objects: int) -> Batch:
+def random_batch(height: int, width: int, images: int, objects: int) -> Batch:
     generator = torch.Generator().manual_seed(0)
     sides = torch.tensor([0.5, 0.5, 0.3, 0.3])
     labels = [
@@ -110,9 +110,9 @@ def random_batch(height: int, width: int, pictures: int, objects: int) -> Batch:
             "class_labels": torch.randint(NUM_LABELS, (objects,), generator=generator),
             "boxes": sides + 0.2 * (torch.rand(objects, 4, generator=generator) - 0.5),
         }
-        for _ in range(pictures)
+        for _ in range(images)
     ]
-    return {"pixel_values": torch.randn(pictures, 3, height, width, generator=generator), "labels": labels}
+    return {"pixel_values": torch.randn(images, 3, height, width, generator=generator), "labels": labels}
 
 
 def make_step(make: Callable[[], torch.nn.Module]) -> Callable[[Batch], None]:
@@ -183,9 +183,9 @@ def timed(watch: Stopwatch, name: str, function: Callable[..., Any]) -> Callable
     return run
 
 
-def draw_pictures(folder: Path, count: int, height: int, width: int, objects: int) -> DetectionData:
-    """Write pictures with the size and the detail of photographs, with boxes that mean nothing."""
-    rng, pictures = np.random.default_rng(0), []
+def draw_images(folder: Path, count: int, height: int, width: int, objects: int) -> DetectionSplit:
+    """Write images with the size and the detail of photographs, with boxes that mean nothing."""
+    rng, images = np.random.default_rng(0), []
     for number in range(count):
         coarse = Image.fromarray(rng.integers(0, 256, (height // 16, width // 16, 3), dtype=np.uint8))
         smooth = np.asarray(coarse.resize((width, height), Image.Resampling.BICUBIC), dtype=np.float64)
@@ -194,20 +194,20 @@ def draw_pictures(folder: Path, count: int, height: int, width: int, objects: in
         boxes = np.concatenate([rng.uniform(0, 0.5, (objects, 2)), rng.uniform(0.1, 0.5, (objects, 2))], axis=1)
         boxes *= [width, height, width, height]
         kinds, crowd = rng.integers(0, NUM_LABELS, objects), np.zeros(objects, dtype=np.int64)
-        pictures.append(AnnotatedPicture(number, path, height, width, boxes, kinds, boxes[:, 2:].prod(axis=1), crowd))
-    return DetectionData(folder / "none.json", pictures, {label: f"class {label}" for label in range(NUM_LABELS)})
+        images.append(AnnotatedImage(number, path, height, width, boxes, kinds, boxes[:, 2:].prod(axis=1), crowd))
+    return DetectionSplit(folder / "none.json", images, {label: f"class {label}" for label in range(NUM_LABELS)})
 
 
 def measure_waiting(height: int, width: int, batch_size: int, objects: int, steps: int) -> dict[str, Any]:
-    """Train for some steps on pictures from files; say how long they took and how long the batches were waited for."""
+    """Train for some steps on images from files; say how long they took and how long the batches were waited for."""
     step, waiting, working = make_step(make_ours), [], []
     processor = DinoDetrImageProcessor(size={"height": height, "width": width})
     collate = TrainingCollator(processor, {label: label for label in range(NUM_LABELS)}, NUM_LABELS, do_resize=False)
     with tempfile.TemporaryDirectory() as folder:
-        data = draw_pictures(Path(folder), steps * batch_size, height, width, objects)
-        pictures = DetectionDataset(data, make_augmentation("dino", dict(processor.size)))
-        batches = TrainingBatchSampler(len(pictures), batch_size, seed=0, epoch=0)
-        loaded = iter(training_loader(pictures, collate, batches, num_workers=2))
+        data = draw_images(Path(folder), steps * batch_size, height, width, objects)
+        images = DetectionDataset(data, make_augmentation("dino", dict(processor.size)))
+        batches = TrainingBatchSampler(len(images), batch_size, seed=0, epoch=0)
+        loaded = iter(training_loader(images, collate, batches, num_workers=2))
         for _ in range(steps):
             start = time.perf_counter()
             batch = next(loaded)
@@ -216,7 +216,7 @@ def measure_waiting(height: int, width: int, batch_size: int, objects: int, step
             waiting.append(arrived - start)
             working.append(time.perf_counter() - arrived)
         alone = time.perf_counter()
-        num_batches = len(list(training_loader(pictures, collate, batches, num_workers=2)))
+        num_batches = len(list(training_loader(images, collate, batches, num_workers=2)))
         alone = time.perf_counter() - alone
     return {
         "steps": steps,
@@ -232,13 +232,13 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--height", type=int, default=480)
     parser.add_argument("--width", type=int, default=640)
-    parser.add_argument("--pictures", type=int, default=2)
-    parser.add_argument("--objects", type=int, default=7, help="per picture")
+    parser.add_argument("--images", type=int, default=2)
+    parser.add_argument("--objects", type=int, default=7, help="per image")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--loader-steps", type=int, default=20)
     args = parser.parse_args(argv)
 
-    batch = random_batch(args.height, args.width, args.pictures, args.objects)
+    batch = random_batch(args.height, args.width, args.images, args.objects)
     contenders = {
         "hf_dino": (partial(make_same_step, make_ours, batch), {"HF_DINO_KERNELS": "require"}),
         "hf_dino_definition": (partial(make_same_step, make_ours, batch), {"HF_DINO_KERNELS": "off"}),
@@ -246,11 +246,11 @@ def main(argv: list[str] | None = None) -> None:
     }
     content = take_turns(contenders, args.rounds)
     seconds = content["median_seconds"]
-    content["pictures_per_second"] = {name: round(args.pictures / value, 3) for name, value in seconds.items()}
+    content["samples_per_second"] = {name: round(args.images / value, 3) for name, value in seconds.items()}
     os.environ.setdefault("HF_DINO_KERNELS", "require")
     content["parts_of_hf_dino"] = profile(batch, args.rounds)
     content["waiting_for_two_workers"] = measure_waiting(
-        args.height, args.width, args.pictures, args.objects, args.loader_steps
+        args.height, args.width, args.images, args.objects, args.loader_steps
     )
     options = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in vars(args).items())
     write_result("training_step", f"python benchmarks/training_step.py {options}", content)

@@ -178,7 +178,7 @@ def official_state_dict(content: Mapping[str, Any], weights: str = "model") -> d
         content (`dict`): The checkpoint.
         weights (`str`, *optional*, defaults to `"model"`): `"model"` or `"ema_model"`.
     """
-    recognise_other_model(content)
+    recognize_other_model(content)
     if weights not in content and "model" in content:
         raise ConversionError(
             f"the file holds no {weights!r}, only {', '.join(sorted(content))}: "
@@ -199,7 +199,7 @@ def official_state_dict(content: Mapping[str, Any], weights: str = "model") -> d
     return source
 
 
-def recognise_other_model(content: Mapping[str, Any]) -> None:
+def recognize_other_model(content: Mapping[str, Any]) -> None:
     """Say which other model a file is of, if its keys tell."""
     keys = set(content)
     for part in ("model", "state_dict"):
@@ -286,7 +286,7 @@ def label_names(num_classes: int) -> dict[int, str]:
 
 
 def evaluation_size(settings: Mapping[str, Any]) -> dict[str, int]:
-    """The picture size of the official evaluation: the largest training scale."""
+    """The image size of the official evaluation: the largest training scale."""
     scale = settings.get("data_aug_scale_overlap") or 1
     return {
         "shortest_edge": int(max(settings.get("data_aug_scales") or [SHORTEST_EDGE]) * scale),

@@ -24,7 +24,7 @@ SETTING_OF_FIELD = {
     "num_queries": "num_queries",
     "activation_function": "transformer_activation",
     "dropout": "dropout",
-    "position_embedding_temperature": "pe_temperatureH",
+    "positional_encoding_temperature": "pe_temperatureH",
     "share_decoder_heads": "dec_pred_class_embed_share",
     "num_denoising": "dn_number",
     "label_noise_ratio": "dn_label_noise_ratio",
@@ -33,7 +33,7 @@ SETTING_OF_FIELD = {
     "class_cost": "set_cost_class",
     "bbox_cost": "set_cost_bbox",
     "giou_cost": "set_cost_giou",
-    "class_loss_coefficient": "cls_loss_coef",
+    "cls_loss_coefficient": "cls_loss_coef",
     "bbox_loss_coefficient": "bbox_loss_coef",
     "giou_loss_coefficient": "giou_loss_coef",
     "focal_alpha": "focal_alpha",
@@ -350,7 +350,7 @@ def fills_for(config: DinoDetrConfig) -> tuple[Fill, ...]:
     return FILLS[_backbone_type(config)] + (ONE_LEVEL_FILLS if config.num_feature_levels == 1 else ())
 
 
-# Recognised by one key that no official DINO file has; first match wins, for descendants of DETR keep its names.
+# Recognized by one key that no official DINO file has; first match wins, for descendants of DETR keep its names.
 OTHER_MODELS = (
     (r"neck\.convs\.\d+\.conv\.weight", "a detrex checkpoint"),
     (r"(bbox_head|query_head)\.transformer\..+", "an MMDetection 2, EasyCV or Co-DETR checkpoint"),

@@ -8,7 +8,7 @@ from hf_dino.data import Augmentation, make_augmentation
 
 
 def microscope(size: Mapping[str, int]) -> Augmentation:
-    """Pictures that have no up and down: the original's augmentation and other colours, upside down half of the time.
+    """Images that have no up and down: the original's augmentation and other colors, upside down half of the time.
 
     Args:
         size (`Mapping[str, int]`): As for `hf_dino.data.make_augmentation`.

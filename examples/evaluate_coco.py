@@ -1,13 +1,13 @@
-"""Measure a DINO model on a data set: the table that pycocotools prints, every number as JSON, and a report.
+"""Measure a DINO model on a dataset: the table that pycocotools prints, every number as JSON, and a report.
 
     python examples/evaluate_coco.py --model runs/mine --data mine --report report.html
     python examples/evaluate_coco.py --model runs/mine --images data/val --annotations data/val.json
 
 The report is one HTML file that says what is wrong with a model: average precision and best score threshold of each
-class, precision over recall, kinds of mistakes, which classes are taken for which, and the worst pictures.
+class, precision over recall, kinds of mistakes, which classes are taken for which, and the worst images.
 
-Categories are matched to the model's classes by name. Pictures are batched with others of the same resized size only,
-so the result does not depend on the batch size. `accelerate launch` shares the pictures out to several processes.
+Categories are matched to the model's classes by name. Images are batched with others of the same resized size only,
+so the result does not depend on the batch size. `accelerate launch` shares the images out to several processes.
 Detections are kept in temporary files while the model runs; `TMPDIR` says where.
 """
 
@@ -24,14 +24,14 @@ from rich.logging import RichHandler
 from rich.progress import Progress
 
 from hf_dino.arguments import HelpFormatter, at_least
-from hf_dino.data import SPLITS, DetectionData, read_coco, read_data
-from hf_dino.errors import run_as_command
-from hf_dino.evaluation import ENGINES, analyse, check_engine, evaluate_model, write_coco_results
+from hf_dino.data import SPLITS, DetectionSplit, read_coco, read_data
+from hf_dino.errors import run_cli
+from hf_dino.evaluation import ENGINES, analyze_errors, check_engine, evaluate_model, write_coco_results
 from hf_dino.evaluation.report import write_report
-from hf_dino.files import check_new_files, write_json
-from hf_dino.loading import load_detector
-from hf_dino.training import PATIENCE, read_checked
-from hf_dino.visualization import check_can_draw
+from hf_dino.files import ensure_new_files, write_json
+from hf_dino.loading import load_model_and_processor
+from hf_dino.training import PROCESS_GROUP_TIMEOUT, read_and_check
+from hf_dino.visualization import check_drawing_dependencies
 
 
 def parse_arguments(words: list[str]) -> argparse.Namespace:
@@ -39,7 +39,7 @@ def parse_arguments(words: list[str]) -> argparse.Namespace:
     parser.add_argument("--model", required=True, help="folder or Hub name of the model")
     parser.add_argument("--data", help="folder, or OWNER/NAME on the Hub; instead of --images and --annotations")
     parser.add_argument("--split", choices=SPLITS, default="validation", help="the part of --data")
-    parser.add_argument("--images", type=Path, help="folder of pictures")
+    parser.add_argument("--images", type=Path, help="folder of images")
     parser.add_argument("--annotations", type=Path, help="COCO annotation file")
     parser.add_argument("--json", type=Path, help="file for the numbers; must not exist yet")
     parser.add_argument("--detections", type=Path, help="file for the detections, as COCO results; must not exist yet")
@@ -50,7 +50,7 @@ def parse_arguments(words: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--backend", choices=("torchvision", "pil"), help="what resizes; pil does exactly as the original"
     )
-    parser.add_argument("--batch-size", type=at_least(1), default=8, help="pictures of one size, for each process")
+    parser.add_argument("--batch-size", type=at_least(1), default=8, help="images of one size, for each process")
     parser.add_argument("--num-workers", type=at_least(0), default=2, help="processes that read, for each process")
     parser.add_argument("--mixed-precision", choices=("no", "fp16", "bf16"), help="default: what accelerate is set to")
     args = parser.parse_args(words)
@@ -63,19 +63,21 @@ def main(argv: list[str] | None = None) -> None:
     words = sys.argv[1:] if argv is None else argv
     args = parse_arguments(words)
     logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[RichHandler(show_path=False)])
-    check_new_files(args.json, args.detections, args.report)
+    ensure_new_files(args.json, args.detections, args.report)
     check_engine(args.engine)
     if args.report:
-        check_can_draw()
+        check_drawing_dependencies()
     accelerator = Accelerator(
-        cpu=not torch.accelerator.is_available(), mixed_precision=args.mixed_precision, kwargs_handlers=[PATIENCE]
+        cpu=not torch.accelerator.is_available(),
+        mixed_precision=args.mixed_precision,
+        kwargs_handlers=[PROCESS_GROUP_TIMEOUT],
     )
-    (data,) = read_checked(partial(read_split, args)).values()
-    model, processor = load_detector(args.model, backend=args.backend)
+    (data,) = read_and_check(partial(read_split, args)).values()
+    model, processor = load_model_and_processor(args.model, backend=args.backend)
     model = accelerator.prepare(model)
 
     with Progress(disable=not accelerator.is_main_process) as progress:
-        task = progress.add_task("detecting", total=len(data.pictures) / accelerator.num_processes)
+        task = progress.add_task("detecting", total=len(data.images) / accelerator.num_processes)
         scores, detections = evaluate_model(
             model,
             processor,
@@ -88,7 +90,7 @@ def main(argv: list[str] | None = None) -> None:
         )
 
     if accelerator.is_main_process:
-        print(f"{args.split if args.data else data.name}, {len(data.pictures)} pictures:\n{scores.table}")
+        print(f"{args.split if args.data else data.name}, {len(data.images)} images:\n{scores.table}")
         if args.json is not None:
             write_json(args.json, {**scores.metrics, "ap_per_category": scores.ap_per_category})
         if args.detections is not None:
@@ -97,13 +99,13 @@ def main(argv: list[str] | None = None) -> None:
             command = shlex.join(["python", "examples/evaluate_coco.py", *words])
             details = {"model": args.model, "data": str(data.source), "scored by": args.engine, "command": command}
             title = f"{args.model} on {data.name}"
-            write_report(args.report, data, scores, analyse(data, detections), title=title, details=details)
+            write_report(args.report, data, scores, analyze_errors(data, detections), title=title, details=details)
         for name in filter(None, (args.json, args.detections, args.report)):
             print(f"written: {name}")
     accelerator.end_training()
 
 
-def read_split(args: argparse.Namespace) -> dict[str, DetectionData]:
+def read_split(args: argparse.Namespace) -> dict[str, DetectionSplit]:
     if args.data:
         return read_data(args.data, splits=[args.split])
     data = read_coco(args.images, args.annotations)
@@ -111,4 +113,4 @@ def read_split(args: argparse.Namespace) -> dict[str, DetectionData]:
 
 
 if __name__ == "__main__":
-    run_as_command(main)
+    run_cli(main)

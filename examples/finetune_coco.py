@@ -1,24 +1,24 @@
-r"""Fine-tune DINO on a data set of your own, or train it from scratch, and leave a model that anyone can load.
+r"""Fine-tune DINO on a dataset of your own, or train it from scratch, and leave a model that anyone can load.
 
     accelerate launch examples/finetune_coco.py --model dino-4scale-r50 --data mine --output runs/mine
 
 `--data` is a folder in the format of COCO, Pascal VOC, YOLO or Hugging Face `datasets`, or a name on the Hub, with
-pictures to train on and to validate with; `python -m hf_dino.data check mine` tells what is wrong with it. Files in
+images to train on and to validate with; `python -m hf_dino.data check mine` tells what is wrong with it. Files in
 other places are named one by one:
 
     accelerate launch examples/finetune_coco.py --model dino-4scale-r50 --output runs/mine \
         --train-images data/train --train-annotations data/train.json \
         --val-images data/val --val-annotations data/val.json
 
-The defaults are the original's recipe for COCO: AdamW, 12 epochs of 16 pictures per step, one drop of the learning
+The defaults are the original's recipe for COCO: AdamW, 12 epochs of 16 images per step, one drop of the learning
 rate before the last epoch, the backbone at a tenth of it. `--recipe examples/recipes/...` takes others. It runs
-unchanged on a CPU, one GPU or many, and a step learns the same however its pictures are divided among processes and
+unchanged on a CPU, one GPU or many, and a step learns the same however its images are divided among processes and
 accumulated batches. Ctrl-C, SIGTERM and SIGUSR1 stop it after the step that it is in, with a checkpoint; `--resume`
 goes on from there, or from the last checkpoint if there was no time for one, and ends with the weights that an
 uninterrupted run would have. With other `--epochs` or `--max-steps` it goes on along the learning rates of a run of
 that length, and the log says so where they jump.
 
-In the output folder are the model with the best average precision on the validation pictures, its image processor and
+In the output folder are the model with the best average precision on the validation images, its image processor and
 card, `metrics.json` with every number measured, and while it runs `history.csv`, `history.jsonl`, `checkpoints/` and,
 from the first checkpoint or epoch on, `curves.png`.
 
@@ -49,54 +49,54 @@ from hf_dino.arguments import HelpFormatter, at_least, config_field, number_betw
 from hf_dino.backbone_weights import load_backbone_weights
 from hf_dino.data import (
     AUGMENTATIONS,
-    DetectionData,
     DetectionDataset,
+    DetectionSplit,
     InputError,
     TrainingBatchSampler,
-    pictures_per_batch,
+    per_device_batch_size,
+    predict_batch_shapes,
     read_coco,
     read_data,
     steps_per_epoch,
     training_loader,
-    training_shapes,
 )
-from hf_dino.errors import run_as_command
+from hf_dino.errors import run_cli
 from hf_dino.evaluation import CocoScores, evaluate_model
-from hf_dino.loading import load_detector_for, new_detector, warn_of_frozen_batch_norms
+from hf_dino.loading import build_model_and_processor, load_pretrained_for_categories, warn_if_batch_norms_frozen
 from hf_dino.model_card import training_command
 from hf_dino.training import (
-    PATIENCE,
+    PROCESS_GROUP_TIMEOUT,
     SCHEDULES,
+    ExponentialMovingAverage,
     LossMonitor,
     RunHistory,
     StopSignals,
     TrainingProgress,
     TrainingState,
-    WeightAverage,
-    apply_recipe,
+    build_training_pipeline,
     check_disk_space,
-    checkpoint_activations,
     checkpoint_path,
     compile_layers,
     data_fingerprint,
-    drop_steps,
-    export_run,
+    enable_gradient_checkpointing,
     file_fingerprint,
-    find_start,
     freeze,
+    gather_full_model,
+    get_lr_multiplier,
+    get_milestones,
+    get_param_groups,
+    init_tracking,
     load_checkpoint,
-    make_inputs,
-    make_schedule,
-    parameter_groups,
-    read_checked,
-    read_state,
-    rescue_state,
-    run_folder,
+    load_training_state,
+    lock_output_dir,
+    parse_args_with_recipe,
+    read_and_check,
+    resolve_resume_checkpoint,
     save_checkpoint,
-    set_learning_rate,
-    stopped_improving,
-    tracked,
-    whole_model,
+    save_emergency_checkpoint,
+    save_run,
+    set_lr,
+    should_stop_early,
     with_effective_batch,
 )
 
@@ -106,13 +106,13 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_arguments(words)
     accelerator = start_accelerator(args)
     checkpoints = args.output / "checkpoints"
-    start = find_start(args.output, checkpoints, resume=args.resume, overwrite=args.overwrite)
-    data = read_checked(partial(read_splits, args), is_new=start is None)
+    start = resolve_resume_checkpoint(args.output, checkpoints, resume=args.resume, overwrite=args.overwrite)
+    data = read_and_check(partial(read_splits, args), is_new=start is None)
     run = FineTuning(args, accelerator, data, checkpoints, start)
     with (
-        run_folder(accelerator, checkpoints, start, overwrite=args.overwrite),
+        lock_output_dir(accelerator, checkpoints, start, overwrite=args.overwrite),
         run.signals,
-        tracked(accelerator, run.state, args.output, vars(args)),
+        init_tracking(accelerator, run.state, args.output, vars(args)),
         run.progress,
     ):
         if start:
@@ -132,7 +132,7 @@ class FineTuning:
     Args:
         args (`argparse.Namespace`): From [`parse_arguments`].
         accelerator (`Accelerator`): From [`start_accelerator`].
-        data (`dict[str, DetectionData]`): From [`read_splits`].
+        data (`dict[str, DetectionSplit]`): From [`read_splits`].
         checkpoints (`Path`): Their folder.
         start (`Path` or `None`): The checkpoint that a resumed run goes on from.
     """
@@ -141,35 +141,35 @@ class FineTuning:
         self,
         args: argparse.Namespace,
         accelerator: Accelerator,
-        data: dict[str, DetectionData],
+        data: dict[str, DetectionSplit],
         checkpoints: Path,
         start: Path | None,
     ):
         self.args, self.accelerator, self.checkpoints = args, accelerator, checkpoints
         self.train_data = data["train"]
-        self.measured_on = {name: pictures for name, pictures in data.items() if name != "train"}
+        self.measured_on = {name: images for name, images in data.items() if name != "train"}
         settings = settings_of(args, accelerator, data)
-        self.state = read_state(start, settings) if start else TrainingState(settings)
+        self.state = load_training_state(start, settings) if start else TrainingState(settings)
 
         set_seed(args.seed)
         model, self.processor = make_detector(args, self.train_data, is_new=start is None)
-        self.inputs = make_inputs(model, self.processor, data, args.augmentation)
-        groups = parameter_groups(model, args.learning_rate, args.backbone_lr_factor, args.sampling_lr_factor)
+        self.inputs = build_training_pipeline(model, self.processor, data, args.augmentation)
+        groups = get_param_groups(model, args.learning_rate, args.backbone_lr_factor, args.sampling_lr_factor)
         optimizer = torch.optim.AdamW(groups, weight_decay=args.weight_decay, fused=True)
         self.model, self.optimizer = accelerator.prepare(model, optimizer)
-        self.average = WeightAverage(accelerator.unwrap_model(self.model), args.ema) if args.ema else None
+        self.average = ExponentialMovingAverage(accelerator.unwrap_model(self.model), args.ema) if args.ema else None
         self.averaged = self.average.applied if self.average else nullcontext  # for evaluation and export
         self.monitor = LossMonitor(
             accelerator,
             self.model,
-            rescue=lambda: rescue_state(accelerator, self.model, self.optimizer, checkpoints, self.state),
-            files={picture.image_id: picture.path for picture in self.train_data.pictures},
+            rescue=lambda: save_emergency_checkpoint(accelerator, self.model, self.optimizer, checkpoints, self.state),
+            files={image.image_id: image.path for image in self.train_data.images},
         )
         accelerator.register_for_checkpointing(*filter(None, (self.average, self.monitor)))
         averages = self.average.averages.values() if self.average else ()
         check_disk_space(checkpoints, self.model, self.optimizer, averages)
 
-        self.epoch_steps = steps_per_epoch(len(self.train_data.pictures), args.batch_size)
+        self.epoch_steps = steps_per_epoch(len(self.train_data.images), args.batch_size)
         self.total_steps = min(args.epochs * self.epoch_steps, args.max_steps or sys.maxsize)
         self.rate_at = self.schedule(self.total_steps)
         self.warn_of_learning_rate()
@@ -185,10 +185,12 @@ class FineTuning:
     def schedule(self, total_steps: int) -> Callable[[int], float]:
         """What the learning rate is multiplied with at each step of a run of that length."""
         drops, warmup = self.drops(total_steps), self.args.warmup_steps
-        return make_schedule(self.args.schedule, total_steps=total_steps, drop_steps=drops, warmup_steps=warmup)
+        return get_lr_multiplier(
+            self.args.schedule, total_steps=total_steps, get_milestones=drops, warmup_steps=warmup
+        )
 
     def drops(self, total_steps: int) -> list[int]:
-        return drop_steps(self.args.lr_drop, total_steps=total_steps, steps_per_epoch=self.epoch_steps)
+        return get_milestones(self.args.lr_drop, total_steps=total_steps, steps_per_epoch=self.epoch_steps)
 
     def warn_of_learning_rate(self) -> None:
         """Log it if a run is too short for its schedule, or a resumed one jumps since it is to have another length."""
@@ -213,7 +215,7 @@ class FineTuning:
         """Take the steps that are left, and evaluate between epochs."""
         state = self.state
         self.evaluate_if_due(history)  # the run may have been stopped between a step and its evaluation
-        while state.step < self.total_steps and not stopped_improving(state.history, self.args.early_stopping):
+        while state.step < self.total_steps and not should_stop_early(state.history, self.args.early_stopping):
             self.train_epoch(history)
             self.save_and_stop_if_asked()
             self.evaluate_if_due(history)
@@ -233,15 +235,15 @@ class FineTuning:
             self.report(history, losses, is_row=is_row)
             if at_end:
                 break
-            if at_checkpoint or self.signals.agreed():
+            if at_checkpoint or self.signals.should_stop():
                 self.save_and_stop_if_asked()
                 history.plot()
 
     def batches(self, epoch: int, first_step: int) -> Iterator[dict[str, Any]]:
         """The model's arguments for the batches of an epoch, from a step on."""
-        pictures = DetectionDataset(self.train_data, self.inputs.augmentation, self.args.seed, epoch)
+        images = DetectionDataset(self.train_data, self.inputs.augmentation, self.args.seed, epoch)
         sampler = TrainingBatchSampler(
-            len(self.train_data.pictures),
+            len(self.train_data.images),
             self.args.batch_size,
             seed=self.args.seed,
             epoch=epoch,
@@ -249,15 +251,15 @@ class FineTuning:
             world_size=self.accelerator.num_processes,
             accumulation=self.args.gradient_accumulation,
             first_step=first_step,
-            shape_of=training_shapes(pictures, self.inputs.collate) if self.args.bucketing else None,
+            shape_of=predict_batch_shapes(images, self.inputs.collate) if self.args.bucketing else None,
         )
-        loader = training_loader(pictures, self.inputs.collate, sampler, num_workers=self.args.num_workers)
+        loader = training_loader(images, self.inputs.collate, sampler, num_workers=self.args.num_workers)
         return with_effective_batch(loader, self.accelerator)
 
     def learn(self, batch: dict[str, Any]) -> dict[str, float] | None:
         """Learn from a batch. Return the step's losses if it was the step's last one."""
         accelerator, model, optimizer = self.accelerator, self.model, self.optimizer
-        set_learning_rate(optimizer, self.rate_at(self.state.step))
+        set_lr(optimizer, self.rate_at(self.state.step))
         self.monitor.begin(batch)
         losses = None
         with accelerator.accumulate(model):
@@ -289,7 +291,7 @@ class FineTuning:
         self.accelerator.log({**row, **(measured or {})}, step=self.state.step)
 
     def evaluate_if_due(self, history: RunHistory) -> None:
-        """Measure the model on the validation pictures at the end of an epoch, unless that was done already."""
+        """Measure the model on the validation images at the end of an epoch, unless that was done already."""
         state, every = self.state, self.args.eval_every * self.epoch_steps
         is_due = state.step == self.total_steps or (state.step and state.step % every == 0)
         if not is_due or state.evaluated:
@@ -305,7 +307,7 @@ class FineTuning:
 
     def evaluate(self, name: str) -> CocoScores:
         data = self.measured_on[name]
-        share = -(-len(data.pictures) // self.accelerator.num_processes)
+        share = -(-len(data.images) // self.accelerator.num_processes)
         options = {"batch_size": self.args.eval_batch_size, "num_workers": self.args.num_workers}
         with (
             self.progress.count(name, share) as counted,
@@ -320,21 +322,21 @@ class FineTuning:
         self.stop_if_asked()
 
     def stop_if_asked(self) -> None:
-        if self.signals.agreed():
+        if self.signals.should_stop():
             self.signals.leave(f"stopped after step {self.state.step} of {self.total_steps}; go on with --resume")
 
     def export(self, command: str) -> None:
-        """Measure the best model on all pictures but those that it learned from, and write what the run leaves."""
-        load_checkpoint(self.accelerator, checkpoint_path(self.checkpoints, self.state.kept_step))
+        """Measure the best model on all images but those that it learned from, and write what the run leaves."""
+        load_checkpoint(self.accelerator, checkpoint_path(self.checkpoints, self.state.export_step))
         scores = {}
         for name in self.measured_on:
             self.stop_if_asked()
             scores[name] = self.evaluate(name)
         self.stop_if_asked()
         with self.averaged():
-            model = whole_model(self.accelerator, self.model)
+            model = gather_full_model(self.accelerator, self.model)
             if self.accelerator.is_main_process:
-                export_run(
+                save_run(
                     self.args.output,
                     model,
                     self.processor,
@@ -347,7 +349,7 @@ class FineTuning:
                 )
         part = list(scores)[-1]
         self.accelerator.print(
-            f"{part}, checkpoint of step {self.state.kept_step}:\n{scores[part].table}\nmodel: {self.args.output}"
+            f"{part}, checkpoint of step {self.state.export_step}:\n{scores[part].table}\nmodel: {self.args.output}"
         )
 
 
@@ -359,7 +361,7 @@ def start_accelerator(args: argparse.Namespace) -> Accelerator:
         mixed_precision=args.mixed_precision,
         log_with=args.report_to,
         project_dir=str(args.output),
-        kwargs_handlers=[PATIENCE],
+        kwargs_handlers=[PROCESS_GROUP_TIMEOUT],
     )
     level = logging.WARNING if accelerator.is_main_process else logging.ERROR
     logging.basicConfig(level=level, format="%(message)s", handlers=[RichHandler(show_path=False)])
@@ -369,7 +371,7 @@ def start_accelerator(args: argparse.Namespace) -> Accelerator:
             f"accelerate is set to {accelerator.gradient_accumulation_steps} accumulated batches, but "
             f"--gradient-accumulation is {args.gradient_accumulation}; make them the same"
         )
-    part = pictures_per_batch(args.batch_size, accelerator.num_processes, args.gradient_accumulation)
+    part = per_device_batch_size(args.batch_size, accelerator.num_processes, args.gradient_accumulation)
     if (deepspeed := accelerator.state.deepspeed_plugin) is not None:  # it asks for what it could read from a loader
         deepspeed.deepspeed_config["train_micro_batch_size_per_gpu"] = part
     if args.bucketing and accelerator.num_processes * args.gradient_accumulation == 1:
@@ -377,7 +379,7 @@ def start_accelerator(args: argparse.Namespace) -> Accelerator:
     return accelerator
 
 
-def read_splits(args: argparse.Namespace) -> dict[str, DetectionData]:
+def read_splits(args: argparse.Namespace) -> dict[str, DetectionSplit]:
     """Read the data by the names of splits, those to train on and to validate with among them."""
     if not args.data:
         return {SPLIT_OF_OPTION[name]: read_coco(*pair) for name, pair in files_of_splits(args).items() if all(pair)}
@@ -387,35 +389,35 @@ def read_splits(args: argparse.Namespace) -> dict[str, DetectionData]:
     return data
 
 
-def settings_of(args: argparse.Namespace, accelerator: Accelerator, data: dict[str, DetectionData]) -> dict[str, Any]:
+def settings_of(args: argparse.Namespace, accelerator: Accelerator, data: dict[str, DetectionSplit]) -> dict[str, Any]:
     """What a run and its resumption must have in common."""
     train, validation = data["train"], data["validation"]
     return {
         **{name: str(value) for name, value in vars(args).items() if name not in NOT_SETTINGS},
         "mixed_precision": accelerator.mixed_precision,  # which accelerate may have been set to
         "config_file": file_fingerprint(args.config),
-        "pictures": len(train.pictures),
+        "images": len(train.images),
         "data": data_fingerprint(train),
-        "validation_data": data_fingerprint(validation),  # the best AP is the best of those on the same pictures
+        "validation_data": data_fingerprint(validation),  # the best AP is the best of those on the same images
     }
 
 
 def make_detector(
-    args: argparse.Namespace, train: DetectionData, *, is_new: bool
+    args: argparse.Namespace, train: DetectionSplit, *, is_new: bool
 ) -> tuple[DinoDetrForObjectDetection, BaseImageProcessor]:
     """Make the model for the classes of the data, and say what of it is to be trained."""
     size = parse_size(args.image_size) if args.image_size else None
     fields = dict(args.config_override)
     if args.model:
-        model, processor = load_detector_for(args.model, train.categories, size, fields)
+        model, processor = load_pretrained_for_categories(args.model, train.categories, size, fields)
     else:
-        model, processor = new_detector(args.config, train.categories, size, fields)
+        model, processor = build_model_and_processor(args.config, train.categories, size, fields)
         if not args.backbone_weights:
-            warn_of_frozen_batch_norms(model)
+            warn_if_batch_norms_frozen(model)
     if args.backbone_weights and is_new:
         load_backbone_weights(model, args.backbone_weights)
     if args.gradient_checkpointing:
-        checkpoint_activations(model)
+        enable_gradient_checkpointing(model)
     if args.compile:
         compile_layers(model)
     freeze(model, args.freeze)
@@ -449,7 +451,7 @@ def parse_arguments(words: list[str]) -> argparse.Namespace:
     add_step(parser.add_argument_group("a step"))
     add_learning_rate(parser.add_argument_group("the learning rate"))
     add_watching(parser.add_argument_group("watching"))
-    args = apply_recipe(parser, words)
+    args = parse_args_with_recipe(parser, words)
     if not (args.model or args.config or args.backbone_weights):
         parser.error("one of --model, --config and --backbone-weights is needed")
     if args.model and args.backbone_weights:
@@ -478,9 +480,9 @@ def add_model(part: argparse._ArgumentGroup) -> None:
 
 def add_data(part: argparse._ArgumentGroup) -> None:
     part.add_argument("--data", help="folder, or OWNER/NAME on the Hub; instead of the files below")
-    part.add_argument("--streaming", action="store_true", help="fetch a data set of the Hub picture by picture")
+    part.add_argument("--streaming", action="store_true", help="fetch a dataset of the Hub image by image")
     for split in SPLIT_OF_OPTION:
-        part.add_argument(f"--{split}-images", type=Path, help="folder of pictures")
+        part.add_argument(f"--{split}-images", type=Path, help="folder of images")
         part.add_argument(f"--{split}-annotations", type=Path, help="COCO annotation file")
     part.add_argument("--dataset-name", help="for the model card (default: the folder of the data)")
     size = "SHORTEST [LONGEST] edge, or HEIGHTxWIDTH (default: the model's, 800 1333 for a new one)"
@@ -489,7 +491,7 @@ def add_data(part: argparse._ArgumentGroup) -> None:
     part.add_argument("--augmentation", default="dino", metavar="NAME", help=augmentations)
     part.add_argument(
         "--bucketing", action=argparse.BooleanOptionalAction, default=False,
-        help="put those pictures of a step that have like shapes into one of its batches, to pad less",
+        help="put those images of a step that have like shapes into one of its batches, to pad less",
     )  # fmt: skip
     part.add_argument("--num-workers", type=at_least(0), default=2, help="processes that read, for each process")
 
@@ -499,7 +501,7 @@ def add_run(part: argparse._ArgumentGroup) -> None:
     part.add_argument("--recipe", type=Path, help="YAML file with any of these options; those given here win")
     part.add_argument("--resume", action="store_true", help="go on with the run in --output")
     part.add_argument("--overwrite", action="store_true", help="replace the model and checkpoints in --output")
-    part.add_argument("--epochs", type=ABOVE_0, default=12, help="passes over the training pictures")
+    part.add_argument("--epochs", type=ABOVE_0, default=12, help="passes over the training images")
     part.add_argument("--max-steps", type=ABOVE_0, help="ends the run earlier, even within an epoch")
     stop = "end when so many evaluations in a row were no better than the best"
     part.add_argument("--early-stopping", type=ABOVE_0, metavar="EVALUATIONS", help=stop)
@@ -507,8 +509,8 @@ def add_run(part: argparse._ArgumentGroup) -> None:
 
 
 def add_step(part: argparse._ArgumentGroup) -> None:
-    part.add_argument("--batch-size", type=ABOVE_0, default=16, help="pictures per step, over all processes")
-    parts = "batches that each process's pictures of a step are split into, to save memory"
+    part.add_argument("--batch-size", type=ABOVE_0, default=16, help="images per step, over all processes")
+    parts = "batches that each process's images of a step are split into, to save memory"
     part.add_argument("--gradient-accumulation", type=ABOVE_0, default=1, help=parts)
     part.add_argument(
         "--gradient-checkpointing", action=argparse.BooleanOptionalAction, default=False,
@@ -537,7 +539,7 @@ def add_learning_rate(part: argparse._ArgumentGroup) -> None:
 
 
 def add_watching(part: argparse._ArgumentGroup) -> None:
-    part.add_argument("--eval-batch-size", type=ABOVE_0, default=8, help="pictures, for each process")
+    part.add_argument("--eval-batch-size", type=ABOVE_0, default=8, help="images, for each process")
     part.add_argument("--eval-every", type=ABOVE_0, default=1, metavar="EPOCHS", help="between evaluations")
     between = "between checkpoints within an epoch"
     part.add_argument("--checkpoint-steps", type=ABOVE_0, metavar="STEPS", help=between)
@@ -563,4 +565,4 @@ def files_of_splits(args: argparse.Namespace) -> dict[str, tuple[Path, Path]]:
 
 
 if __name__ == "__main__":
-    run_as_command(main)
+    run_cli(main)

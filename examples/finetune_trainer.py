@@ -1,13 +1,13 @@
-r"""Fine-tune DINO on a data set of your own with the `Trainer` of transformers.
+r"""Fine-tune DINO on a dataset of your own with the `Trainer` of transformers.
 
     accelerate launch examples/finetune_trainer.py --model dino-4scale-r50 --data mine --output_dir runs/mine \
         --bf16 --push_to_hub --hub_model_id me/mine
 
 `--data` is a folder in the format of COCO, Pascal VOC, YOLO or Hugging Face `datasets`, or a name on the Hub, with
-pictures to train on and to validate with. All options of `TrainingArguments` work; `DEFAULTS` has those that DINO
-wants otherwise. A step sees `per_device_train_batch_size` x `gradient_accumulation_steps` x processes pictures, 16 in
+images to train on and to validate with. All options of `TrainingArguments` work; `DEFAULTS` has those that DINO
+wants otherwise. A step sees `per_device_train_batch_size` x `gradient_accumulation_steps` x processes images, 16 in
 the original's recipe. It runs on a CPU, one GPU or many; `--resume_from_checkpoint runs/mine` goes on where a run was
-stopped. In the folder are the model with the best average precision on the validation pictures, its image processor
+stopped. In the folder are the model with the best average precision on the validation images, its image processor
 and card, `eval_results.json`, and checkpoints. `finetune_coco.py` does the same, and more, with a loop to be read.
 """
 
@@ -25,11 +25,18 @@ from transformers import HfArgumentParser, Trainer, TrainerCallback, TrainingArg
 
 from hf_dino.arguments import parse_size
 from hf_dino.data import DetectionDataset, InputError, read_data
-from hf_dino.errors import run_as_command
+from hf_dino.errors import run_cli
 from hf_dino.evaluation import METRICS, evaluate_model
-from hf_dino.loading import load_detector_for
+from hf_dino.loading import load_pretrained_for_categories
 from hf_dino.model_card import finetuned_card, training_command
-from hf_dino.training import PATIENCE, effective_batch, freeze, make_inputs, parameter_groups, read_checked
+from hf_dino.training import (
+    PROCESS_GROUP_TIMEOUT,
+    build_training_pipeline,
+    effective_batch,
+    freeze,
+    get_param_groups,
+    read_and_check,
+)
 
 
 DEFAULTS: dict[str, Any] = {
@@ -47,10 +54,10 @@ DEFAULTS: dict[str, Any] = {
     "metric_for_best_model": "ap",
     "logging_steps": 20,
     "logging_nan_inf_filter": False,  # it would hide a loss that is not a number
-    "remove_unused_columns": False,  # what the data set gives is for the collator, not for the model
+    "remove_unused_columns": False,  # what the dataset gives is for the collator, not for the model
     "ddp_find_unused_parameters": False,  # every parameter gets a gradient in every step
     "dataloader_num_workers": 2,
-    "ddp_timeout": int(PATIENCE.timeout.total_seconds()),
+    "ddp_timeout": int(PROCESS_GROUP_TIMEOUT.timeout.total_seconds()),
     "hub_strategy": "end",  # what would be pushed before has neither card nor code
     "use_cpu": not torch.accelerator.is_available(),  # said so, several processes on CPUs find each other
 }
@@ -103,7 +110,7 @@ class DetectionTrainer(Trainer):
     def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
         if self.optimizer is None:
             model = model or self.model
-            groups = parameter_groups(model, self.args.learning_rate, self.options.backbone_lr_factor)
+            groups = get_param_groups(model, self.args.learning_rate, self.options.backbone_lr_factor)
             make, settings = self.get_optimizer_cls_and_kwargs(self.args, model)
             self.optimizer = make(groups, weight_decay=self.args.weight_decay, **settings)
         return self.optimizer
@@ -140,7 +147,7 @@ class DetectionTrainer(Trainer):
 
 
 class EpochWatch(TrainerCallback):
-    """Augments the pictures anew in every epoch, and ends a run whose loss is not a number."""
+    """Augments the images anew in every epoch, and ends a run whose loss is not a number."""
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, train_dataloader: Any, **kwargs: Any) -> None:
         train_dataloader.dataset.epoch = int(state.epoch)
@@ -154,13 +161,13 @@ def main(argv: list[str] | None = None) -> None:
     words = sys.argv[1:] if argv is None else argv
     options, training = parse_arguments(words)
     checkpoint = find_checkpoint(training.resume_from_checkpoint, Path(training.output_dir))
-    data = read_checked(partial(read_data, options.data, splits=("train", "validation")))
+    data = read_and_check(partial(read_data, options.data, splits=("train", "validation")))
     size = parse_size(options.image_size) if options.image_size else None
 
     set_seed(training.seed)
-    model, processor = load_detector_for(options.model, data["train"].categories, size)
+    model, processor = load_pretrained_for_categories(options.model, data["train"].categories, size)
     freeze(model)
-    inputs = make_inputs(model, processor, data, options.augmentation)
+    inputs = build_training_pipeline(model, processor, data, options.augmentation)
     trainer = DetectionTrainer(
         options,
         training_command("examples/finetune_trainer.py", without_resume(words), training.world_size),
@@ -205,4 +212,4 @@ def without_resume(words: list[str]) -> list[str]:
 
 
 if __name__ == "__main__":
-    run_as_command(main)
+    run_cli(main)

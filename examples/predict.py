@@ -1,10 +1,10 @@
-"""Detect objects in pictures, draw them, and write down what was found.
+"""Detect objects in images, draw them, and write down what was found.
 
-    python examples/predict.py --model runs/mine picture.jpg --output drawn.png
-    python examples/predict.py --model runs/mine folder more.jpg --output drawn_pictures --json found.json
+    python examples/predict.py --model runs/mine image.jpg --output drawn.png
+    python examples/predict.py --model runs/mine folder more.jpg --output drawn_images --json found.json
 
-With one picture `--output` is a picture file; with several, or with a folder of pictures, it is a folder in which each
-drawn picture is a PNG of the same name. Nothing that exists is overwritten. Pictures that cannot be read are named in
+With one image `--output` is an image file; with several, or with a folder of images, it is a folder in which each
+drawn image is a PNG of the same name. Nothing that exists is overwritten. Images that cannot be read are named in
 the end, and cost none of the others.
 """
 
@@ -22,18 +22,18 @@ from transformers import BaseImageProcessor
 
 from hf_dino import DinoDetrForObjectDetection
 from hf_dino.arguments import HelpFormatter, number_between
-from hf_dino.data import InputError, list_pictures, read_image
-from hf_dino.errors import run_as_command
-from hf_dino.files import check_new_files, write_json
-from hf_dino.loading import load_detector
-from hf_dino.visualization import check_can_draw, draw_detections, save_picture
+from hf_dino.data import InputError, list_images, read_image
+from hf_dino.errors import run_cli
+from hf_dino.files import ensure_new_files, write_json
+from hf_dino.loading import load_model_and_processor
+from hf_dino.visualization import check_drawing_dependencies, draw_detections, save_image
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
-    parser.add_argument("pictures", type=Path, nargs="+", help="picture files, or folders of them")
+    parser.add_argument("images", type=Path, nargs="+", help="image files, or folders of them")
     parser.add_argument("--model", required=True, help="folder or Hub name of the model")
-    parser.add_argument("--output", type=Path, required=True, help="picture file, or folder for several pictures")
+    parser.add_argument("--output", type=Path, required=True, help="image file, or folder for several images")
     parser.add_argument("--json", type=Path, help="file for the detections: boxes as x0, y0, x1, y1 in pixels")
     score = number_between(0, 1)
     parser.add_argument("--threshold", type=score, default=0.3, help="lowest score that counts")
@@ -45,10 +45,10 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     args = parse_arguments(argv)
     logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[RichHandler(show_path=False)])
-    outputs = plan_outputs(args.pictures, args.output)
-    check_new_files(*outputs.values(), args.json)
-    check_can_draw(*outputs.values())
-    model, processor = load_detector(args.model)
+    outputs = plan_outputs(args.images, args.output)
+    ensure_new_files(*outputs.values(), args.json)
+    check_drawing_dependencies(*outputs.values())
+    model, processor = load_model_and_processor(args.model)
     try:
         model.to(args.device)
     except (RuntimeError, AssertionError) as error:  # torch has no error of its own for this
@@ -57,51 +57,51 @@ def main(argv: list[str] | None = None) -> None:
     problems: list[str] = []
     for source, target in track(outputs.items(), "detecting", disable=len(outputs) == 1):
         try:
-            picture = read_image(source)
+            image = read_image(source)
         except InputError as error:
             problems.append(str(error))
             continue
-        detections = detect(model, processor, picture, args.threshold)
+        detections = detect(model, processor, image, args.threshold)
         found[str(source)] = detections
         boxes, names, scores = ([detection[key] for detection in detections] for key in ("box", "name", "score"))
-        save_picture(draw_detections(picture, boxes, names, scores, model.config.id2label.values()), target)
+        save_image(draw_detections(image, boxes, names, scores, model.config.id2label.values()), target)
         counts = ", ".join(f"{count} {name}" for name, count in Counter(names).most_common())
         print(f"{source}: {counts or f'nothing above {args.threshold}'} -> {target}")
     if args.json and found:
         write_json(args.json, found)
     if problems:
-        raise InputError("\n".join([f"{len(problems)} of {len(outputs)} pictures cannot be read:", *problems]))
+        raise InputError("\n".join([f"{len(problems)} of {len(outputs)} images cannot be read:", *problems]))
 
 
 @torch.no_grad()
 def detect(
-    model: DinoDetrForObjectDetection, processor: BaseImageProcessor, picture: Image.Image, threshold: float
+    model: DinoDetrForObjectDetection, processor: BaseImageProcessor, image: Image.Image, threshold: float
 ) -> list[dict[str, Any]]:
     """Name, score and box (x0, y0, x1, y1 in pixels) of each object found, the surest first."""
-    inputs = processor(images=picture, return_tensors="pt").to(model.device)
+    inputs = processor(images=image, return_tensors="pt").to(model.device)
     (result,) = processor.post_process_object_detection(
         model(**inputs),
         threshold=threshold,
-        target_sizes=[(picture.height, picture.width)],
+        target_sizes=[(image.height, image.width)],
         top_k=model.config.num_select,
     )
     rows = zip(result["labels"].tolist(), result["scores"].tolist(), result["boxes"].tolist(), strict=True)
     return [{"name": model.config.id2label[label], "score": score, "box": box} for label, score, box in rows]
 
 
-def plan_outputs(pictures: list[Path], output: Path) -> dict[Path, Path]:
-    """Where the drawing of each picture goes."""
-    sources = list_pictures(pictures)
-    if len(pictures) == 1 and pictures[0].is_file() and not output.is_dir() and output.suffix:
+def plan_outputs(images: list[Path], output: Path) -> dict[Path, Path]:
+    """Where the drawing of each image goes."""
+    sources = list_images(images)
+    if len(images) == 1 and images[0].is_file() and not output.is_dir() and output.suffix:
         return {sources[0]: output}
     if output.suffix.lower() in Image.registered_extensions() and not output.is_dir():
-        raise InputError(f"{output}: is the name of one picture, but {len(sources)} are to be drawn; name a folder")
+        raise InputError(f"{output}: is the name of one image, but {len(sources)} are to be drawn; name a folder")
     targets = {source: output / f"{source.stem}.png" for source in sources}
     doubled = [str(target) for target, count in Counter(targets.values()).items() if count > 1]
     if doubled:
-        raise InputError(f"several pictures would be drawn into {doubled[0]}; rename one, or draw them one by one")
+        raise InputError(f"several images would be drawn into {doubled[0]}; rename one, or draw them one by one")
     return targets
 
 
 if __name__ == "__main__":
-    run_as_command(main)
+    run_cli(main)

@@ -1,4 +1,4 @@
-"""Small data sets in COCO's format for the tests of data, evaluation and examples."""
+"""Small datasets in COCO's format for the tests of data, evaluation and examples."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -22,17 +22,17 @@ def write_coco(
     categories: Mapping[int, str] | None = None,
     replaced: Mapping[str, Any] | None = None,
 ) -> tuple[Path, Path]:
-    """Write noise pictures of `sizes` (height, width), with ids from 1, and their annotation file; return both paths.
+    """Write noise images of `sizes` (height, width), with ids from 1, and their annotation file; return both paths.
 
     `replaced` are top-level entries of the file to write instead.
     """
-    pictures = folder / "pictures"
-    pictures.mkdir(parents=True, exist_ok=True)
+    records = folder / "images"
+    records.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(0)
     images = []
     for image_id, (height, width) in enumerate(sizes, start=1):
         name = f"{image_id}.png"
-        Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8)).save(pictures / name)
+        Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8)).save(records / name)
         images.append({"id": image_id, "file_name": name, "height": height, "width": width})
     content = {
         "images": images,
@@ -42,4 +42,4 @@ def write_coco(
     }
     file = folder / "annotations.json"
     file.write_text(json.dumps(content))
-    return pictures, file
+    return records, file

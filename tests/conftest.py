@@ -1,4 +1,4 @@
-"""A detector small enough to build in every test, pictures and labels to go with it, and where to find references."""
+"""A detector small enough to build in every test, images and labels to go with it, and where to find references."""
 
 import shutil
 from pathlib import Path
@@ -28,9 +28,9 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture
 def shared() -> Path:
-    """The folder of official references and real pictures that lies beside the project in development."""
+    """The folder of official references and real images that lies beside the project in development."""
     if not SHARED.is_dir():
-        pytest.skip("needs the folder ../shared with official references and pictures")
+        pytest.skip("needs the folder ../shared with official references and images")
     return SHARED
 
 
@@ -93,7 +93,7 @@ def tiny_model(seed: int = 0, **overrides) -> DinoDetrForObjectDetection:
 
 
 def make_labels(*counts: int, num_labels: int = 5, seed: int = 0) -> list[dict[str, torch.Tensor]]:
-    """Labels of pictures with so many objects each, all well inside."""
+    """Labels of images with so many objects each, all well inside."""
     generator = torch.Generator().manual_seed(seed)
     return [
         {

@@ -1,4 +1,4 @@
-"""The `shapes` data set in every format that can be read, and small folders of each layout."""
+"""The `shapes` dataset in every format that can be read, and small folders of each layout."""
 
 import json
 import shutil
@@ -17,7 +17,7 @@ SPLITS = {"train": "train", "val": "validation", "test": "test"}
 def write_shapes(folder: Path) -> Path:
     """Shapes of 128 pixels: boxes are quarters of a pixel, and thus as fractions exact in single precision.
 
-    Objects have no area, since the other formats could not say it; the second picture for training has no objects.
+    Objects have no area, since the other formats could not say it; the second image for training has no objects.
     """
     generate_shapes(folder, seed=1, image_size=128, num_train=5, num_val=3, num_test=2)
     for split in SPLITS:
@@ -32,8 +32,8 @@ def write_shapes(folder: Path) -> Path:
     return folder
 
 
-def pictures_of(shapes: Path, split: str) -> list[tuple[Path, int, list[tuple[str, list[float]]]]]:
-    """Each picture, its id, and the class name and box (x, y, width, height in pixels) of its objects."""
+def images_of(shapes: Path, split: str) -> list[tuple[Path, int, list[tuple[str, list[float]]]]]:
+    """Each image, its id, and the class name and box (x, y, width, height in pixels) of its objects."""
     content = json.loads((shapes / f"{split}.json").read_text())
     names = {each["id"]: each["name"] for each in content["categories"]}
     objects: dict[int, list[Any]] = {each["id"]: [] for each in content["images"]}
@@ -75,7 +75,7 @@ def as_voc(shapes: Path, folder: Path) -> None:
         (folder / name).mkdir(parents=True)
     for split in SPLITS:
         stems = []
-        for path, _, objects in pictures_of(shapes, split):
+        for path, _, objects in images_of(shapes, split):
             stems.append(f"{split}_{path.stem}")
             shutil.copy(path, folder / "JPEGImages" / f"{stems[-1]}.png")
             (folder / "Annotations" / f"{stems[-1]}.xml").write_text(voc_xml((128, 128), objects))
@@ -98,7 +98,7 @@ def as_yolo(shapes: Path, folder: Path) -> None:
     for split in SPLITS:
         shutil.copytree(shapes / split, folder / "images" / split)
         (folder / "labels" / split).mkdir(parents=True)
-        for path, _, objects in pictures_of(shapes, split):
+        for path, _, objects in images_of(shapes, split):
             if objects:
                 numbered = [(names.index(name), box) for name, box in objects]
                 (folder / "labels" / split / f"{path.stem}.txt").write_text(yolo_lines((128, 128), numbered))
@@ -106,8 +106,8 @@ def as_yolo(shapes: Path, folder: Path) -> None:
     (folder / "data.yaml").write_text(f"path: /another/machine\n{splits}names: {names}\n")
 
 
-def as_picture_folder(shapes: Path, folder: Path) -> None:
-    """As `datasets` reads: metadata.jsonl beside the pictures of each split."""
+def as_image_folder(shapes: Path, folder: Path) -> None:
+    """As `datasets` reads: metadata.jsonl beside the images of each split."""
     for split, name in SPLITS.items():
         shutil.copytree(shapes / split, folder / name)
         rows = [
@@ -116,16 +116,16 @@ def as_picture_folder(shapes: Path, folder: Path) -> None:
                 "image_id": image_id,
                 "objects": {"bbox": [box for _, box in objects], "categories": [name for name, _ in objects]},
             }
-            for path, image_id, objects in pictures_of(shapes, split)
+            for path, image_id, objects in images_of(shapes, split)
         ]
         (folder / name / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-FORMATS = {"coco": as_coco, "voc": as_voc, "yolo": as_yolo, "datasets": as_picture_folder}
+FORMATS = {"coco": as_coco, "voc": as_voc, "yolo": as_yolo, "datasets": as_image_folder}
 
 
 def draw(path: Path, size: tuple[int, int] = (40, 60), seed: int = 0) -> None:
-    """A noise picture of `size` (height, width)."""
+    """A noise image of `size` (height, width)."""
     path.parent.mkdir(parents=True, exist_ok=True)
     noise = np.random.default_rng(seed).integers(0, 256, (*size, 3), dtype=np.uint8)
     Image.fromarray(noise).save(path)
@@ -138,7 +138,7 @@ def write(path: Path, text: str) -> None:
 
 
 def coco_text(*names: str, box: tuple[float, ...] = (1, 2, 30, 20)) -> str:
-    """A COCO file of pictures of 40 x 60 pixels, each with one object of class cell."""
+    """A COCO file of images of 40 x 60 pixels, each with one object of class cell."""
     return json.dumps(
         {
             "images": [{"id": n, "file_name": name, "height": 40, "width": 60} for n, name in enumerate(names)],

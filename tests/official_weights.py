@@ -1,4 +1,4 @@
-"""Weights, pictures and objects from which the official code computed the figures in `fixtures`.
+"""Weights, images and objects from which the official code computed the figures in `fixtures`.
 
 The weights of a key are a fixed function of the key, so no file of weights is needed to compare with the original
 (IDEA-Research/DINO, commit faa8520) number by number.
@@ -66,11 +66,11 @@ def weight(key: str, shape: tuple[int, ...]) -> np.ndarray:
     return 0.1 * normal - (3.0 if name == "bias" and "class_embed" in key else 0.0)
 
 
-def pictures(seed: int, sizes: list[tuple[int, int]]) -> tuple[torch.Tensor, torch.Tensor]:
+def images(seed: int, sizes: list[tuple[int, int]]) -> tuple[torch.Tensor, torch.Tensor]:
     """Waves and noise of these (height, width), padded together.
 
     Returns:
-        Pixels, `(batch_size, 3, height, width)` float64, and mask, `(batch_size, height, width)`, 1 is picture.
+        Pixels, `(batch_size, 3, height, width)` float64, and mask, `(batch_size, height, width)`, 1 is image.
     """
     random = np.random.RandomState(seed)  # the stream it was
     height, width = (max(side) for side in zip(*sizes))
@@ -79,19 +79,19 @@ def pictures(seed: int, sizes: list[tuple[int, int]]) -> tuple[torch.Tensor, tor
     for index, (rows, columns) in enumerate(sizes):
         y, x = np.meshgrid(np.linspace(0, 1, rows), np.linspace(0, 1, columns), indexing="ij")
         waves = np.stack([np.sin(9 * x + 3 * y), np.cos(7 * y * x), np.sin(5 * x) * np.cos(11 * y)])
-        picture = (waves + 0.3 * random.standard_normal(waves.shape)).astype(np.float32)
-        pixels[index, :, :rows, :columns] = torch.from_numpy(picture)
+        image = (waves + 0.3 * random.standard_normal(waves.shape)).astype(np.float32)
+        pixels[index, :, :rows, :columns] = torch.from_numpy(image)
         mask[index, :rows, :columns] = 1
     return pixels, mask
 
 
 def objects(seed: int, counts: list[int], num_classes: int) -> list[dict[str, torch.Tensor]]:
-    """Labels of pictures with so many objects each."""
+    """Labels of images with so many objects each."""
     random = np.random.RandomState(seed)  # the stream it was
     labels = []
     for count in counts:
-        centres, sides = random.uniform(0.2, 0.8, (count, 2)), random.uniform(0.05, 0.35, (count, 2))
+        centers, sides = random.uniform(0.2, 0.8, (count, 2)), random.uniform(0.05, 0.35, (count, 2))
         classes = torch.from_numpy(random.randint(1, num_classes, count))
-        boxes = torch.from_numpy(np.concatenate([centres, sides], axis=1).astype(np.float32)).double()
+        boxes = torch.from_numpy(np.concatenate([centers, sides], axis=1).astype(np.float32)).double()
         labels.append({"class_labels": classes.long(), "boxes": boxes})
     return labels

@@ -12,10 +12,17 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from torch import nn
 
-from hf_dino.training import TrainingState, checkpoint_path, find_start, load_checkpoint, read_state, save_checkpoint
-from hf_dino.training.ema import WeightAverage
+from hf_dino.training import (
+    TrainingState,
+    checkpoint_path,
+    load_checkpoint,
+    load_training_state,
+    resolve_resume_checkpoint,
+    save_checkpoint,
+)
+from hf_dino.training.ema import ExponentialMovingAverage
 from hf_dino.training.history import RunHistory
-from hf_dino.training.lock import run_folder
+from hf_dino.training.lock import lock_output_dir
 from hf_dino.training.signals import StopSignals
 
 
@@ -32,21 +39,21 @@ def train(output: Path, *, after_step=lambda step: None) -> Path:
     torch.set_num_threads(1)
     accelerator = Accelerator(cpu=True)
     checkpoints = output / "checkpoints"
-    start = find_start(output, checkpoints, resume=checkpoints.exists(), overwrite=False)
-    state = read_state(start, SETTINGS) if start else TrainingState(SETTINGS)
+    start = resolve_resume_checkpoint(output, checkpoints, resume=checkpoints.exists(), overwrite=False)
+    state = load_training_state(start, SETTINGS) if start else TrainingState(SETTINGS)
     set_seed(0)
     model = network()
     model, optimizer = accelerator.prepare(model, torch.optim.AdamW(model.parameters(), lr=1e-2))
-    average = WeightAverage(accelerator.unwrap_model(model), 0.9)
+    average = ExponentialMovingAverage(accelerator.unwrap_model(model), 0.9)
     accelerator.register_for_checkpointing(average)
     set_seed(0, device_specific=True)
-    with run_folder(accelerator, checkpoints, start, overwrite=False), StopSignals(accelerator) as signals:
+    with lock_output_dir(accelerator, checkpoints, start, overwrite=False), StopSignals(accelerator) as signals:
         if start:
             load_checkpoint(accelerator, start)
         history = RunHistory(output, state.history, accelerator.is_main_process)
         while state.step < STEPS:
-            pictures = torch.randn(8, 4, generator=torch.Generator().manual_seed(state.step))
-            loss = model(pictures).square().mean()
+            images = torch.randn(8, 4, generator=torch.Generator().manual_seed(state.step))
+            loss = model(images).square().mean()
             accelerator.backward(loss)
             optimizer.step()
             optimizer.zero_grad()
@@ -59,10 +66,10 @@ def train(output: Path, *, after_step=lambda step: None) -> Path:
             if state.step % SAVE_EVERY == 0:
                 save_checkpoint(accelerator, checkpoints, state)
             after_step(state.step)
-            if signals.agreed():
+            if signals.should_stop():
                 save_checkpoint(accelerator, checkpoints, state)
                 signals.leave(f"stopped after step {state.step}; go on with --resume")
-        load_checkpoint(accelerator, checkpoint_path(checkpoints, state.kept_step))
+        load_checkpoint(accelerator, checkpoint_path(checkpoints, state.export_step))
     weights = output / f"weights_{accelerator.process_index}.pt"
     torch.save({"model": model.state_dict(), "average": average.state_dict()}, weights)
     accelerator.end_training()

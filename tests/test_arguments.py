@@ -1,4 +1,4 @@
-"""Sizes of pictures, numbers and fields as the command lines take them."""
+"""Sizes of images, numbers and fields as the command lines take them."""
 
 import argparse
 

@@ -30,7 +30,7 @@ def make_backbone(**overrides) -> DinoDetrBackbone:
 
 
 def padded_batch(*sizes: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Pictures of these (height, width), padded to the largest."""
+    """Images of these (height, width), padded to the largest."""
     height, width = (max(side) for side in zip(*sizes))
     pixel_mask = torch.zeros(len(sizes), height, width, dtype=torch.int64)
     for mask, (rows, columns) in zip(pixel_mask, sizes):
@@ -92,7 +92,7 @@ def statistics(backbone: DinoDetrBackbone) -> list[torch.Tensor]:
 
 @pytest.mark.parametrize("frozen", [True, False])
 def test_freeze_batch_norm(frozen):
-    backbone = make_backbone(freeze_batch_norm=frozen).train()
+    backbone = make_backbone(freeze_backbone_batch_norms=frozen).train()
     before = statistics(backbone)
     backbone(*padded_batch((64, 64), (64, 48))).features.sum().backward()
     assert len(before) > 10
@@ -105,24 +105,24 @@ def test_freeze_batch_norm(frozen):
 
 
 def slow_position_embedding(mask, d_model, temperature, offset):
-    """Sines and cosines of DETR cell by cell: y in the first half, then x, each counted within the picture."""
+    """Sines and cosines of DETR cell by cell: y in the first half, then x, each counted within the image."""
     embedding = torch.zeros(*mask.shape, d_model, dtype=torch.float64)
-    for picture, row, column in mask.nonzero().tolist():
-        y = (mask[picture, : row + 1, column].sum().item() + offset) / mask[picture, :, column].sum().item()
-        x = (mask[picture, row, : column + 1].sum().item() + offset) / mask[picture, row].sum().item()
+    for image, row, column in mask.nonzero().tolist():
+        y = (mask[image, : row + 1, column].sum().item() + offset) / mask[image, :, column].sum().item()
+        x = (mask[image, row, : column + 1].sum().item() + offset) / mask[image, row].sum().item()
         for half, fraction in enumerate((y, x)):
             for channel in range(d_model // 2):
                 angle = 2 * math.pi * fraction / temperature ** (2 * (channel // 2) / (d_model // 2))
                 value = math.cos(angle) if channel % 2 else math.sin(angle)
-                embedding[picture, row, column, half * d_model // 2 + channel] = value
+                embedding[image, row, column, half * d_model // 2 + channel] = value
     return embedding
 
 
 @pytest.mark.parametrize(("temperature", "offset"), [(20, 0.0), (10000, -0.5)])
 def test_position_embedding_is_its_definition(temperature, offset):
-    backbone = make_backbone(position_embedding_temperature=temperature, position_embedding_offset=offset)
+    backbone = make_backbone(positional_encoding_temperature=temperature, positional_encoding_offset=offset)
     mask = padded_batch((5, 7), (3, 4))[1].bool()
-    embedding = backbone.embed_positions(mask)
+    embedding = backbone.sine_position_embedding(mask)
     expected = slow_position_embedding(mask, 32, temperature, offset)
     torch.testing.assert_close(embedding[mask].double(), expected[mask], rtol=0, atol=1e-5)
 
@@ -131,12 +131,12 @@ def test_position_embedding_is_computed_in_32_bits():
     """In bf16, cells could not be counted beyond 256."""
     backbone = make_backbone()
     mask = torch.ones(1, 2, 400, dtype=torch.bool)
-    expected = backbone.embed_positions(mask)
+    expected = backbone.sine_position_embedding(mask)
     with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(backbone.to(torch.bfloat16).embed_positions(mask), expected)
+        assert torch.equal(backbone.to(torch.bfloat16).sine_position_embedding(mask), expected)
 
 
-def test_masks_and_valid_ratios_of_padded_pictures():
+def test_masks_and_valid_ratios_of_padded_images():
     levels = make_backbone()(*padded_batch((128, 64), (64, 256)))
     assert levels.spatial_shapes_list == [(8, 16), (4, 8), (2, 4)]
     expected = torch.tensor([[0.25, 1.0], [1.0, 0.5]])  # (width, height)
@@ -156,7 +156,7 @@ def test_level_embedding_is_added_to_its_level():
     torch.testing.assert_close(change, torch.cat([torch.zeros(64), torch.ones(16), torch.zeros(4)]))
 
 
-def test_a_picture_that_is_all_padding_gives_numbers():
+def test_an_image_that_is_all_padding_gives_numbers():
     pixel_values, pixel_mask = padded_batch((64, 64), (64, 64))
     pixel_mask[1] = 0
     levels = make_backbone()(pixel_values, pixel_mask)

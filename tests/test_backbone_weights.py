@@ -35,11 +35,11 @@ def test_torchvision_resnet_computes_the_same(monkeypatch):
     )
     model = detector(RESNET18)
     load_backbone_weights(model, "torchvision/resnet18")
-    pictures = torch.randn(1, 3, 64, 96)
+    images = torch.randn(1, 3, 64, 96)
     with torch.no_grad():
-        stem = resnet.maxpool(resnet.relu(resnet.bn1(resnet.conv1(pictures))))
+        stem = resnet.maxpool(resnet.relu(resnet.bn1(resnet.conv1(images))))
         layer3 = resnet.layer3(resnet.layer2(resnet.layer1(stem)))
-        stage3, stage4 = model.model.backbone.body(pictures).feature_maps
+        stage3, stage4 = model.model.backbone.body(images).feature_maps
         torch.testing.assert_close(stage3, layer3)
         torch.testing.assert_close(stage4, resnet.layer4(layer3))
 

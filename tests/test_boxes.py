@@ -31,9 +31,9 @@ def test_boxes_are_never_narrower_than_float32(dtype):
 def test_generalized_iou_is_torchvisions_but_for_the_originals_epsilon():
     boxes, others = torch.rand(5, 4, dtype=torch.float64) + 0.5, torch.rand(7, 4, dtype=torch.float64) + 0.5
 
-    def corners(centre_boxes):
+    def corners(center_boxes):
         return torch.cat(
-            [centre_boxes[:, :2] - centre_boxes[:, 2:] / 2, centre_boxes[:, :2] + centre_boxes[:, 2:] / 2], 1
+            [center_boxes[:, :2] - center_boxes[:, 2:] / 2, center_boxes[:, :2] + center_boxes[:, 2:] / 2], 1
         )
 
     ours = generalized_box_iou(boxes[:, None], others)

@@ -18,22 +18,22 @@ from torch import nn
 
 from hf_dino.data import InputError
 from hf_dino.data.shapes import generate_shapes
-from hf_dino.files import files_into_folder, write_json
+from hf_dino.files import atomic_update_directory, write_json
 from hf_dino.training import (
     TrainingState,
     checkpoint_path,
-    find_start,
-    latest_checkpoint,
+    get_last_checkpoint,
     load_checkpoint,
-    read_state,
+    load_training_state,
     remove_checkpoints,
+    resolve_resume_checkpoint,
     save_checkpoint,
 )
 from hf_dino.training import checkpoint as checkpoint_module
 from hf_dino.training import lock as lock_module
-from hf_dino.training.checkpoint import check_disk_space, data_fingerprint, file_fingerprint, rescue_state
-from hf_dino.training.ema import WeightAverage
-from hf_dino.training.lock import run_folder
+from hf_dino.training.checkpoint import check_disk_space, data_fingerprint, file_fingerprint, save_emergency_checkpoint
+from hf_dino.training.ema import ExponentialMovingAverage
+from hf_dino.training.lock import lock_output_dir
 
 
 def make_run(with_scaler=False):
@@ -44,7 +44,7 @@ def make_run(with_scaler=False):
         accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
     model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2), nn.Linear(2, 1))
     model, optimizer = accelerator.prepare(model, torch.optim.AdamW(model.parameters(), lr=0.1))
-    average = WeightAverage(accelerator.unwrap_model(model), 0.9)
+    average = ExponentialMovingAverage(accelerator.unwrap_model(model), 0.9)
     accelerator.register_for_checkpointing(average)
     train(accelerator, model, optimizer, average)
     return accelerator, model, optimizer, average
@@ -97,7 +97,7 @@ def test_everything_that_the_next_step_depends_on_comes_back(tmp_path):
     train(accelerator, model, optimizer, average)
     assert everything(accelerator, model, optimizer, average) == expected
     assert all(value.isfinite().all() for value in after.values())
-    assert read_state(tmp_path / "step_00000007", {"seed": 1}) == state
+    assert load_training_state(tmp_path / "step_00000007", {"seed": 1}) == state
 
 
 def test_checkpoints_keep_the_latest_and_the_best(tmp_path):
@@ -110,8 +110,8 @@ def test_checkpoints_keep_the_latest_and_the_best(tmp_path):
     state.best_step, state.best_ap = 4, 0.5  # evaluated after it was written
     save_checkpoint(accelerator, tmp_path, state)
     assert [path.name for path in tmp_path.iterdir()] == ["step_00000004"]
-    assert latest_checkpoint(tmp_path) == checkpoint_path(tmp_path, 4)
-    assert read_state(checkpoint_path(tmp_path, 4), {"seed": 1}) == state
+    assert get_last_checkpoint(tmp_path) == checkpoint_path(tmp_path, 4)
+    assert load_training_state(checkpoint_path(tmp_path, 4), {"seed": 1}) == state
 
 
 def test_a_step_is_evaluated_once():
@@ -129,7 +129,7 @@ def test_nothing_but_checkpoints_is_deleted(tmp_path):
     (tmp_path / "log.txt").touch()
     accelerator, *_ = make_run()
     save_checkpoint(accelerator, tmp_path, TrainingState({}, step=9))
-    assert latest_checkpoint(tmp_path) == checkpoint_path(tmp_path, 9)
+    assert get_last_checkpoint(tmp_path) == checkpoint_path(tmp_path, 9)
     others = {"log.txt", "notes", "step_by_step", "step_00000001 the good one"}
     assert {path.name for path in tmp_path.iterdir()} == {"step_00000009", *others}
     remove_checkpoints(tmp_path)
@@ -173,7 +173,7 @@ def test_a_process_that_dies_leaves_the_last_checkpoint(tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         save_checkpoint(accelerator, tmp_path, state)
     monkeypatch.undo()
-    assert latest_checkpoint(tmp_path) == checkpoint_path(tmp_path, 1)
+    assert get_last_checkpoint(tmp_path) == checkpoint_path(tmp_path, 1)
     save_checkpoint(accelerator, tmp_path, state)
     assert [path.name for path in tmp_path.iterdir()] == ["step_00000002"]
 
@@ -189,10 +189,10 @@ def test_a_run_goes_on_with_its_own_settings_only(tmp_path):
     accelerator, *_ = make_run()
     save_checkpoint(accelerator, tmp_path, TrainingState({"seed": 1, "size": (3, 4)}))
     (path,) = tmp_path.iterdir()
-    assert read_state(path, {"seed": 1, "size": (3, 4)}).step == 0
+    assert load_training_state(path, {"seed": 1, "size": (3, 4)}).step == 0
     with pytest.raises(InputError, match=r"settings that it began with \(seed: 1 before, 2 now\)"):
-        read_state(path, {"seed": 2, "size": (3, 4)})
-    assert latest_checkpoint(tmp_path / "gone") is None
+        load_training_state(path, {"seed": 2, "size": (3, 4)})
+    assert get_last_checkpoint(tmp_path / "gone") is None
 
 
 def test_a_checkpoint_of_another_version_is_read(tmp_path):
@@ -203,7 +203,7 @@ def test_a_checkpoint_of_another_version_is_read(tmp_path):
     content = json.loads(file.read_text())
     del content["total_steps"]
     file.write_text(json.dumps(content))
-    state = read_state(path, {"seed": 1, "option of today": 3})
+    state = load_training_state(path, {"seed": 1, "option of today": 3})
     assert (state.step, state.total_steps) == (3, None)
 
 
@@ -275,33 +275,33 @@ def test_a_spoilt_state_does_not_replace_a_good_one(tmp_path, spoilt):
         "the optimizer": optimizer.state[model[2].weight]["exp_avg"],
     }
     targets[spoilt].view(-1)[0] = torch.inf
-    told = rescue_state(accelerator, model, optimizer, tmp_path, state)
+    told = save_emergency_checkpoint(accelerator, model, optimizer, tmp_path, state)
     if spoilt == "nothing":
         assert [path.name for path in tmp_path.iterdir()] == ["step_00000002"]
         assert told == f"The state before this step is kept in {tmp_path / 'step_00000002'}"
     else:
-        assert latest_checkpoint(tmp_path).name == "step_00000001"
-        assert latest_checkpoint(tmp_path / "failed").name == "step_00000002"
+        assert get_last_checkpoint(tmp_path).name == "step_00000001"
+        assert get_last_checkpoint(tmp_path / "failed").name == "step_00000002"
         assert "--resume goes on from step_00000001" in told
 
 
 def test_where_a_run_starts(tmp_path, caplog):
     output, checkpoints = tmp_path / "run", tmp_path / "run" / "checkpoints"
     with pytest.raises(InputError, match="holds no checkpoint to resume from"):
-        find_start(output, checkpoints, resume=True, overwrite=False)
+        resolve_resume_checkpoint(output, checkpoints, resume=True, overwrite=False)
     checkpoints.mkdir(parents=True)  # killed before the first checkpoint
-    assert find_start(output, checkpoints, resume=True, overwrite=False) is None
+    assert resolve_resume_checkpoint(output, checkpoints, resume=True, overwrite=False) is None
     assert "begins anew" in caplog.text
     with pytest.raises(InputError, match="is not empty"):
-        find_start(output, checkpoints, resume=False, overwrite=False)
+        resolve_resume_checkpoint(output, checkpoints, resume=False, overwrite=False)
     (output / "config.json").touch()  # a model that somebody may want to keep
     with pytest.raises(InputError, match="holds no checkpoint to resume from"):
-        find_start(output, checkpoints, resume=True, overwrite=False)
+        resolve_resume_checkpoint(output, checkpoints, resume=True, overwrite=False)
 
 
 def test_a_folder_that_another_run_has_used_meanwhile_is_left_alone(tmp_path):
     accelerator, *_ = make_run()
-    with run_folder(accelerator, tmp_path, None, overwrite=False):
+    with lock_output_dir(accelerator, tmp_path, None, overwrite=False):
         save_checkpoint(accelerator, tmp_path, TrainingState({}, step=1))
         save_checkpoint(accelerator, tmp_path / "failed", TrainingState({}, step=1))
         (tmp_path / ".step_00000002.part").mkdir()
@@ -309,18 +309,18 @@ def test_a_folder_that_another_run_has_used_meanwhile_is_left_alone(tmp_path):
     for start in (None, second):
         with (
             pytest.raises(InputError, match=r"another run has just written .*step_00000001"),
-            run_folder(accelerator, tmp_path, start, overwrite=False),
+            lock_output_dir(accelerator, tmp_path, start, overwrite=False),
         ):
             pass
     assert first.is_dir()
-    with run_folder(accelerator, tmp_path, first, overwrite=False):
+    with lock_output_dir(accelerator, tmp_path, first, overwrite=False):
         assert {path.name for path in tmp_path.iterdir()} == {"step_00000001", "failed", ".lock"}
-    with run_folder(accelerator, tmp_path, None, overwrite=True):
-        assert not latest_checkpoint(tmp_path)
-        assert not latest_checkpoint(tmp_path / "failed")
+    with lock_output_dir(accelerator, tmp_path, None, overwrite=True):
+        assert not get_last_checkpoint(tmp_path)
+        assert not get_last_checkpoint(tmp_path / "failed")
 
 
-def test_a_data_set_is_known_wherever_it_is(tmp_path):
+def test_a_dataset_is_known_wherever_it_is(tmp_path):
     from hf_dino.data import read_coco
 
     def fingerprint(folder, **options):
@@ -354,10 +354,10 @@ def test_write_json_keeps_the_old_file_when_it_fails(tmp_path):
 def test_files_arrive_together_and_others_stay(tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
     (tmp_path / "config.json").write_text("old")
-    with pytest.raises(TypeError), files_into_folder(tmp_path, last="config.json") as folder:
+    with pytest.raises(TypeError), atomic_update_directory(tmp_path, last="config.json") as folder:
         write_json(folder / "config.json", object())
     assert (tmp_path / "config.json").read_text() == "old"
-    with files_into_folder(tmp_path, last="config.json") as folder:
+    with atomic_update_directory(tmp_path, last="config.json") as folder:
         (folder / "config.json").write_text("new")
         (folder / "weights").write_text("w")
     assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {
@@ -372,9 +372,9 @@ def test_overwrite_leaves_somebody_elses_folder_alone(tmp_path, content):
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "config.json").write_text(content)
     with pytest.raises(InputError, match="holds no run or model that --overwrite could replace"):
-        find_start(tmp_path, tmp_path / "checkpoints", resume=False, overwrite=True)
+        resolve_resume_checkpoint(tmp_path, tmp_path / "checkpoints", resume=False, overwrite=True)
     (tmp_path / "config.json").write_text('{"model_type": "dino_detr"}')
-    assert find_start(tmp_path, tmp_path / "checkpoints", resume=False, overwrite=True) is None
+    assert resolve_resume_checkpoint(tmp_path, tmp_path / "checkpoints", resume=False, overwrite=True) is None
 
 
 def test_where_all_write_together_the_one_that_cannot_does_not_wait_for_the_others(tmp_path, monkeypatch):
@@ -382,7 +382,7 @@ def test_where_all_write_together_the_one_that_cannot_does_not_wait_for_the_othe
     accelerator, *_ = make_run()
     monkeypatch.setattr(accelerator.state, "distributed_type", DistributedType.FSDP)
     monkeypatch.setattr(accelerator, "save_state", lambda path: os.truncate(tmp_path / "gone", 0))
-    monkeypatch.setattr(checkpoint_module, "texts_of_all", lambda text: pytest.fail("waits for ever"))
+    monkeypatch.setattr(checkpoint_module, "all_gather_unique", lambda text: pytest.fail("waits for ever"))
     with pytest.raises(InputError, match=r"could not be written \(.*gone.*then start again"):
         save_checkpoint(accelerator, tmp_path, TrainingState({}, step=3))
 
@@ -391,9 +391,12 @@ def test_a_folder_that_a_network_disk_shows_late_is_waited_for(tmp_path, monkeyp
     accelerator, *_ = make_run()
     monkeypatch.setattr(lock_module, "_lock", lambda folder: nullcontext())
     monkeypatch.setattr(lock_module, "_MEMORY_OF_NETWORK_DISKS", 0.2)
-    with pytest.raises(InputError, match="is not seen by"), run_folder(accelerator, tmp_path, None, overwrite=False):
+    with (
+        pytest.raises(InputError, match="is not seen by"),
+        lock_output_dir(accelerator, tmp_path, None, overwrite=False),
+    ):
         pass
     monkeypatch.setattr(lock_module, "_MEMORY_OF_NETWORK_DISKS", 60)
     Timer(0.3, (tmp_path / lock_module._LOCK_FILE).touch).start()
-    with run_folder(accelerator, tmp_path, None, overwrite=False):
+    with lock_output_dir(accelerator, tmp_path, None, overwrite=False):
         pass

@@ -21,18 +21,18 @@ def test_defaults_are_the_published_ones_of_dino_4scale_resnet50():
         "encoder_layers": 6,
         "decoder_layers": 6,
         "encoder_ffn_dim": 2048,
-        "position_embedding_temperature": 20,
+        "positional_encoding_temperature": 20,
         "num_select": 300,
         "num_denoising": 100,
         "box_noise_scale": 0.4,
         "label_noise_ratio": 0.5,
         "dropout": 0.0,
-        "freeze_batch_norm": True,
+        "freeze_backbone_batch_norms": True,
         "share_decoder_heads": True,
     }
     assert {field: getattr(config, field) for field in published} == published
     assert (config.class_cost, config.bbox_cost, config.giou_cost) == (2, 5, 2)
-    assert (config.class_loss_coefficient, config.bbox_loss_coefficient, config.giou_loss_coefficient) == (1, 5, 2)
+    assert (config.cls_loss_coefficient, config.bbox_loss_coefficient, config.giou_loss_coefficient) == (1, 5, 2)
 
 
 def test_every_named_strategy_has_an_implementation():
@@ -102,8 +102,8 @@ def test_names_and_labels_go_both_ways():
 
 # How to change each field so that a loss in training must change with it.
 READ_IN_TRAINING = {
-    "position_embedding_temperature": 10000,
-    "position_embedding_offset": -0.5,
+    "positional_encoding_temperature": 10000,
+    "positional_encoding_offset": -0.5,
     "activation_function": "gelu",
     "dropout": 0.5,
     "share_decoder_heads": False,
@@ -116,12 +116,12 @@ READ_IN_TRAINING = {
     "class_cost": 0.0,
     "bbox_cost": 50.0,
     "giou_cost": 50.0,
-    "class_loss_coefficient": 3.0,
+    "cls_loss_coefficient": 3.0,
     "bbox_loss_coefficient": 3.0,
     "giou_loss_coefficient": 3.0,
     "focal_alpha": 0.9,
     "focal_gamma": 0.0,
-    "freeze_batch_norm": False,
+    "freeze_backbone_batch_norms": False,
     "encoder_layers": 1,
     "decoder_layers": 2,
     "encoder_ffn_dim": 16,

@@ -285,7 +285,7 @@ def test_missing_setting_is_named():
         config_from_args(args)
 
 
-def test_picture_size_follows_the_settings():
+def test_image_size_follows_the_settings():
     args = manifest("r50_4scale")["args"]
     assert convert_original.evaluation_size(args) == {"shortest_edge": 800, "longest_edge": 1333}
     enlarged = convert_original.evaluation_size(args | {"data_aug_scale_overlap": 1.5})
@@ -308,7 +308,7 @@ def test_picture_size_follows_the_settings():
         ({"weights": {}}, "should hold 'model' and 'args'"),
     ],
 )
-def test_other_models_are_recognised(content, name):
+def test_other_models_are_recognized(content, name):
     with pytest.raises(ConversionError, match=name):
         convert_original.official_state_dict(content)
 
@@ -509,7 +509,7 @@ def test_file_without_moving_average_is_an_error(small_file, tmp_path, capsys):
 # Published files
 
 
-def test_published_file_is_recognised_by_its_hash():
+def test_published_file_is_recognized_by_its_hash():
     digest = key_tables.PUBLISHED["checkpoint0011_5scale.pth"].sha256
     assert convert_original.published_checkpoint("renamed.pth", digest, {}, None).box_ap == 0.494
 
@@ -522,7 +522,7 @@ def test_namesake_with_another_hash_is_not_credited(caplog):
 SWIN_LARGE = {"backbone": "swin_L_384_22k", "num_feature_levels": 4, "num_classes": 91}
 
 
-def test_published_file_without_known_hash_is_recognised_by_all_that_its_name_says():
+def test_published_file_without_known_hash_is_recognized_by_all_that_its_name_says():
     found = convert_original.published_checkpoint("checkpoint0029_4scale_swin.pth", "0" * 64, SWIN_LARGE, 30)
     assert found.box_ap == 0.580
 

@@ -1,4 +1,4 @@
-"""Augmented pictures have the sizes of the recipe, and boxes stay on what they were drawn around."""
+"""Augmented images have the sizes of the recipe, and boxes stay on what they were drawn around."""
 
 import math
 import pickle
@@ -11,14 +11,14 @@ import torch
 from PIL import Image
 
 from hf_dino.data import InputError, NoAugmentation, make_augmentation
-from hf_dino.data.augmentation import RandomSizeCrop, ResizeShortestEdge, random_numbers_of
-from hf_dino.image_processing_dino_detr import resized_shape
+from hf_dino.data.augmentation import RandomSizeCrop, ResizeShortestEdge, seed_per_image
+from hf_dino.image_processing_dino_detr import get_size_with_aspect_ratio
 
 
 SIZE = {"shortest_edge": 800, "longest_edge": 1333}
 
 
-def picture_with_red_box(height, width, box):
+def image_with_red_box(height, width, box):
     """Black, with a red rectangle at `box` (x, y, width, height)."""
     pixels = np.zeros((height, width, 3), dtype=np.uint8)
     x, y, w, h = box
@@ -37,7 +37,7 @@ def test_dino_sizes_and_boxes(size, height, width):
     augmentation = make_augmentation("dino", size)
     assert augmentation.resizes
     box = [width // 4, height // 4, width // 2, height // 2]
-    image = picture_with_red_box(height, width, box)
+    image = image_with_red_box(height, width, box)
     sizes = set()
     for seed in range(12):
         torch.manual_seed(seed)
@@ -80,10 +80,10 @@ def test_objects_that_are_cut_away_are_dropped():
     assert max(kept) == 4
 
 
-def test_half_of_the_pictures_are_flipped():
+def test_half_of_the_images_are_flipped():
     augmentation = make_augmentation("flip", SIZE)
     assert not augmentation.resizes
-    image = picture_with_red_box(10, 40, (2, 3, 5, 4))
+    image = image_with_red_box(10, 40, (2, 3, 5, 4))
     boxes = set()
     for seed in range(20):
         torch.manual_seed(seed)
@@ -91,7 +91,7 @@ def test_half_of_the_pictures_are_flipped():
     assert boxes == {(2, 3, 5, 4), (33, 3, 5, 4)}
 
 
-def test_pictures_without_objects():
+def test_images_without_objects():
     result = augment(make_augmentation("dino", SIZE), Image.new("RGB", (64, 48)), [])
     assert result.boxes.shape == (0, 4)
 
@@ -128,7 +128,7 @@ def test_resize_rounds_as_the_original():
     assert resized.size == (1332, 666)
 
 
-def test_crop_of_a_picture_smaller_than_the_crop_is_the_picture():
+def test_crop_of_an_image_smaller_than_the_crop_is_the_image():
     assert RandomSizeCrop(50, 60)(Image.new("RGB", (30, 20))).size == (30, 20)
 
 
@@ -169,17 +169,17 @@ def test_large_of_a_model_that_is_large_already_is_said(caplog):
     assert "1800/3000 pixels, 1.5 times the model's 1200/2000; `dino` would stay" in caplog.text
 
 
-def test_photometric_changes_colours_and_is_otherwise_the_recipe():
+def test_photometric_changes_colors_and_is_otherwise_the_recipe():
     size = {"height": 24, "width": 32}
     image = Image.new("RGB", (32, 24), (90, 120, 60))
-    colours = set()
+    colors = set()
     for seed in range(20):
         torch.manual_seed(seed)
         result = augment(make_augmentation("photometric", size), image, [[0, 0, 32, 24]])
         assert result.image.size == (32, 24)
         assert result.boxes.tolist() == [[0, 0, 32, 24]]
-        colours.add(result.image.getpixel((16, 12)))
-    assert len(colours) > 10
+        colors.add(result.image.getpixel((16, 12)))
+    assert len(colors) > 10
     assert make_augmentation("photometric", size).resizes
 
 
@@ -188,16 +188,16 @@ def test_shapes_are_foretold_without_pixels(name):
     augmentation = make_augmentation(name, {"shortest_edge": 40, "longest_edge": 67})
     boxes = torch.tensor([[3.0, 4.0, 20.0, 10.0]])
     for image_id, (height, width) in enumerate([(48, 64), (64, 48), (30, 100), (50, 50)] * 4):
-        with random_numbers_of(0, 1, image_id):
+        with seed_per_image(0, 1, image_id):
             foretold = augmentation.shape(height, width, boxes)
-        with random_numbers_of(0, 1, image_id):
+        with seed_per_image(0, 1, image_id):
             image = augment(augmentation, Image.new("RGB", (width, height)), boxes.tolist()).image
         assert foretold == (image.height, image.width)
 
 
-def test_a_picture_has_random_numbers_of_its_own():
+def test_an_image_has_random_numbers_of_its_own():
     def draw(*key):
-        with random_numbers_of(*key):
+        with seed_per_image(*key):
             return torch.rand(()).item()
 
     torch.manual_seed(0)
@@ -318,7 +318,7 @@ def test_own_class_may_replace_methods(tmp_path):
         assert (result.image.size, result.boxes.tolist(), result.objects.tolist()) == ((20, 10), [[1, 2, 3, 4]], [0])
         assert each.shape(30, 40, torch.zeros(0, 4)) == each.smallest_shape(30, 40) == (10, 20)
         assert (each.resizes, each.evaluation_size) == (True, OWN_SIZE)
-    with pytest.raises(InputError, match="another picture or other boxes each time"):
+    with pytest.raises(InputError, match="another image or other boxes each time"):
         own_augmentation(tmp_path, CLASS.format(number="random.random()"))
 
 
@@ -331,11 +331,11 @@ def test_own_class_that_only_augments_does_not_foretell_the_shape(tmp_path):
 
 WRONG = {
     "5": "must return a torchvision v2.Transform or an Augmentation, got 5",
-    "v2.ToImage()": "must return a PIL picture, got Image; leave tensors and normalisation",
+    "v2.ToImage()": "must return a PIL image, got Image; leave tensors and normalization",
     "v2.Lambda(lambda boxes: boxes.as_subclass(torch.Tensor), BoundingBoxes)": "boxes as tv_tensors.BoundingBoxes",
     "v2.Lambda(lambda image: image.resize((9, 7)), Image)": "is 7 x 9 pixels .* to one of 40 x 60: it must resize and",
     "v2.SanitizeBoundingBoxes(min_size=15, labels_getter=None)": "returned 1 boxes for 2 objects",
-    "v2.Lambda(lambda image: image.rotate(random.random() * 90), Image)": "another picture or other boxes each time",
+    "v2.Lambda(lambda image: image.rotate(random.random() * 90), Image)": "another image or other boxes each time",
 }
 
 
@@ -364,25 +364,25 @@ def test_own_function_that_is_not_there(tmp_path):
 
 @pytest.mark.parametrize("name", ["dino", "dino-large", "flip"])
 @pytest.mark.parametrize("shape", [(60, 80), (30, 200), (70, 70)])
-def test_no_picture_is_smaller_than_foretold(name, shape):
+def test_no_image_is_smaller_than_foretold(name, shape):
     size = {"shortest_edge": 80, "longest_edge": 133}
     augmentation = make_augmentation(name, size)
     least = augmentation.smallest_shape(*shape)
     if name == "flip":
-        assert least == resized_shape(*shape, *size.values())
+        assert least == get_size_with_aspect_ratio(*shape, *size.values())
         return
     torch.manual_seed(0)
     areas = {math.prod(augmentation.shape(*shape, torch.zeros(0, 4))) for _ in range(300)}
     assert math.prod(least) <= min(areas) <= 1.3 * math.prod(least)
 
 
-def test_the_example_turns_pictures_upside_down_half_of_the_time():
+def test_the_example_turns_images_upside_down_half_of_the_time():
     file = Path(__file__).parents[1] / "examples" / "augmentations.py"
     augmentation = make_augmentation(f"{file}:microscope", {"height": 96, "width": 128})
-    image = picture_with_red_box(96, 128, [30, 4, 60, 20])
+    image = image_with_red_box(96, 128, [30, 4, 60, 20])
     upside_down = []
     for seed in range(40):
-        with random_numbers_of(seed, 0, 0):
+        with seed_per_image(seed, 0, 0):
             made = augment(augmentation, image, [[30, 4, 60, 20]])
         assert made.image.size == (128, 96)
         for x, y, width, height in made.boxes.round().int().tolist():

@@ -1,4 +1,4 @@
-"""Who sees which picture when: training order, equal sizes for evaluation."""
+"""Who sees which image when: training order, equal sizes for evaluation."""
 
 import subprocess
 import sys
@@ -21,14 +21,14 @@ from hf_dino.data import (
     steps_per_epoch,
     training_loader,
 )
-from hf_dino.data.batching import training_shapes
+from hf_dino.data.batching import predict_batch_shapes
 
 
 def batches(length, step_size, **options):
     return list(TrainingBatchSampler(length, step_size, **{"seed": 0, "epoch": 0, **options}))
 
 
-def test_an_epoch_shows_every_picture():
+def test_an_epoch_shows_every_image():
     epoch = batches(10, 4)
     assert [len(batch) for batch in epoch] == [4, 4, 4]
     assert len(epoch) == steps_per_epoch(10, 4)
@@ -44,21 +44,21 @@ def test_order_depends_on_seed_and_epoch_only():
 
 
 @pytest.mark.parametrize(("world_size", "accumulation"), [(2, 1), (1, 2), (2, 2), (4, 1)])
-def test_every_step_sees_the_same_pictures_however_it_is_shared_out(world_size, accumulation):
+def test_every_step_sees_the_same_images_however_it_is_shared_out(world_size, accumulation):
     whole = batches(11, 4)
     shares = [
         batches(11, 4, rank=rank, world_size=world_size, accumulation=accumulation) for rank in range(world_size)
     ]
-    for step, pictures in enumerate(whole):
+    for step, images in enumerate(whole):
         parts = [share[step * accumulation : (step + 1) * accumulation] for share in shares]
-        assert sorted(chain(*chain(*parts))) == sorted(pictures)
+        assert sorted(chain(*chain(*parts))) == sorted(images)
 
 
 def test_resuming_leaves_out_the_steps_that_are_done():
     assert batches(10, 4, first_step=2, accumulation=2) == batches(10, 4, accumulation=2)[4:]
 
 
-def test_fewer_pictures_than_a_step_needs():
+def test_fewer_images_than_a_step_needs():
     (batch,) = batches(3, 8)
     assert len(batch) == 8
     assert set(batch) == {0, 1, 2}
@@ -75,20 +75,20 @@ SHAPES = [(int(height), int(width)) for height, width in np.random.default_rng(0
 
 
 def padded(batches):
-    """Pixels that batches of pictures of `SHAPES` have, over those that pictures have."""
+    """Pixels that batches of images of `SHAPES` have, over those that images have."""
     sizes = [np.array([SHAPES[index] for index in batch]) for batch in batches]
     return sum(len(size) * size.max(axis=0).prod() for size in sizes) / sum(size.prod(axis=1).sum() for size in sizes)
 
 
 @pytest.mark.parametrize(("length", "step_size"), [(50, 16), (48, 16), (3, 8), (20, 4)])
 @pytest.mark.parametrize(("world_size", "accumulation"), [(1, 1), (2, 1), (1, 2), (2, 2), (4, 1)])
-def test_like_shapes_change_who_sees_a_picture_but_not_when(length, step_size, world_size, accumulation):
+def test_like_shapes_change_who_sees_an_image_but_not_when(length, step_size, world_size, accumulation):
     whole = batches(length, step_size)
     parts = {"world_size": world_size, "accumulation": accumulation, "shape_of": SHAPES.__getitem__}
     shares = [batches(length, step_size, rank=rank, **parts) for rank in range(world_size)]
-    for step, pictures in enumerate(whole):
+    for step, images in enumerate(whole):
         mine = [share[step * accumulation : (step + 1) * accumulation] for share in shares]
-        assert sorted(chain(*chain(*mine))) == sorted(pictures)
+        assert sorted(chain(*chain(*mine))) == sorted(images)
         assert {len(batch) for batch in chain(*mine)} == {step_size // world_size // accumulation}
     resumed = batches(length, step_size, rank=0, first_step=1, **parts)
     assert resumed == shares[0][accumulation:]
@@ -99,7 +99,7 @@ def test_like_shapes_save_padding():
     before, after = (batches(48, 16, **options, **more) for more in ({}, {"shape_of": SHAPES.__getitem__}))
     assert padded(before) > 1.4
     assert padded(after) < 1.25
-    # tall before wide, and of each kind neighbours are the ones of like length
+    # tall before wide, and of each kind neighbors are the ones of like length
     lengths = [width if width >= height else -height for height, width in (SHAPES[i] for i in chain(*after[:8]))]
     assert lengths == sorted(lengths)
 
@@ -119,10 +119,10 @@ def test_shapes_are_those_that_batches_have(tmp_path, name, size):
     collate = TrainingCollator(DinoDetrImageProcessor(size=size), {3: 0, 7: 1}, 2, not augmentation.resizes)
     data = read_coco(*write_coco(tmp_path, objects, sizes=sizes))
     for epoch in range(3):
-        pictures = DetectionDataset(data, augmentation, seed=5, epoch=epoch)
-        shape_of = training_shapes(pictures, collate)
+        images = DetectionDataset(data, augmentation, seed=5, epoch=epoch)
+        shape_of = predict_batch_shapes(images, collate)
         for index in range(len(sizes)):
-            assert collate([pictures[index]])["pixel_values"].shape[-2:] == shape_of(index)
+            assert collate([images[index]])["pixel_values"].shape[-2:] == shape_of(index)
 
 
 def test_evaluation_batches_have_one_size_and_cover_everything_once():
@@ -148,9 +148,9 @@ def test_a_label_that_the_model_lacks_is_found_before_the_model_sees_it(tmp_path
 
 
 def test_an_error_in_a_reading_process_is_one_line(tmp_path):
-    pictures, file = write_coco(tmp_path, [])
-    data = DetectionDataset(read_coco(pictures, file))
-    Image.new("RGB", (5, 5)).save(pictures / "1.png")
+    images, file = write_coco(tmp_path, [])
+    data = DetectionDataset(read_coco(images, file))
+    Image.new("RGB", (5, 5)).save(images / "1.png")
     with pytest.raises(InputError) as here:
         data[0]
     loader = training_loader(data, collator(5), TrainingBatchSampler(1, 1, seed=0, epoch=0), num_workers=1)
@@ -161,7 +161,7 @@ def test_an_error_in_a_reading_process_is_one_line(tmp_path):
 
 
 @pytest.mark.parametrize(("num_workers", "read_ahead"), [(0, None), (2, 8), (5, 4), (100, 2)])
-def test_pictures_of_a_whole_step_are_read_ahead(tmp_path, num_workers, read_ahead):
+def test_images_of_a_whole_step_are_read_ahead(tmp_path, num_workers, read_ahead):
     """By each of the processes that read, which make a batch each."""
     data = DetectionDataset(read_coco(*write_coco(tmp_path, [])))
     sampler = TrainingBatchSampler(1, 16, seed=0, epoch=0, accumulation=16)
@@ -176,7 +176,7 @@ import signal
 from hf_dino import DinoDetrImageProcessor
 from hf_dino.data import DetectionDataset, TrainingBatchSampler, TrainingCollator, read_coco, training_loader
 
-data = DetectionDataset(read_coco({str(tmp_path / "pictures")!r}, {str(tmp_path / "annotations.json")!r}))
+data = DetectionDataset(read_coco({str(tmp_path / "images")!r}, {str(tmp_path / "annotations.json")!r}))
 sampler = TrainingBatchSampler(1, 1, seed=0, epoch=0)
 collate = TrainingCollator(DinoDetrImageProcessor(), {{}}, 1, True)
 

@@ -12,7 +12,7 @@ from coco_files import annotation, write_coco
 from data_formats import coco_text, draw, voc_xml, write, write_shapes
 from hf_dino.data import InputError, check_data, read_coco, read_data
 from hf_dino.data.__main__ import main
-from hf_dino.data.sheet import Sample, draw_sheet
+from hf_dino.data.sheet import Sample, draw_image_grid
 
 
 def data(folder, annotations=(), **options):
@@ -20,7 +20,7 @@ def data(folder, annotations=(), **options):
 
 
 def good(folder, **options):
-    """One picture with a dog and a cat."""
+    """One image with a dog and a cat."""
     return data(folder, [annotation(1, 3, [1, 2, 30, 20]), annotation(1, 7, [5, 6, 9, 9])], **options)
 
 
@@ -34,28 +34,28 @@ def test_nothing_is_found_in_good_data_and_everything_is_counted(tmp_path):
     report = check_data({"train": data(tmp_path, [*objects, crowd], sizes=[(100, 100)])})
     assert (report.errors, report.warnings) == ([], [])
     counts = report.counts["train"]
-    assert (counts.pictures, counts.without_objects, counts.objects, counts.crowds) == (1, 0, 3, 1)
+    assert (counts.images, counts.without_objects, counts.objects, counts.crowds) == (1, 0, 3, 1)
     assert counts.classes == {"dog": 1, "cat": 2}
     assert counts.sizes == {"small": 1, "medium": 1, "large": 1}
     report.raise_if_errors()
 
 
 @pytest.mark.parametrize("decode", [True, False])
-def test_pictures_missing_broken_and_of_another_size(tmp_path, decode):
+def test_images_missing_broken_and_of_another_size(tmp_path, decode):
     read = data(tmp_path, [annotation(n, 3, [1, 2, 3, 4]) for n in (1, 2, 3, 4)], sizes=[(40, 60)] * 4)
-    pictures = tmp_path / "pictures"
-    (pictures / "1.png").unlink()
-    (pictures / "2.png").write_bytes(b"no picture")
-    draw(pictures / "3.png", (41, 60))
-    whole = (pictures / "4.png").read_bytes()
-    (pictures / "4.png").write_bytes(whole[: len(whole) // 2])
+    images = tmp_path / "images"
+    (images / "1.png").unlink()
+    (images / "2.png").write_bytes(b"no image")
+    draw(images / "3.png", (41, 60))
+    whole = (images / "4.png").read_bytes()
+    (images / "4.png").write_bytes(whole[: len(whole) // 2])
     seen = []
-    report = check_data({"train": read}, decode=decode, on_picture=lambda: seen.append(1))
+    report = check_data({"train": read}, decode=decode, on_image=lambda: seen.append(1))
     messages = [
-        "1.png: there is no such picture file",
-        "2.png: cannot be read as a picture (it is of no known kind)",
+        "1.png: there is no such image file",
+        "2.png: cannot be read as an image (it is of no known kind)",
         "3.png: the annotations say 60 x 40 pixels (width x height) but the file has 60 x 41",
-        *(["4.png: cannot be read as a picture"] if decode else []),  # whose head is whole
+        *(["4.png: cannot be read as an image"] if decode else []),  # whose head is whole
     ]
     assert len(report.errors) == len(messages)
     for error, message in zip(report.errors, messages):
@@ -66,24 +66,24 @@ def test_pictures_missing_broken_and_of_another_size(tmp_path, decode):
         report.raise_if_errors()
 
 
-def test_quick_check_accepts_pictures_that_lie_on_their_side_as_annotated(tmp_path):
+def test_quick_check_accepts_images_that_lie_on_their_side_as_annotated(tmp_path):
     read = good(tmp_path)
     exif = Image.Exif()
     exif[0x0112] = 6
-    Image.new("RGB", (40, 60)).save(tmp_path / "pictures" / "1.png", exif=exif)
+    Image.new("RGB", (40, 60)).save(tmp_path / "images" / "1.png", exif=exif)
     assert check_data({"train": read}, decode=False).errors == []
-    assert read.pictures[0].read().size == (60, 40)
+    assert read.images[0].read().size == (60, 40)
 
 
-def test_boxes_that_were_put_right_are_told_with_their_pictures(tmp_path):
+def test_boxes_that_were_put_right_are_told_with_their_images(tmp_path):
     boxes = [[5, 5, 0, 5], [70, 5, 9, 9], [-10, 30, 20, 20], [1, 1, 2, 2], [1, 1, 2, 2]]
     report = check_data({"train": data(tmp_path, [annotation(1, 3, box) for box in boxes])})
     assert report.errors == []
     assert report.warnings[:4] == [
-        "train: 1 boxes have no width or no height: dropped; pictures/1.png",
-        "train: 1 boxes lie outside their picture: dropped; pictures/1.png",
-        "train: 1 boxes reach over the border of their picture: clipped for training; pictures/1.png",
-        "train: 1 boxes are there twice, of the same class; pictures/1.png",
+        "train: 1 boxes have no width or no height: dropped; images/1.png",
+        "train: 1 boxes lie outside their image: dropped; images/1.png",
+        "train: 1 boxes reach over the border of their image: clipped for training; images/1.png",
+        "train: 1 boxes are there twice, of the same class; images/1.png",
     ]
 
 
@@ -93,7 +93,7 @@ def test_boxes_in_another_way_of_writing(tmp_path):
     (error,) = check_data({"train": wrong}).errors
     assert error == (
         "train: boxes seem to be x0, y0, x1, y1, but must be x, y, width, height: as they are, 2 of 3 reach over the "
-        "border of their picture"
+        "border of their image"
     )
     (error,) = check_data({"train": data(tmp_path / "b", [annotation(1, 3, [0.1, 0.2, 0.5, 0.3])])}).errors
     assert "they seem to be fractions" in error
@@ -111,20 +111,20 @@ def test_classes_that_differ_between_splits(tmp_path):
     assert "validation: 1 of 2 classes have no objects: 'cat'" in report.warnings
 
 
-def test_the_same_picture_in_two_splits_and_twice_in_one(tmp_path):
+def test_the_same_image_in_two_splits_and_twice_in_one(tmp_path):
     train = data(tmp_path / "a", [annotation(1, 3, [1, 2, 3, 4])], sizes=[(40, 60), (40, 60), (30, 30)])
-    (tmp_path / "a" / "pictures" / "2.png").write_bytes((tmp_path / "a" / "pictures" / "1.png").read_bytes())
+    (tmp_path / "a" / "images" / "2.png").write_bytes((tmp_path / "a" / "images" / "1.png").read_bytes())
     validation = data(tmp_path / "b", [annotation(1, 3, [1, 2, 3, 4])])
     warnings = check_data({"train": train, "validation": validation}, decode=False).warnings
-    assert "1 pictures are in both train and validation: pictures/1.png = pictures/2.png" in warnings
+    assert "1 images are in both train and validation: images/1.png = images/2.png" in warnings
     only = check_data({"train": train}).warnings
-    assert "1 pictures are more than once in train: pictures/1.png = pictures/2.png" in only
+    assert "1 images are more than once in train: images/1.png = images/2.png" in only
 
 
-def test_pictures_without_objects_and_nothing_to_learn(tmp_path):
+def test_images_without_objects_and_nothing_to_learn(tmp_path):
     report = check_data({"train": data(tmp_path, sizes=[(40, 60), (30, 30)])})
     assert report.errors == ["train: has no object to learn from"]
-    assert "train: 2 of 2 pictures have no objects" in report.warnings
+    assert "train: 2 of 2 images have no objects" in report.warnings
     assert check_data({}).errors == []
 
 
@@ -142,10 +142,10 @@ def test_command_line_on_good_data(tmp_path, capsys):
     write_shapes(tmp_path / "shapes")
     before = contents(tmp_path / "shapes")
     sheet = tmp_path / "sheets" / "sheet.png"
-    assert main(["check", str(tmp_path / "shapes"), "--sheet", str(sheet), "--num-pictures", "4"]) == 0
+    assert main(["check", str(tmp_path / "shapes"), "--sheet", str(sheet), "--num-images", "4"]) == 0
     printed = capsys.readouterr().out
     assert "circle" in printed
-    assert "train: 1 of 5 pictures have no objects" in printed
+    assert "train: 1 of 5 images have no objects" in printed
     assert "0 errors" in printed
     assert contents(tmp_path / "shapes") == before
 
@@ -164,15 +164,15 @@ def test_command_line_tells_all_that_is_wrong(tmp_path, capsys):
     content["annotations"] += [{"image_id": 1, "category_id": 8, "bbox": [1, 2, 3, 4]}]
     write(folder / "train.json", json.dumps(content))
     draw(folder / "train" / "1.png")
-    write(folder / "train" / "2.png", "no picture")
+    write(folder / "train" / "2.png", "no image")
     before = contents(folder)
     assert main(["check", str(folder), "--quick", "--num-workers", "1"]) == 1
     printed = capsys.readouterr().out
     for message in (
         "annotations name image_id 9, which 'images' does not list",
         "annotations name category_id 8, which 'categories' does not list",
-        "2.png: cannot be read as a picture",
-        "3.png: there is no such picture file",
+        "2.png: cannot be read as an image",
+        "3.png: there is no such image file",
         "4 errors",
     ):
         assert message in printed
@@ -180,14 +180,14 @@ def test_command_line_tells_all_that_is_wrong(tmp_path, capsys):
 
 
 def test_command_line_on_a_pair_and_on_nothing(tmp_path):
-    pictures, file = write_coco(tmp_path, [annotation(1, 3, [1, 2, 30, 20]), annotation(1, 7, [1, 2, 30, 20])])
-    assert main(["check", "--images", str(pictures), "--annotations", str(file)]) == 0
+    images, file = write_coco(tmp_path, [annotation(1, 3, [1, 2, 30, 20]), annotation(1, 7, [1, 2, 30, 20])])
+    assert main(["check", "--images", str(images), "--annotations", str(file)]) == 0
     with pytest.raises(InputError, match="gone: there is no such folder"):
         main(["check", str(tmp_path / "gone")])
     for words in (
         ["check"],
-        ["check", "--images", str(pictures)],
-        ["check", str(tmp_path), "--images", str(pictures)],
+        ["check", "--images", str(images)],
+        ["check", str(tmp_path), "--images", str(images)],
     ):
         with pytest.raises(SystemExit):
             main(words)
@@ -201,16 +201,16 @@ VOC = voc_xml((40, 60), [("cell", [1, 2, 30, 20])])
     [
         (
             {"1.png": None, "1.xml": VOC, "2.png": None, "2.xml": "<annotation>", "3.xml": VOC},
-            ["2.xml: cannot be read as XML", "3.jpg: there is no such picture file", "2 errors"],
+            ["2.xml: cannot be read as XML", "3.jpg: there is no such image file", "2 errors"],
         ),
         (
             {
                 "classes.txt": "cell",
                 "images/1.png": None,
                 "labels/1.txt": "7 0.5 0.5 0.2 0.2\n0 0.5 0.5 0.2 0.2\n",
-                "images/2.png": "no picture",
+                "images/2.png": "no image",
             },
-            ["classes that have no name: 7 in ", "2.png: cannot be read as a picture", "2 errors"],
+            ["classes that have no name: 7 in ", "2.png: cannot be read as an image", "2 errors"],
         ),
     ],
 )
@@ -230,7 +230,7 @@ def test_augmented_samples_are_drawn(tmp_path):
         "--image-size",
         "64",
         "100",
-        "--num-pictures",
+        "--num-images",
         "2",
         "--num-views",
         "2",
@@ -245,23 +245,23 @@ def test_augmented_samples_are_drawn(tmp_path):
     assert not (tmp_path / "b.png").exists()
 
 
-def test_a_sheet_is_a_new_picture_of_a_known_format(tmp_path):
+def test_a_sheet_is_a_new_image_of_a_known_format(tmp_path):
     sample = Sample(Image.new("RGB", (30, 20)), np.zeros((0, 4)), [], [], "nothing")
-    with pytest.raises(InputError, match="there is no picture to draw"):
-        draw_sheet([], tmp_path / "a.png")
-    with pytest.raises(InputError, match=r"pictures of kind '\.txt' cannot be written; use \.png or \.jpg"):
-        draw_sheet([sample], tmp_path / "a.txt")
+    with pytest.raises(InputError, match="there is no image to draw"):
+        draw_image_grid([], tmp_path / "a.png")
+    with pytest.raises(InputError, match=r"images of kind '\.txt' cannot be written; use \.png or \.jpg"):
+        draw_image_grid([sample], tmp_path / "a.txt")
     assert list(tmp_path.iterdir()) == []
-    draw_sheet([sample], tmp_path / "a.png")
+    draw_image_grid([sample], tmp_path / "a.png")
     before = (tmp_path / "a.png").read_bytes()
     with pytest.raises(InputError, match="exists already"):
-        draw_sheet([sample], tmp_path / "a.png")
+        draw_image_grid([sample], tmp_path / "a.png")
     assert (tmp_path / "a.png").read_bytes() == before
 
 
 @pytest.mark.parametrize("words", [["check", "gone", "--sheet"], ["augment", "gone", "--output"]])
 def test_a_sheet_that_cannot_be_drawn_is_heard_of_before_the_work(tmp_path, monkeypatch, words):
-    with pytest.raises(InputError, match=r"pictures of kind '\.fits' cannot be written"):
+    with pytest.raises(InputError, match=r"images of kind '\.fits' cannot be written"):
         main([*words, str(tmp_path / "sheet.fits")])
     monkeypatch.setitem(sys.modules, "supervision", None)
     with pytest.raises(ImportError, match=r"pip install 'hf-dino\[train\]'"):

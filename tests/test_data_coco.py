@@ -24,13 +24,13 @@ def read(folder, annotations=(), **options):
     return read_coco(*write_coco(folder, annotations, **options))
 
 
-def test_pictures_objects_and_crowds_are_kept(tmp_path):
+def test_images_objects_and_crowds_are_kept(tmp_path):
     objects = [annotation(2, 7, [1, 2, 3, 4], iscrowd=1, area=9.5), annotation(2, 3, [5, 6, 7, 8])]
     data = read(tmp_path, objects, sizes=[(40, 60), (30, 20)])
     assert data.categories == {3: "dog", 7: "cat"}
-    assert [picture.image_id for picture in data.pictures] == [1, 2]
-    assert data.pictures[0].boxes.shape == (0, 4)
-    crowded = data.pictures[1]
+    assert [image.image_id for image in data.images] == [1, 2]
+    assert data.images[0].boxes.shape == (0, 4)
+    crowded = data.images[1]
     assert crowded.boxes.tolist() == [[1, 2, 3, 4], [5, 6, 7, 8]]
     assert (crowded.areas.tolist(), crowded.iscrowd.tolist()) == ([9.5, 56], [1, 0])
     assert crowded.category_ids.tolist() == [7, 3]
@@ -63,15 +63,15 @@ def test_wrong_boxes_are_dropped_or_clipped_and_counted(tmp_path, caplog):
     with caplog.at_level(logging.WARNING):
         data = read_coco(*files)
     assert files[1].read_bytes() == before
-    (picture,) = data.pictures
-    assert picture.boxes.tolist() == [boxes["over the border"], boxes["rounded"], boxes["good"]]
-    assert picture.clipped_boxes.tolist() == [[0, 30, 10, 10], [0, 0, 60, 40], [1, 1, 2, 2]]
+    (image,) = data.images
+    assert image.boxes.tolist() == [boxes["over the border"], boxes["rounded"], boxes["good"]]
+    assert image.clipped_boxes.tolist() == [[0, 30, 10, 10], [0, 0, 60, 40], [1, 1, 2, 2]]
     messages = [record.getMessage().split(": ", 1)[1] for record in caplog.records]
     assert messages == [
         "3 boxes are not four finite numbers: dropped",
         "2 boxes have no width or no height: dropped",
-        "1 boxes lie outside their picture: dropped",
-        "1 boxes reach over the border of their picture: clipped for training",
+        "1 boxes lie outside their image: dropped",
+        "1 boxes reach over the border of their image: clipped for training",
     ]
 
 
@@ -102,73 +102,73 @@ def test_not_coco(tmp_path, change, message):
 @pytest.mark.parametrize(
     "change", [{"file_name": None}, {"height": "abc"}, {"height": float("nan")}, {"width": [5]}, {"width": -60}]
 )
-def test_a_picture_of_no_size_or_name(tmp_path, change):
-    picture = {"id": 1, "file_name": "1.png", "height": 40, "width": 60} | change
+def test_an_image_of_no_size_or_name(tmp_path, change):
+    image = {"id": 1, "file_name": "1.png", "height": 40, "width": 60} | change
     with pytest.raises(InputError, match="file_name must be text, its height and width whole positive numbers"):
-        read(tmp_path, [], replaced={"images": [picture]})
+        read(tmp_path, [], replaced={"images": [image]})
 
 
 def test_odd_but_readable_values(tmp_path):
     objects = [annotation(1, 3, [0, 0, 5, 5], iscrowd=crowd) for crowd in (0, 1, "0", "1", None, True)]
-    pictures, file = write_coco(tmp_path, objects)
+    images, file = write_coco(tmp_path, objects)
     file.write_text(file.read_text(), encoding="utf-8-sig")
-    assert read_coco(pictures, file).pictures[0].iscrowd.tolist() == [0, 1, 0, 1, 0, 1]
+    assert read_coco(images, file).images[0].iscrowd.tolist() == [0, 1, 0, 1, 0, 1]
     with pytest.raises(InputError, match=r"annotations name image_id \[1\], which 'images' does not list"):
         read(tmp_path, [annotation([1], 3, [0, 0, 5, 5])])
 
 
-def test_annotation_of_an_unknown_picture(tmp_path):
+def test_annotation_of_an_unknown_image(tmp_path):
     with pytest.raises(InputError, match="annotations name image_id 5, which 'images' does not list"):
         read(tmp_path, [annotation(5, 3, [0, 0, 5, 5])])
 
 
 def test_unreadable_files(tmp_path):
-    pictures, file = write_coco(tmp_path, [])
+    images, file = write_coco(tmp_path, [])
     with pytest.raises(InputError, match=r"gone\.json: there is no such file"):
-        read_coco(pictures, tmp_path / "gone.json")
+        read_coco(images, tmp_path / "gone.json")
     with pytest.raises(InputError, match="cannot be read"):
-        read_coco(pictures, tmp_path)
+        read_coco(images, tmp_path)
     file.write_text(content := file.read_text(), encoding="utf-16")
     with pytest.raises(InputError, match=r"annotations\.json: is not in UTF-8 \(.* at byte 0\); save it again with"):
-        read_coco(pictures, file)
+        read_coco(images, file)
     file.write_text(content[:-20])
     with pytest.raises(InputError, match=r"annotations\.json: is not valid JSON .*truncated"):
-        read_coco(pictures, file)
+        read_coco(images, file)
     file.write_text("[1, 2]")
     with pytest.raises(InputError, match=r"is not a COCO detection file.*it has list"):
-        read_coco(pictures, file)
+        read_coco(images, file)
 
 
-def test_missing_pictures_are_named(tmp_path):
-    pictures, file = write_coco(tmp_path, [], sizes=[(4, 4)] * 9)
+def test_missing_images_are_named(tmp_path):
+    images, file = write_coco(tmp_path, [], sizes=[(4, 4)] * 9)
     with pytest.raises(InputError, match="gone: there is no such folder"):
         read_coco(tmp_path / "gone", file)
     for number in range(2, 9):
-        (pictures / f"{number}.png").unlink()
-    with pytest.raises(InputError, match=r"7 of the pictures in .* are missing: 2.png, 3.png, .*6.png and 2 more"):
-        read_coco(pictures, file)
-    (pictures / "1.png").unlink()
-    (pictures / "9.png").unlink()
-    with pytest.raises(InputError, match="the folder holds no pictures"):
-        read_coco(pictures, file)
+        (images / f"{number}.png").unlink()
+    with pytest.raises(InputError, match=r"7 of the images in .* are missing: 2.png, 3.png, .*6.png and 2 more"):
+        read_coco(images, file)
+    (images / "1.png").unlink()
+    (images / "9.png").unlink()
+    with pytest.raises(InputError, match="the folder holds no images"):
+        read_coco(images, file)
 
 
-def test_size_is_read_from_the_picture_where_it_is_not_annotated(tmp_path):
-    pictures, file = write_coco(tmp_path, [annotation(1, 3, [0, 0, 5, 5])])
+def test_size_is_read_from_the_image_where_it_is_not_annotated(tmp_path):
+    images, file = write_coco(tmp_path, [annotation(1, 3, [0, 0, 5, 5])])
     content = json.loads(file.read_text())
     del content["images"][0]["height"]
     file.write_text(json.dumps(content))
-    (picture,) = read_coco(pictures, file).pictures
-    assert (picture.height, picture.width) == (40, 60)
+    (image,) = read_coco(images, file).images
+    assert (image.height, image.width) == (40, 60)
 
 
-def test_the_folder_names_the_data_set(tmp_path, monkeypatch):
-    pictures, file = write_coco(tmp_path / "birds", [])
-    assert read_coco(pictures, file).name == "birds"
+def test_the_folder_names_the_dataset(tmp_path, monkeypatch):
+    images, file = write_coco(tmp_path / "birds", [])
+    assert read_coco(images, file).name == "birds"
     monkeypatch.chdir(file.parent)
-    assert read_coco(pictures, file.name).name == "birds"
+    assert read_coco(images, file.name).name == "birds"
     (file.parent / "annotations").mkdir()
-    assert read_coco(pictures, file.rename(file.parent / "annotations" / "train.json")).name == "birds"
+    assert read_coco(images, file.rename(file.parent / "annotations" / "train.json")).name == "birds"
 
 
 def test_labels_are_matched_by_name(tmp_path):
@@ -186,7 +186,7 @@ def test_an_unused_label_is_no_name_to_match(tmp_path):
         label_of_category(data, {0: "N/A"})
 
 
-def test_augmented_items_depend_on_seed_epoch_and_picture_only(tmp_path):
+def test_augmented_items_depend_on_seed_epoch_and_image_only(tmp_path):
     objects = [annotation(1, 3, [10, 10, 20, 20]), annotation(2, 3, [10, 10, 20, 20])]
     data = read(tmp_path, objects, sizes=[(40, 60), (40, 60)])
     augmentation = make_augmentation("dino", {"shortest_edge": 80, "longest_edge": 133})
@@ -211,12 +211,12 @@ def test_names_of_all_languages(tmp_path):
     assert read(tmp_path, [], categories=names).categories == names
 
 
-def test_pictures_of_another_split_never_stand_in_for_missing_ones(tmp_path):
-    """Folders of two splits often have pictures of the same names."""
+def test_images_of_another_split_never_stand_in_for_missing_ones(tmp_path):
+    """Folders of two splits often have images of the same names."""
     folder = generate_shapes(tmp_path / "data", image_size=64, num_train=3, num_val=3, num_test=2)
     (folder / "val" / "000002.png").unlink()
-    with pytest.raises(InputError, match=r"val\.json: 1 of the pictures in .*val are missing: 000002\.png"):
+    with pytest.raises(InputError, match=r"val\.json: 1 of the images in .*val are missing: 000002\.png"):
         read_data(folder)
     shutil.rmtree(folder / "val")
-    with pytest.raises(InputError, match=r"val\.json: 3 of the pictures in .* are missing: 000001\.png"):
+    with pytest.raises(InputError, match=r"val\.json: 3 of the images in .* are missing: 000001\.png"):
         read_data(folder)

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from coco_files import annotation, write_coco
-from data_formats import FORMATS, as_picture_folder, coco_text, draw, voc_xml, write, write_shapes
+from data_formats import FORMATS, as_image_folder, coco_text, draw, voc_xml, write, write_shapes
 from hf_dino.data import InputError, convert, convert_data, read_coco, read_data
 from hf_dino.data.__main__ import main
 
@@ -26,28 +26,28 @@ def shapes(tmp_path_factory):
 
 
 def saved_table(shapes, folder):
-    """Rows with bytes inside Arrow files, whose pictures are no files of their own."""
-    as_picture_folder(shapes, folder.with_name("pictures"))
-    datasets.load_dataset(str(folder.with_name("pictures"))).save_to_disk(str(folder))
+    """Rows with bytes inside Arrow files, whose images are no files of their own."""
+    as_image_folder(shapes, folder.with_name("images"))
+    datasets.load_dataset(str(folder.with_name("images"))).save_to_disk(str(folder))
 
 
 SOURCES = {**FORMATS, "saved table": saved_table}
 
 
-def encoded(picture):
-    with picture.path.open("rb") as file:
+def encoded(image):
+    with image.path.open("rb") as file:
         return file.read()
 
 
 def named_boxes(data):
-    """Of each picture, by the bytes of its file: its size, and classes and boxes in a fixed order."""
+    """Of each image, by the bytes of its file: its size, and classes and boxes in a fixed order."""
     return {
-        encoded(picture): (
-            (picture.height, picture.width),
-            [data.categories[number] for number in picture.category_ids],
-            picture.boxes,
+        encoded(image): (
+            (image.height, image.width),
+            [data.categories[number] for number in image.category_ids],
+            image.boxes,
         )
-        for picture in data.pictures
+        for image in data.images
     }
 
 
@@ -55,7 +55,7 @@ def assert_same(converted, source, tolerance):
     assert list(converted) == list(source)
     for split, data in source.items():
         got, wanted = named_boxes(converted[split]), named_boxes(data)
-        assert len(data.pictures) == len(converted[split].pictures)
+        assert len(data.images) == len(converted[split].images)
         assert got.keys() == wanted.keys()
         for content, (size, names, boxes) in wanted.items():
             assert got[content][:2] == (size, names)
@@ -79,15 +79,15 @@ def test_the_same_data_is_read_of_what_was_converted(shapes, tmp_path, name, for
     SOURCES[name](shapes, tmp_path / "source")
     source = read_data(tmp_path / "source")
     seen = []
-    convert_data(source, tmp_path / "converted", form, on_picture=lambda: seen.append(1))
+    convert_data(source, tmp_path / "converted", form, on_image=lambda: seen.append(1))
     converted = read_data(tmp_path / "converted")
     assert_same(converted, source, TOLERANCES[form])
     for split, data in converted.items():
         if form != "voc":  # which has no order of classes
             assert list(data.categories.values()) == list(source[split].categories.values())
         assert Counter(data.categories.values()) == Counter(source[split].categories.values())
-    assert any(not len(picture.boxes) for picture in converted["train"].pictures)
-    assert len(seen) == 2 * sum(len(data.pictures) for data in source.values())
+    assert any(not len(image.boxes) for image in converted["train"].images)
+    assert len(seen) == 2 * sum(len(data.images) for data in source.values())
     assert [path.name for path in tmp_path.iterdir() if path.name.endswith(".part")] == []
 
 
@@ -100,7 +100,7 @@ def test_how_precise_boxes_are(tmp_path, form):
     objects = [annotation(1, 3, box) for box in boxes.tolist()]
     source = {"train": read_coco(*write_coco(tmp_path, objects, sizes=[size], categories={3: "dog"}))}
     convert_data(source, tmp_path / "out", form)
-    (found,) = read_data(tmp_path / "out")["train"].pictures
+    (found,) = read_data(tmp_path / "out")["train"].images
     edges, wanted = (np.hstack([each[:, :2], each[:, :2] + each[:, 2:]]) for each in (found.boxes, boxes))
     error = np.abs(edges - wanted).max()
     least, most = {"coco": (0, 1e-9), "yolo": (0.001, 7.5e-6 * 1600 + 1e-3), "voc": (0.4, 0.5)}[form]
@@ -115,10 +115,10 @@ def test_coco_keeps_crowds_areas_and_ids_that_differ_between_splits(tmp_path):
     }
     assert convert_data(splits, tmp_path / "out", "coco") == []
     data = read_data(tmp_path / "out")
-    picture = data["train"].pictures[0]
-    assert picture.areas.tolist() == [123.5, 83.25]
-    assert picture.iscrowd.tolist() == [0, 1]
-    ids = [picture.image_id for each in data.values() for picture in each.pictures]
+    image = data["train"].images[0]
+    assert image.areas.tolist() == [123.5, 83.25]
+    assert image.iscrowd.tolist() == [0, 1]
+    ids = [image.image_id for each in data.values() for image in each.images]
     assert ids == [1, 2, 3, 4], "each split had 1 and 2"
     assert data["train"].categories == splits["train"].categories
     content = json.loads((tmp_path / "out" / "train.json").read_text())
@@ -138,8 +138,8 @@ def test_coco_keeps_ids_that_are_distinct(tmp_path):
     source = read_coco(images, annotations)
     convert_data({"train": source}, tmp_path / "out", "coco")
     found = read_data(tmp_path / "out")["train"]
-    assert [picture.image_id for picture in found.pictures] == [901, 902]
-    assert [picture.category_ids.tolist() for picture in found.pictures] == [[3], [7]]
+    assert [image.image_id for image in found.images] == [901, 902]
+    assert [image.category_ids.tolist() for image in found.images] == [[3], [7]]
     assert found.categories == source.categories
 
 
@@ -151,8 +151,8 @@ def test_crowds_and_areas_are_left_out_where_there_is_no_place_for_them(tmp_path
         *[annotation(1, 7, [5, 6, 9, 9], iscrowd=1)] * 2,
     ]
     notes = convert_data({"train": read_coco(*write_coco(tmp_path, objects))}, tmp_path / "out", form)
-    (picture,) = read_data(tmp_path / "out")["train"].pictures
-    assert picture.boxes.tolist() == pytest.approx(np.array([[1, 2, 30, 20], [1, 2, 10, 10]]), abs=1e-2)
+    (image,) = read_data(tmp_path / "out")["train"].images
+    assert image.boxes.tolist() == pytest.approx(np.array([[1, 2, 30, 20], [1, 2, 10, 10]]), abs=1e-2)
     classes = {
         "voc": [
             "train: 1 classes have no objects, without which the format does not have them: left out",
@@ -173,8 +173,8 @@ def test_boxes_that_rounding_loses_are_counted(tmp_path, form):
     objects = [annotation(1, 3, box) for box in boxes]
     source = {"train": read_coco(*write_coco(tmp_path, objects, sizes=[(900, 1600)], categories={3: "dog"}))}
     notes = convert_data(source, tmp_path / "out", form)
-    (picture,) = read_data(tmp_path / "out")["train"].pictures
-    assert len(picture.boxes) == 2
+    (image,) = read_data(tmp_path / "out")["train"].images
+    assert len(image.boxes) == 2
     assert "train: 1 boxes are so small that rounding makes them vanish: lost" in notes
 
 
@@ -186,7 +186,7 @@ def test_what_reading_dropped_is_said(tmp_path):
 
 
 @pytest.mark.parametrize("form", TARGETS)
-def test_pictures_of_one_name_do_not_overwrite_each_other(tmp_path, form):
+def test_images_of_one_name_do_not_overwrite_each_other(tmp_path, form):
     names = ("a/1.png", "b/1.png", "1.bmp", "1-2.png", "A.PNG", "nosuffix")
     write(tmp_path / "source" / "train.json", coco_text(*names))
     for seed, name in enumerate(names):
@@ -196,10 +196,10 @@ def test_pictures_of_one_name_do_not_overwrite_each_other(tmp_path, form):
     notes = convert_data(source, tmp_path / "out", form)
     converted = read_data(tmp_path / "out")
     assert_same(converted, source, TOLERANCES[form])
-    assert {picture.path.name for picture in converted["train"].pictures} == {
+    assert {image.path.name for image in converted["train"].images} == {
         *("1.png", "1-2.png", "1-3.bmp", "1-2-4.png", "A.PNG", "nosuffix.png")
     }
-    assert any("4 pictures have a new name" in note for note in notes)
+    assert any("4 images have a new name" in note for note in notes)
 
 
 @pytest.mark.parametrize("form", TARGETS)
@@ -218,12 +218,12 @@ def test_rows_without_names_are_numbered_and_get_the_suffix_of_their_kind(tmp_pa
     convert_data(source, tmp_path / "out", form)
     converted = read_data(tmp_path / "out")
     assert_same(converted, source, TOLERANCES[form])
-    assert [picture.path.name for picture in converted["train"].pictures] == [
+    assert [image.path.name for image in converted["train"].images] == [
         *("00000001.jpeg", "00000002.jpg", "00000003.webp")
     ]
 
 
-def test_pictures_of_a_kind_that_is_not_looked_for(tmp_path):
+def test_images_of_a_kind_that_is_not_looked_for(tmp_path):
     write(tmp_path / "source" / "train.json", coco_text("1.ppm"))
     draw(tmp_path / "source" / "train" / "1.ppm")
     source = read_data(tmp_path / "source")
@@ -241,21 +241,21 @@ def test_boxes_that_reach_over_the_border_are_not_cut(tmp_path, form):
 
 @pytest.mark.parametrize("form", TARGETS)
 def test_boxes_drawn_before_the_exif_rotation_stay_on_their_pixels(tmp_path, form):
-    pictures, file = write_coco(tmp_path, [annotation(n, 3, [1, 2, 30, 20]) for n in (1, 2, 3)], sizes=[(40, 60)] * 3)
+    images, file = write_coco(tmp_path, [annotation(n, 3, [1, 2, 30, 20]) for n in (1, 2, 3)], sizes=[(40, 60)] * 3)
     exif = Image.Exif()
     exif[0x0112] = 6
-    Image.new("RGB", (60, 40)).save(pictures / "1.png", exif=exif)  # annotated as stored
-    Image.new("RGB", (40, 60)).save(pictures / "2.png", exif=exif)  # annotated as shown
-    source = {"train": read_coco(pictures, file)}
+    Image.new("RGB", (60, 40)).save(images / "1.png", exif=exif)  # annotated as stored
+    Image.new("RGB", (40, 60)).save(images / "2.png", exif=exif)  # annotated as shown
+    source = {"train": read_coco(images, file)}
     notes = convert_data(source, tmp_path / "out", form)
-    found = {picture.path.name: picture for picture in read_data(tmp_path / "out")["train"].pictures}
-    left_out = [note for note in notes if "1 pictures whose boxes ignore their EXIF rotation" in note]
+    found = {image.path.name: image for image in read_data(tmp_path / "out")["train"].images}
+    left_out = [note for note in notes if "1 images whose boxes ignore their EXIF rotation" in note]
     assert len(left_out) == (form == "yolo")
     assert set(found) == {"2.png", "3.png"} | ({"1.png"} if form != "yolo" else set())
-    for picture in found.values():
-        assert (picture.height, picture.width) == (40, 60)
-        assert picture.read().size == (60, 40)
-        assert picture.boxes == pytest.approx(np.array([[1, 2, 30, 20]]), abs=1e-2)
+    for image in found.values():
+        assert (image.height, image.width) == (40, 60)
+        assert image.read().size == (60, 40)
+        assert image.boxes == pytest.approx(np.array([[1, 2, 30, 20]]), abs=1e-2)
 
 
 def test_classes_that_only_some_splits_list_have_one_number_in_all(tmp_path):
@@ -266,7 +266,7 @@ def test_classes_that_only_some_splits_list_have_one_number_in_all(tmp_path):
     convert_data(splits, tmp_path / "out", "yolo")
     found = read_data(tmp_path / "out")
     assert found["train"].categories == found["test"].categories == {0: "dog", 1: "cat", 2: "bird"}
-    assert found["test"].pictures[0].category_ids.tolist() == [2]
+    assert found["test"].images[0].category_ids.tolist() == [2]
 
 
 NAMES = {3: "a & <b>", 5: " blanks ", 7: "ключ: 'да'", 8: "no", 9: "1"}
@@ -277,7 +277,7 @@ def test_names_of_classes_are_kept_whatever_they_are(tmp_path, form):
     objects = [annotation(1, category_id, [1, 2, 3, 4]) for category_id in NAMES]
     convert_data({"train": read_coco(*write_coco(tmp_path, objects, categories=NAMES))}, tmp_path / "out", form)
     data = read_data(tmp_path / "out")["train"]
-    assert [data.categories[number] for number in data.pictures[0].category_ids] == list(NAMES.values())
+    assert [data.categories[number] for number in data.images[0].category_ids] == list(NAMES.values())
 
 
 def test_voc_needs_objects(tmp_path):
@@ -291,12 +291,12 @@ def test_voc_needs_objects(tmp_path):
         assert list(read_data(tmp_path / form)["train"].categories.values()) == ["dog"]
 
 
-def test_splits_without_pictures(tmp_path):
+def test_splits_without_images(tmp_path):
     full = read_coco(*write_coco(tmp_path / "source", [annotation(1, 3, [1, 2, 3, 4])]))
     empty = type(full)(full.source, [], full.categories)
-    assert "test: no pictures: left out" in convert_data({"train": full, "test": empty}, tmp_path / "out", "yolo")
+    assert "test: no images: left out" in convert_data({"train": full, "test": empty}, tmp_path / "out", "yolo")
     assert list(read_data(tmp_path / "out")) == ["train"]
-    with pytest.raises(InputError, match="there are no pictures"):
+    with pytest.raises(InputError, match="there are no images"):
         convert_data({"test": empty}, tmp_path / "other", "yolo")
 
 
@@ -325,8 +325,8 @@ def test_command_line(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("damage", "output", "message"),
     [
-        (lambda source: (source / "train" / "2.png").unlink(), "out", "1 of the pictures in"),
-        (lambda source: (source / "train" / "2.png").write_bytes(b"no"), "out", "2.png: cannot be read as a picture"),
+        (lambda source: (source / "train" / "2.png").unlink(), "out", "1 of the images in"),
+        (lambda source: (source / "train" / "2.png").write_bytes(b"no"), "out", "2.png: cannot be read as an image"),
         (lambda source: draw(source / "train" / "2.png", (41, 60)), "out", "2.png: the annotations say 60 x 40"),
         (lambda source: None, "source", "exists already"),
         (lambda source: None, "source/train.json", "is not changed"),
@@ -355,11 +355,11 @@ def test_a_full_disk_leaves_nothing_behind(tmp_path, monkeypatch):
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
 
-def test_half_a_data_set_never_has_the_name_and_does_not_stop_the_next(tmp_path):
+def test_half_a_dataset_never_has_the_name_and_does_not_stop_the_next(tmp_path):
     source = read_data(source_of_two(tmp_path / "source"))
     write(tmp_path / ".out.part" / "val.json", "what a killed conversion left")
     there = []
-    convert_data(source, tmp_path / "out", "coco", on_picture=lambda: there.append((tmp_path / "out").exists()))
+    convert_data(source, tmp_path / "out", "coco", on_image=lambda: there.append((tmp_path / "out").exists()))
     assert there == [False] * 4
     assert_same(read_data(tmp_path / "out"), source, TOLERANCES["coco"])
     assert not (tmp_path / ".out.part").exists()
@@ -373,7 +373,7 @@ def test_voc_objects_that_are_difficult_are_not_made_easy(tmp_path):
     write(folder / "2.xml", voc_xml((40, 60), [("cell", [1, 2, 30, 20])]))
     notes = convert_data(read_data(folder), tmp_path / "out", "voc")
     assert notes == ["train: 1 crowd regions, which the format does not have: left out"]
-    assert [len(picture.boxes) for picture in read_data(tmp_path / "out")["train"].pictures] == [0, 1]
+    assert [len(image.boxes) for image in read_data(tmp_path / "out")["train"].images] == [0, 1]
 
 
 def test_an_unknown_format(tmp_path):

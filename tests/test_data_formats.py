@@ -1,4 +1,4 @@
-"""The same pictures give the same data and the same batches in every format; each layout is told by looking."""
+"""The same images give the same data and the same batches in every format; each layout is told by looking."""
 
 import json
 import logging
@@ -13,7 +13,7 @@ import torch
 
 from data_formats import (
     FORMATS,
-    as_picture_folder,
+    as_image_folder,
     class_names,
     coco_text,
     draw,
@@ -44,23 +44,23 @@ def shapes(tmp_path_factory):
 
 
 def contents(data):
-    """All that a model could be told about the pictures of a split."""
+    """All that a model could be told about the images of a split."""
     return [
         {
-            "image_id": picture.image_id,
-            "pixels": picture.read().tobytes(),
-            "size": (picture.height, picture.width),
-            "boxes": picture.boxes.tolist(),
-            "names": [data.categories[number] for number in picture.category_ids],
-            "areas": picture.areas.tolist(),
-            "iscrowd": picture.iscrowd.tolist(),
+            "image_id": image.image_id,
+            "pixels": image.read().tobytes(),
+            "size": (image.height, image.width),
+            "boxes": image.boxes.tolist(),
+            "names": [data.categories[number] for number in image.category_ids],
+            "areas": image.areas.tolist(),
+            "iscrowd": image.iscrowd.tolist(),
         }
-        for picture in data.pictures
+        for image in data.images
     ]
 
 
 def batch(data, names, augmentation):
-    """The first three pictures of an epoch."""
+    """The first three images of an epoch."""
     size = {"shortest_edge": 64, "longest_edge": 100}
     augment = make_augmentation(augmentation, size)
     labels = label_of_category(data, dict(enumerate(names)))
@@ -71,7 +71,7 @@ def batch(data, names, augmentation):
 
 
 @pytest.mark.parametrize("name", FORMATS)
-def test_the_same_pictures_give_the_same_data_and_batches(shapes, tmp_path, name):
+def test_the_same_images_give_the_same_data_and_batches(shapes, tmp_path, name):
     expected = read_data(shapes)
     FORMATS[name](shapes, tmp_path / "data")
     data = read_data(tmp_path / "data")
@@ -79,8 +79,8 @@ def test_the_same_pictures_give_the_same_data_and_batches(shapes, tmp_path, name
     for split in data:
         assert contents(data[split]) == contents(expected[split])
         assert sorted(data[split].categories.values()) == sorted(class_names(shapes))
-    assert not len(data["train"].pictures[1].boxes)
-    assert sum(len(picture.boxes) for picture in data["train"].pictures) > 3
+    assert not len(data["train"].images[1].boxes)
+    assert sum(len(image.boxes) for image in data["train"].images) > 3
     for augmentation in ("none", "dino"):
         got, wanted = (batch(each["train"], class_names(shapes), augmentation) for each in (data, expected))
         assert torch.equal(got["pixel_values"], wanted["pixel_values"])
@@ -91,15 +91,15 @@ def test_the_same_pictures_give_the_same_data_and_batches(shapes, tmp_path, name
 
 
 def test_a_saved_table_is_read_from_its_file_by_other_processes_too(shapes, tmp_path):
-    as_picture_folder(shapes, tmp_path / "pictures")
-    datasets.load_dataset(str(tmp_path / "pictures")).save_to_disk(str(tmp_path / "saved"))
+    as_image_folder(shapes, tmp_path / "images")
+    datasets.load_dataset(str(tmp_path / "images")).save_to_disk(str(tmp_path / "saved"))
     data = read_data(tmp_path / "saved")
     expected = read_data(shapes)
     assert {split: contents(each) for split, each in data.items()} == {s: contents(e) for s, e in expected.items()}
     sent = pickle.dumps(data["train"])
-    assert len(sent) < sum(len(picture.path.open().read()) for picture in data["train"].pictures)
+    assert len(sent) < sum(len(image.path.open().read()) for image in data["train"].images)
     assert contents(pickle.loads(sent)) == contents(expected["train"])
-    assert str(data["train"].pictures[2].path) == f"{tmp_path / 'saved'} (train), row 2: 000003.png"
+    assert str(data["train"].images[2].path) == f"{tmp_path / 'saved'} (train), row 2: 000003.png"
 
 
 @pytest.mark.parametrize("form", ["dict of lists", "list of dicts", "columns"])
@@ -131,9 +131,9 @@ def test_objects_of_hub_tables_in_their_several_forms(tmp_path, form):
     table.save_to_disk(str(tmp_path / "saved"))
     (data,) = read_data(tmp_path / "saved").values()
     assert data.categories == {0: "cell", 1: "virus"}
-    assert data.pictures[0].boxes.tolist() == boxes
-    assert data.pictures[0].category_ids.tolist() == labels
-    assert data.pictures[1].boxes.shape == (0, 4)
+    assert data.images[0].boxes.tolist() == boxes
+    assert data.images[0].category_ids.tolist() == labels
+    assert data.images[1].boxes.shape == (0, 4)
 
 
 def test_metadata_in_csv(tmp_path):
@@ -141,7 +141,7 @@ def test_metadata_in_csv(tmp_path):
     objects = json.dumps({"bbox": [[1, 2, 3, 4]], "categories": [7]}).replace('"', '""')
     write(tmp_path / "data" / "metadata.csv", f'file_name,objects\na.png,"{objects}"\n')
     (data,) = read_data(tmp_path / "data").values()
-    assert (data.categories, data.pictures[0].boxes.tolist()) == ({7: "7"}, [[1, 2, 3, 4]])
+    assert (data.categories, data.images[0].boxes.tolist()) == ({7: "7"}, [[1, 2, 3, 4]])
 
 
 YAML = "names: [cell]\n"
@@ -149,7 +149,7 @@ XML, LINES = voc_xml((40, 60), [("cell", [1, 2, 30, 20])]), yolo_lines((40, 60),
 ROW = json.dumps({"file_name": "1.png", "objects": {"bbox": [[1, 2, 30, 20]], "categories": ["cell"]}}) + "\n"
 TRAIN_AND_VALIDATION = ["train", "validation"]
 
-# what a folder holds, and the splits it has; text None is a picture
+# what a folder holds, and the splits it has; text None is an image
 LAYOUTS = {
     "coco": (
         {
@@ -170,14 +170,14 @@ LAYOUTS = {
             "train.json": coco_text("1.png"),
             "shapes.json": "{}",
             "settings.yaml": "{{ no: yaml",
-            "pictures/1.png": None,
+            "images/1.png": None,
             "train/2.png": None,
             "train_old/2.png": None,
         },
         ["train"],
     ),
     "coco files that name the folder": (
-        {"train.json": coco_text("pictures/1.png"), "pictures/1.png": None},
+        {"train.json": coco_text("images/1.png"), "images/1.png": None},
         ["train"],
     ),
     "roboflow's coco": (
@@ -206,7 +206,7 @@ LAYOUTS = {
         {"train/1.xml": XML, "train/1.png": None, "val/1.xml": XML, "val/1.png": None},
         TRAIN_AND_VALIDATION,
     ),
-    "xml beside pictures": ({"1.xml": XML, "1.png": None}, ["train"]),
+    "xml beside images": ({"1.xml": XML, "1.png": None}, ["train"]),
     "yolo": (
         {
             "data.yaml": YAML + "train: images/train\nval: images/val\ntest:\n",
@@ -227,7 +227,7 @@ LAYOUTS = {
         },
         TRAIN_AND_VALIDATION,
     ),
-    "yolo with a list of pictures": (
+    "yolo with a list of images": (
         {
             "set.yml": YAML + "train: train.txt\n",
             "train.txt": "./images/1.png\n",
@@ -266,8 +266,8 @@ def test_every_layout_is_told_by_looking(tmp_path, name):
     assert list(data) == splits
     for each in data.values():
         assert [*each.categories.values()] == ["cell"]
-        assert len(each.pictures) == 1
-        assert each.pictures[0].boxes == pytest.approx(np.array([[1, 2, 30, 20]]), abs=1e-3)
+        assert len(each.images) == 1
+        assert each.images[0].boxes == pytest.approx(np.array([[1, 2, 30, 20]]), abs=1e-3)
         assert each.name == "cells"
 
 
@@ -285,12 +285,12 @@ def test_splits_can_be_chosen(tmp_path):
 def test_voc_counts_pixels_from_one_and_difficult_objects_are_crowds(tmp_path):
     draw(tmp_path / "1.png")
     write(tmp_path / "1.xml", voc_xml((40, 60), [("cell", [0, 0, 60, 40])], difficult="1"))
-    (picture,) = read_data(tmp_path)["train"].pictures
+    (image,) = read_data(tmp_path)["train"].images
     assert "<xmin>1</xmin>" in (tmp_path / "1.xml").read_text()
-    assert (picture.boxes.tolist(), picture.iscrowd.tolist()) == ([[0, 0, 60, 40]], [1])
+    assert (image.boxes.tolist(), image.iscrowd.tolist()) == ([[0, 0, 60, 40]], [1])
 
 
-def test_voc_lists_may_name_pictures_with_blanks_and_without_annotation_files(tmp_path):
+def test_voc_lists_may_name_images_with_blanks_and_without_annotation_files(tmp_path):
     files = {
         "ImageSets/Main/train.txt": "a b\n2\n",
         "Annotations/a b.xml": XML,
@@ -298,9 +298,9 @@ def test_voc_lists_may_name_pictures_with_blanks_and_without_annotation_files(tm
         "JPEGImages/2.png": None,
     }
     data = read_data(lay_out(tmp_path, files))["train"]
-    assert [(picture.path.name, len(picture.boxes)) for picture in data.pictures] == [("a b.png", 1), ("2.png", 0)]
+    assert [(image.path.name, len(image.boxes)) for image in data.images] == [("a b.png", 1), ("2.png", 0)]
     assert data.remarks == {
-        "pictures have no annotation file: taken to be without objects": [str(tmp_path / "JPEGImages" / "2.png")]
+        "images have no annotation file: taken to be without objects": [str(tmp_path / "JPEGImages" / "2.png")]
     }
 
 
@@ -310,14 +310,14 @@ def test_voc_classes_have_one_number_in_all_splits(tmp_path):
         write(tmp_path / split / "1.xml", voc_xml((40, 60), [(name, [1, 2, 3, 4]) for name in names.split()]))
     data = read_data(tmp_path)
     assert data["train"].categories == data["validation"].categories == {1: "ant", 2: "bee", 3: "zebra"}
-    assert [each.pictures[0].category_ids.tolist() for each in data.values()] == [[3, 1], [2, 3]]
+    assert [each.images[0].category_ids.tolist() for each in data.values()] == [[3, 1], [2, 3]]
 
 
-def test_size_is_the_pictures_where_the_xml_does_not_say_it(tmp_path):
+def test_size_is_the_images_where_the_xml_does_not_say_it(tmp_path):
     draw(tmp_path / "1.png", (30, 50))
     write(tmp_path / "1.xml", voc_xml((0, 0), [("cell", [1, 2, 3, 4])]))
-    (picture,) = read_data(tmp_path)["train"].pictures
-    assert (picture.height, picture.width) == (30, 50)
+    (image,) = read_data(tmp_path)["train"].images
+    assert (image.height, image.width) == (30, 50)
 
 
 def test_polygons_and_keypoints_of_yolo_become_boxes(tmp_path):
@@ -327,8 +327,8 @@ def test_polygons_and_keypoints_of_yolo_become_boxes(tmp_path):
         "images/1.png": None,
         "labels/1.txt": lines,
     }
-    (picture,) = read_data(lay_out(tmp_path, files))["train"].pictures
-    assert picture.boxes == pytest.approx(np.array([[6, 4, 24, 16], [24, 16, 12, 8]]), abs=1e-3)
+    (image,) = read_data(lay_out(tmp_path, files))["train"].images
+    assert image.boxes == pytest.approx(np.array([[6, 4, 24, 16], [24, 16, 12, 8]]), abs=1e-3)
 
 
 def test_yolo_classes_without_names_are_their_numbers(tmp_path):
@@ -339,8 +339,8 @@ def test_yolo_classes_without_names_are_their_numbers(tmp_path):
 BOXES = [[1, 2, 30, 20], [5, 5, 0, 5], [70, 5, 9, 9], [-10, 30, 20, 20]]
 REMARKS = {
     "boxes have no width or no height: dropped": 1,
-    "boxes lie outside their picture: dropped": 1,
-    "boxes reach over the border of their picture: clipped for training": 1,
+    "boxes lie outside their image: dropped": 1,
+    "boxes reach over the border of their image: clipped for training": 1,
 }
 NOT_NUMBERS = {"boxes are not four finite numbers: dropped": 1}
 BAD_BOXES = {
@@ -386,9 +386,9 @@ def test_bad_boxes_are_treated_alike_in_every_format(tmp_path, caplog, name):
     files, remarks = BAD_BOXES[name]
     with caplog.at_level(logging.WARNING, logger="hf_dino"):
         data = read_data(lay_out(tmp_path, files))["train"]
-    (picture,) = data.pictures
-    assert picture.boxes == pytest.approx(np.array([BOXES[0], BOXES[3]]), abs=1e-3)
-    assert {what: len(pictures) for what, pictures in data.remarks.items()} == remarks
+    (image,) = data.images
+    assert image.boxes == pytest.approx(np.array([BOXES[0], BOXES[3]]), abs=1e-3)
+    assert {what: len(images) for what, images in data.remarks.items()} == remarks
     assert all(f"{count} {what}" in caplog.text for what, count in remarks.items())
 
 
@@ -414,24 +414,24 @@ NOT_READABLE = {
         {"images/1.png": None, "labels/1.txt": LINES.replace("0 ", "4 ", 1), "classes.txt": "cell"},
         r"labels use classes that have no name: 4 in .*1\.txt; there are \{0: 'cell'\}",
     ),
-    "a label without a picture": (
+    "a label without an image": (
         {"images/1.png": None, "labels/1.txt": LINES, "labels/2.txt": LINES},
-        r"2\.jpg: there is no such picture file",
+        r"2\.jpg: there is no such image file",
     ),
-    "voc without a picture": (
+    "voc without an image": (
         {"1.png": None, "1.xml": XML, "2.xml": XML},
-        r"1 of the pictures in .* are missing: 2\.jpg; restore them, or take them out",
+        r"1 of the images in .* are missing: 2\.jpg; restore them, or take them out",
     ),
     "broken xml": ({"1.png": None, "1.xml": XML[:-9]}, r"1\.xml: cannot be read as XML \(unclosed token"),
     "voc without objects": ({"1.png": None, "1.xml": voc_xml((40, 60), [])}, "no annotation file has an object"),
     "no json": ({"train.json": "[", "train/1.png": None}, r"train\.json: is not valid JSON"),
     "datasets without boxes": (
         {"metadata.jsonl": '{"file_name": "1.png", "objects": {"x": [1]}}', "1.png": None},
-        r"the objects of a picture need boxes \(bbox, .*; got \{'x': \[1\]\}",
+        r"the objects of an image need boxes \(bbox, .*; got \{'x': \[1\]\}",
     ),
-    "datasets without pictures": (
+    "datasets without images": (
         {"metadata.jsonl": '{"file_name": "gone.png", "objects": {"bbox": []}}'},
-        r"`datasets` cannot load it|has no column of pictures",
+        r"`datasets` cannot load it|has no column of images",
     ),
 }
 
@@ -450,7 +450,7 @@ def test_one_clear_error(tmp_path, name):
     [
         ("voc", "ImageSets/Main/trainval.txt"),
         ("yolo", "data.yaml"),
-        ("yolo with a list of pictures", "train.txt"),
+        ("yolo with a list of images", "train.txt"),
         ("yolo without yaml", "classes.txt"),
         ("yolo without yaml", "labels/1.txt"),
     ],
@@ -482,13 +482,13 @@ def test_no_such_folder_and_no_such_name(tmp_path, monkeypatch):
     ):
         read_data("mine/cell")
 
-    def refuse(**options):
-        raise FileNotFoundError(f"no data set {options}")
+    def raise_input_error(**options):
+        raise FileNotFoundError(f"no dataset {options}")
 
-    monkeypatch.setattr(hub._datasets(), "load_dataset", refuse)
+    monkeypatch.setattr(hub._datasets(), "load_dataset", raise_input_error)
     asked = "{'path': 'owner/name', 'name': 'mini', 'revision': 'v1'}"
     with pytest.raises(
-        InputError, match=f"owner/name:mini@v1: is no folder here, and `datasets` cannot load it .no data set {asked}"
+        InputError, match=f"owner/name:mini@v1: is no folder here, and `datasets` cannot load it .no dataset {asked}"
     ):
         read_data("owner/name:mini@v1")
     with pytest.raises(InputError, match="mine/cell@main: is no folder here, and `datasets` cannot load it"):
@@ -503,8 +503,8 @@ def test_a_missing_library_is_asked_for_by_its_extra(tmp_path, monkeypatch):
 
 @pytest.fixture
 def folder(shapes, tmp_path):
-    as_picture_folder(shapes, tmp_path / "pictures")
-    return tmp_path / "pictures"
+    as_image_folder(shapes, tmp_path / "images")
+    return tmp_path / "images"
 
 
 def test_a_stream_gives_the_same_and_is_fetched_once(shapes, folder, tmp_path, monkeypatch):
@@ -520,7 +520,7 @@ def test_a_stream_gives_the_same_and_is_fetched_once(shapes, folder, tmp_path, m
     assert len(fetched) == 10
     read_data(folder, streaming=True, splits=["test"])
     assert len(fetched) == 12, "without a folder it is kept beside what `datasets` keeps"
-    assert len(list((tmp_path / "cache").rglob("*-pictures/test/*.png"))) == 2
+    assert len(list((tmp_path / "cache").rglob("*-images/test/*.png"))) == 2
 
 
 def test_a_stream_that_was_cut_short_goes_on_where_it_was(shapes, folder, tmp_path, monkeypatch):
@@ -546,7 +546,7 @@ def test_a_stream_that_was_cut_short_goes_on_where_it_was(shapes, folder, tmp_pa
     assert contents(data["train"]) == contents(read_data(shapes)["train"])
 
 
-def test_a_disk_that_is_too_small_for_a_stream_is_named_and_costs_no_picture(shapes, folder, tmp_path, monkeypatch):
+def test_a_disk_that_is_too_small_for_a_stream_is_named_and_costs_no_image(shapes, folder, tmp_path, monkeypatch):
     kept, write_bytes = tmp_path / "kept", Path.write_bytes
 
     def write_half(path, content):
@@ -576,7 +576,7 @@ def test_a_stream_can_be_limited_and_lengthened(shapes, folder, tmp_path):
 def test_a_stream_is_checked_like_any_other_data(folder, tmp_path, capsys):
     kept = tmp_path / "kept"
     assert main(["check", str(folder), "--streaming", "--limit", "2", "--cache", str(kept)]) == 0
-    assert "train: 1 of 2 pictures have no objects" in capsys.readouterr().out
+    assert "train: 1 of 2 images have no objects" in capsys.readouterr().out
     assert len(list(kept.rglob("*.png"))) == 6
 
 
@@ -615,7 +615,7 @@ def test_a_folder_of_the_user_does_not_keep_a_stream(folder, tmp_path):
 def test_a_first_use_that_was_killed_is_no_hindrance(folder, tmp_path):
     (tmp_path / "kept").mkdir()
     (tmp_path / "kept" / ".stream.part.json").write_text('{"na')
-    assert len(read_data(folder, streaming=True, cache=tmp_path / "kept", limit=1)["train"].pictures) == 1
+    assert len(read_data(folder, streaming=True, cache=tmp_path / "kept", limit=1)["train"].images) == 1
 
 
 @pytest.mark.parametrize("option", [{"limit": 3}, {"cache": "c"}])
@@ -638,7 +638,7 @@ def test_a_saved_table_may_have_a_format(tmp_path, form):
     expected = read_data(tmp_path / "data")
     data = read_data(tmp_path / "saved")
     assert contents(data["train"]) == contents(expected["train"])
-    assert [picture.image_id for picture in data["train"].pictures] == [9, 4]
+    assert [image.image_id for image in data["train"].images] == [9, 4]
 
 
 @pytest.mark.parametrize("form", ["voc", "datasets"])

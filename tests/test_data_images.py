@@ -1,4 +1,4 @@
-"""Every kind of picture file becomes the RGB pixels that its annotations were drawn on, or one clear error."""
+"""Every kind of image file becomes the RGB pixels that its annotations were drawn on, or one clear error."""
 
 import logging
 import struct
@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from PIL import ExifTags, Image, ImageOps
 
-from hf_dino.data import InputError, list_pictures, read_image
+from hf_dino.data import InputError, list_images, read_image
 from hf_dino.data import images as images_module
-from hf_dino.data.images import picture_size
+from hf_dino.data.images import get_image_size
 
 
 @pytest.fixture
@@ -27,12 +27,12 @@ def save_turned(image, path, orientation=6):
 
 @pytest.mark.parametrize("mode", ["RGB", "L", "1", "P", "RGBA", "LA", "CMYK", "YCbCr"])
 def test_every_mode_becomes_rgb(gradient, tmp_path, mode):
-    path = tmp_path / ("picture.tif" if mode in ("CMYK", "YCbCr") else "picture.png")
+    path = tmp_path / ("image.tif" if mode in ("CMYK", "YCbCr") else "image.png")
     gradient.convert(mode).save(path)
-    picture = read_image(path)
-    assert (picture.mode, picture.size) == ("RGB", (60, 40))
+    image = read_image(path)
+    assert (image.mode, image.size) == ("RGB", (60, 40))
     if mode in ("RGB", "RGBA", "CMYK"):
-        assert np.abs(np.asarray(picture).astype(int) - np.asarray(gradient)).max() <= 1
+        assert np.abs(np.asarray(image).astype(int) - np.asarray(gradient)).max() <= 1
 
 
 def test_cmyk_jpeg_is_not_inverted(tmp_path):
@@ -54,16 +54,16 @@ def test_16_bit_keeps_its_range_and_is_logged_once(tmp_path, caplog, monkeypatch
     for name in ("a.png", "b.png"):
         Image.fromarray(np.array([[0, 257, 32896, 65535]], dtype=np.uint16)).save(tmp_path / name)
     with caplog.at_level(logging.WARNING):
-        pictures = [np.asarray(read_image(tmp_path / name))[0, :, 0].tolist() for name in ("a.png", "b.png")]
-    assert pictures == [[0, 1, 128, 255]] * 2
+        images = [np.asarray(read_image(tmp_path / name))[0, :, 0].tolist() for name in ("a.png", "b.png")]
+    assert images == [[0, 1, 128, 255]] * 2
     assert len(caplog.records) == 1
     assert "a.png has 16-bit" in caplog.text
 
 
-def test_float_picture_is_an_error(tmp_path):
+def test_float_image_is_an_error(tmp_path):
     Image.fromarray(np.array([[0.0, 7.5]], dtype=np.float32)).save(tmp_path / "a.tif")
     with pytest.raises(
-        InputError, match=r"a\.tif: the picture holds float32 values from 0.0 to 7.5.*save it with 8 or 16 bits"
+        InputError, match=r"a\.tif: the image holds float32 values from 0.0 to 7.5.*save it with 8 or 16 bits"
     ):
         read_image(tmp_path / "a.tif")
 
@@ -93,7 +93,7 @@ def test_every_exif_orientation_is_turned_as_pillow_does(gradient, tmp_path, ori
 def test_the_head_of_a_file_tells_the_size_that_its_pixels_get(gradient, tmp_path, orientation):
     for name in ("a.png", "a.jpg", "a.tif"):
         save_turned(gradient, tmp_path / name, orientation)
-        height, width = picture_size(tmp_path / name)
+        height, width = get_image_size(tmp_path / name)
         assert (height, width) == ((60, 40) if orientation >= 5 else (40, 60))
         assert read_image(tmp_path / name, annotated_size=(height, width)).size == (width, height)
 
@@ -109,18 +109,18 @@ def test_exif_data_that_cannot_be_written_again_is_no_hindrance(gradient, tmp_pa
 
 
 @pytest.mark.parametrize("error", [OverflowError, TypeError, IndexError, struct.error])
-def test_whatever_pillow_stumbles_over_names_the_picture(gradient, tmp_path, monkeypatch, error):
+def test_whatever_pillow_stumbles_over_names_the_image(gradient, tmp_path, monkeypatch, error):
     def stumble(image):
         raise error("odd data")
 
     gradient.save(tmp_path / "a.png")
     monkeypatch.setattr(Image.Image, "getexif", stumble)
-    for read in (read_image, picture_size):
-        with pytest.raises(InputError, match=r"a\.png: cannot be read as a picture \(odd data\); repair or remove"):
+    for read in (read_image, get_image_size):
+        with pytest.raises(InputError, match=r"a\.png: cannot be read as an image \(odd data\); repair or remove"):
             read(tmp_path / "a.png")
 
 
-def test_a_picture_that_is_too_large_for_pillow_is_sound(gradient, tmp_path, monkeypatch):
+def test_an_image_that_is_too_large_for_pillow_is_sound(gradient, tmp_path, monkeypatch):
     gradient.save(tmp_path / "a.png")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
     with pytest.raises(
@@ -130,28 +130,28 @@ def test_a_picture_that_is_too_large_for_pillow_is_sound(gradient, tmp_path, mon
     assert "repair" not in str(error.value)
 
 
-@pytest.mark.parametrize("damage", [lambda data: data[: len(data) // 2], lambda data: b"", lambda data: b"no picture"])
+@pytest.mark.parametrize("damage", [lambda data: data[: len(data) // 2], lambda data: b"", lambda data: b"no image"])
 @pytest.mark.parametrize("suffix", ["png", "jpg"])
 def test_broken_file_is_named(gradient, tmp_path, damage, suffix):
     path = tmp_path / f"broken.{suffix}"
     gradient.save(path)
     path.write_bytes(damage(path.read_bytes()))
-    with pytest.raises(InputError, match=r"broken\.\w+: cannot be read as a picture"):
+    with pytest.raises(InputError, match=r"broken\.\w+: cannot be read as an image"):
         read_image(path)
 
 
 def test_missing_file_is_named(tmp_path):
-    with pytest.raises(InputError, match=r"gone\.png: there is no such picture"):
+    with pytest.raises(InputError, match=r"gone\.png: there is no such image"):
         read_image(tmp_path / "gone.png")
 
 
-def test_list_pictures(gradient, tmp_path):
+def test_list_images(gradient, tmp_path):
     for name in ("b.png", "a.JPG"):
         gradient.save(tmp_path / name)
     (tmp_path / "notes.txt").touch()
-    assert [path.name for path in list_pictures([tmp_path, tmp_path / "b.png"])] == ["a.JPG", "b.png", "b.png"]
+    assert [path.name for path in list_images([tmp_path, tmp_path / "b.png"])] == ["a.JPG", "b.png", "b.png"]
     (tmp_path / "empty").mkdir()
-    with pytest.raises(InputError, match="empty: the folder holds no pictures"):
-        list_pictures([tmp_path / "empty"])
+    with pytest.raises(InputError, match="empty: the folder holds no images"):
+        list_images([tmp_path / "empty"])
     with pytest.raises(InputError, match="gone: there is no such"):
-        list_pictures([tmp_path / "gone"])
+        list_images([tmp_path / "gone"])

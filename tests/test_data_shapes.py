@@ -1,4 +1,4 @@
-"""The shapes data set: what is drawn is what is annotated, and no file is lost or written twice."""
+"""The shapes dataset: what is drawn is what is annotated, and no file is lost or written twice."""
 
 import json
 from pathlib import Path
@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from hf_dino.data.shapes import OUTLINES, draw_picture, generate_shapes, main
+from hf_dino.data.shapes import OUTLINES, draw_image, generate_shapes, main
 from hf_dino.errors import InputError
 
 
@@ -34,7 +34,7 @@ def test_boxes_and_areas_fit_the_outlines_clipped_at_the_border() -> None:
     points = np.stack(np.meshgrid(axis, axis), axis=-1).reshape(-1, 2)
     border_cases = 0
     for seed in range(12):
-        for drawn in draw_picture(np.random.default_rng(seed), size)[1]:
+        for drawn in draw_image(np.random.default_rng(seed), size)[1]:
             seen = points[points_inside(drawn.outline, points)]
             x, y, width, height = drawn.box
             expected = np.concatenate([seen.min(axis=0) - step / 2, seen.max(axis=0) + step / 2])
@@ -50,16 +50,16 @@ def test_enough_of_every_object_is_visible() -> None:
     axis = np.arange(0.5, size)
     points = np.stack(np.meshgrid(axis, axis), axis=-1).reshape(-1, 2)
     for seed in range(20):
-        masks = [points_inside(drawn.outline, points) for drawn in draw_picture(np.random.default_rng(seed), size)[1]]
+        masks = [points_inside(drawn.outline, points) for drawn in draw_image(np.random.default_rng(seed), size)[1]]
         for index, mask in enumerate(masks):
             covered = np.logical_or.reduce([np.zeros_like(mask), *masks[index + 1 :]])
             assert (mask & ~covered).sum() >= 0.6 * mask.sum()
 
 
-def test_pictures_vary() -> None:
-    pictures = [draw_picture(np.random.default_rng(seed), 64) for seed in range(80)]
-    assert {len(objects) for _, objects in pictures} == set(range(6))
-    assert {drawn.name for _, objects in pictures for drawn in objects} == set(OUTLINES)
+def test_images_vary() -> None:
+    images = [draw_image(np.random.default_rng(seed), 64) for seed in range(80)]
+    assert {len(objects) for _, objects in images} == set(range(6))
+    assert {drawn.name for _, objects in images for drawn in objects} == set(OUTLINES)
     assert len(OUTLINES) >= 5
 
 
@@ -71,10 +71,10 @@ def test_same_settings_same_files(tmp_path: Path) -> None:
     assert not set(contents(first).values()) & {data for name, data in other.items() if name.endswith(".png")}
 
 
-def test_splits_share_no_picture_and_larger_sets_begin_alike(tmp_path: Path) -> None:
+def test_splits_share_no_image_and_larger_sets_begin_alike(tmp_path: Path) -> None:
     small = contents(generate_shapes(tmp_path / "small", **SMALL))
-    pictures = [data for name, data in small.items() if name.endswith(".png")]
-    assert len(set(pictures)) == len(pictures) == 10
+    images = [data for name, data in small.items() if name.endswith(".png")]
+    assert len(set(images)) == len(images) == 10
     large = contents(generate_shapes(tmp_path / "large", **(SMALL | {"num_train": 8})))
     assert all(large[name] == data for name, data in small.items() if name.endswith(".png"))
 
@@ -86,8 +86,8 @@ def test_annotations_are_coco(tmp_path: Path) -> None:
     assert [category["name"] for category in coco.loadCats(coco.getCatIds())] == list(OUTLINES)
     assert len(coco.getImgIds()) == 6
     for image in coco.loadImgs(coco.getImgIds()):
-        with Image.open(folder / "train" / image["file_name"]) as picture:
-            assert (picture.size, picture.mode) == ((image["width"], image["height"]), "RGB")
+        with Image.open(folder / "train" / image["file_name"]) as record:
+            assert (record.size, record.mode) == ((image["width"], image["height"]), "RGB")
         for annotation in coco.loadAnns(coco.getAnnIds([image["id"]])):
             x, y, width, height = annotation["bbox"]
             assert min(x, y) >= 0
@@ -97,7 +97,7 @@ def test_annotations_are_coco(tmp_path: Path) -> None:
     assert ids == list(range(1, len(ids) + 1))
 
 
-def test_the_same_data_set_is_used_again(tmp_path: Path) -> None:
+def test_the_same_dataset_is_used_again(tmp_path: Path) -> None:
     folder = generate_shapes(tmp_path / "shapes", **SMALL)
     times = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
     generate_shapes(folder, **SMALL)
@@ -107,15 +107,15 @@ def test_the_same_data_set_is_used_again(tmp_path: Path) -> None:
 def test_nothing_else_is_overwritten(tmp_path: Path) -> None:
     folder = generate_shapes(tmp_path / "shapes", **SMALL)
     before = contents(folder)
-    with pytest.raises(InputError, match=r"another shapes data set.*'seed': 0.*instead of.*'seed': 5"):
+    with pytest.raises(InputError, match=r"another shapes dataset.*'seed': 0.*instead of.*'seed': 5"):
         generate_shapes(folder, seed=5, **SMALL)
     assert contents(folder) == before
     (folder / "val" / "000001.png").unlink()
-    with pytest.raises(InputError, match="lost files: 1 of 2 val pictures"):
+    with pytest.raises(InputError, match="lost files: 1 of 2 val images"):
         generate_shapes(folder, **SMALL)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "notes.txt").write_text("mine")
-    with pytest.raises(InputError, match="mine is not empty and holds no shapes data set"):
+    with pytest.raises(InputError, match="mine is not empty and holds no shapes dataset"):
         generate_shapes(tmp_path / "mine", **SMALL)
     assert contents(tmp_path / "mine") == {"notes.txt": b"mine"}
 
@@ -158,4 +158,4 @@ def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert len(list((folder / "train").iterdir())) == 2
     with pytest.raises(SystemExit, match="2"):
         main([*arguments, "--seed", "9"])
-    assert "another shapes data set" in capsys.readouterr().err
+    assert "another shapes dataset" in capsys.readouterr().err

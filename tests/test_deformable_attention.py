@@ -12,7 +12,7 @@ from hf_dino.deformable_attention_dino_detr import (
 
 
 def slow_definition(value, spatial_shapes, locations, weights):
-    """Equation 3 of Deformable DETR as loops; a point's four neighbours are read one by one."""
+    """Equation 3 of Deformable DETR as loops; a point's four neighbors are read one by one."""
     batch_size, _, num_heads, head_dim = value.shape
     num_queries, num_levels, num_points = locations.shape[1], len(spatial_shapes), locations.shape[4]
     output = value.new_zeros(batch_size, num_queries, num_heads, head_dim)

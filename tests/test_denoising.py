@@ -4,20 +4,20 @@ import torch
 from conftest import make_labels, tiny_config
 from hf_dino.denoising_dino_detr import (
     DENOISING_STRATEGIES,
-    NOT_AN_OBJECT,
+    NO_OBJECT,
     contrastive_box_noise,
     denoising_attention_mask,
     plain_box_noise,
 )
 
 
-def make_queries(labels, strategy="contrastive", num_queries=12, most_objects=0, **overrides):
+def make_queries(labels, strategy="contrastive", num_queries=12, max_num_objects=0, **overrides):
     config = tiny_config(denoising=strategy, **overrides)
     torch.manual_seed(0)
     module = DENOISING_STRATEGIES[strategy](config)
     if hasattr(module, "label_embed"):
         torch.nn.init.normal_(module.label_embed.weight)
-    return module, module(labels, torch.zeros(len(labels), num_queries, config.d_model), most_objects)
+    return module, module(labels, torch.zeros(len(labels), num_queries, config.d_model), max_num_objects)
 
 
 def slow_mask(num_groups, group_size, num_queries):
@@ -40,7 +40,7 @@ def test_attention_mask_is_the_rule(sizes):
 @pytest.mark.parametrize("scale", [0.4, 1.0])
 def test_contrastive_noise_is_below_lambda_or_between_lambda_and_two_lambda(scale):
     torch.manual_seed(0)
-    box = torch.tensor([0.5, 0.5, 0.1, 0.2])  # small and central, so that nothing is clamped at the picture's border
+    box = torch.tensor([0.5, 0.5, 0.1, 0.2])  # small and central, so that nothing is clamped at the image's border
     noisy = contrastive_box_noise(box.expand(1, 500, 2, 3, 4), scale)
 
     def corners(boxes):
@@ -67,20 +67,20 @@ def test_plain_noise_shifts_by_half_sides_and_scales_sides():
 def test_without_noise_a_positive_query_is_its_object():
     labels = make_labels(2, 3)
     module, queries = make_queries(labels, label_noise_ratio=0, box_noise_scale=0)
-    for picture, label in enumerate(labels):
-        index = queries.object_index[picture]
-        positive = index != NOT_AN_OBJECT
-        torch.testing.assert_close(queries.reference_points[picture][positive], label["boxes"][index[positive]])
+    for image, label in enumerate(labels):
+        index = queries.object_index[image]
+        positive = index != NO_OBJECT
+        torch.testing.assert_close(queries.reference_points[image][positive], label["boxes"][index[positive]])
         expected = module.label_embed.weight[label["class_labels"][index[positive]]]
-        torch.testing.assert_close(queries.inputs_embeds[picture][positive], expected)
+        torch.testing.assert_close(queries.inputs_embeds[image][positive], expected)
         # every group has each object once as a positive query
         counts = index[positive].bincount(minlength=len(label["boxes"]))
         assert counts.tolist() == [queries.num_groups] * len(label["boxes"])
 
 
-def test_a_picture_with_fewer_objects_is_filled_up_with_empty_queries():
+def test_an_image_with_fewer_objects_is_filled_up_with_empty_queries():
     _, queries = make_queries(make_labels(0, 3))
-    assert (queries.object_index[0] == NOT_AN_OBJECT).all()
+    assert (queries.object_index[0] == NO_OBJECT).all()
     assert queries.inputs_embeds[0].abs().sum() == 0
     assert (queries.reference_points[0] == 0.5).all()
 
@@ -98,12 +98,12 @@ def test_groups_share_out_num_denoising(strategy, num_denoising, counts):
 
 
 @pytest.mark.parametrize("strategy", ["contrastive", "plain"])
-def test_a_crowded_picture_has_no_more_than_num_denoising(strategy):
+def test_a_crowded_image_has_no_more_than_num_denoising(strategy):
     torch.manual_seed(0)
     _, queries = make_queries(make_labels(500, 2), strategy, num_denoising=20)
     copies = 2 if strategy == "contrastive" else 1
     assert queries.inputs_embeds.shape[1] == 20 * copies
-    chosen = queries.object_index[0][queries.object_index[0] != NOT_AN_OBJECT]
+    chosen = queries.object_index[0][queries.object_index[0] != NO_OBJECT]
     assert len(chosen.unique()) == 20 and chosen.max() > 20  # a choice, not the first ones
 
 
@@ -113,7 +113,7 @@ def test_a_crowded_picture_has_no_more_than_num_denoising(strategy):
 def test_a_part_of_a_step_has_the_queries_that_it_would_have_in_the_whole(strategy, counts, fullest):
     settings = {"label_noise_ratio": 0, "box_noise_scale": 0, "num_denoising": 9}
     _, whole = make_queries(make_labels(*counts, fullest), strategy, **settings)
-    _, part = make_queries(make_labels(*counts), strategy, most_objects=fullest, **settings)
+    _, part = make_queries(make_labels(*counts), strategy, max_num_objects=fullest, **settings)
     assert part.num_groups == whole.num_groups
     for name in ("inputs_embeds", "reference_points", "object_index"):
         assert torch.equal(part[name], whole[name][: len(counts)])
@@ -123,7 +123,7 @@ def test_a_part_of_a_step_has_the_queries_that_it_would_have_in_the_whole(strate
 def test_classes_are_redrawn_as_often_as_in_the_papers_code(strategy, probability):
     module, _ = make_queries(make_labels(1), strategy, label_noise_ratio=1.0)
     classes = torch.full((20000,), 2)
-    changed = (module.add_class_noise(classes) != classes).float().mean().item()
+    changed = (module.add_label_noise(classes) != classes).float().mean().item()
     assert changed == pytest.approx(probability * 4 / 5, abs=0.02)  # one in five is drawn again
 
 

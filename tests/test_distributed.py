@@ -1,4 +1,4 @@
-"""Two processes learn what one would from the same pictures, and none waits for a gradient that never comes.
+"""Two processes learn what one would from the same images, and none waits for a gradient that never comes.
 
 Both processes are started once and go through all cases; the tests look at what they wrote down.
 """
@@ -18,17 +18,17 @@ from torch.nn.parallel import DistributedDataParallel
 
 from conftest import TINY_SWIN, make_labels, tiny_model
 from hf_dino.data.batching import TrainingBatchSampler
-from hf_dino.sharding import whole_weights
+from hf_dino.sharding import summon_full_params
 from hf_dino.training.effective_batch import effective_batch, with_effective_batch
-from hf_dino.training.ema import WeightAverage
+from hf_dino.training.ema import ExponentialMovingAverage
 
 
 NUM_PROCESSES = 2
-# Without noise, since the number of denoising groups, and so of random numbers, depends on a process's own pictures.
+# Without noise, since the number of denoising groups, and so of random numbers, depends on a process's own images.
 NO_NOISE = {"label_noise_ratio": 0.0, "box_noise_scale": 0.0}
 
-# Config fields, and objects of four pictures, of which each process has two. Denoising queries that fill up a picture
-# take part in attention, as in the original: so with denoising each process needs a picture as full as the fullest.
+# Config fields, and objects of four images, of which each process has two. Denoising queries that fill up an image
+# take part in attention, as in the original: so with denoising each process needs an image as full as the fullest.
 SAME_AS_ONE_PROCESS = {
     "equal counts": ({}, (3, 1, 1, 3)),
     "unequal counts": ({}, (3, 3, 0, 3)),
@@ -43,20 +43,20 @@ NOTHING_UNUSED = {
     for denoising, selection in itertools.product(("contrastive", "plain", "none"), ("mixed", "pure", "static"))
 } | {
     "swin": {"backbone_config": TINY_SWIN},
-    "batch norm learns": {"freeze_batch_norm": False},
+    "batch norm learns": {"freeze_backbone_batch_norms": False},
     "look forward once": {"box_refinement": "look_forward_once"},
     "heads of their own": {"share_decoder_heads": False},
     "last layer only": {"auxiliary_loss": False},
 }
-# Objects of the pictures that a training of 20 steps goes through seven times, four pictures per step
-OBJECTS_OF_PICTURES = (3, 0, 5, 1, 2, 0, 4, 1, 6, 2)
+# Objects of the images that a training of 20 steps goes through seven times, four images per step
+OBJECTS_OF_IMAGES = (3, 0, 5, 1, 2, 0, 4, 1, 6, 2)
 STEPS = 20
 
 OBJECTS_RUN_OUT = [(3, 1, 2, 0), (3, 1, 0, 0), (0, 0, 0, 0)]  # somewhere, on one process, everywhere
 
 
 def learn(network, counts, first=0, last=4):
-    """Loss and gradients of those of the four pictures from `first` to `last`; the pictures are always the same."""
+    """Loss and gradients of those of the four images from `first` to `last`; the images are always the same."""
     parameters = dict(network.named_parameters())
     dtype = next(iter(parameters.values())).dtype
     pixel_values = torch.randn(4, 3, 96, 128, generator=torch.Generator().manual_seed(0), dtype=dtype)
@@ -84,19 +84,19 @@ def without_gradient(network, first, last):
 
 
 def train(accumulation, as_one_batch=with_effective_batch):
-    """Take 20 steps as the training script does; say which pictures each was made of, its losses and gradients."""
+    """Take 20 steps as the training script does; say which images each was made of, its losses and gradients."""
     accelerator = Accelerator(cpu=True, gradient_accumulation_steps=accumulation)
     model = tiny_model(**NO_NOISE).train()
     model, optimizer = accelerator.prepare(model, torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=1e-4))
-    pixel_values = torch.randn(len(OBJECTS_OF_PICTURES), 3, 96, 128, generator=torch.Generator().manual_seed(0))
-    labels = make_labels(*OBJECTS_OF_PICTURES)
+    pixel_values = torch.randn(len(OBJECTS_OF_IMAGES), 3, 96, 128, generator=torch.Generator().manual_seed(0))
+    labels = make_labels(*OBJECTS_OF_IMAGES)
     processes = {"rank": accelerator.process_index, "world_size": accelerator.num_processes}
-    pictures = [
+    images = [
         batch
         for epoch in range(7)
         for batch in TrainingBatchSampler(len(labels), 4, seed=0, epoch=epoch, accumulation=accumulation, **processes)
     ][: STEPS * accumulation]
-    batches = ({"pixel_values": pixel_values[batch], "labels": [labels[i] for i in batch]} for batch in pictures)
+    batches = ({"pixel_values": pixel_values[batch], "labels": [labels[i] for i in batch]} for batch in images)
     losses, gradients = [], []
     for batch in as_one_batch(batches, accelerator):
         with accelerator.accumulate(model):
@@ -112,7 +112,7 @@ def train(accumulation, as_one_batch=with_effective_batch):
             optimizer.zero_grad()
     # a row per step, of all its batches in this process
     return {
-        "pictures": torch.tensor(pictures).view(STEPS, -1).tolist(),
+        "images": torch.tensor(images).view(STEPS, -1).tolist(),
         "losses": torch.tensor(losses, dtype=torch.float64).view(STEPS, -1).mean(dim=1).tolist(),
         "gradients": gradients,
     }
@@ -120,17 +120,17 @@ def train(accumulation, as_one_batch=with_effective_batch):
 
 def train_with_average(network, first=0, last=4, calls=1):
     """Take two steps; say what the averaged weights are, and what they find in `calls` runs of this process alone."""
-    average = WeightAverage(network, 0.9)
+    average = ExponentialMovingAverage(network, 0.9)
     optimizer = torch.optim.SGD(network.parameters(), lr=0.01)
     for _ in range(2):
         learn(network.train(), (3, 1, 1, 3), first, last)
         optimizer.step()
         average.update()
-    with average.applied(), whole_weights(network), torch.no_grad():
+    with average.applied(), summon_full_params(network), torch.no_grad():
         for _ in range(calls):
             logits = network.eval()(torch.ones(1, 3, 96, 128)).logits
     state = average.state_dict()
-    resumed = WeightAverage(network, 0.9)
+    resumed = ExponentialMovingAverage(network, 0.9)
     resumed.load_state_dict(state)
     return {"logits": logits, "state": state, "resumed": resumed.state_dict()}
 
@@ -158,7 +158,7 @@ def kept_before_and_after(reshard_after_forward):
     """What a forward keeps whole before and after a model was run by each process alone, and the parameters."""
     network = share_out(tiny_model(), reshard_after_forward).eval()
     before = kept_whole(network)
-    with whole_weights(network), torch.no_grad():
+    with summon_full_params(network), torch.no_grad():
         network(torch.ones(1, 3, 96, 128))
     return before, kept_whole(network), {name for name, _ in network.named_parameters()}
 
@@ -234,8 +234,8 @@ def trained_alone():
 def assert_same_training(trained, expected):
     """That all processes of one training together did in each step what a single one did in another."""
     for step in range(STEPS):
-        pictures = [picture for process in trained for picture in process["pictures"][step]]
-        assert sorted(pictures) == sorted(expected["pictures"][step])
+        images = [image for process in trained for image in process["images"][step]]
+        assert sorted(images) == sorted(expected["images"][step])
         loss = fmean(process["losses"][step] for process in trained)
         assert loss == pytest.approx(expected["losses"][step], rel=1e-5)
         for process in trained:
@@ -277,8 +277,8 @@ def test_which_weights_stay_whole_after_a_forward_is_as_it_was(processes, settin
 def test_the_effective_batch_counts_the_objects_of_all_batches():
     accelerator = Accelerator(cpu=True)
     for batches, expected in (
-        ([make_labels(2, 0), make_labels(5, 1)], {"num_boxes": 8 / 2, "most_objects": 5}),
-        ([make_labels(0), make_labels(0), []], {"num_boxes": 1 / 3, "most_objects": 0}),
+        ([make_labels(2, 0), make_labels(5, 1)], {"num_boxes": 8 / 2, "max_num_objects": 5}),
+        ([make_labels(0), make_labels(0), []], {"num_boxes": 1 / 3, "max_num_objects": 0}),
     ):
         assert asdict(effective_batch(batches, accelerator)) == expected
 
@@ -290,4 +290,4 @@ class OneProcessOfMany:
 
 
 def test_one_process_asks_nobody():
-    assert asdict(effective_batch([make_labels(2, 0)], OneProcessOfMany())) == {"num_boxes": 2, "most_objects": 2}
+    assert asdict(effective_batch([make_labels(2, 0)], OneProcessOfMany())) == {"num_boxes": 2, "max_num_objects": 2}

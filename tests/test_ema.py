@@ -6,7 +6,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from conftest import make_labels, tiny_model
-from hf_dino.training.ema import WeightAverage, decay_after
+from hf_dino.training.ema import ExponentialMovingAverage, get_decay
 
 
 def weights(model):
@@ -42,7 +42,7 @@ def steps(model, optimizer, average, first, last):
 
 def test_the_average_is_that_of_the_definition():
     model = Network()
-    average = WeightAverage(model, decay=0.8)
+    average = ExponentialMovingAverage(model, decay=0.8)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     expected = {name: value.double() for name, value in weights(model).items()}
     for step in range(50):
@@ -60,27 +60,27 @@ def test_the_average_is_that_of_the_definition():
 
 
 def test_the_ramp_never_falls_and_ends_at_the_decay():
-    ramp = [decay_after(updates, 0.999) for updates in range(12_000)]
+    ramp = [get_decay(updates, 0.999) for updates in range(12_000)]
     assert ramp == sorted(ramp)
     assert ramp[0] == 0.1
     assert ramp[-1] == 0.999
-    assert decay_after(10**9, 0.999) == 0.999
+    assert get_decay(10**9, 0.999) == 0.999
 
 
 @pytest.mark.parametrize("decay", [-0.1, 1.0, float("nan")])
 def test_wrong_decays(decay):
     with pytest.raises(ValueError, match="decay must be at least 0 and less than 1"):
-        WeightAverage(Network(), decay)
+        ExponentialMovingAverage(Network(), decay)
 
 
 def test_frozen_weights_cost_nothing():
-    average = WeightAverage(Network(), 0.9)
+    average = ExponentialMovingAverage(Network(), 0.9)
     assert not [name for name in average.state_dict()["averages"] if name.startswith("frozen")]
 
 
 def test_trained_weights_come_back_even_after_an_error():
     model = Network()
-    average = WeightAverage(model, 0.9)
+    average = ExponentialMovingAverage(model, 0.9)
     steps(model, torch.optim.SGD(model.parameters(), lr=0.1), average, 0, 3)
     before, places = weights(model), [parameter.data_ptr() for parameter in model.parameters()]
 
@@ -99,7 +99,7 @@ def test_trained_weights_come_back_even_after_an_error():
 def test_a_model_of_lower_precision_is_averaged_in_float32():
     model = nn.Linear(1, 1, bias=False).bfloat16()
     nn.init.ones_(model.weight)
-    average = WeightAverage(model, 0.999)
+    average = ExponentialMovingAverage(model, 0.999)
     average.updates = 10**6
     nn.init.constant_(model.weight, 2.0)
     for _ in range(100):  # each moves it by less than bfloat16 can tell
@@ -113,7 +113,7 @@ def start(decay=0.9):
     accelerator = Accelerator(cpu=True)
     model = Network()
     model, optimizer = accelerator.prepare(model, torch.optim.AdamW(model.parameters(), lr=0.1))
-    average = WeightAverage(accelerator.unwrap_model(model), decay)
+    average = ExponentialMovingAverage(accelerator.unwrap_model(model), decay)
     accelerator.register_for_checkpointing(average)
     return accelerator, model, optimizer, average
 
@@ -133,18 +133,18 @@ def test_a_resumed_run_has_the_same_average_bit_for_bit(tmp_path):
 
 
 def test_the_state_of_another_model_is_refused():
-    state = WeightAverage(Network(), 0.9).state_dict()
+    state = ExponentialMovingAverage(Network(), 0.9).state_dict()
     with pytest.raises(ValueError, match="averaged weights are of another model, which differs in bias"):
-        WeightAverage(Network().head, 0.9).load_state_dict(state)
+        ExponentialMovingAverage(Network().head, 0.9).load_state_dict(state)
     wider = Network()
     wider.head = nn.Linear(4, 3)
     with pytest.raises(ValueError, match=r"which differs in head\.bias"):
-        WeightAverage(wider, 0.9).load_state_dict(state)
+        ExponentialMovingAverage(wider, 0.9).load_state_dict(state)
 
 
 def test_a_detector_is_evaluated_and_saved_with_its_average(tmp_path, pixel_values):
-    model = tiny_model(freeze_batch_norm=False).train()
-    average = WeightAverage(model, 0.9)
+    model = tiny_model(freeze_backbone_batch_norms=False).train()
+    average = ExponentialMovingAverage(model, 0.9)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     for _ in range(2):
         model(pixel_values, labels=make_labels(2, 1)).loss.backward()

@@ -4,13 +4,13 @@ import weakref
 
 import pytest
 
-from hf_dino.errors import InputError, run_as_command
+from hf_dino.errors import InputError, run_cli
 
 
 @pytest.mark.parametrize("status", [None, 0, 1])
 def test_a_command_ends_with_the_status_of_its_main(status):
     with pytest.raises(SystemExit) as end:
-        run_as_command(lambda: status)
+        run_cli(lambda: status)
     assert end.value.code == status
 
 
@@ -20,23 +20,23 @@ def test_what_a_user_can_repair_is_one_line(kind):
         raise kind("no such thing")
 
     with pytest.raises(SystemExit, match=r"^error: no such thing$"):
-        run_as_command(main)
+        run_cli(main)
 
 
 def test_what_was_at_work_is_let_go_at_once():
-    """Processes that read pictures ahead would end seconds later, each."""
+    """Processes that read images ahead would end seconds later, each."""
     held = []
 
     def main():
         reader = set()
         held.append(weakref.ref(reader))
-        raise InputError("a broken picture")
+        raise InputError("a broken image")
 
     with pytest.raises(SystemExit) as end:
-        run_as_command(main)
+        run_cli(main)
     assert held[0]() is None, end
 
 
 def test_other_errors_are_ours():
     with pytest.raises(ZeroDivisionError):
-        run_as_command(lambda: 1 // 0)
+        run_cli(lambda: 1 // 0)

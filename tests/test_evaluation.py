@@ -18,10 +18,10 @@ from coco_files import annotation, write_coco
 from hf_dino import DinoDetrImageProcessor
 from hf_dino.data import InputError, evaluation_loader, read_coco
 from hf_dino.evaluation import (
-    DETECTION,
-    as_detections,
+    DETECTION_DTYPE,
     collect_detections,
     detections,
+    detections_from_results,
     evaluate_coco,
     evaluate_model,
     write_coco_results,
@@ -35,7 +35,7 @@ NUM_PROCESSES = 2
 
 
 class Oracle(nn.Module):
-    """Finds one object in each picture, whose mean colour says which box (fractions, centre format) it has."""
+    """Finds one object in each image, whose mean color says which box (fractions, center format) it has."""
 
     def __init__(self, boxes):
         super().__init__()
@@ -45,7 +45,7 @@ class Oracle(nn.Module):
 
     def forward(self, pixel_values, pixel_mask):
         self.batches.append(pixel_values.shape)
-        assert pixel_mask.all(), "no picture is padded because of another"
+        assert pixel_mask.all(), "no image is padded because of another"
         boxes, logits = [], []
         for shape in [tuple(pixel_values.shape[-2:])] * len(pixel_values):
             label, box = self.boxes[shape]
@@ -82,7 +82,7 @@ def blocks(request, monkeypatch):
 
 def random_detections(image_ids, seed=0):
     rng = np.random.default_rng(seed)
-    found = np.zeros(len(image_ids), DETECTION)
+    found = np.zeros(len(image_ids), DETECTION_DTYPE)
     found["image_id"], found["category_id"] = image_ids, rng.integers(1, 9, len(image_ids))
     found["bbox"], found["score"] = rng.uniform(0, 99, (len(image_ids), 4)), rng.random(len(image_ids))
     return found
@@ -101,7 +101,7 @@ def test_evaluate_model(data, batch_size):
     assert (one["category_id"], two["category_id"]) == (3, 7)
     assert one["bbox"] == pytest.approx(BOXES[1], abs=1e-4)
     assert two["bbox"] == pytest.approx(BOXES[2], abs=1e-4)
-    # the third picture looks like the first, so the same is "found" there and is wrong
+    # the third image looks like the first, so the same is "found" there and is wrong
     assert 0.5 < scores.metrics["ap"] < 1
     assert scores == evaluate_coco(data, found)
     assert set(found["category_id"].tolist()) <= {3, 7}, "labels that the data lack are left out"
@@ -130,7 +130,7 @@ class Process:
 @pytest.mark.usefixtures("blocks")
 @pytest.mark.parametrize("num_processes", [2, 3, 5])
 def test_processes_get_the_detections_of_one(data, num_processes):
-    """Of five processes two have no picture."""
+    """Of five processes two have no image."""
     shared, barrier = [None] * num_processes, threading.Barrier(num_processes, timeout=60)
 
     def detect(rank):
@@ -154,7 +154,7 @@ def run_process(rank, folder):
     os.environ |= {name: str(value) for name, value in places.items()}
     accelerator = Accelerator(cpu=True)
     assert accelerator.num_processes == NUM_PROCESSES
-    data = read_coco(folder / "pictures", folder / "annotations.json")
+    data = read_coco(folder / "images", folder / "annotations.json")
     scores, found = evaluate_model(make_oracle(), make_processor(), data, accelerator, batch_size=2)
     (folder / f"{rank}.pickle").write_bytes(pickle.dumps((scores, np.array(found))))
     torch.distributed.destroy_process_group()
@@ -180,11 +180,11 @@ def test_shares_of_two_processes_are_the_whole(data):
 
 
 @pytest.mark.usefixtures("blocks")
-def test_blocks_of_any_process_become_one_array_by_picture():
+def test_blocks_of_any_process_become_one_array_by_image():
     parts = [random_detections(ids, seed) for seed, ids in enumerate(([5, 5, -2, 9], [], [7, 7, 7], [1]))]
-    found = detections.sorted_by_picture(parts)
+    found = detections.sort_by_image(parts)
     assert found["image_id"].tolist() == [-2, 1, 5, 5, 7, 7, 7, 9]
-    assert found[2:4].tobytes() == parts[0][:2].tobytes(), "in a picture the order stays"
+    assert found[2:4].tobytes() == parts[0][:2].tobytes(), "in an image the order stays"
     everything = [record.tobytes() for part in parts for record in part]
     assert sorted(record.tobytes() for record in found) == sorted(everything), "nothing lost or doubled"
 
@@ -192,18 +192,18 @@ def test_blocks_of_any_process_become_one_array_by_picture():
 def test_detections_take_no_memory_while_the_model_runs(tmp_path, monkeypatch):
     """They lie in a file, which is gone from the folder for temporary files at once."""
     monkeypatch.setattr(detections.tempfile, "tempdir", str(tmp_path))
-    num_pictures, per_picture = 40, 500
+    num_images, per_image = 40, 500
 
     class Noise(nn.Module):
-        config = SimpleNamespace(num_select=per_picture)
+        config = SimpleNamespace(num_select=per_image)
 
         def forward(self, pixel_values, pixel_mask):
             generator = torch.Generator().manual_seed(len(held))
-            logits = torch.randn(1, per_picture, 1, generator=generator)
-            return SimpleNamespace(logits=logits, pred_boxes=torch.rand(1, per_picture, 4, generator=generator))
+            logits = torch.randn(1, per_image, 1, generator=generator)
+            return SimpleNamespace(logits=logits, pred_boxes=torch.rand(1, per_image, 4, generator=generator))
 
     def batches():
-        for image_id in range(num_pictures):
+        for image_id in range(num_images):
             ones = torch.ones(1, 3, 4, 4)
             yield {
                 "pixel_values": ones,
@@ -223,18 +223,18 @@ def test_detections_take_no_memory_while_the_model_runs(tmp_path, monkeypatch):
         lambda count: held.append(tracemalloc.get_traced_memory()[0]),
     )
     tracemalloc.stop()
-    assert found.nbytes == num_pictures * per_picture * DETECTION.itemsize
+    assert found.nbytes == num_images * per_image * DETECTION_DTYPE.itemsize
     assert isinstance(found, np.memmap)
-    assert held[-1] - held[num_pictures // 4] < found.nbytes / 10
+    assert held[-1] - held[num_images // 4] < found.nbytes / 10
     assert not list(tmp_path.iterdir())
 
 
-def test_detect_without_pictures():
+def test_detect_without_images():
     found = collect_detections(Oracle({}), [], DinoDetrImageProcessor(), {}, Accelerator())
-    assert (len(found), found.dtype) == (0, DETECTION)
+    assert (len(found), found.dtype) == (0, DETECTION_DTYPE)
 
 
-def test_unknown_categories_are_an_error_before_the_first_picture(data):
+def test_unknown_categories_are_an_error_before_the_first_image(data):
     model = Oracle({})
     model.config.id2label = {0: "bird"}
     with pytest.raises(InputError, match=r"no class for 'dog' \(id 3\), 'cat' \(id 7\)"):
@@ -252,7 +252,7 @@ def test_coco_results_come_back_as_they_were(tmp_path, count):
     write_coco_results(path, found)
     results = json.loads(path.read_text())
     assert all(set(result) == {"image_id", "category_id", "bbox", "score"} for result in results)
-    assert as_detections(results).tobytes() == found.tobytes(), "every digit"
+    assert detections_from_results(results).tobytes() == found.tobytes(), "every digit"
     with pytest.raises(InputError, match=r"results\.json: exists already"):
         write_coco_results(path, found)
     assert [file.name for file in path.parent.iterdir()] == ["results.json"]

@@ -1,4 +1,4 @@
-"""Kinds of mistakes, thresholds, confusion and worst pictures: agreed with COCO's evaluation and with each other."""
+"""Kinds of mistakes, thresholds, confusion and worst images: agreed with COCO's evaluation and with each other."""
 
 import sys
 from pathlib import Path
@@ -8,10 +8,10 @@ import pytest
 
 from coco_files import annotation, write_coco
 from hf_dino.data import read_coco
-from hf_dino.data.objects import objects_of
-from hf_dino.evaluation import KINDS, analyse, as_detections, evaluate_coco
-from hf_dino.evaluation.analysis import CORRECT, IGNORED, best_point, judge
-from hf_dino.evaluation.records import rows_of
+from hf_dino.data.objects import to_annotation_array
+from hf_dino.evaluation import KINDS, analyze_errors, detections_from_results, evaluate_coco
+from hf_dino.evaluation.analysis import CORRECT, IGNORED, best_f1_threshold, match_detections
+from hf_dino.evaluation.records import group_rows
 
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
@@ -20,7 +20,7 @@ from evaluation_problems import generate
 
 @pytest.fixture(scope="module")
 def generated():
-    return generate(num_pictures=60, num_detections=40, num_categories=5, crowd_share=0.1, decimals=3)
+    return generate(num_images=60, num_detections=40, num_categories=5, crowd_share=0.1, decimals=3)
 
 
 def coco_precision(correct, num_objects):
@@ -34,11 +34,11 @@ def coco_precision(correct, num_objects):
 
 def test_what_is_correct_or_ignored_is_so_for_coco(generated):
     data, detections = generated
-    verdicts, objects = judge(objects_of(data), detections), objects_of(data)
+    verdicts, objects = match_detections(to_annotation_array(data), detections), to_annotation_array(data)
     measured = evaluate_coco(data, detections)
-    by_picture = np.argsort(detections["image_id"], kind="stable")  # where pycocotools puts those of equal score
+    by_image = np.argsort(detections["image_id"], kind="stable")  # where pycocotools puts those of equal score
     for index, category_id in enumerate(list(data.categories)[:-1]):
-        rows = by_picture[detections["category_id"][by_picture] == category_id]
+        rows = by_image[detections["category_id"][by_image] == category_id]
         rows = rows[np.argsort(-detections["score"][rows], kind="stable")]
         rows = rows[verdicts.kind[rows] != IGNORED]
         num_objects = np.count_nonzero((objects["category_id"] == category_id) & (objects["iscrowd"] == 0))
@@ -57,8 +57,8 @@ def slow_best_point(scores, correct, num_objects):
 
 def test_best_thresholds(generated):
     data, detections = generated
-    kind, objects = judge(objects_of(data), detections).kind, objects_of(data)
-    analysis = analyse(data, detections)
+    kind, objects = match_detections(to_annotation_array(data), detections).kind, to_annotation_array(data)
+    analysis = analyze_errors(data, detections)
     scores, correct = detections["score"][kind != IGNORED], (kind == CORRECT)[kind != IGNORED]
     real = objects["iscrowd"] == 0
     assert analysis.threshold == slow_best_point(scores, correct, real.sum())[1]
@@ -70,13 +70,16 @@ def test_best_thresholds(generated):
         assert (point.f1, point.threshold) == pytest.approx((f1, threshold), abs=1e-12)
         assert point.f1 == pytest.approx(2 / (1 / point.precision + 1 / point.recall))
     assert np.isnan(analysis.best["class 4"].threshold), "without objects no threshold is any good"
-    assert np.isnan(best_point(np.zeros(0), np.zeros(0, bool), 3).threshold)
+    assert np.isnan(best_f1_threshold(np.zeros(0), np.zeros(0, bool), 3).threshold)
 
 
 def test_a_threshold_changes_nothing_about_stronger_detections(generated):
     data, detections = generated
     strong = detections["score"] >= 0.4
-    weak_and_strong, only_strong = judge(objects_of(data), detections), judge(objects_of(data), detections[strong])
+    weak_and_strong, only_strong = (
+        match_detections(to_annotation_array(data), detections),
+        match_detections(to_annotation_array(data), detections[strong]),
+    )
     for one, other in zip(weak_and_strong, only_strong):
         np.testing.assert_array_equal(one[strong], other)
 
@@ -84,13 +87,16 @@ def test_a_threshold_changes_nothing_about_stronger_detections(generated):
 @pytest.mark.parametrize("threshold", [0.0, 0.3, 0.6, 1.1])
 def test_every_object_and_detection_is_counted_once(generated, threshold):
     data, detections = generated
-    analysis, objects = analyse(data, detections, threshold=threshold, num_worst=1000), objects_of(data)
+    analysis, objects = (
+        analyze_errors(data, detections, threshold=threshold, num_worst=1000),
+        to_annotation_array(data),
+    )
     strong = detections[detections["score"] >= threshold]
     ignored = analysis.counts["ignored"]
     assert sum(analysis.counts.values()) - analysis.counts["missed"] == len(strong)
     assert analysis.confusion[:, :-1].sum() == len(strong) - ignored
     per_category = [
-        np.count_nonzero(objects["iscrowd"][rows] == 0) for rows in rows_of(objects["category_id"], data.categories)
+        np.count_nonzero(objects["iscrowd"][rows] == 0) for rows in group_rows(objects["category_id"], data.categories)
     ]
     assert analysis.confusion[:-1].sum(axis=1).tolist() == per_category
     assert analysis.confusion.min() >= 0
@@ -123,16 +129,16 @@ SHOULD_BE = [
 
 
 @pytest.fixture
-def one_picture(tmp_path):
+def one_image(tmp_path):
     objects = [annotation(1, 3, A), annotation(1, 7, B), annotation(1, 3, [105, 60, 30, 30], iscrowd=1)]
     data = read_coco(*write_coco(tmp_path, objects, sizes=[(100, 200), (50, 50)]))
     fields = ("category_id", "bbox", "score")
-    return data, as_detections([{"image_id": 1, **dict(zip(fields, values))} for values in SHOULD_BE])
+    return data, detections_from_results([{"image_id": 1, **dict(zip(fields, values))} for values in SHOULD_BE])
 
 
-def test_kinds(one_picture):
-    data, detections = one_picture
-    analysis = analyse(data, detections[::-1], threshold=0)
+def test_kinds(one_image):
+    data, detections = one_image
+    analysis = analyze_errors(data, detections[::-1], threshold=0)
     (worst,) = analysis.worst
     assert worst.kinds == [kind for *_, kind in SHOULD_BE]
     assert worst.found.tolist() == [True, False, True]
@@ -143,13 +149,13 @@ def test_kinds(one_picture):
     assert analysis.counts["missed"] == 0, "the cat was taken for a dog, so it was not missed"
     # dog, cat, nothing
     assert analysis.confusion.tolist() == [[1, 0, 0], [1, 0, 0], [2, 3, 0]]
-    assert analyse(data, detections, threshold=0.85).counts["missed"] == 1
+    assert analyze_errors(data, detections, threshold=0.85).counts["missed"] == 1
 
 
-def test_agrees_with_supervision_where_nothing_is_ambiguous(one_picture):
+def test_agrees_with_supervision_where_nothing_is_ambiguous(one_image):
     """The library pairs by overlap whatever the class, so it may call a lesser fit of the right class wrong."""
     supervision = pytest.importorskip("supervision")
-    data, detections = one_picture
+    data, detections = one_image
     detections = detections[[0, 2, 5]]
     boxes = [np.concatenate([b[:, :2], b[:, :2] + b[:, 2:]], axis=1) for b in (np.array([A, B]), detections["bbox"])]
     labels = np.searchsorted([3, 7], detections["category_id"])
@@ -160,16 +166,16 @@ def test_agrees_with_supervision_where_nothing_is_ambiguous(one_picture):
         conf_threshold=0,
     )
     assert expected.matrix.tolist() == [[1, 0, 0], [1, 0, 0], [0, 1, 0]]
-    assert analyse(data, detections, threshold=0).confusion.tolist() == expected.matrix.tolist()
+    assert analyze_errors(data, detections, threshold=0).confusion.tolist() == expected.matrix.tolist()
 
 
-def test_nothing_detected_and_nothing_there(one_picture, tmp_path):
-    data, detections = one_picture
-    analysis = analyse(data, as_detections([]))
+def test_nothing_detected_and_nothing_there(one_image, tmp_path):
+    data, detections = one_image
+    analysis = analyze_errors(data, detections_from_results([]))
     assert analysis.confusion.tolist() == [[0, 0, 1], [0, 0, 1], [0, 0, 0]]
     assert analysis.counts["missed"] == 2
     empty = read_coco(*write_coco(tmp_path / "empty", [], sizes=[(100, 200)]))
-    assert analyse(empty, as_detections([])).worst == []
-    analysis = analyse(empty, detections)
+    assert analyze_errors(empty, detections_from_results([])).worst == []
+    analysis = analyze_errors(empty, detections)
     assert analysis.threshold == 0.9, "where nothing is right, as many detections as objects, but one at least"
     assert analysis.counts["background"] == 1

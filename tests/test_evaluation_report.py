@@ -16,7 +16,7 @@ from coco_files import annotation, write_coco
 from conftest import tiny_model
 from hf_dino import DinoDetrImageProcessor
 from hf_dino.data import InputError, read_coco
-from hf_dino.evaluation import KINDS, analyse, as_detections, evaluate_coco, report
+from hf_dino.evaluation import KINDS, analyze_errors, detections_from_results, evaluate_coco, report
 from hf_dino.evaluation.report import write_report
 
 
@@ -55,15 +55,15 @@ class Page(HTMLParser):
         self.words.append(data)
 
 
-def pictures_in(page):
+def images_in(page):
     sources = [value for name, value in page.attributes if name == "src"]
     assert all(source.startswith("data:image/") for source in sources), "nothing is fetched"
     return [Image.open(io.BytesIO(base64.b64decode(source.partition(",")[2]))) for source in sources]
 
 
 def make_report(path, data, results, **details):
-    detections = as_detections(results)
-    scores, analysis = evaluate_coco(data, detections), analyse(data, detections)
+    detections = detections_from_results(results)
+    scores, analysis = evaluate_coco(data, detections), analyze_errors(data, detections)
     write_report(path, data, scores, analysis, title="a <model> on data", details=details)
     return path.read_text(encoding="utf-8"), scores, analysis
 
@@ -92,7 +92,7 @@ def test_everything_is_in_it(data, tmp_path):
         assert ("–" if value < 0 else f"{value:.3f}") in words
     for kind, meaning in KINDS.items():
         assert f"{kind} {analysis.counts[kind]} {meaning}" in words
-    assert "3 pictures, 2 objects, 1 crowd regions" in words
+    assert "3 images, 2 objects, 1 crowd regions" in words
     assert f"{HOSTILE[7]} {HOSTILE[3]} 1 1" in words, "one object of one was taken for the other"
     assert "evaluate <it>" in words
     assert "torch" in words
@@ -101,15 +101,15 @@ def test_everything_is_in_it(data, tmp_path):
     assert not re.search(r"https?://|url\(|@import", text)
 
 
-def test_pictures(data, tmp_path):
+def test_images(data, tmp_path):
     text, _, analysis = make_report(tmp_path / "report.html", data, RESULTS)
-    curves, confusion, *worst = pictures_in(Page(text))
+    curves, confusion, *worst = images_in(Page(text))
     assert (curves.format, confusion.format) == ("PNG", "PNG")
     assert len(worst) == len(analysis.worst) == 2
-    for picture in worst:
-        assert picture.format == "JPEG"
-        assert max(picture.size) <= 1600
-        assert np.asarray(picture).std() > 10
+    for image in worst:
+        assert image.format == "JPEG"
+        assert max(image.size) <= 1600
+        assert np.asarray(image).std() > 10
 
 
 def test_nothing_detected_and_nothing_there(data, tmp_path):
@@ -117,8 +117,8 @@ def test_nothing_detected_and_nothing_there(data, tmp_path):
     assert "2 not found" in text
     empty = read_coco(*write_coco(tmp_path / "empty", []))
     text, *_ = make_report(tmp_path / "empty.html", empty, [])
-    assert "No picture has a mistake." in text
-    assert len(pictures_in(Page(text))) == 2
+    assert "No image has a mistake." in text
+    assert len(images_in(Page(text))) == 2
 
 
 def test_many_classes(tmp_path, monkeypatch):
@@ -132,7 +132,7 @@ def test_many_classes(tmp_path, monkeypatch):
     page = Page(text)
     assert "20 of 40 classes" in text
     assert page.elements.count("polyline") == 3 * 30
-    assert 400 < max(pictures_in(page)[1].size) < 1000
+    assert 400 < max(images_in(page)[1].size) < 1000
 
 
 def test_nothing_is_overwritten(data, tmp_path):
@@ -143,8 +143,8 @@ def test_nothing_is_overwritten(data, tmp_path):
     assert path.read_text() == "mine"
 
 
-def test_a_picture_that_is_gone_leaves_no_half_report(data, tmp_path):
-    data.pictures[0].path.unlink()
+def test_an_image_that_is_gone_leaves_no_half_report(data, tmp_path):
+    data.images[0].path.unlink()
     with pytest.raises(InputError, match=r"1\.png"):
         make_report(tmp_path / "report.html", data, RESULTS)
     assert not list(tmp_path.glob("*report*"))
@@ -155,13 +155,13 @@ def test_the_example_writes_everything_and_replaces_nothing(data, tmp_path, monk
     evaluate = importlib.import_module("evaluate_coco").main
     tiny_model(id2label=dict(enumerate(HOSTILE.values()))).save_pretrained(tmp_path / "model")
     DinoDetrImageProcessor(size={"shortest_edge": 64, "longest_edge": 107}).save_pretrained(tmp_path / "model")
-    files = [f"--images={tmp_path / 'pictures'}", f"--annotations={tmp_path / 'annotations.json'}"]
+    files = [f"--images={tmp_path / 'images'}", f"--annotations={tmp_path / 'annotations.json'}"]
     outputs = {name: tmp_path / "new" / name for name in ("json", "detections", "report")}
     command = [f"--model={tmp_path / 'model'}", *files, "--num-workers=0", "--batch-size=2"]
     evaluate([*command, *(f"--{name}={path}" for name, path in outputs.items())])
     assert "Average Precision" in capsys.readouterr().out
 
-    found = as_detections(json.loads(outputs["detections"].read_text()))
+    found = detections_from_results(json.loads(outputs["detections"].read_text()))
     metrics = json.loads(outputs["json"].read_text())
     assert metrics.pop("ap_per_category").keys() == set(HOSTILE.values())
     assert metrics == evaluate_coco(data, found).metrics

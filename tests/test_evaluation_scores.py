@@ -12,7 +12,7 @@ from pycocotools.cocoeval import COCOeval
 
 from coco_files import annotation, write_coco
 from hf_dino.data import InputError, read_coco
-from hf_dino.evaluation import ENGINES, METRICS, as_detections, check_engine, evaluate_coco, scores
+from hf_dino.evaluation import ENGINES, METRICS, check_engine, detections_from_results, evaluate_coco, scores
 
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
@@ -28,7 +28,7 @@ RESULTS = [
 SETTINGS = {
     "crowds": {"crowd_share": 0.2},
     "ties": {"decimals": 1},
-    "more than 100 of a class": {"num_categories": 3, "num_detections": 300, "num_pictures": 20},
+    "more than 100 of a class": {"num_categories": 3, "num_detections": 300, "num_images": 20},
 }
 
 
@@ -45,21 +45,21 @@ def data(tmp_path):
 
 def by_pycocotools(data, detections):
     """The straight way: everything at once, detections loaded by pycocotools from a list of dicts."""
-    objects = [(picture, row) for picture in data.pictures for row in range(len(picture.boxes))]
+    objects = [(image, row) for image in data.images for row in range(len(image.boxes))]
     truth = COCO()
     truth.dataset = {
-        "images": [{"id": picture.image_id} for picture in data.pictures],
+        "images": [{"id": image.image_id} for image in data.images],
         "categories": [{"id": category_id, "name": name} for category_id, name in data.categories.items()],
         "annotations": [
             {
                 "id": number,
-                "image_id": picture.image_id,
-                "category_id": int(picture.category_ids[row]),
-                "bbox": picture.boxes[row].tolist(),
-                "area": float(picture.areas[row]),
-                "iscrowd": int(picture.iscrowd[row]),
+                "image_id": image.image_id,
+                "category_id": int(image.category_ids[row]),
+                "bbox": image.boxes[row].tolist(),
+                "area": float(image.areas[row]),
+                "iscrowd": int(image.iscrowd[row]),
             }
-            for number, (picture, row) in enumerate(objects, start=1)
+            for number, (image, row) in enumerate(objects, start=1)
         ],
     }
     results = [
@@ -77,7 +77,7 @@ def by_pycocotools(data, detections):
 
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_equal_to_pycocotools(engine, setting):
-    options = {"num_pictures": 40, "num_detections": 40, "num_categories": 6, **SETTINGS[setting]}
+    options = {"num_images": 40, "num_detections": 40, "num_categories": 6, **SETTINGS[setting]}
     data, detections = generate(**options)
     expected, measured = by_pycocotools(data, detections), evaluate_coco(data, detections, engine)
     assert 0.05 < expected.stats[0] < 0.95
@@ -96,30 +96,30 @@ def test_equal_on_real_annotations(engine, shared, split):
     rng = np.random.default_rng(0)
     results = [
         {
-            "image_id": picture.image_id,
+            "image_id": image.image_id,
             "category_id": int(category_id),
             "bbox": (box * rng.uniform(0.8, 1.2, 4)).tolist(),
             "score": rng.random(),
         }
-        for picture in data.pictures
-        for box, category_id in zip(picture.boxes, picture.category_ids)
+        for image in data.images
+        for box, category_id in zip(image.boxes, image.category_ids)
         for _ in range(3)
     ]
-    detections = as_detections(results)
+    detections = detections_from_results(results)
     expected = by_pycocotools(data, detections).stats
     measured = evaluate_coco(data, detections, engine).metrics
     assert list(measured.values()) == pytest.approx(expected.tolist(), abs=1e-12, rel=0)
 
 
-def test_the_order_of_pictures_does_not_count(engine):
-    data, detections = generate(num_pictures=30, num_detections=20, num_categories=4, decimals=2)
-    pictures = np.split(detections, 30)
-    shuffled = np.concatenate([pictures[index] for index in np.random.default_rng(0).permutation(30)])
+def test_the_order_of_images_does_not_count(engine):
+    data, detections = generate(num_images=30, num_detections=20, num_categories=4, decimals=2)
+    images = np.split(detections, 30)
+    shuffled = np.concatenate([images[index] for index in np.random.default_rng(0).permutation(30)])
     assert evaluate_coco(data, shuffled, engine) == evaluate_coco(data, detections, engine)
 
 
 def test_perfect_detections(data, engine):
-    measured = evaluate_coco(data, as_detections(RESULTS), engine)
+    measured = evaluate_coco(data, detections_from_results(RESULTS), engine)
     assert list(measured.metrics) == list(METRICS)
     assert measured.metrics["ap"] == pytest.approx(1)
     assert measured.metrics["ap_large"] == -1, "there is no large object"
@@ -129,39 +129,41 @@ def test_perfect_detections(data, engine):
 
 
 def test_half_right_detections(data, engine):
-    measured = evaluate_coco(data, as_detections([{**RESULTS[0], "category_id": 7}, RESULTS[1]]), engine)
+    measured = evaluate_coco(data, detections_from_results([{**RESULTS[0], "category_id": 7}, RESULTS[1]]), engine)
     assert measured.ap_per_category["dog"] == 0
     assert 0 < measured.metrics["ap"] <= 0.5
 
 
 def test_no_detections_and_no_objects(data, tmp_path, engine):
-    nothing = as_detections([])
+    nothing = detections_from_results([])
     measured = evaluate_coco(data, nothing, engine)
     assert (measured.metrics["ap"], measured.metrics["ar_100"]) == (0, 0)
     assert measured.ap_per_category == {"dog": 0, "cat": 0}
     empty = read_coco(*write_coco(tmp_path / "empty", []))
-    for detections in (nothing, as_detections(RESULTS[:1])):
+    for detections in (nothing, detections_from_results(RESULTS[:1])):
         assert evaluate_coco(empty, detections, engine).metrics["ap"] == -1
 
 
 def test_annotation_id_zero_counts(tmp_path, engine):
     """For pycocotools id 0 means "no match"."""
     data = read_coco(*write_coco(tmp_path, [annotation(1, 3, BOXES[1], id=0)], sizes=[(40, 80)]))
-    assert evaluate_coco(data, as_detections(RESULTS[:1]), engine).metrics["ap"] == pytest.approx(1)
+    assert evaluate_coco(data, detections_from_results(RESULTS[:1]), engine).metrics["ap"] == pytest.approx(1)
 
 
 def test_crowds_are_ignored_rather_than_missed(tmp_path, engine):
     objects = [OBJECTS[0], annotation(1, 3, [50, 0, 30, 40], iscrowd=1)]
     data = read_coco(*write_coco(tmp_path, objects, sizes=[(40, 80)]))
     in_the_crowd = {"image_id": 1, "category_id": 3, "bbox": [55, 5, 10, 10], "score": 0.95}
-    assert evaluate_coco(data, as_detections([RESULTS[0], in_the_crowd]), engine).metrics["ap"] == pytest.approx(1)
+    assert evaluate_coco(data, detections_from_results([RESULTS[0], in_the_crowd]), engine).metrics[
+        "ap"
+    ] == pytest.approx(1)
 
 
-def test_unknown_categories_do_not_count_and_unknown_pictures_are_an_error(data, engine):
-    more = as_detections([*RESULTS, {**RESULTS[0], "category_id": 99, "score": 1.0}])
+def test_unknown_categories_do_not_count_and_unknown_images_are_an_error(data, engine):
+    more = detections_from_results([*RESULTS, {**RESULTS[0], "category_id": 99, "score": 1.0}])
     assert evaluate_coco(data, more, engine).metrics["ap"] == pytest.approx(1)
-    with pytest.raises(InputError, match=r"annotations\.json: has no pictures with the ids 77, which detections name"):
-        evaluate_coco(data, as_detections([{**RESULTS[0], "image_id": 77}]), engine)
+    with pytest.raises(InputError, match=r"annotations\.json: has no images with the ids 77, which detections name"):
+        evaluate_coco(data, detections_from_results([{**RESULTS[0], "image_id": 77}]), engine)
 
 
 def test_an_engine_that_is_not_there(monkeypatch):

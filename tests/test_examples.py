@@ -33,7 +33,7 @@ TINY = {
         "layer_type": "basic",
         "out_features": ["stage2", "stage3", "stage4"],
     },
-    "freeze_batch_norm": False,
+    "freeze_backbone_batch_norms": False,
     "d_model": 32,
     "encoder_layers": 2,
     "decoder_layers": 2,
@@ -177,7 +177,7 @@ def test_bad_input_leaves_the_old_run_alone(finished, examples, arguments, shape
     run = shutil.copytree(finished, tmp_path / "run")
     before = sorted(path.name for path in run.rglob("*"))
     bad = [*arguments, f"--output={run}", "--overwrite", f"--train-images={tmp_path / 'gone'}"]
-    with pytest.raises(InputError, match="gone: there is no such folder of pictures"):
+    with pytest.raises(InputError, match="gone: there is no such folder of images"):
         examples["finetune_coco"].main(bad)
     assert sorted(path.name for path in run.rglob("*")) == before
 
@@ -214,7 +214,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(examples, arguments, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
 def test_a_run_that_its_job_scheduler_stops_goes_on(finished, examples, arguments, tmp_path, number):
-    """The signal goes to all that the job has started, also to the processes that read pictures."""
+    """The signal goes to all that the job has started, also to the processes that read images."""
     run = tmp_path / "run"
     script = [sys.executable, str(ROOT / "examples" / "finetune_coco.py"), *arguments, f"--output={run}"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
@@ -235,7 +235,7 @@ def test_two_processes_that_are_killed_go_on_as_if_nothing_had_been(arguments, t
     """On CPUs they find each other; otherwise each would take itself for the only one and write over the other."""
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes=2"]
     launch += ["--main_process_port=0"]  # any that is free
-    # with fewer pictures, group norm would get a single number per group
+    # with fewer images, group norm would get a single number per group
     script = [*launch, str(ROOT / "examples" / "finetune_coco.py"), *arguments, "--batch-size=8", "--max-steps=4"]
     search_path = os.pathsep.join([str(ROOT / "src"), os.environ.get("PYTHONPATH", "")])
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "PYTHONPATH": search_path}
@@ -333,48 +333,48 @@ def test_evaluate_gives_what_training_measured(finished, examples, shapes, tmp_p
     assert "argument --batch-size: must be at least 1, got 0" in capsys.readouterr().err
 
 
-def test_predict_draws_one_picture_and_a_folder(finished, examples, shapes, tmp_path, capsys):
+def test_predict_draws_one_image_and_a_folder(finished, examples, shapes, tmp_path, capsys):
     predict, model = examples["predict"].main, f"--model={finished}"
-    picture = sorted((shapes / "test").iterdir())[0]
-    predict([model, str(picture), f"--output={tmp_path / 'drawn.jpg'}", "--threshold=0"])
+    image = sorted((shapes / "test").iterdir())[0]
+    predict([model, str(image), f"--output={tmp_path / 'drawn.jpg'}", "--threshold=0"])
     assert Image.open(tmp_path / "drawn.jpg").format == "JPEG"
     predict([model, str(shapes / "test"), f"--output={tmp_path / 'drawn'}", f"--json={tmp_path / 'found.json'}"])
     assert len(list((tmp_path / "drawn").iterdir())) == 4
     found = json.loads((tmp_path / "found.json").read_text())
-    assert str(picture) in found
-    assert f"{picture}: " in capsys.readouterr().out
+    assert str(image) in found
+    assert f"{image}: " in capsys.readouterr().out
 
     for arguments, message in (
-        ([str(picture), f"--output={tmp_path / 'drawn.jpg'}"], r"drawn\.jpg: exists already"),
-        ([str(picture), f"--output={tmp_path / 'drawn.xyz'}"], r"pictures of kind '\.xyz' cannot be written"),
+        ([str(image), f"--output={tmp_path / 'drawn.jpg'}"], r"drawn\.jpg: exists already"),
+        ([str(image), f"--output={tmp_path / 'drawn.xyz'}"], r"images of kind '\.xyz' cannot be written"),
         ([str(tmp_path / "gone.png"), f"--output={tmp_path / 'a.png'}"], r"gone\.png: there is no such"),
-        ([str(picture), f"--output={tmp_path / 'a.psd'}"], r"pictures of kind '\.psd' cannot be written"),
-        ([str(picture), f"--output={tmp_path / 'a.png'}", f"--json={tmp_path / 'a.png'}"], "is given for two outputs"),
-        ([str(picture), f"--output={tmp_path / 'a.png'}", "--device=quantum"], "--device quantum: cannot be used"),
-        ([str(shapes / "train"), str(picture), f"--output={tmp_path / 'b'}"], "several pictures would be drawn into"),
-        ([str(shapes / "train"), f"--output={tmp_path / 'one.png'}"], "is the name of one picture, but 10 are to be"),
+        ([str(image), f"--output={tmp_path / 'a.psd'}"], r"images of kind '\.psd' cannot be written"),
+        ([str(image), f"--output={tmp_path / 'a.png'}", f"--json={tmp_path / 'a.png'}"], "is given for two outputs"),
+        ([str(image), f"--output={tmp_path / 'a.png'}", "--device=quantum"], "--device quantum: cannot be used"),
+        ([str(shapes / "train"), str(image), f"--output={tmp_path / 'b'}"], "several images would be drawn into"),
+        ([str(shapes / "train"), f"--output={tmp_path / 'one.png'}"], "is the name of one image, but 10 are to be"),
     ):
         with pytest.raises(InputError, match=message):
             predict([model, *arguments])
 
 
-def test_a_picture_that_cannot_be_read_costs_none_of_the_others(finished, examples, shapes, tmp_path):
-    pictures, drawn, found = tmp_path / "pictures", tmp_path / "drawn", tmp_path / "found.json"
-    shutil.copytree(shapes / "test", pictures)
-    first, second, *others = sorted(pictures.iterdir())
-    first.write_text("no picture")
+def test_an_image_that_cannot_be_read_costs_none_of_the_others(finished, examples, shapes, tmp_path):
+    images, drawn, found = tmp_path / "images", tmp_path / "drawn", tmp_path / "found.json"
+    shutil.copytree(shapes / "test", images)
+    first, second, *others = sorted(images.iterdir())
+    first.write_text("no image")
     second.write_bytes(second.read_bytes()[:-100])
-    with pytest.raises(InputError, match=rf"2 of 4 pictures cannot be read:\n{first}: .*\n{second}: "):
-        examples["predict"].main([f"--model={finished}", str(pictures), f"--output={drawn}", f"--json={found}"])
-    assert json.loads(found.read_text()).keys() == {str(picture) for picture in others}
-    assert {path.stem for path in drawn.iterdir()} == {picture.stem for picture in others}
+    with pytest.raises(InputError, match=rf"2 of 4 images cannot be read:\n{first}: .*\n{second}: "):
+        examples["predict"].main([f"--model={finished}", str(images), f"--output={drawn}", f"--json={found}"])
+    assert json.loads(found.read_text()).keys() == {str(image) for image in others}
+    assert {path.stem for path in drawn.iterdir()} == {image.stem for image in others}
 
 
-def test_a_picture_that_is_not_there_is_missed_before_the_model_detects(examples, shapes, tmp_path):
+def test_an_image_that_is_not_there_is_missed_before_the_model_detects(examples, shapes, tmp_path):
     data = shutil.copytree(shapes, tmp_path / "data")
-    picture = min((data / "val").iterdir())
-    picture.unlink()
-    with pytest.raises(InputError, match=picture.name):
+    image = min((data / "val").iterdir())
+    image.unlink()
+    with pytest.raises(InputError, match=image.name):
         examples["evaluate_coco"].main(["--model=nothing", f"--data={data}"])
 
 
@@ -399,12 +399,12 @@ def test_help_says_defaults(examples, capsys, name, default):
 
 
 def test_a_folder_that_holds_no_dino_is_named(examples, shapes, tmp_path):
-    picture, output = str(sorted((shapes / "test").iterdir())[0]), f"--output={tmp_path / 'a.png'}"
+    image, output = str(sorted((shapes / "test").iterdir())[0]), f"--output={tmp_path / 'a.png'}"
     with pytest.raises(InputError, match=r"it has no config\.json"):
-        examples["predict"].main([f"--model={shapes}", picture, output])
+        examples["predict"].main([f"--model={shapes}", image, output])
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "detr"}))
     with pytest.raises(InputError, match="holds a model of type 'detr', not 'dino_detr'"):
-        examples["predict"].main([f"--model={tmp_path}", picture, output])
+        examples["predict"].main([f"--model={tmp_path}", image, output])
 
 
 @pytest.mark.skipif(not TINY_COCO.exists(), reason="needs ../shared/data/tiny_coco")
@@ -432,7 +432,7 @@ def test_raw_coco_ids(examples, tmp_path):
     [
         (["--image-size=16"], "become as small as 10 x 10 pixels: .* too few to choose num_queries=20 from: use"),
         (["--image-size=8x64", "--augmentation=none"], "become as small as 8 x 64 pixels"),
-        (["--batch-size=5"], "a batch of 5 pictures cannot be shared out evenly to 1 processes x 2 accumulated"),
+        (["--batch-size=5"], "a batch of 5 images cannot be shared out evenly to 1 processes x 2 accumulated"),
     ],
 )
 def test_what_no_step_could_do_is_heard_of_before_there_is_a_folder(examples, arguments, tmp_path, wrong, message):

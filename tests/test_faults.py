@@ -23,9 +23,9 @@ from torch import nn
 
 import small_training
 from hf_dino.data import InputError
-from hf_dino.evaluation.detections import DETECTION, sorted_by_picture
-from hf_dino.files import files_into_folder, new_folder, write_json
-from hf_dino.training import TrainingState, latest_checkpoint, load_checkpoint, read_state, save_checkpoint
+from hf_dino.evaluation.detections import DETECTION_DTYPE, sort_by_image
+from hf_dino.files import atomic_directory, atomic_update_directory, write_json
+from hf_dino.training import TrainingState, get_last_checkpoint, load_checkpoint, load_training_state, save_checkpoint
 
 
 pytestmark = pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs signals as POSIX has them")
@@ -150,7 +150,7 @@ def test_a_signal_stops_the_run_after_the_step_with_the_usual_status(processes, 
     process = run(processes, small_training.train, tmp_path, after_step=partial(send_at, 5, number))
     process.join()
     assert process.exitcode == 128 + number
-    assert latest_checkpoint(tmp_path / "checkpoints").name == "step_00000005", "not one that was due anyway"
+    assert get_last_checkpoint(tmp_path / "checkpoints").name == "step_00000005", "not one that was due anyway"
     assert_equal(finish(processes, tmp_path), undisturbed)
 
 
@@ -190,7 +190,7 @@ def test_two_processes_stop_after_the_same_step_and_each_gets_its_random_numbers
     stopped, whole = tmp_path / "stopped", tmp_path / "whole"
     only_one_is_told = [{}, {"after_step": partial(send_at, 5, signal.SIGTERM)}]
     assert two(processes, stopped, only_one_is_told) == [143, 143]
-    files = {path.name for path in latest_checkpoint(stopped / "checkpoints").iterdir()}
+    files = {path.name for path in get_last_checkpoint(stopped / "checkpoints").iterdir()}
     assert {"random_states_0.pkl", "random_states_1.pkl"} <= files
     assert two(processes, stopped, [{}, {}]) == two(processes, whole, [{}, {}]) == [0, 0]
     for rank in (0, 1):
@@ -262,7 +262,7 @@ def test_a_full_disk_costs_no_earlier_checkpoint(small_disk, left):
     nn.init.zeros_(model.weight)
     load_checkpoint(accelerator, small_disk / "step_00000002")
     assert torch.equal(model.weight, expected)
-    assert read_state(latest_checkpoint(small_disk), {}).step == 2
+    assert load_training_state(get_last_checkpoint(small_disk), {}).step == 2
 
 
 def train_with_small_files(output, limit):
@@ -274,12 +274,12 @@ def train_with_small_files(output, limit):
 def test_a_run_on_a_full_disk_goes_on_once_there_is_space(processes, undisturbed, tmp_path):
     process = run(processes, small_training.train, tmp_path, after_step=partial(send_at, 5, signal.SIGKILL))
     process.join()
-    last = latest_checkpoint(tmp_path / "checkpoints")
+    last = get_last_checkpoint(tmp_path / "checkpoints")
     largest = max(path.stat().st_size for path in last.iterdir())
     process = run(processes, train_with_small_files, tmp_path, largest - 1)
     process.join()
     assert process.exitcode == 1
-    assert latest_checkpoint(tmp_path / "checkpoints") == last
+    assert get_last_checkpoint(tmp_path / "checkpoints") == last
     assert_equal(finish(processes, tmp_path), undisturbed)
 
 
@@ -299,7 +299,7 @@ def test_a_launcher_passes_signals_on_and_the_run_goes_on(tmp_path):
     told = job.stdout.read()
     job.wait()
     stopped = re.search(r"SIGTERM: stopped after step (\d+)", told)
-    assert latest_checkpoint(tmp_path / "checkpoints").name == f"step_{int(stopped[1]):08d}"
+    assert get_last_checkpoint(tmp_path / "checkpoints").name == f"step_{int(stopped[1]):08d}"
     subprocess.run([*launch, *script], env=environment, check=True, capture_output=True)
     assert (tmp_path / "weights_1.pt").exists()
 
@@ -308,7 +308,7 @@ def test_an_error_of_a_full_disk_names_the_file(small_disk, monkeypatch):
     path = small_disk / "numbers.json"
     with pytest.raises(OSError, match=r"No space left on device: '.*numbers\.json'"):
         write_json(path, list(range(100_000)))
-    for folder_of in (new_folder, partial(files_into_folder, last="config.json")):
+    for folder_of in (atomic_directory, partial(atomic_update_directory, last="config.json")):
         with (
             pytest.raises(OSError, match=rf"No space left on device: '{small_disk / 'model'}'"),
             folder_of(small_disk / "model") as temporary,
@@ -317,5 +317,5 @@ def test_an_error_of_a_full_disk_names_the_file(small_disk, monkeypatch):
         shutil.rmtree(small_disk / "model", ignore_errors=True)
     monkeypatch.setattr("tempfile.tempdir", str(small_disk))
     with pytest.raises(OSError, match=f"No space left on device: '{small_disk}'"):
-        sorted_by_picture([np.zeros(100_000, DETECTION)])
+        sort_by_image([np.zeros(100_000, DETECTION_DTYPE)])
     assert not list(small_disk.iterdir())

@@ -45,7 +45,7 @@ def shapes(tmp_path_factory):
 def model(tmp_path_factory):
     """A model of other classes, to be fine-tuned."""
     folder = tmp_path_factory.mktemp("model")
-    tiny_model(backbone_config=BACKBONE, freeze_batch_norm=False).save_pretrained(folder)
+    tiny_model(backbone_config=BACKBONE, freeze_backbone_batch_norms=False).save_pretrained(folder)
     DinoDetrImageProcessor(size={"shortest_edge": 80, "longest_edge": 133}).save_pretrained(folder)
     return folder
 
@@ -72,7 +72,7 @@ def arguments(shapes, model):
 
 @pytest.fixture(scope="module")
 def finished(example, arguments, tmp_path_factory):
-    """A finished run, and the epochs whose pictures it saw."""
+    """A finished run, and the epochs whose images it saw."""
     run, epochs = tmp_path_factory.mktemp("runs") / "uninterrupted", []
 
     class Watched(example.DetectionDataset):
@@ -176,9 +176,9 @@ def test_accumulated_batches_are_as_one_big_batch(example, arguments, tmp_path):
     tiny_model(**fields).save_pretrained(model)
     DinoDetrImageProcessor(size={"height": 80, "width": 80}).save_pretrained(model)
     losses = []
-    for pictures, batches in ((4, 1), (2, 2), (1, 4)):
+    for images, batches in ((4, 1), (2, 2), (1, 4)):
         run = tmp_path / str(batches)
-        sizes = [f"--per_device_train_batch_size={pictures}", f"--gradient_accumulation_steps={batches}"]
+        sizes = [f"--per_device_train_batch_size={images}", f"--gradient_accumulation_steps={batches}"]
         options = [f"--model={model}", f"--output_dir={run}", "--augmentation=none", "--max_steps=3", "--eval_steps=3"]
         example.main([*arguments, *sizes, *options, "--save_steps=3"])
         history = json.loads((run / "trainer_state.json").read_text())["log_history"]
@@ -258,7 +258,7 @@ def test_wrong_input_is_heard_of_before_anything_is_written(example, arguments, 
 
 
 @pytest.mark.slow
-def test_two_processes_share_the_pictures(arguments, tmp_path):
+def test_two_processes_share_the_images(arguments, tmp_path):
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     script = [str(EXAMPLES / "finetune_trainer.py"), *arguments, f"--output_dir={tmp_path / 'run'}", "--max_steps=2"]
     search_path = os.pathsep.join([str(EXAMPLES.parent / "src"), os.environ.get("PYTHONPATH", "")])

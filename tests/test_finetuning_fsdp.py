@@ -24,7 +24,9 @@ ON_CPUS = str(ROOT / "tests" / "fsdp_on_cpus.py")
 def launch(tmp_path_factory):
     """Gives the command of two processes for a script and an output folder."""
     folder = tmp_path_factory.mktemp("start")
-    (folder / "tiny.json").write_text(json.dumps(tiny_config(num_denoising=6, freeze_batch_norm=False).to_diff_dict()))
+    (folder / "tiny.json").write_text(
+        json.dumps(tiny_config(num_denoising=6, freeze_backbone_batch_norms=False).to_diff_dict())
+    )
     shapes = generate_shapes(folder / "shapes", image_size=64, num_train=16, num_val=3, num_test=2)
     options = [f"--config={folder / 'tiny.json'}", f"--data={shapes}", "--image-size=96", "--batch-size=8"]
     options += [

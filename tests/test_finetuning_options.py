@@ -49,7 +49,7 @@ def fresh_accelerator():
 def start(tmp_path_factory):
     """A detector in a file, and what makes three steps of it quick."""
     config = tmp_path_factory.mktemp("config") / "tiny.json"
-    config.write_text(json.dumps(tiny_config(num_denoising=6, freeze_batch_norm=False).to_diff_dict()))
+    config.write_text(json.dumps(tiny_config(num_denoising=6, freeze_backbone_batch_norms=False).to_diff_dict()))
     sizes = ["--image-size=96", "--batch-size=4", "--eval-batch-size=2"]
     return [f"--config={config}", *sizes, "--num-workers=0", "--report-every=1", "--learning-rate=1e-3"]
 
@@ -148,7 +148,7 @@ def test_a_run_with_these_options_ends_the_same_when_it_was_interrupted(
 
 
 def test_a_resumed_run_of_another_length_says_where_the_learning_rate_jumps(finetune, start, data, tmp_path, caplog):
-    """The configuration's file may have moved, but neither it nor the validation pictures may have changed."""
+    """The configuration's file may have moved, but neither it nor the validation images may have changed."""
     config, *others = start
     command = [*others, data, "--schedule=cosine", f"--output={tmp_path / 'run'}"]
     finetune.main([*command, config, "--max-steps=2"])

@@ -14,7 +14,7 @@ from rich.console import Console
 from hf_dino.training import TrainingState
 from hf_dino.training.history import RunHistory
 from hf_dino.training.progress import TrainingProgress, peak_memory
-from hf_dino.training.tracking import tracked
+from hf_dino.training.tracking import init_tracking
 
 
 ROWS = [
@@ -110,14 +110,14 @@ def test_progress_says_what_is_measured(is_terminal):
         "epoch 1.50",
         "loss 1.250, ce 0.500, bbox 0.250, giou 0.125",
         "lr 1.00e-04",
-        "pictures/s",
+        "images/s",
         "AP 0.321",
     ):
         assert part in text
     assert "11/100" in text
     assert "GiB" in text
     assert ("step 11/100" in text) != is_terminal, "a line of its own only in a log file"
-    assert measured["pictures_per_second"] > 0
+    assert measured["samples_per_second"] > 0
     assert 0.01 < measured["memory_gib"] == pytest.approx(peak_memory(), abs=0.1)
 
 
@@ -130,11 +130,11 @@ def test_evaluations_do_not_count_as_slow_training(monkeypatch):
         progress.step(0.1, LOSSES, 1e-4)
     with progress.count("validation", 1):
         clock[0] += 1000
-    assert progress.pictures_per_second == pytest.approx(6)
+    assert progress.samples_per_second == pytest.approx(6)
     progress.report(2, 0.1, LOSSES, 1e-4)
     clock[0] += 2
     progress.step(0.1, LOSSES, 1e-4)
-    assert progress.pictures_per_second == pytest.approx(3)
+    assert progress.samples_per_second == pytest.approx(3)
 
 
 def scalars(folder, tag):
@@ -151,7 +151,7 @@ def test_a_resumed_run_goes_on_in_tensorboard(tmp_path):
     def log(state, steps, value):
         accelerator = Accelerator(cpu=True, log_with="tensorboard", project_dir=str(tmp_path / "run"))
         settings = {"lr": 1e-4, "output": tmp_path, "model": None}
-        with suppress(KeyboardInterrupt), tracked(accelerator, state, tmp_path / "run", settings):
+        with suppress(KeyboardInterrupt), init_tracking(accelerator, state, tmp_path / "run", settings):
             for step in steps:
                 accelerator.log({"loss": value}, step=step)
             raise KeyboardInterrupt
@@ -173,14 +173,14 @@ class FakeAccelerator:
 
 def test_a_run_has_its_folders_name_and_one_identity_in_every_tracker(tmp_path):
     state, accelerator = TrainingState({}), FakeAccelerator()
-    with tracked(accelerator, state, tmp_path / "cells", {"epochs": 3, "clip": math.inf}):
+    with init_tracking(accelerator, state, tmp_path / "cells", {"epochs": 3, "clip": math.inf}):
         pass
     project, config, options = accelerator.call
     assert (project, config) == ("hf_dino", {"epochs": 3, "clip": math.inf})
     assert options["wandb"] == {"name": "cells", "id": state.run_id, "resume": "allow"}
     state.step = 5
     again = FakeAccelerator()
-    with tracked(again, state, tmp_path / "cells", {"epochs": 3}):
+    with init_tracking(again, state, tmp_path / "cells", {"epochs": 3}):
         pass
     assert again.call[2]["wandb"] == options["wandb"]
     assert state.run_id != TrainingState({}).run_id

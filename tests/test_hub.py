@@ -35,7 +35,7 @@ SIZE = {"shortest_edge": 96, "longest_edge": 160}
 
 
 @pytest.fixture(scope="module")
-def picture():
+def image():
     return Image.fromarray(np.random.default_rng(0).integers(0, 256, (90, 120, 3), dtype=np.uint8))
 
 
@@ -50,7 +50,7 @@ def folder(tmp_path_factory):
 
 @torch.no_grad()
 def predict(model, pixel_values=None):
-    """Logits and boxes, or of a model without heads its hidden states and boxes, for the same picture each time."""
+    """Logits and boxes, or of a model without heads its hidden states and boxes, for the same image each time."""
     if pixel_values is None:
         pixel_values = torch.randn(1, 3, 96, 128, generator=torch.Generator().manual_seed(0))
     outputs = model.eval()(pixel_values=pixel_values)
@@ -110,11 +110,11 @@ def test_the_file_has_the_names_of_the_model(backbone, tmp_path):
     assert_same(predict(other), predict(model))
 
 
-def test_pipeline(folder, picture, caplog):
+def test_pipeline(folder, image, caplog):
     with caplog.at_level(logging.ERROR):
         detector = pipeline("object-detection", model=str(folder), device="cpu")
-        detections = detector(picture, threshold=0.0)
-        pair = detector([picture, picture], threshold=0.0)
+        detections = detector(image, threshold=0.0)
+        pair = detector([image, image], threshold=0.0)
     assert not caplog.records
     assert pair == [detections, detections]
     scores = [detection["score"] for detection in detections]
@@ -124,15 +124,15 @@ def test_pipeline(folder, picture, caplog):
     assert all(detection["box"].keys() == {"xmin", "ymin", "xmax", "ymax"} for detection in detections)
 
     middle = (scores[3] + scores[4]) / 2
-    assert detector(picture, threshold=middle) == detections[:4]
+    assert detector(image, threshold=middle) == detections[:4]
 
 
-def test_pipeline_gives_boxes_in_pixels_of_the_picture(folder, picture):
+def test_pipeline_gives_boxes_in_pixels_of_the_image(folder, image):
     model, processor = DinoDetrForObjectDetection.from_pretrained(folder), AutoImageProcessor.from_pretrained(folder)
     with torch.no_grad():
-        outputs = model(**processor(images=picture, return_tensors="pt"))
-    by_hand = processor.post_process_object_detection(outputs, 0.0, [(picture.height, picture.width)])[0]
-    detections = pipeline("object-detection", model=str(folder), device="cpu")(picture, threshold=0.0)
+        outputs = model(**processor(images=image, return_tensors="pt"))
+    by_hand = processor.post_process_object_detection(outputs, 0.0, [(image.height, image.width)])[0]
+    detections = pipeline("object-detection", model=str(folder), device="cpu")(image, threshold=0.0)
     assert [list(each["box"].values()) for each in detections] == by_hand["boxes"].int().tolist()
     assert [each["label"] for each in detections] == [
         model.config.id2label[label] for label in by_hand["labels"].tolist()
@@ -178,13 +178,13 @@ WITHOUT_THE_PACKAGE = textwrap.dedent(
     from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForObjectDetection
 
     torch.set_num_threads(1)
-    folder, picture, answer, again = sys.argv[1:]
+    folder, image, answer, again = sys.argv[1:]
     trust = {"trust_remote_code": True}
     results = {"config": AutoConfig.from_pretrained(folder, **trust).to_dict()}
     for backend in ("torchvision", "pil"):
         processor = AutoImageProcessor.from_pretrained(folder, backend=backend, **trust)
         assert type(processor).__module__.startswith("transformers_modules."), type(processor)
-        results[backend] = processor(images=Image.open(picture), return_tensors="pt")["pixel_values"]
+        results[backend] = processor(images=Image.open(image), return_tensors="pt")["pixel_values"]
     for auto_class in (AutoModelForObjectDetection, AutoModel):
         model = auto_class.from_pretrained(folder, **trust).eval()
         assert type(model).__module__.startswith("transformers_modules."), type(model)
@@ -203,12 +203,12 @@ WITHOUT_THE_PACKAGE = textwrap.dedent(
 
 
 @pytest.fixture(scope="module")
-def without_the_package(folder, picture, tmp_path_factory):
+def without_the_package(folder, image, tmp_path_factory):
     """What a process that cannot import hf_dino read from the folder, and the folder that it saved in turn."""
     work = tmp_path_factory.mktemp("elsewhere")
-    picture.save(work / "picture.png")
+    image.save(work / "image.png")
     (work / "read.py").write_text(WITHOUT_THE_PACKAGE)
-    arguments = [folder, work / "picture.png", work / "answer.pt", work / "again"]
+    arguments = [folder, work / "image.png", work / "answer.pt", work / "again"]
     offline = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(work), "HF_MODULES_CACHE": str(work / "modules")}
     command = [sys.executable, "-I", str(work / "read.py"), *map(str, arguments)]
     finished = subprocess.run(command, cwd=work, env=os.environ | offline, capture_output=True, text=True)
@@ -216,11 +216,11 @@ def without_the_package(folder, picture, tmp_path_factory):
     return torch.load(work / "answer.pt"), work / "again"
 
 
-def test_without_the_package_the_folder_gives_the_same_numbers(folder, picture, without_the_package, monkeypatch):
+def test_without_the_package_the_folder_gives_the_same_numbers(folder, image, without_the_package, monkeypatch):
     monkeypatch.setitem(kernels._found, "cpu", None)  # a folder carries the definition, not the kernel
     results, _ = without_the_package
     for backend, processor_class in {"torchvision": DinoDetrImageProcessor, "pil": DinoDetrImageProcessorPil}.items():
-        assert_same(results[backend], processor_class(size=SIZE)(images=picture, return_tensors="pt")["pixel_values"])
+        assert_same(results[backend], processor_class(size=SIZE)(images=image, return_tensors="pt")["pixel_values"])
     for auto_class in (AutoModelForObjectDetection, AutoModel):
         expected = predict(auto_class.from_pretrained(folder), results["pil"])
         assert_same({name: results[auto_class.__name__][name] for name in expected}, expected)
@@ -283,7 +283,7 @@ def test_a_model_without_heads_and_one_with_load_each_other(folder, tmp_path):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("backbone", BACKBONES)
 def test_16_bits_detect_nearly_the_same(dtype, backbone, tmp_path):
-    # static queries: of chosen ones another choice would be another picture
+    # static queries: of chosen ones another choice would be another image
     reference = tiny_model(query_selection="static", backbone_config=BACKBONES[backbone])
     reference.save_pretrained(tmp_path)
     model = DinoDetrForObjectDetection.from_pretrained(tmp_path, dtype=dtype)

@@ -1,4 +1,4 @@
-"""From pictures and COCO annotations to pixels and labels, and from outputs back to boxes, on both backends."""
+"""From images and COCO annotations to pixels and labels, and from outputs back to boxes, on both backends."""
 
 import logging
 import random
@@ -12,7 +12,7 @@ from torchvision.ops import box_convert, box_iou
 from transformers import AutoImageProcessor
 
 from hf_dino import DinoDetrImageProcessor, DinoDetrImageProcessorPil
-from hf_dino.image_processing_dino_detr import resized_shape
+from hf_dino.image_processing_dino_detr import get_size_with_aspect_ratio
 from hf_dino.modeling_dino_detr import DinoDetrObjectDetectionOutput
 
 
@@ -27,13 +27,13 @@ def processor(request):
     return BACKENDS[request.param](size=SMALL)
 
 
-def picture(width, height, seed=0):
+def image(width, height, seed=0):
     pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
     return Image.fromarray(pixels)
 
 
 def annotate(*boxes, image_id=7, **fields):
-    """A picture's annotations as COCO has them; a field given as a list has one value per box."""
+    """An image's annotations as COCO has them; a field given as a list has one value per box."""
     annotations = []
     for index, box in enumerate(boxes):
         own = {name: value[index] if isinstance(value, list) else value for name, value in fields.items()}
@@ -64,18 +64,18 @@ def test_shapes_are_the_originals(limits):
     shapes += [(rng.randint(1, 5), rng.randint(1000, 9000)) for _ in range(100)]  # a strip never vanishes
     shapes += [(limits[0], limits[1]), (limits[1], limits[0]), limits[:1] * 2, (1, 1)]
     for shape in shapes:
-        assert resized_shape(*shape, *limits) == exact_shape(*shape, *limits), shape
+        assert get_size_with_aspect_ratio(*shape, *limits) == exact_shape(*shape, *limits), shape
 
 
 @pytest.mark.parametrize("size", [(64, 48), (48, 64), (50, 50), (200, 31), (31, 200), (300, 2), (40, 67), (1, 1)])
-def test_pictures_are_resized_to_the_originals_shape(processor, size):
+def test_images_are_resized_to_the_originals_shape(processor, size):
     width, height = size
-    shape = tuple(processor(images=picture(*size), return_tensors="pt")["pixel_values"].shape[-2:])
+    shape = tuple(processor(images=image(*size), return_tensors="pt")["pixel_values"].shape[-2:])
     assert shape == exact_shape(height, width, *SMALL.values())
 
 
 def test_a_fixed_size_is_taken_as_it_is(processor):
-    encoded = processor(images=picture(64, 48), size={"height": 30, "width": 33}, return_tensors="pt")
+    encoded = processor(images=image(64, 48), size={"height": 30, "width": 33}, return_tensors="pt")
     assert encoded["pixel_values"].shape == (1, 3, 30, 33)
 
 
@@ -83,7 +83,7 @@ def test_a_fixed_size_is_taken_as_it_is(processor):
 
 
 def by_hand(image, shape):
-    """What the original does to a picture: PIL's bilinear resize, 0 to 1, ImageNet's mean and deviation."""
+    """What the original does to an image: PIL's bilinear resize, 0 to 1, ImageNet's mean and deviation."""
     resized = image.convert("RGB").resize(shape[::-1], Image.Resampling.BILINEAR)
     pixels = np.asarray(resized).transpose(2, 0, 1).astype(np.float32) / 255
     return torch.from_numpy((pixels - IMAGENET_MEAN[:, None, None]) / IMAGENET_STD[:, None, None])
@@ -92,7 +92,7 @@ def by_hand(image, shape):
 @pytest.mark.parametrize(("backend", "tolerance"), [("pil", 1e-6), ("torchvision", 2e-2)])
 @pytest.mark.parametrize("size", [(97, 61), (30, 44), (40, 50), (211, 40)])
 def test_pixels_are_the_originals(backend, tolerance, size):
-    image = picture(*size)
+    image = record(*size)
     ours = BACKENDS[backend](size=SMALL)(images=image, return_tensors="pt")["pixel_values"][0]
     torch.testing.assert_close(
         ours, by_hand(image, exact_shape(size[1], size[0], *SMALL.values())), rtol=0, atol=tolerance
@@ -100,7 +100,7 @@ def test_pixels_are_the_originals(backend, tolerance, size):
 
 
 def test_padding_lies_right_and_below_and_is_masked(processor):
-    images = [picture(60, 40, seed=0), picture(40, 60, seed=1), picture(40, 40, seed=2)]
+    images = [record(60, 40, seed=0), record(40, 60, seed=1), record(40, 40, seed=2)]
     batch = processor(images=images, return_tensors="pt")
     assert batch["pixel_values"].shape == (3, 3, 60, 60)
     assert batch["pixel_mask"].shape == (3, 60, 60)
@@ -113,15 +113,15 @@ def test_padding_lies_right_and_below_and_is_masked(processor):
         assert torch.equal(values[:, : image.height, : image.width], alone)
 
 
-def grey_16_bit():
-    """Grey values over the whole 16-bit range, and the 8-bit ones that they stand for."""
+def gray_16_bit():
+    """Gray values over the whole 16-bit range, and the 8-bit ones that they stand for."""
     wide = np.linspace(0, 65535, 40 * 50).reshape(40, 50).astype(np.uint16)
     return wide, (wide // 257).astype(np.uint8)
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGBA", "CMYK", "YCbCr", "HSV"])
 def test_pil_modes_are_what_pil_makes_of_them(processor, mode):
-    image = picture(50, 40).convert(mode)
+    image = record(50, 40).convert(mode)
     values = processor(images=image, return_tensors="pt", **AS_IT_IS)["pixel_values"][0]
     assert np.array_equal(values.numpy(), np.asarray(image.convert("RGB")).transpose(2, 0, 1))
 
@@ -136,10 +136,10 @@ def test_pil_modes_are_what_pil_makes_of_them(processor, mode):
         lambda wide: np.stack([wide] * 3, axis=-1),
         lambda wide: np.stack([wide] * 3, axis=0),
     ],
-    ids=["I;16", "I", "I;16B", "grey array", "array, channels last", "array, channels first"],
+    ids=["I;16", "I", "I;16B", "gray array", "array, channels last", "array, channels first"],
 )
 def test_16_bits_are_scaled_not_clipped(processor, make):
-    wide, narrow = grey_16_bit()
+    wide, narrow = gray_16_bit()
     values = processor(images=make(wide), return_tensors="pt", **AS_IT_IS)["pixel_values"][0]
     assert np.array_equal(values.numpy(), np.stack([narrow] * 3))
 
@@ -149,8 +149,8 @@ def test_16_bits_are_scaled_not_clipped(processor, make):
     [np.array, lambda image: torch.from_numpy(np.array(image)).permute(2, 0, 1)],
     ids=["array", "tensor"],
 )
-def test_arrays_and_tensors_are_pictures_too(processor, convert):
-    image = picture(64, 48)
+def test_arrays_and_tensors_are_images_too(processor, convert):
+    image = record(64, 48)
     expected = processor(images=image, return_tensors="pt")["pixel_values"]
     assert torch.equal(processor(images=convert(image), return_tensors="pt")["pixel_values"], expected)
 
@@ -158,10 +158,10 @@ def test_arrays_and_tensors_are_pictures_too(processor, convert):
 # Labels
 
 
-def test_boxes_are_fractions_of_the_unpadded_picture(processor):
-    """DETR processors of transformers give fractions of the padded batch; DINO's predictions are of the picture."""
+def test_boxes_are_fractions_of_the_unpadded_image(processor):
+    """DETR processors of transformers give fractions of the padded batch; DINO's predictions are of the image."""
     sizes, boxes = [(64, 48), (48, 96), (100, 30)], [[8, 12, 16, 6], [0, 0, 48, 96], [90, 10, 10, 20]]
-    images = [picture(*size) for size in sizes]
+    images = [image(*size) for size in sizes]
     targets = [annotate(box, image_id=index, area=10.0) for index, box in enumerate(boxes)]
     batch = processor(images=images, annotations=targets, return_tensors="pt")
     for index, (label, (width, height), (x, y, w, h)) in enumerate(zip(batch["labels"], sizes, boxes)):
@@ -177,35 +177,35 @@ def test_boxes_are_fractions_of_the_unpadded_picture(processor):
 
 def test_a_single_target_needs_no_list(processor):
     target = annotate([8, 12, 16, 6])
-    alone, listed = one_label(processor, picture(64, 48), target), one_label(processor, [picture(64, 48)], [target])
+    alone, listed = one_label(processor, image(64, 48), target), one_label(processor, [image(64, 48)], [target])
     assert alone.keys() == listed.keys()
     assert all(torch.equal(alone[key], listed[key]) for key in alone)
 
 
 def test_category_ids_become_labels(processor):
     target = annotate([1, 1, 9, 9], [2, 2, 9, 9], [3, 3, 9, 9], category_id=[90, 1, 90])
-    label = one_label(processor, picture(64, 48), target, category_id_to_label={1: 0, 90: 1})
+    label = one_label(processor, image(64, 48), target, category_id_to_label={1: 0, 90: 1})
     assert label["class_labels"].tolist() == [1, 0, 1]
     assert label["class_labels"].dtype == torch.int64
     assert [annotation["category_id"] for annotation in target["annotations"]] == [90, 1, 90], "the caller's stay his"
-    assert one_label(processor, picture(64, 48), target)["class_labels"].tolist() == [90, 1, 90]
+    assert one_label(processor, image(64, 48), target)["class_labels"].tolist() == [90, 1, 90]
 
 
-def test_an_unknown_category_id_is_an_error_that_names_it_and_its_picture(processor):
+def test_an_unknown_category_id_is_an_error_that_names_it_and_its_image(processor):
     target = annotate([1, 1, 9, 9], category_id=12, image_id=139)
     with pytest.raises(ValueError, match=r"image_id 139: category_id 12 is not among .*\[1, 90\]"):
-        one_label(processor, picture(64, 48), target, category_id_to_label={1: 0, 90: 1})
+        one_label(processor, image(64, 48), target, category_id_to_label={1: 0, 90: 1})
 
 
 def test_area_and_iscrowd_may_be_missing(processor):
-    label = one_label(processor, picture(40, 40), annotate([1, 2, 10, 20]))
+    label = one_label(processor, image(40, 40), annotate([1, 2, 10, 20]))
     assert label["area"].tolist() == [200.0]
     assert label["iscrowd"].tolist() == [0]
 
 
 def test_crowds_are_left_out_without_a_word(processor, caplog):
     target = annotate([1, 1, 9, 9], [2, 2, 9, 9], [3, 3, 9, 9], category_id=[0, 1, 2], iscrowd=[0, 1, 0])
-    assert one_label(processor, picture(64, 48), target)["class_labels"].tolist() == [0, 2]
+    assert one_label(processor, image(64, 48), target)["class_labels"].tolist() == [0, 2]
     assert not caplog.records
 
 
@@ -215,29 +215,29 @@ NAN, INFINITY = float("nan"), float("inf")
 @pytest.mark.parametrize(
     "box",
     [[5, 5, 0, 9], [5, 5, 9, -3], [64, 5, 9, 9], [5, -20, 9, 9], [NAN, 5, 9, 9], [5, 5, NAN, 9], [INFINITY, 5, 9, 9]],
-    ids=["no width", "negative height", "right of the picture", "above it", "NaN corner", "NaN side", "infinite"],
+    ids=["no width", "negative height", "right of the image", "above it", "NaN corner", "NaN side", "infinite"],
 )
 def test_boxes_without_area_are_left_out_with_a_warning(processor, box, caplog):
     target = annotate([1, 1, 9, 9], box, [3, 3, 9, 9], category_id=[0, 1, 2], image_id=42)
     with caplog.at_level(logging.WARNING, logger="hf_dino"):
-        label = one_label(processor, picture(64, 48), target)
+        label = one_label(processor, image(64, 48), target)
     assert label["class_labels"].tolist() == [0, 2]
     assert label["boxes"].shape == (2, 4)
     assert len(label["area"]) == 2
     assert [record.getMessage() for record in caplog.records] == [
-        "image_id 42: 1 of 3 boxes have no area inside the picture and are left out"
+        "image_id 42: 1 of 3 boxes have no area inside the image and are left out"
     ]
 
 
 def test_boxes_that_reach_out_are_clipped(processor, caplog):
-    label = one_label(processor, picture(64, 48), annotate([-16, -12, 48, 36], [32, 24, 1000, 1000]))
+    label = one_label(processor, image(64, 48), annotate([-16, -12, 48, 36], [32, 24, 1000, 1000]))
     torch.testing.assert_close(label["boxes"], torch.tensor([[0.25, 0.25, 0.5, 0.5], [0.75, 0.75, 0.5, 0.5]]))
     assert not caplog.records
 
 
 def test_no_annotations_are_empty_labels_of_the_usual_shape(processor):
     batch = processor(
-        images=[picture(64, 48), picture(48, 64)],
+        images=[image(64, 48), image(48, 64)],
         annotations=[annotate(image_id=1), annotate([1, 1, 9, 9], image_id=2)],
         return_tensors="pt",
     )
@@ -254,7 +254,7 @@ def test_no_annotations_are_empty_labels_of_the_usual_shape(processor):
 )
 def test_annotations_that_do_not_fit_are_an_error(processor, targets, message):
     with pytest.raises(ValueError, match=message):
-        processor(images=[picture(64, 48)], annotations=targets, return_tensors="pt")
+        processor(images=[image(64, 48)], annotations=targets, return_tensors="pt")
 
 
 # Detections
@@ -263,13 +263,13 @@ def test_annotations_that_do_not_fit_are_an_error(processor, targets, message):
 def random_outputs(batch_size=2, num_queries=20, num_labels=5, seed=0, dtype=torch.float32):
     generator = torch.Generator().manual_seed(seed)
     logits = torch.randn(batch_size, num_queries, num_labels, generator=generator).to(dtype)
-    centres = torch.rand(batch_size, num_queries, 2, generator=generator)
+    centers = torch.rand(batch_size, num_queries, 2, generator=generator)
     sides = torch.rand(batch_size, num_queries, 2, generator=generator) * 0.5
-    return DinoDetrObjectDetectionOutput(logits=logits, pred_boxes=torch.cat([centres, sides], dim=-1))
+    return DinoDetrObjectDetectionOutput(logits=logits, pred_boxes=torch.cat([centers, sides], dim=-1))
 
 
 def detect_by_hand(logits, boxes, threshold, size, top_k):
-    """One picture's detections as a sorted list of (score, label, box), one query and class at a time."""
+    """One image's detections as a sorted list of (score, label, box), one query and class at a time."""
     height, width = size
     found = []
     for query_logits, (x, y, w, h) in zip(logits.double().tolist(), boxes.tolist()):
@@ -284,9 +284,9 @@ def test_detections_are_the_best_pairs_of_query_and_class(processor, threshold, 
     outputs, sizes = random_outputs(), [(480, 640), (37, 900)]
     outputs.logits = outputs.logits.to(dtype)
     detections = processor.post_process_object_detection(outputs, threshold, sizes, top_k=top_k)
-    for picture_index, detection in enumerate(detections):
-        logits, boxes = outputs.logits[picture_index], outputs.pred_boxes[picture_index]
-        expected = detect_by_hand(logits, boxes, threshold, sizes[picture_index], top_k)
+    for image_index, detection in enumerate(detections):
+        logits, boxes = outputs.logits[image_index], outputs.pred_boxes[image_index]
+        expected = detect_by_hand(logits, boxes, threshold, sizes[image_index], top_k)
         assert {name: value.shape for name, value in detection.items()} == {
             "scores": (len(expected),),
             "labels": (len(expected),),
@@ -311,7 +311,7 @@ def test_target_sizes_may_be_a_list_or_a_tensor_or_left_out(processor):
 
 @pytest.mark.parametrize("sizes", [[(480, 640)], [(480, 640)] * 3, [480, 640], torch.zeros(2, 3)])
 def test_target_sizes_of_the_wrong_shape_are_an_error(processor, sizes):
-    with pytest.raises(ValueError, match=r"target_sizes must be .* each of the 2 pictures, got a shape of"):
+    with pytest.raises(ValueError, match=r"target_sizes must be .* each of the 2 images, got a shape of"):
         processor.post_process_object_detection(random_outputs(), target_sizes=sizes)
 
 
@@ -337,7 +337,7 @@ def test_labels_and_detections_are_inverse(processor):
     """A prediction that equals the label comes back as the annotation it was made of."""
     sizes, boxes = [(64, 48), (48, 96)], [[8, 12, 16, 6], [4, 3, 30, 90]]
     targets = [annotate(box, category_id=3) for box in boxes]
-    labels = processor([picture(*size) for size in sizes], annotations=targets, return_tensors="pt")["labels"]
+    labels = processor([image(*size) for size in sizes], annotations=targets, return_tensors="pt")["labels"]
     outputs = DinoDetrObjectDetectionOutput(
         logits=torch.stack([torch.full((1, 5), -9.0).index_fill_(1, label["class_labels"], 9.0) for label in labels]),
         pred_boxes=torch.stack([label["boxes"] for label in labels]),
@@ -358,7 +358,7 @@ def test_each_backend_loads_what_the_other_saved(saved_as, loaded_as, tmp_path):
     loaded = AutoImageProcessor.from_pretrained(tmp_path, backend=loaded_as)
     assert type(loaded) is BACKENDS[loaded_as]
     expected = BACKENDS[loaded_as](size=SMALL, image_mean=[0.5, 0.5, 0.5])
-    image = picture(97, 61)
+    image = record(97, 61)
     for name, value in expected(images=image, return_tensors="pt").items():
         assert torch.equal(loaded(images=image, return_tensors="pt")[name], value)
 

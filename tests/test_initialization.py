@@ -8,7 +8,7 @@ from torch import nn
 
 from conftest import tiny_config
 from hf_dino import DinoDetrForObjectDetection
-from hf_dino.initialization_dino_detr import CLASS_PRIOR, sampling_ring
+from hf_dino.initialization_dino_detr import CLASS_PRIOR, initial_sampling_offsets
 
 
 WIDE = {"d_model": 128, "num_queries": 80, "share_decoder_heads": False, "num_denoising": 100}
@@ -20,7 +20,7 @@ def constructed(config) -> DinoDetrForObjectDetection:
 
 
 def loaded_from_nothing(config) -> DinoDetrForObjectDetection:
-    """What `from_pretrained` does: build without memory, load, then initialise what was not loaded."""
+    """What `from_pretrained` does: build without memory, load, then initialize what was not loaded."""
     return DinoDetrForObjectDetection.from_pretrained(None, config=config, state_dict={})
 
 
@@ -87,7 +87,9 @@ def test_box_heads_start_without_effect(model):
 def test_deformable_attention_starts_with_a_ring_and_equal_weights(model):
     for offsets in layers(model, "sampling_offsets"):
         assert not offsets.weight.any()
-        torch.testing.assert_close(offsets.bias, sampling_ring(num_heads=4, num_levels=3, num_points=2).flatten())
+        torch.testing.assert_close(
+            offsets.bias, initial_sampling_offsets(num_heads=4, num_levels=3, num_points=2).flatten()
+        )
     for attention_weights in layers(model, "attention_weights"):
         assert not attention_weights.weight.any()
         assert not attention_weights.bias.any()

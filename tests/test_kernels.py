@@ -252,7 +252,7 @@ def changed(**changes):
         ({"shapes": lambda s: [(1, 1)] * 40}, "at most 32 levels"),
         ({"value": lambda v: v[0]}, "but has 3 axes"),
         ({"value": lambda v: v[:, :, :2]}, "3 heads"),
-        ({"value": lambda v: v[:1]}, "2 pictures"),
+        ({"value": lambda v: v[:1]}, "2 images"),
         ({"value": lambda v: v.int()}, "float32, float64, float16 or bfloat16"),
         ({"locations": lambda x: x[..., 0]}, "but have 5 axes"),
         ({"locations": lambda x: x[..., :1]}, "batch, queries, heads, levels, points, 2"),

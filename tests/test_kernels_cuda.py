@@ -276,7 +276,7 @@ def test_points_without_a_place_contribute_nothing(backend, case, number):
 
 
 EMPTY = {
-    "no pictures": replace(CASES["usual"], batch_size=0),
+    "no images": replace(CASES["usual"], batch_size=0),
     "no queries": replace(CASES["usual"], num_queries=0),
     "no heads": replace(CASES["usual"], num_heads=0),
 }

@@ -916,7 +916,7 @@ def test_wheel_takes_the_sources_along() -> None:
 def test_kernel_compiles_and_works(tmp_path: Path) -> None:
     code = """
 value, weights = torch.arange(4.0).view(1, 4, 1, 1), torch.ones(1, 1, 1, 1, 1)
-centre = torch.full((1, 1, 1, 1, 1, 2), 0.5)
-print(kernels.operators("cpu").deformable_attention(value, [(2, 2)], centre, weights).item())
+center = torch.full((1, 1, 1, 1, 1, 2), 0.5)
+print(kernels.operators("cpu").deformable_attention(value, [(2, 2)], center, weights).item())
 """
     assert result(child(code, KERNEL, tmp_path / "cache", HF_DINO_KERNELS="require")) == "1.5\n"

@@ -11,7 +11,12 @@ from conftest import tiny_config, tiny_model
 from hf_dino import DinoDetrImageProcessor
 from hf_dino.configuration_dino_detr import UNUSED_LABEL
 from hf_dino.data import InputError
-from hf_dino.loading import load_detector, load_detector_for, new_detector, warn_of_frozen_batch_norms
+from hf_dino.loading import (
+    build_model_and_processor,
+    load_model_and_processor,
+    load_pretrained_for_categories,
+    warn_if_batch_norms_frozen,
+)
 from hf_dino.modeling_dino_detr import DinoDetrModel
 
 
@@ -85,7 +90,9 @@ DAMAGES = {
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-@pytest.mark.parametrize("load", [load_detector, lambda model: load_detector_for(model, {1: "thing"})])
+@pytest.mark.parametrize(
+    "load", [load_model_and_processor, lambda model: load_pretrained_for_categories(model, {1: "thing"})]
+)
 def test_a_damaged_model_is_one_error(copied, damage, load):
     change, message = DAMAGES[damage]
     change(copied)
@@ -95,10 +102,10 @@ def test_a_damaged_model_is_one_error(copied, damage, load):
 
 
 def test_a_model_with_these_classes_is_kept_whole(saved):
-    before, processor = load_detector(str(saved))
+    before, processor = load_model_and_processor(str(saved))
     assert not before.training
     assert processor.size["shortest_edge"] == 800
-    after, processor = load_detector_for(str(saved), CATEGORIES, {"height": 32, "width": 64})
+    after, processor = load_pretrained_for_categories(str(saved), CATEGORIES, {"height": 32, "width": 64})
     assert dict(processor.size) == {"height": 32, "width": 64}
     assert after.config.id2label == before.config.id2label
     assert all(torch.equal(after.state_dict()[name], value) for name, value in before.state_dict().items())
@@ -106,11 +113,13 @@ def test_a_model_with_these_classes_is_kept_whole(saved):
 
 @pytest.mark.parametrize("names", [CATEGORIES, {1: "another"}], ids=["the same classes", "others"])
 def test_what_was_saved_in_16_bits_is_trained_in_32(saved, tmp_path, names):
-    model, processor = load_detector(str(saved))
+    model, processor = load_model_and_processor(str(saved))
     model.to(torch.bfloat16).save_pretrained(tmp_path)
     processor.save_pretrained(tmp_path)
-    assert {each.dtype for each in load_detector(str(tmp_path))[0].parameters()} == {torch.bfloat16}
-    assert {each.dtype for each in load_detector_for(str(tmp_path), names)[0].parameters()} == {torch.float32}
+    assert {each.dtype for each in load_model_and_processor(str(tmp_path))[0].parameters()} == {torch.bfloat16}
+    assert {each.dtype for each in load_pretrained_for_categories(str(tmp_path), names)[0].parameters()} == {
+        torch.float32
+    }
 
 
 CLASS_TENSORS = {
@@ -124,9 +133,9 @@ CLASS_TENSORS = {
 
 @pytest.mark.parametrize("count", [1, 5], ids=["fewer classes", "as many other classes"])
 def test_other_classes_start_anew_and_all_else_is_kept(saved, count):
-    before = load_detector(str(saved))[0].state_dict()
+    before = load_model_and_processor(str(saved))[0].state_dict()
     names = {label: f"thing {label}" for label in range(count)}
-    model, _ = load_detector_for(str(saved), names)
+    model, _ = load_pretrained_for_categories(str(saved), names)
     assert model.config.id2label == names
     assert model.config.label2id == {name: label for label, name in names.items()}
     after = model.state_dict()
@@ -146,14 +155,14 @@ def saved_with(folder, names, **overrides):
 def test_rows_of_classes_of_the_same_name_are_copied(tmp_path, caplog, overrides, order):
     names = [UNUSED_LABEL, "person", "car", UNUSED_LABEL, "traffic_light"]
     folder = saved_with(tmp_path, names, **overrides)
-    before, _ = load_detector(folder)
-    after, _ = load_detector_for(folder, dict(enumerate(order, start=10)))
+    before, _ = load_model_and_processor(folder)
+    after, _ = load_pretrained_for_categories(folder, dict(enumerate(order, start=10)))
     assert after.config.id2label == dict(enumerate(order))
     where = {"person": 1, "traffic light": 4}
     plain = [name.lower().replace("-", " ") for name in order]
     rows = {label: where[name] for label, name in enumerate(plain) if name in where}
     heads = 3 if "share_decoder_heads" in overrides else 1
-    assert len(after.class_layers()) == heads + 1 + (overrides.get("denoising") != "none")
+    assert len(after.class_specific_layers()) == heads + 1 + (overrides.get("denoising") != "none")
     learned, fresh = before.state_dict(), after.state_dict()
     per_class = {name for name in learned if "class_embed" in name or "label_embed" in name}
     for name, value in fresh.items():
@@ -171,16 +180,16 @@ def test_rows_of_classes_of_the_same_name_are_copied(tmp_path, caplog, overrides
 
 def test_an_exact_name_goes_before_one_that_is_only_alike(tmp_path, caplog):
     folder = saved_with(tmp_path, ["Cup", "cup", "CUP"])
-    before, _ = load_detector(folder)
-    after, _ = load_detector_for(folder, {1: "cup"})
+    before, _ = load_model_and_processor(folder)
+    after, _ = load_pretrained_for_categories(folder, {1: "cup"})
     assert torch.equal(after.class_embed[0].weight[0], before.class_embed[0].weight[1])
     assert "classes copied: cup; new: none" in caplog.text
 
 
 def test_rows_without_a_name_are_never_copied(tmp_path, caplog):
     folder = saved_with(tmp_path, [UNUSED_LABEL, "cup"])
-    before, _ = load_detector(folder)
-    after, _ = load_detector_for(folder, {1: "n/a", 2: UNUSED_LABEL})
+    before, _ = load_model_and_processor(folder)
+    after, _ = load_pretrained_for_categories(folder, {1: "n/a", 2: UNUSED_LABEL})
     weights, learned = after.class_embed[0].weight, before.class_embed[0].weight
     assert not any(torch.equal(row, other) for row in weights for other in learned)
     assert "classes copied: none; new: n/a, N/A" in caplog.text
@@ -190,20 +199,20 @@ def test_a_new_model_has_the_classes_of_the_data(tmp_path, caplog):
     fields = tiny_config().to_diff_dict()
     file = tmp_path / "config.json"
     file.write_text(json.dumps({name: fields[name] for name in ("backbone_config", "d_model", "num_queries")}))
-    model, processor = new_detector(file, CATEGORIES)
+    model, processor = build_model_and_processor(file, CATEGORIES)
     assert model.config.id2label == dict(enumerate(["class 4", "class 1", "class 2", "class 0", "class 3"]))
     assert model.config.d_model == 32
     assert dict(processor.size) == {"shortest_edge": 800, "longest_edge": 1333}
-    warn_of_frozen_batch_norms(model)
+    warn_if_batch_norms_frozen(model)
     assert "training from scratch with frozen batch norms" in caplog.text
 
 
 def test_fields_that_are_to_differ(saved, tmp_path):
-    model, _ = load_detector_for(str(saved), CATEGORIES, overrides={"box_noise_scale": 0.25})
+    model, _ = load_pretrained_for_categories(str(saved), CATEGORIES, overrides={"box_noise_scale": 0.25})
     assert model.config.box_noise_scale == 0.25
     file = tmp_path / "config.json"
     file.write_text(json.dumps({**tiny_config().to_diff_dict(), "box_noise_scale": 0.5, "num_queries": 7}))
-    model, _ = new_detector(file, CATEGORIES, overrides={"box_noise_scale": 0.25})
+    model, _ = build_model_and_processor(file, CATEGORIES, overrides={"box_noise_scale": 0.25})
     assert (model.config.box_noise_scale, model.config.num_queries) == (0.25, 7)
 
 
@@ -221,6 +230,6 @@ def test_wrong_config_files(tmp_path, content, message):
     file = tmp_path / "wrong.json"
     file.write_text(content)
     with pytest.raises(InputError, match=rf"wrong\.json: {message}"):
-        new_detector(file, CATEGORIES)
+        build_model_and_processor(file, CATEGORIES)
     with pytest.raises(InputError, match=r"gone\.json: there is no such file"):
-        new_detector(tmp_path / "gone.json", CATEGORIES)
+        build_model_and_processor(tmp_path / "gone.json", CATEGORIES)

@@ -6,13 +6,13 @@ import torch
 from conftest import make_labels, tiny_config
 from hf_dino.loss_dino_detr import (
     check_labels,
-    count_boxes,
+    compute_losses,
     dino_detr_loss,
     generalized_box_iou,
+    get_num_boxes,
     match,
     matching_cost,
-    object_tables,
-    set_losses,
+    pad_targets,
 )
 
 
@@ -59,29 +59,27 @@ def test_match_is_the_cheapest_of_all_assignments(counts):
     labels = make_labels(*counts)
     object_index = match(logits, boxes, labels, config)
     assert object_index.shape == (2, 3, 6)
-    for picture, label in enumerate(labels):
-        cost = matching_cost(logits[picture], boxes[picture], label["class_labels"], label["boxes"], config)
+    for image, label in enumerate(labels):
+        cost = matching_cost(logits[image], boxes[image], label["class_labels"], label["boxes"], config)
         for layer in range(3):
-            count = counts[picture]
+            count = counts[image]
             cheapest = min(
                 sum(cost[layer, query, index].item() for index, query in enumerate(queries))
                 for queries in permutations(range(6), count)
             )
-            chosen = [
-                (query, index) for query, index in enumerate(object_index[picture, layer].tolist()) if index >= 0
-            ]
+            chosen = [(query, index) for query, index in enumerate(object_index[image, layer].tolist()) if index >= 0]
             assert sorted(index for _, index in chosen) == list(range(count))
             assert sum(cost[layer, query, index].item() for query, index in chosen) == pytest.approx(cheapest)
 
 
-def test_match_of_a_picture_does_not_depend_on_its_batch():
+def test_match_of_an_image_does_not_depend_on_its_batch():
     config = tiny_config()
     logits, boxes = make_predictions(2)
     labels = make_labels(3, 2)
     together = match(logits, boxes, labels, config)
-    for picture in range(2):
-        alone = match(logits[picture : picture + 1], boxes[picture : picture + 1], [labels[picture]], config)
-        assert torch.equal(alone[0], together[picture])
+    for image in range(2):
+        alone = match(logits[image : image + 1], boxes[image : image + 1], [labels[image]], config)
+        assert torch.equal(alone[0], together[image])
 
 
 def test_of_more_objects_than_queries_some_stay_without():
@@ -95,12 +93,12 @@ def test_match_survives_an_overflow_for_the_loss_to_report():
     with torch.no_grad():
         logits[0, 0, 0] = float("nan")
     object_index = match(logits, boxes, make_labels(2), tiny_config())
-    classes, table = object_tables(make_labels(2), 5)
-    losses = set_losses(logits, boxes, object_index, classes, table, torch.tensor(1.0), tiny_config())
+    classes, table = pad_targets(make_labels(2), 5)
+    losses = compute_losses(logits, boxes, object_index, classes, table, torch.tensor(1.0), tiny_config())
     assert losses["loss_ce"].isnan().any()
 
 
-def test_matching_takes_one_transfer_for_all_layers_and_pictures(monkeypatch):
+def test_matching_takes_one_transfer_for_all_layers_and_images(monkeypatch):
     transfers = []
     to_host = torch.Tensor.cpu
     monkeypatch.setattr(torch.Tensor, "cpu", lambda tensor: transfers.append(tensor.shape) or to_host(tensor))
@@ -122,19 +120,19 @@ def test_set_losses_are_the_sums_over_queries_and_objects(counts):
     logits, boxes = make_predictions(2)
     labels = make_labels(*counts)
     object_index = match(logits, boxes, labels, config)
-    losses = set_losses(logits, boxes, object_index, *object_tables(labels, 5), num_boxes, config)
+    losses = compute_losses(logits, boxes, object_index, *pad_targets(labels, 5), num_boxes, config)
     for layer in range(3):
         expected = {"loss_ce": 0.0, "loss_bbox": 0.0, "loss_giou": 0.0}
-        for picture, label in enumerate(labels):
+        for image, label in enumerate(labels):
             one_hot = torch.zeros(6, 5, dtype=torch.float64)
-            for query, index in enumerate(object_index[picture, layer].tolist()):
+            for query, index in enumerate(object_index[image, layer].tolist()):
                 if index < 0:
                     continue
                 one_hot[query, label["class_labels"][index]] = 1
-                predicted, wanted = boxes[picture, layer, query], label["boxes"][index]
+                predicted, wanted = boxes[image, layer, query], label["boxes"][index]
                 expected["loss_bbox"] += (predicted - wanted).abs().sum().item() / 5
                 expected["loss_giou"] += (1 - generalized_box_iou(predicted, wanted)).item() / 5
-            focal = slow_focal(logits[picture, layer], one_hot, config.focal_alpha, config.focal_gamma)
+            focal = slow_focal(logits[image, layer], one_hot, config.focal_alpha, config.focal_gamma)
             expected["loss_ce"] += focal.sum().item() / 5
         for kind, value in expected.items():
             assert losses[kind][layer].item() == pytest.approx(value, rel=1e-6, abs=1e-9)
@@ -155,7 +153,7 @@ def loss_of(labels, config=None, **changes):
         "num_denoising_groups": 2,
         "labels": labels,
         "config": config,
-        "num_boxes": count_boxes(labels, logits.device, average=True),
+        "num_boxes": get_num_boxes(labels, logits.device, average=True),
     }
     loss, terms = dino_detr_loss(**arguments | changes)
     return loss, terms, (logits, boxes, denoising_logits, denoising_boxes)
@@ -166,7 +164,7 @@ def test_terms_are_named_and_add_up_to_the_loss():
     loss, terms, _ = loss_of(make_labels(2, 3))
     suffixes = ["", "_0", "_1", "_encoder", "_denoising", "_denoising_0", "_denoising_1"]
     assert set(terms) == {f"loss_{kind}{suffix}" for kind in ("ce", "bbox", "giou") for suffix in suffixes}
-    weights = {"ce": config.class_loss_coefficient, "bbox": config.bbox_loss_coefficient}
+    weights = {"ce": config.cls_loss_coefficient, "bbox": config.bbox_loss_coefficient}
     weights["giou"] = config.giou_loss_coefficient
     expected = sum(weights[name.split("_")[1]] * value for name, value in terms.items())
     torch.testing.assert_close(loss, expected)
@@ -199,13 +197,13 @@ def test_perfect_boxes_cost_nothing_and_the_matcher_finds_them():
         logits[0, 0, query, label["class_labels"][index]] = 8.0
     object_index = match(logits, boxes, [label], config)
     assert object_index[0, 0].tolist() == [-1, 1, -1, 2, 0, -1]
-    losses = set_losses(logits, boxes, object_index, *object_tables([label], 5), torch.tensor(3.0), config)
+    losses = compute_losses(logits, boxes, object_index, *pad_targets([label], 5), torch.tensor(3.0), config)
     assert losses["loss_bbox"].item() == 0 and losses["loss_giou"].item() < 1e-3 and losses["loss_ce"].item() < 1e-3
 
 
-def test_count_is_of_all_pictures_and_at_least_one():
-    assert count_boxes(make_labels(2, 3), torch.device("cpu"), average=True) == 5
-    assert count_boxes(make_labels(0, 0), torch.device("cpu"), average=True) == 1
+def test_count_is_of_all_images_and_at_least_one():
+    assert get_num_boxes(make_labels(2, 3), torch.device("cpu"), average=True) == 5
+    assert get_num_boxes(make_labels(0, 0), torch.device("cpu"), average=True) == 1
 
 
 def test_the_loss_of_a_step_is_the_mean_over_its_batches():
@@ -221,8 +219,8 @@ def test_the_loss_of_a_step_is_the_mean_over_its_batches():
     torch.testing.assert_close(sum(parts) / 2, whole, rtol=1e-12, atol=0)
 
 
-def corrupt(labels, picture, **entries):
-    return [label | entries if index == picture else label for index, label in enumerate(labels)]
+def corrupt(labels, image, **entries):
+    return [label | entries if index == image else label for index, label in enumerate(labels)]
 
 
 BOX = torch.tensor([[0.5, 0.5, 0.2, 0.2]])
@@ -235,21 +233,21 @@ BOX = torch.tensor([[0.5, 0.5, 0.2, 0.2]])
         ({"class_labels": torch.tensor([-1])}, r"labels\[1\] .*: class_labels\[0\] is -1"),
         ({"boxes": BOX * float("nan")}, r"labels\[1\] \(image_id \[42\]\): boxes\[0\] is \[nan"),
         ({"boxes": BOX * float("inf")}, r"boxes\[0\] is \[inf"),
-        ({"boxes": BOX * 640}, r"must be centre x, centre y, width, height as fractions of the picture"),
+        ({"boxes": BOX * 640}, r"must be center x, center y, width, height as fractions of the image"),
         ({"boxes": BOX * torch.tensor([1, 1, 0, 1])}, "with positive width and height"),
         ({"class_labels": torch.tensor([1.0])}, r"labels\[1\]: class_labels must be integers, got torch.float32"),
         ({"boxes": BOX[0]}, r"boxes must have the shape \(number of class_labels, 4\), got \(4,\) for 1"),
         ({"boxes": torch.cat([BOX, BOX])}, r"got \(2, 4\) for 1 class_labels"),
     ],
 )
-def test_wrong_labels_are_refused_by_picture(entries, message):
+def test_wrong_labels_are_refused_by_image(entries, message):
     labels = corrupt(make_labels(2, 1), 1, **{"image_id": torch.tensor([42])} | entries)
     with pytest.raises(ValueError, match=message):
         check_labels(labels, batch_size=2, num_labels=5)
 
 
 def test_missing_labels_are_refused():
-    with pytest.raises(ValueError, match="labels must have one entry per picture: got 1 for 2 pictures"):
+    with pytest.raises(ValueError, match="labels must have one entry per image: got 1 for 2 images"):
         check_labels(make_labels(1), batch_size=2, num_labels=5)
     with pytest.raises(ValueError, match=r"labels\[0\] must have 'class_labels' and 'boxes', got \['boxes'\]"):
         check_labels([{"boxes": BOX}], batch_size=1, num_labels=5)

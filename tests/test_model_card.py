@@ -33,7 +33,7 @@ def test_converted_card_has_metadata_and_provenance():
 def test_published_number_is_quoted_and_not_claimed_as_measured():
     card = converted(DinoDetrConfig(), published_ap=0.49, published_hash_known=True)
     assert "| 0.490 | **published** by the authors, **not measured here** |" in card.text
-    assert "recognised by its SHA-256" in card.text
+    assert "recognized by its SHA-256" in card.text
     assert "model-index" not in card.content
 
 
@@ -52,15 +52,15 @@ def test_unknown_file_is_called_nothing_that_it_may_not_be():
     assert "official checkpoint" not in card.text
     assert "released by IDEA-Research" not in card.text
     assert "`checkpoint.pth`, a checkpoint in the format of [IDEA-Research/DINO]" in card.text
-    assert "add the licence that applies to the weights" in card.text
+    assert "add the license that applies to the weights" in card.text
     assert "No published result is known" in card.text
     assert "91 classes are taken for COCO's" in card.text
 
 
 @pytest.mark.parametrize(("backbone", "words"), [(None, False), (SWIN_LARGE, True)], ids=["resnet", "swin"])
-def test_licence_of_swin_is_named_where_there_is_a_swin(backbone, words):
+def test_license_of_swin_is_named_where_there_is_a_swin(backbone, words):
     card = converted(DinoDetrConfig(backbone_config=backbone), published_ap=0.5)
-    assert ("MIT licence" in card.text) is words
+    assert ("MIT license" in card.text) is words
 
 
 def test_unused_and_unnamed_labels_are_explained():

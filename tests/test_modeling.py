@@ -12,7 +12,7 @@ from conftest import make_labels, tiny_config, tiny_model
 from hf_dino import DinoDetrForObjectDetection
 from hf_dino.configuration_dino_detr import BOX_REFINEMENT, DENOISING, QUERY_SELECTION
 from hf_dino.loss_dino_detr import match
-from hf_dino.query_selection_dino_detr import encoder_proposals
+from hf_dino.query_selection_dino_detr import gen_encoder_output_proposals
 
 
 TINY_SWIN = {
@@ -50,7 +50,7 @@ def matching_terms(outputs) -> dict[str, torch.Tensor]:
 # Outputs
 
 
-def test_a_picture_alone_gives_what_it_gives_in_a_batch(pixel_values):
+def test_an_image_alone_gives_what_it_gives_in_a_batch(pixel_values):
     model = tiny_model()
     with torch.no_grad():
         together = model(pixel_values)
@@ -68,14 +68,14 @@ def test_no_mask_is_no_padding(pixel_values):
 
 
 def test_proposals_do_not_depend_on_padding():
-    """Boxes are fractions of the picture alone, however large the batch it is padded for."""
+    """Boxes are fractions of the image alone, however large the batch it is padded for."""
     backbone = tiny_model().model.backbone
     padded, pixel_mask = torch.zeros(1, 3, 192, 256), torch.zeros(1, 192, 256)
     padded[:, :, :128, :64] = 1
     pixel_mask[:, :128, :64] = 1
     alone = padded[:, :, :128, :64]
     (boxes, usable), (boxes_alone, usable_alone) = (
-        encoder_proposals(backbone(pixels, mask))
+        gen_encoder_output_proposals(backbone(pixels, mask))
         for pixels, mask in ((padded, pixel_mask), (alone, torch.ones_like(alone[:, 0])))
     )
     assert usable_alone.any()
@@ -160,9 +160,9 @@ def test_the_same_seed_gives_the_same_step(pixel_values):
     torch.testing.assert_close(results[0], results[1], rtol=0, atol=0)
 
 
-def test_too_small_a_picture_is_named():
+def test_too_small_an_image_is_named():
     with pytest.raises(
-        ValueError, match=r"have 11 feature positions, too few to choose num_queries=12 .* larger pictures"
+        ValueError, match=r"have 11 feature positions, too few to choose num_queries=12 .* larger images"
     ):
         tiny_model()(torch.zeros(2, 3, 32, 64))
 
@@ -177,7 +177,7 @@ COMBINATIONS = list(itertools.product(DENOISING, QUERY_SELECTION, BOX_REFINEMENT
 def test_a_gradient_reaches_every_parameter(
     pixel_values, denoising, query_selection, box_refinement, share_decoder_heads
 ):
-    """Also where no picture has an object: a parameter without a gradient stops data-parallel training."""
+    """Also where no image has an object: a parameter without a gradient stops data-parallel training."""
     model = tiny_model(
         denoising=denoising,
         query_selection=query_selection,
@@ -311,7 +311,7 @@ def select(model: DinoDetrForObjectDetection, pixel_values: torch.Tensor):
     return model.model.query_selection(memory, levels)
 
 
-def test_mixed_queries_have_learned_contents_and_positions_of_the_picture(pixel_values):
+def test_mixed_queries_have_learned_contents_and_positions_of_the_image(pixel_values):
     model = tiny_model(query_selection="mixed")
     queries = select(model, pixel_values)
     learned = model.model.query_selection.content_queries.weight
@@ -320,7 +320,7 @@ def test_mixed_queries_have_learned_contents_and_positions_of_the_picture(pixel_
     assert not queries.reference_points.requires_grad
 
 
-def test_pure_queries_are_of_the_picture_and_teach_it_nothing(pixel_values):
+def test_pure_queries_are_of_the_image_and_teach_it_nothing(pixel_values):
     queries = select(tiny_model(query_selection="pure"), pixel_values)
     assert not torch.equal(queries.inputs_embeds[0], queries.inputs_embeds[1])
     assert not torch.equal(queries.reference_points[0], queries.reference_points[1])
@@ -328,7 +328,7 @@ def test_pure_queries_are_of_the_picture_and_teach_it_nothing(pixel_values):
     assert queries.enc_outputs_class.requires_grad
 
 
-def test_static_queries_are_the_same_for_every_picture(pixel_values):
+def test_static_queries_are_the_same_for_every_image(pixel_values):
     model = tiny_model(query_selection="static")
     queries = select(model, pixel_values)
     assert torch.equal(queries.inputs_embeds[0], queries.inputs_embeds[1])
@@ -417,7 +417,7 @@ def test_it_exports(pixel_values):
 
 
 def wrong_labels(**changes) -> list[dict[str, torch.Tensor]]:
-    """Two pictures; the second object of the second has the change."""
+    """Two images; the second object of the second has the change."""
     labels = make_labels(1, 3)
     labels[1]["image_id"] = torch.tensor([139])
     for name, value in changes.items():
@@ -458,7 +458,7 @@ NAN = float("nan")
         (wrong_labels(boxes=[0.5, 0.5, 0.1, -0.1]), r"boxes\[1\] is .*with positive width and height"),
         (without_boxes(), r"labels\[1\] must have 'class_labels' and 'boxes', got \['class_labels'\]"),
         (with_a_box_too_few(), r"labels\[1\]: boxes must have the shape .* got \(2, 4\) for 3 class_labels"),
-        (make_labels(1, 2, 3), "one entry per picture: got 3 for 2 pictures"),
+        (make_labels(1, 2, 3), "one entry per image: got 3 for 2 images"),
     ],
     ids=[
         "class too high",
@@ -469,7 +469,7 @@ NAN = float("nan")
         "negative height",
         "no boxes",
         "a box too few",
-        "a picture too many",
+        "an image too many",
     ],
 )
 def test_labels_that_cannot_be_right_are_named(pixel_values, labels, message, training):
@@ -508,7 +508,7 @@ class TestGpu:
         torch.testing.assert_close(outputs.pred_boxes, expected.pred_boxes, rtol=0, atol=0.03)
 
     def test_matching_asks_the_device_once(self):
-        """For all layers and pictures together: each transfer to the host waits for everything before it."""
+        """For all layers and images together: each transfer to the host waits for everything before it."""
         labels = to_cuda(make_labels(3, 0, 2))
         logits, boxes = torch.randn(3, 4, 12, 5, device="cuda"), torch.rand(3, 4, 12, 4, device="cuda")
         config = tiny_config()

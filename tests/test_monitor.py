@@ -9,7 +9,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from conftest import make_labels, tiny_model
-from hf_dino.training.diagnosis import RandomState, first_not_finite
+from hf_dino.training.diagnosis import RandomState, find_first_nonfinite
 from hf_dino.training.monitor import LossMonitor
 
 
@@ -105,7 +105,7 @@ def step(monitor, model, *batches):
     return monitor.check(12, nn.utils.clip_grad_norm_(model.parameters(), 0.1))
 
 
-def test_a_picture_that_spoils_the_loss_is_named_and_the_state_before_it_is_saved():
+def test_an_image_that_spoils_the_loss_is_named_and_the_state_before_it_is_saved():
     model = tiny_model().train()
     files = {41: "a/one.jpg", 7: "a/two.jpg"}
     monitor = make_monitor(model, files=files)
@@ -118,9 +118,7 @@ def test_a_picture_that_spoils_the_loss_is_named_and_the_state_before_it_is_save
         step(monitor, model, good, bad)
     text = str(raised.value)
     assert "step 12 (counted from 0): loss is nan" in text
-    assert (
-        "with the pictures of image_id 41 (a/one.jpg), 7 (a/two.jpg); the first tensor that is not finite is" in text
-    )
+    assert "with the images of image_id 41 (a/one.jpg), 7 (a/two.jpg); the first tensor that is not finite is" in text
     assert "the input pixel_values" in text
     assert "kept in a safe place" in text
     assert "image_id 3" not in text
@@ -180,12 +178,12 @@ def test_a_weight_that_is_not_finite_is_named():
 
 @pytest.mark.parametrize("overrides", [{}, {"query_selection": "pure"}, {"query_selection": "static"}])
 def test_nothing_is_named_where_nothing_is_wrong(overrides):
-    """Also where pictures are padded, whose positions outside have boxes at infinity on purpose."""
+    """Also where images are padded, whose positions outside have boxes at infinity on purpose."""
     model = tiny_model(**overrides).train()
     batch = make_batch(1, 2)
     mask = torch.ones(2, 64, 96)
     mask[1, 33:] = 0
     mask[1, :, 40:] = 0
-    assert first_not_finite(model, batch | {"pixel_mask": mask}, RandomState.now()) is None
+    assert find_first_nonfinite(model, batch | {"pixel_mask": mask}, RandomState.now()) is None
     hooks = [module._forward_hooks for module in model.modules()]
     assert not any(hooks)

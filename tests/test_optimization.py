@@ -12,19 +12,19 @@ from hf_dino.data import InputError
 from hf_dino.training.freezing import freezable_stages, freeze
 from hf_dino.training.optimization import (
     SCHEDULES,
-    checkpoint_activations,
     compile_layers,
-    drop_steps,
-    make_schedule,
-    parameter_groups,
-    set_learning_rate,
-    stopped_improving,
+    enable_gradient_checkpointing,
+    get_lr_multiplier,
+    get_milestones,
+    get_param_groups,
+    set_lr,
+    should_stop_early,
 )
 
 
 def names_by_rate(model, **factors):
     names = {parameter: name for name, parameter in model.named_parameters()}
-    groups = parameter_groups(model, 1e-3, **factors)
+    groups = get_param_groups(model, 1e-3, **factors)
     return {group["lr"]: sorted(names[parameter] for parameter in group["params"]) for group in groups}
 
 
@@ -60,13 +60,13 @@ def test_a_backbone_may_stand_still_without_being_frozen():
 
 def test_nothing_to_train_is_an_error():
     with pytest.raises(InputError, match="nothing is left to train: every parameter of the model is frozen"):
-        parameter_groups(tiny_model().requires_grad_(False), 1e-3, 0.1)
+        get_param_groups(tiny_model().requires_grad_(False), 1e-3, 0.1)
 
 
 def test_steps_fall_to_a_tenth_at_each_drop():
-    drops = drop_steps([0.5, 11], total_steps=1200, steps_per_epoch=100)
+    drops = get_milestones([0.5, 11], total_steps=1200, steps_per_epoch=100)
     assert drops == [600, 1100]
-    factor = make_schedule("step", total_steps=1200, drop_steps=drops, warmup_steps=10)
+    factor = get_lr_multiplier("step", total_steps=1200, get_milestones=drops, warmup_steps=10)
     assert [factor(step) for step in (0, 9, 10, 599, 600, 1100)] == pytest.approx([0.1, 1, 1, 1, 0.1, 0.01])
 
 
@@ -92,14 +92,14 @@ def test_schedules_are_those_of_torch(name):
     for _ in range(100):
         expected.append(optimizer.param_groups[0]["lr"])
         scheduler.step() if len(expected) < 100 else None
-    factor = make_schedule(name, total_steps=100, drop_steps=[30, 80])
+    factor = get_lr_multiplier(name, total_steps=100, get_milestones=[30, 80])
     assert [factor(step) for step in range(100)] == pytest.approx(expected, rel=1e-6, abs=1e-12)
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_every_schedule_warms_up(name):
-    cold = make_schedule(name, total_steps=50, drop_steps=[40])
-    warm = make_schedule(name, total_steps=50, drop_steps=[40], warmup_steps=4)
+    cold = get_lr_multiplier(name, total_steps=50, get_milestones=[40])
+    warm = get_lr_multiplier(name, total_steps=50, get_milestones=[40], warmup_steps=4)
     assert [warm(step) for step in range(4)] == pytest.approx([cold(step) * (step + 1) / 4 for step in range(4)])
     assert [warm(step) for step in range(4, 50)] == [cold(step) for step in range(4, 50)]
 
@@ -107,15 +107,15 @@ def test_every_schedule_warms_up(name):
 @pytest.mark.parametrize("name", SCHEDULES)
 @pytest.mark.parametrize("total_steps", [1, 2, 4, 5, 6, 10])
 def test_the_shortest_runs_have_a_rate_too(name, total_steps):
-    factor = make_schedule(name, total_steps=total_steps)
+    factor = get_lr_multiplier(name, total_steps=total_steps)
     assert all(0 < factor(step) <= 1 for step in range(total_steps))
     assert 0 <= factor(total_steps + 5) <= 1
 
 
 def test_rates_follow_the_initial_one_not_the_last():
-    optimizer = torch.optim.AdamW(parameter_groups(tiny_model(), 1e-3, 0.1))
+    optimizer = torch.optim.AdamW(get_param_groups(tiny_model(), 1e-3, 0.1))
     for _ in range(2):
-        set_learning_rate(optimizer, 0.5)
+        set_lr(optimizer, 0.5)
     assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([5e-4, 5e-5])
 
 
@@ -131,7 +131,7 @@ def test_stages_have_the_same_names_in_all_backbones(backbone):
     if backbone == "timm":
         pytest.importorskip("timm")
     config, start, stage = BACKBONES[backbone]
-    model = tiny_model(backbone_config=config, freeze_batch_norm=False)
+    model = tiny_model(backbone_config=config, freeze_backbone_batch_norms=False)
     stages = freezable_stages(model)
     assert list(stages) == ["stem", "backbone", *(f"backbone.stage{i}" for i in range(1, 5)), "encoder", "decoder"]
     first = 1 if backbone == "timm" else 0
@@ -154,8 +154,8 @@ def frozen_by(stages, **overrides):
 
 @pytest.mark.parametrize("pretrained", [True, False])
 def test_by_default_the_stem_of_a_pretrained_resnet_is_frozen(pretrained):
-    by_default = frozen_by(None, freeze_batch_norm=pretrained)
-    assert by_default == (frozen_by(["stem"], freeze_batch_norm=True) if pretrained else set())
+    by_default = frozen_by(None, freeze_backbone_batch_norms=pretrained)
+    assert by_default == (frozen_by(["stem"], freeze_backbone_batch_norms=True) if pretrained else set())
     first_layers = ("model.backbone.body.embedder.", "model.backbone.body.encoder.stages.0.")
     assert all(name.startswith(first_layers) for name in by_default) and bool(by_default) == pretrained
     assert frozen_by(None, backbone_config=TINY_SWIN) == frozen_by([]) == set()
@@ -167,12 +167,12 @@ def test_an_unknown_stage_is_an_error_that_names_those_there_are():
 
 
 def test_frozen_stages_stay_and_all_else_learns(pixel_values):
-    model = tiny_model(freeze_batch_norm=False).train()
+    model = tiny_model(freeze_backbone_batch_norms=False).train()
     stages = ["backbone.stage2", "encoder"]
     freeze(model, stages)
     model.train()
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    optimizer = torch.optim.AdamW(parameter_groups(model, 1e-2, 1.0), weight_decay=0.1)
+    optimizer = torch.optim.AdamW(get_param_groups(model, 1e-2, 1.0), weight_decay=0.1)
     for _ in range(2):
         model(pixel_values, labels=make_labels(2, 3)).loss.backward()
         optimizer.step()
@@ -183,7 +183,7 @@ def test_frozen_stages_stay_and_all_else_learns(pixel_values):
 
 
 def test_batch_norms_are_frozen_at_once_and_thaw_with_their_weights():
-    model = DinoDetrForObjectDetection(tiny_config(freeze_batch_norm=False)).train()
+    model = DinoDetrForObjectDetection(tiny_config(freeze_backbone_batch_norms=False)).train()
     norms = model.model.backbone.batch_norms()
     assert all(norm.training for norm in norms)
     freeze(model, ["backbone"])
@@ -202,7 +202,7 @@ def test_compiled_layers_learn_the_same_and_are_compiled_once(monkeypatch, check
     model, compiled = (tiny_model(label_noise_ratio=0.0, box_noise_scale=0.0).train() for _ in range(2))
     compile_layers(compiled)
     if checkpointing:
-        checkpoint_activations(compiled)
+        enable_gradient_checkpointing(compiled)
     for size, counts in (((96, 128), (2, 3)), ((128, 96), (0, 0)), ((160, 96), (4, 1))):
         pixel_values, labels = torch.randn(2, 3, *size), make_labels(*counts)
         losses = [each(pixel_values, labels=labels).loss for each in (model, compiled)]
@@ -234,4 +234,4 @@ def test_a_run_stops_when_nothing_got_better(scores, patience, stops):
     history = [{"step": 1, "loss": 1.0}]
     for score in scores:
         history += [{"step": 2, "ap": score}, {"step": 3, "loss": 1.0}]
-    assert stopped_improving(history, patience) is stops
+    assert should_stop_early(history, patience) is stops

@@ -1,6 +1,6 @@
 """Our model against figures recorded from the original code (IDEA-Research/DINO, commit faa8520) in float64.
 
-Weights, pictures and objects are made by `official_weights`. `fixtures/official_<case>.npz` holds the outputs for all
+Weights, images and objects are made by `official_weights`. `fixtures/official_<case>.npz` holds the outputs for all
 queries, of the logits every seventh class; `official_<case>.loss.json.gz` the loss terms and the gradient norm of each
 parameter that the original trains, in training mode with noise scales of 0.
 """
@@ -43,7 +43,7 @@ def convert(manifest, num_classes=None) -> DinoDetrForObjectDetection:
 def read_case(path: Path) -> tuple[dict[str, np.ndarray], torch.Tensor, torch.Tensor]:
     """Recorded arrays, pixel values and mask."""
     recorded = dict(np.load(path))
-    return recorded, *official_weights.pictures(int(recorded["seed"]), recorded["sizes"].tolist())
+    return recorded, *official_weights.images(int(recorded["seed"]), recorded["sizes"].tolist())
 
 
 def agreement(ours: torch.Tensor, theirs: np.ndarray, tolerance: float = TOLERANCE) -> float:
@@ -90,7 +90,7 @@ def test_outputs(backend, model, case):
     check_outputs(model.eval(), *read_case(FIXTURES / f"official_{case}.npz"))
 
 
-# test_kernels.py compares the gradients of all forms; a picture without objects matters to the loss alone
+# test_kernels.py compares the gradients of all forms; an image without objects matters to the loss alone
 OFTEN = (("definition", "r50_4scale"), ("avx512", "r50_4scale"), ("definition", "r50_4scale_empty"))
 LOSSES = [
     pytest.param(name, case, marks=[] if (name, case) in OFTEN else pytest.mark.slow)
@@ -127,13 +127,13 @@ def test_loss_and_gradients(backend, model, manifest, case):
 
 
 def sources(manifest, config) -> dict[str, str]:
-    """The official parameter that each of ours comes from: colour every official one and see where colours end up."""
-    colours = {official_weights.first_copy(key): float(i) for i, key in enumerate(manifest["state_dict"])}
+    """The official parameter that each of ours comes from: color every official one and see where colors end up."""
+    colors = {official_weights.first_copy(key): float(i) for i, key in enumerate(manifest["state_dict"])}
     painted = {
-        key: torch.tensor(colours[official_weights.first_copy(key)]).expand(shape)
+        key: torch.tensor(colors[official_weights.first_copy(key)]).expand(shape)
         for key, (shape, _) in manifest["state_dict"].items()
     }
-    key_of = {colour: trained_name(key) for key, colour in colours.items()}
+    key_of = {color: trained_name(key) for key, color in colors.items()}
     ours = convert_state_dict(painted, config)
     return {name: key_of[tensor.flatten()[0].item()] for name, tensor in ours.items() if "num_batches" not in name}
 

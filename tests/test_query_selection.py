@@ -3,11 +3,11 @@ import torch
 
 from conftest import tiny_config
 from hf_dino.backbone_dino_detr import DinoDetrFeatureLevels
-from hf_dino.query_selection_dino_detr import QUERY_SELECTIONS, encoder_proposals
+from hf_dino.query_selection_dino_detr import QUERY_SELECTIONS, gen_encoder_output_proposals
 
 
 def make_levels(*shapes, valid=(1.0, 1.0), batch_size=1) -> DinoDetrFeatureLevels:
-    """Levels of pictures that fill the upper left (width, height) fraction of their canvas."""
+    """Levels of images that fill the upper left (width, height) fraction of their canvas."""
     masks = []
     for height, width in shapes:
         mask = torch.zeros(batch_size, height, width, dtype=torch.bool)
@@ -23,30 +23,30 @@ def make_levels(*shapes, valid=(1.0, 1.0), batch_size=1) -> DinoDetrFeatureLevel
 
 
 def test_proposals_sit_on_their_cells_and_double_with_each_level():
-    boxes, usable = encoder_proposals(make_levels((2, 4), (1, 2)))
+    boxes, usable = gen_encoder_output_proposals(make_levels((2, 4), (1, 2)))
     torch.testing.assert_close(boxes[0, 0], torch.tensor([0.125, 0.25, 0.05, 0.05]))
     torch.testing.assert_close(boxes[0, 5], torch.tensor([0.375, 0.75, 0.05, 0.05]))  # row 1, column 1
     torch.testing.assert_close(boxes[0, 9], torch.tensor([0.75, 0.5, 0.1, 0.1]))  # level 1, column 1
     assert usable.all()
 
 
-def test_proposals_are_fractions_of_the_unpadded_picture_and_padding_is_not_used():
-    boxes, usable = encoder_proposals(make_levels((2, 4), valid=(0.5, 1.0)))
+def test_proposals_are_fractions_of_the_unpadded_image_and_padding_is_not_used():
+    boxes, usable = gen_encoder_output_proposals(make_levels((2, 4), valid=(0.5, 1.0)))
     torch.testing.assert_close(boxes[0, :2, 0], torch.tensor([0.25, 0.75]))
     assert usable[0].tolist() == [True, True, False, False] * 2
 
 
 def test_proposals_at_the_border_are_not_used():
-    """The centre of the first of 100 cells lies at 0.005, and of the last at 0.995."""
-    _, usable = encoder_proposals(make_levels((1, 100)))
+    """The center of the first of 100 cells lies at 0.005, and of the last at 0.995."""
+    _, usable = gen_encoder_output_proposals(make_levels((1, 100)))
     assert usable[0].tolist() == [False, *[True] * 98, False]
 
 
-def test_whole_cells_decide_what_is_at_the_border_in_a_padded_picture_too():
+def test_whole_cells_decide_what_is_at_the_border_in_a_padded_image_too():
     """49.5 of 50 cells is 0.99, the border itself, and must not depend on how much padding follows."""
-    alone = encoder_proposals(make_levels((1, 50)))[1][0]
+    alone = gen_encoder_output_proposals(make_levels((1, 50)))[1][0]
     for width in range(51, 90):
-        padded = encoder_proposals(make_levels((1, width), valid=(50 / width, 1.0)))[1][0]
+        padded = gen_encoder_output_proposals(make_levels((1, width), valid=(50 / width, 1.0)))[1][0]
         assert torch.equal(padded[:50], alone)
 
 
@@ -65,17 +65,17 @@ def test_the_tokens_with_the_best_class_are_chosen_and_their_boxes_refined(strat
     queries = selection(memory, levels)
     tokens = selection.enc_output_norm(selection.enc_output(memory))
     scores = selection.class_embed(tokens)
-    proposals, _ = encoder_proposals(levels)
-    for picture in range(2):
-        order = scores[picture].amax(-1).argsort(descending=True)[:6]
-        torch.testing.assert_close(queries.enc_outputs_class[picture], scores[picture][order])
-        moved = selection.bbox_embed(tokens[picture][order]) + torch.logit(proposals[picture][order])
-        torch.testing.assert_close(queries.enc_outputs_coord_logits[picture], moved)
-        torch.testing.assert_close(queries.reference_points[picture], moved.sigmoid())
+    proposals, _ = gen_encoder_output_proposals(levels)
+    for image in range(2):
+        order = scores[image].amax(-1).argsort(descending=True)[:6]
+        torch.testing.assert_close(queries.enc_outputs_class[image], scores[image][order])
+        moved = selection.bbox_embed(tokens[image][order]) + torch.logit(proposals[image][order])
+        torch.testing.assert_close(queries.enc_outputs_coord_logits[image], moved)
+        torch.testing.assert_close(queries.reference_points[image], moved.sigmoid())
         if strategy == "pure":
-            torch.testing.assert_close(queries.inputs_embeds[picture], tokens[picture][order])
+            torch.testing.assert_close(queries.inputs_embeds[image], tokens[image][order])
         else:
-            torch.testing.assert_close(queries.inputs_embeds[picture], selection.content_queries.weight)
+            torch.testing.assert_close(queries.inputs_embeds[image], selection.content_queries.weight)
 
 
 @pytest.mark.parametrize("strategy", ["mixed", "pure"])
@@ -89,7 +89,7 @@ def test_queries_made_of_tokens_do_not_train_them_but_the_encoder_outputs_do(str
     assert gradient.abs().sum() > 0
 
 
-def test_static_queries_are_learned_and_the_same_for_every_picture():
+def test_static_queries_are_learned_and_the_same_for_every_image():
     selection, memory, levels = make_selection("static")
     queries = selection(memory, levels)
     assert queries.enc_outputs_class is None and queries.enc_outputs_coord_logits is None
@@ -101,7 +101,7 @@ def test_static_queries_are_learned_and_the_same_for_every_picture():
 
 def test_too_few_positions_are_an_error_that_says_what_to_do():
     selection, memory, levels = make_selection("mixed", num_queries=17)
-    with pytest.raises(ValueError, match=r"16 feature positions, too few to choose num_queries=17 .* larger pictures"):
+    with pytest.raises(ValueError, match=r"16 feature positions, too few to choose num_queries=17 .* larger images"):
         selection(memory, levels)
 
 

@@ -25,11 +25,11 @@ def blocks(language: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def readers_folder(tmp_path_factory) -> Path:
-    """What the reader has: a converted model and a picture."""
+    """What the reader has: a converted model and an image."""
     folder = tmp_path_factory.mktemp("reader")
     tiny_model().save_pretrained(folder / "dino-4scale-r50")
     DinoDetrImageProcessor(size={"shortest_edge": 96, "longest_edge": 160}).save_pretrained(folder / "dino-4scale-r50")
-    Image.new("RGB", (160, 120), "teal").save(folder / "picture.jpg")
+    Image.new("RGB", (160, 120), "teal").save(folder / "image.jpg")
     return folder
 
 

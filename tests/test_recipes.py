@@ -9,7 +9,7 @@ import pytest
 from hf_dino import DinoDetrConfig
 from hf_dino.arguments import at_least, config_field, number_between
 from hf_dino.data import AUGMENTATIONS, InputError
-from hf_dino.training.recipe import apply_recipe
+from hf_dino.training.recipe import parse_args_with_recipe
 
 
 RECIPES = Path(__file__).parents[1] / "examples" / "recipes"
@@ -46,12 +46,12 @@ def make_parser():
 def parse(tmp_path, recipe, *words):
     file = tmp_path / "recipe.yaml"
     file.write_text(recipe)
-    return apply_recipe(make_parser(), ["--output", "out", "--recipe", str(file), *words])
+    return parse_args_with_recipe(make_parser(), ["--output", "out", "--recipe", str(file), *words])
 
 
 def test_without_a_recipe_it_is_parse_args():
     words = ["--output", "out", "--epochs", "3"]
-    assert apply_recipe(make_parser(), words) == make_parser().parse_args(words)
+    assert parse_args_with_recipe(make_parser(), words) == make_parser().parse_args(words)
 
 
 def test_recipe_lies_between_defaults_and_command_line(tmp_path):
@@ -141,7 +141,7 @@ def test_an_error_names_the_file_and_what_to_do(tmp_path, recipe):
 
 def test_a_recipe_that_is_not_there():
     with pytest.raises(InputError, match=r"nowhere\.yaml: there is no such file"):
-        apply_recipe(make_parser(), ["--recipe", "nowhere.yaml"])
+        parse_args_with_recipe(make_parser(), ["--recipe", "nowhere.yaml"])
 
 
 def test_errors_of_the_command_line_stay_argparses(tmp_path, capsys):
@@ -149,7 +149,7 @@ def test_errors_of_the_command_line_stay_argparses(tmp_path, capsys):
         parse(tmp_path, "epochs: 3", "--epochs", "0")
     assert "finetune: error: argument --epochs: must be at least 1" in capsys.readouterr().err
     with pytest.raises(SystemExit):
-        apply_recipe(make_parser(), ["--recipe"])
+        parse_args_with_recipe(make_parser(), ["--recipe"])
 
 
 def parse_finetune(*words):

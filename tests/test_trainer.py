@@ -14,8 +14,8 @@ from hf_dino import DinoDetrForObjectDetection, DinoDetrImageProcessor
 CATEGORY_TO_LABEL = {1: 0, 5: 1, 90: 2}
 
 
-class Pictures(Dataset):
-    """Eight pictures of different sizes with 0 to 3 objects, as COCO describes them."""
+class Images(Dataset):
+    """Eight images of different sizes with 0 to 3 objects, as COCO describes them."""
 
     def __init__(self):
         rng = np.random.default_rng(0)
@@ -61,7 +61,7 @@ def make_trainer(model, folder, **settings):
         disable_tqdm=True,
         **settings,
     )
-    return Trainer(model, arguments, data_collator=collate, train_dataset=Pictures(), eval_dataset=Pictures())
+    return Trainer(model, arguments, data_collator=collate, train_dataset=Images(), eval_dataset=Images())
 
 
 class StopAfter(TrainerCallback):
@@ -77,7 +77,7 @@ class StopAfter(TrainerCallback):
 @pytest.mark.parametrize("backbone_config", [TINY_RESNET, TINY_SWIN], ids=["resnet", "swin"])
 def test_a_resumed_training_ends_where_an_uninterrupted_one_does(backbone_config, tmp_path):
     def fresh(seed=0):
-        return tiny_model(seed, freeze_batch_norm=False, backbone_config=backbone_config)
+        return tiny_model(seed, freeze_backbone_batch_norms=False, backbone_config=backbone_config)
 
     uninterrupted = make_trainer(fresh(), tmp_path / "uninterrupted")
     result = uninterrupted.train()
@@ -113,7 +113,7 @@ def test_the_best_checkpoint_comes_back_whole(tmp_path):
 
 def test_evaluation_gathers_the_loss_terms_the_logits_and_the_boxes_and_no_more(tmp_path):
     trainer = make_trainer(tiny_model(), tmp_path)
-    output = trainer.predict(Pictures())
+    output = trainer.predict(Images())
     assert np.isfinite(output.metrics["test_loss"])
     assert len(output.predictions) == len(output.label_ids) == 2
     for loss_dict, logits, pred_boxes in output.predictions:  # per batch: what the example's metrics unpack

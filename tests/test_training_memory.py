@@ -10,7 +10,7 @@ from conftest import tiny_config
 
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
-TOKENS = 16 * 16 + 8 * 8 + 4 * 4  # of a tiny model's levels, for a picture of 256 x 256
+TOKENS = 16 * 16 + 8 * 8 + 4 * 4  # of a tiny model's levels, for an image of 256 x 256
 FFN_DIM, D_MODEL, LAYERS = 2**17, 32, 2  # so wide that hardly anything else counts
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="asks Linux for the memory of a process")

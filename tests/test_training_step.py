@@ -60,7 +60,7 @@ def test_the_step_in_two_backward_passes_has_the_gradients_of_one(benchmark, pix
 
 
 def test_the_matcher_and_the_losses_read_from_the_device_once(benchmark, pixel_values):
-    """Whatever the number of layers and pictures; before it, the labels' check reads one flag."""
+    """Whatever the number of layers and images; before it, the labels' check reads one flag."""
     for counts, layers in (((3, 1), 3), ((2, 0), 2), ((0, 0), 3)):
         model, watch = tiny_model(decoder_layers=layers).train(), benchmark.Stopwatch()
         model.loss_function = benchmark.timed(watch, "losses", model.loss_function)
@@ -88,7 +88,7 @@ def test_a_small_run_says_it_all(benchmark, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_DINO_KERNELS", "off")  # the definition would do here
     benchmark.main(["--height=96", "--width=128", "--rounds=1", "--loader-steps=3"])
     result = json.loads((tmp_path / "training_step.json").read_text())
-    assert result["pictures_per_second"] == {"hf_dino": 4.0, "hf_dino_definition": 4.0, "transformers": 4.0}
+    assert result["samples_per_second"] == {"hf_dino": 4.0, "hf_dino_definition": 4.0, "transformers": 4.0}
     parts = result["parts_of_hf_dino"]
     assert {"forward, backbone", "forward, decoder", "matcher", "losses", "backward", "optimizer"} <= parts[
         "percent"

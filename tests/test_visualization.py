@@ -1,4 +1,4 @@
-"""Pictures for people: what is drawn where, at any size and in any mode."""
+"""Images for people: what is drawn where, at any size and in any mode."""
 
 import sys
 
@@ -9,11 +9,11 @@ from PIL import Image
 
 from hf_dino.data import InputError
 from hf_dino.visualization import (
-    check_can_draw,
+    check_drawing_dependencies,
     draw_detections,
+    hstack_images,
     plot_training_curves,
-    save_picture,
-    side_by_side,
+    save_image,
 )
 
 
@@ -21,31 +21,31 @@ pytest.importorskip("supervision")
 pytest.importorskip("matplotlib")
 
 
-def changed(picture: Image.Image, drawn: Image.Image) -> np.ndarray:
+def changed(image: Image.Image, drawn: Image.Image) -> np.ndarray:
     """Which pixels differ, `(height, width)`."""
-    return (np.asarray(picture.convert("RGB"), int) != np.asarray(drawn, int)).any(axis=-1)
+    return (np.asarray(image.convert("RGB"), int) != np.asarray(drawn, int)).any(axis=-1)
 
 
 def test_box_is_drawn_at_its_corners():
-    picture = Image.new("RGB", (640, 480), "white")
-    drawn = draw_detections(picture, torch.tensor([[100.0, 200.0, 300.0, 400.0]]), ["cat"], torch.tensor([0.5]))
-    mask = changed(picture, drawn)
+    image = Image.new("RGB", (640, 480), "white")
+    drawn = draw_detections(image, torch.tensor([[100.0, 200.0, 300.0, 400.0]]), ["cat"], torch.tensor([0.5]))
+    mask = changed(image, drawn)
     assert mask[300, 100]
     assert mask[300, 300]
     assert mask[200, 290]
     assert mask[400, 200]
     assert not mask[300, 200]
     assert not mask[450:].any()
-    assert not changed(picture, Image.new("RGB", (640, 480), "white")).any()  # the picture itself is as it was
+    assert not changed(image, Image.new("RGB", (640, 480), "white")).any()  # the image itself is as it was
 
 
 @pytest.mark.parametrize("size", [(40, 30), (160, 160), (640, 480), (3000, 200)])
-def test_name_takes_a_legible_share_of_any_picture(size):
-    picture = Image.new("RGB", size, "white")
-    drawn = draw_detections(picture, [[size[0] // 4, size[1] // 2, size[0] // 2, size[1] - 2]], ["zebra"], [0.9])
+def test_name_takes_a_legible_share_of_any_image(size):
+    image = Image.new("RGB", size, "white")
+    drawn = draw_detections(image, [[size[0] // 4, size[1] // 2, size[0] // 2, size[1] - 2]], ["zebra"], [0.9])
     assert max(drawn.size) >= 480
     assert drawn.width * size[1] == drawn.height * size[0]
-    assert changed(picture.resize(drawn.size), drawn).any(axis=1).sum() >= 12
+    assert changed(image.resize(drawn.size), drawn).any(axis=1).sum() >= 12
 
 
 @pytest.mark.parametrize("mode", ["L", "P", "CMYK", "RGBA", "1"])
@@ -56,20 +56,20 @@ def test_every_mode_can_be_drawn_into(mode):
 
 @pytest.mark.parametrize("boxes", [[], torch.zeros(0, 4), np.zeros((0, 4))])
 def test_nothing_found_is_drawn_as_it_is(boxes):
-    picture = Image.new("RGB", (500, 400), "red")
-    assert not changed(picture, draw_detections(picture, boxes, [], [])).any()
+    image = Image.new("RGB", (500, 400), "red")
+    assert not changed(image, draw_detections(image, boxes, [], [])).any()
 
 
-def test_name_has_one_colour_in_all_pictures():
-    picture = Image.new("RGB", (500, 400), "white")
-    first = draw_detections(picture, [[100, 200, 200, 300]], ["cat"])
-    second = draw_detections(picture, [[300, 100, 400, 150], [100, 200, 200, 300]], ["dog", "cat"])
+def test_name_has_one_color_in_all_images():
+    image = Image.new("RGB", (500, 400), "white")
+    first = draw_detections(image, [[100, 200, 200, 300]], ["cat"])
+    second = draw_detections(image, [[300, 100, 400, 150], [100, 200, 200, 300]], ["dog", "cat"])
     assert first.getpixel((100, 280)) == second.getpixel((100, 280)) != second.getpixel((300, 140))
 
 
 def test_names_may_be_of_other_scripts():
-    picture = Image.new("RGB", (500, 400), "white")
-    one, other = (draw_detections(picture, [[100, 200, 300, 300]], [name]) for name in ("кот", "пёс"))
+    image = Image.new("RGB", (500, 400), "white")
+    one, other = (draw_detections(image, [[100, 200, 300, 300]], [name]) for name in ("кот", "пёс"))
     assert changed(one, other).any()
 
 
@@ -84,7 +84,7 @@ def test_absent_libraries_are_a_clear_error(monkeypatch, tmp_path, module):
     monkeypatch.setitem(sys.modules, module, None)
     message = rf"needs {module}: pip install 'hf-dino\[train\]'"
     with pytest.raises(ImportError, match=message):
-        check_can_draw()
+        check_drawing_dependencies()
     with pytest.raises(ImportError, match=message):
         draw_detections(Image.new("RGB", (64, 64)), [[0, 0, 9, 9]], ["cat"])
     if module == "matplotlib":
@@ -93,25 +93,25 @@ def test_absent_libraries_are_a_clear_error(monkeypatch, tmp_path, module):
 
 
 @pytest.mark.parametrize("suffix", [".fits", ".cur", ".mpg", ".psd", ".xbm", ".xyz", ""])
-def test_kinds_of_pictures_that_cannot_be_written(tmp_path, suffix):
-    with pytest.raises(InputError, match=f"pictures of kind '{suffix}' cannot be written; use .png or .jpg"):
-        check_can_draw(tmp_path / "a.png", tmp_path / f"a{suffix}")
+def test_kinds_of_images_that_cannot_be_written(tmp_path, suffix):
+    with pytest.raises(InputError, match=f"images of kind '{suffix}' cannot be written; use .png or .jpg"):
+        check_drawing_dependencies(tmp_path / "a.png", tmp_path / f"a{suffix}")
 
 
-def test_a_picture_is_written_whole_or_not_at_all(tmp_path):
+def test_an_image_is_written_whole_or_not_at_all(tmp_path):
     for name in ("a.png", "a.JPG"):
-        check_can_draw(tmp_path / name)
-        save_picture(Image.new("RGB", (20, 30)), tmp_path / name)
+        check_drawing_dependencies(tmp_path / name)
+        save_image(Image.new("RGB", (20, 30)), tmp_path / name)
         assert Image.open(tmp_path / name).size == (20, 30)
     with pytest.raises(OSError, match="cannot write mode"):
-        save_picture(Image.new("CMYK", (2, 2)), tmp_path / "a.png")
+        save_image(Image.new("CMYK", (2, 2)), tmp_path / "a.png")
     assert Image.open(tmp_path / "a.png").size == (20, 30)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.JPG", "a.png"]
 
 
-def test_side_by_side_shows_both_pictures_at_one_height():
+def test_side_by_side_shows_both_images_at_one_height():
     left, right = Image.new("RGB", (300, 200), "red"), Image.new("L", (50, 100), 0)
-    sheet = side_by_side(left, right, ("truth", "predicted"))
+    sheet = hstack_images(left, right, ("truth", "predicted"))
     pixels = np.asarray(sheet)
     assert (pixels == [255, 0, 0]).all(axis=-1).sum() == 300 * 200
     assert ((pixels == 0).all(axis=-1).any(axis=1)).sum() >= 200
@@ -119,8 +119,8 @@ def test_side_by_side_shows_both_pictures_at_one_height():
 
 
 def test_long_caption_is_not_cut():
-    picture = Image.new("RGB", (60, 60), "red")
-    assert side_by_side(picture, picture, ("a caption much wider than its picture", "b")).width > 300
+    image = Image.new("RGB", (60, 60), "red")
+    assert hstack_images(image, image, ("a caption much wider than its image", "b")).width > 300
 
 
 HISTORY = [

@@ -109,7 +109,7 @@ def check_config_field(name: str) -> None:
 
 
 def parse_size(words: Sequence[str]) -> dict[str, int]:
-    """Read the size that an image processor is to give to pictures.
+    """Read the size that an image processor is to give to images.
 
     Args:
         words (`Sequence[str]`): The words of `--image-size`, in pixels: shortest edge and longest edge, or the

@@ -1,4 +1,4 @@
-"""From pictures to feature levels: backbone, neck, masks, position embeddings and valid ratios.
+"""From images to feature levels: backbone, neck, masks, position embeddings and valid ratios.
 
 Paper: Deformable DETR, https://arxiv.org/abs/2010.04159, appendix A.2; DINO, https://arxiv.org/abs/2203.03605, A.1.
 """
@@ -21,14 +21,14 @@ from .initialization_dino_detr import init_as
 @dataclass
 class DinoDetrFeatureLevels(ModelOutput):
     r"""
-    Everything the transformer knows about a batch of pictures. Each level is flattened row by row and the levels are
+    Everything the transformer knows about a batch of images. Each level is flattened row by row and the levels are
     joined from fine to coarse, so `sequence_length == sum(height * width)`.
 
     Args:
         features (`torch.Tensor` of shape `(batch_size, sequence_length, d_model)`): Projected feature maps.
         position_embeddings (`torch.Tensor` of shape `(batch_size, sequence_length, d_model)`):
-            Where in its picture and on which level a position lies.
-        mask (`torch.Tensor` of shape `(batch_size, sequence_length)` and dtype bool): `True` is picture.
+            Where in its image and on which level a position lies.
+        mask (`torch.Tensor` of shape `(batch_size, sequence_length)` and dtype bool): `True` is image.
         valid_ratios (`torch.Tensor` of shape `(batch_size, num_feature_levels, 2)`):
             Unpadded fraction of each map, (width, height).
         spatial_shapes (`torch.Tensor` of shape `(num_feature_levels, 2)` and dtype int64): (height, width) in cells.
@@ -55,7 +55,7 @@ class DinoDetrBackbone(nn.Module):
         self.config = config
         self.gradient_checkpointing = False  # switched by `gradient_checkpointing_enable`
         body_config: Any = config.backbone_config
-        body_config._attn_implementation = backbone_attention(body_config, body_config._attn_implementation)
+        body_config._attn_implementation = backbone_attn_implementation(body_config, body_config._attn_implementation)
         self.body = AutoBackbone.from_config(body_config)
         self.channels_last = _gives_channels_last(self.body)
         _freeze_unused_norm(self.body)
@@ -71,7 +71,7 @@ class DinoDetrBackbone(nn.Module):
         self.level_embed = nn.Parameter(torch.empty(config.num_feature_levels, config.d_model))
         init_as("level_embedding", self)
 
-        if config.freeze_batch_norm:
+        if config.freeze_backbone_batch_norms:
             for norm in self.batch_norms():
                 norm.eval().requires_grad_(False)
 
@@ -82,19 +82,19 @@ class DinoDetrBackbone(nn.Module):
         """As `nn.Module.train`, but frozen batch norms stay in evaluation mode."""
         super().train(mode)
         for norm in self.batch_norms():
-            if self.config.freeze_batch_norm or not norm.weight.requires_grad:
+            if self.config.freeze_backbone_batch_norms or not norm.weight.requires_grad:
                 norm.eval()
         return self
 
     def forward(self, pixel_values: torch.Tensor, pixel_mask: torch.Tensor) -> DinoDetrFeatureLevels:
         """
         Args:
-            pixel_values (`torch.Tensor` of shape `(batch_size, 3, height, width)`): Normalised, padded pictures.
-            pixel_mask (`torch.Tensor` of shape `(batch_size, height, width)`): 1 is picture, 0 is padding.
+            pixel_values (`torch.Tensor` of shape `(batch_size, 3, height, width)`): Normalized, padded images.
+            pixel_mask (`torch.Tensor` of shape `(batch_size, height, width)`): 1 is image, 0 is padding.
         """
         maps = self.project(self.read_body(pixel_values))
         masks = [_resize_mask(pixel_mask, level.shape[-2:]) for level in maps]
-        positions = [self.embed_positions(mask) + embed for mask, embed in zip(masks, self.level_embed)]
+        positions = [self.sine_position_embedding(mask) + embed for mask, embed in zip(masks, self.level_embed)]
 
         spatial_shapes_list = [(level.shape[-2], level.shape[-1]) for level in maps]
         spatial_shapes = torch.tensor(spatial_shapes_list).to(pixel_values.device, non_blocking=True)
@@ -132,29 +132,29 @@ class DinoDetrBackbone(nn.Module):
             levels.append(source)
         return levels
 
-    def embed_positions(self, mask: torch.Tensor) -> torch.Tensor:
+    def sine_position_embedding(self, mask: torch.Tensor) -> torch.Tensor:
         """Sines and cosines of where a cell lies between the first and the last unpadded cell of its column and row.
 
         Args:
-            mask (`torch.Tensor` of shape `(batch_size, height, width)` and dtype bool): `True` is picture.
+            mask (`torch.Tensor` of shape `(batch_size, height, width)` and dtype bool): `True` is image.
 
         Returns:
             `torch.Tensor` of shape `(batch_size, height, width, d_model)`, float32; y in the first half, then x.
         """
         config = self.config
         width = config.d_model // 2
-        wavelengths = sine_wavelengths(width, config.position_embedding_temperature, mask.device)
+        wavelengths = sine_wavelengths(width, config.positional_encoding_temperature, mask.device)
         halves = []
         for axis in (1, 2):
             index = mask.cumsum(axis, dtype=torch.float32)  # 1, 2, 3, ... In 16 bits it would stop counting at 2048.
             last = index.narrow(axis, index.shape[axis] - 1, 1)
-            fraction = (index + config.position_embedding_offset) / (last + 1e-6)
+            fraction = (index + config.positional_encoding_offset) / (last + 1e-6)
             angle = 2 * math.pi * fraction[..., None] / wavelengths
             halves.append(torch.stack([angle[..., 0::2].sin(), angle[..., 1::2].cos()], dim=-1).flatten(-2))
         return torch.cat(halves, dim=-1)
 
 
-def backbone_attention(config: PreTrainedConfig, requested: str | None) -> str | None:
+def backbone_attn_implementation(config: PreTrainedConfig, requested: str | None) -> str | None:
     """The attention that a backbone is to use when the model is told to use `requested`.
 
     Backbones without attention, such as ResNet, refuse `"sdpa"`; they need not hear of it.
@@ -163,13 +163,13 @@ def backbone_attention(config: PreTrainedConfig, requested: str | None) -> str |
     return "eager" if requested == "sdpa" and not has_attention else requested
 
 
-def cell_centres(height: int, width: int, device: torch.device) -> torch.Tensor:
-    """Centres of the cells of a map, row by row: `(height * width, 2)`, (x, y) in cells.
+def cell_centers(height: int, width: int, device: torch.device) -> torch.Tensor:
+    """Centers of the cells of a map, row by row: `(height * width, 2)`, (x, y) in cells.
 
     Example:
 
     ```python
-    >>> cell_centres(1, 2, torch.device("cpu")).tolist()
+    >>> cell_centers(1, 2, torch.device("cpu")).tolist()
     [[0.5, 0.5], [1.5, 0.5]]
 
     ```
@@ -189,7 +189,7 @@ def _resize_mask(pixel_mask: torch.Tensor, size: torch.Size) -> torch.Tensor:
 
 
 def _valid_ratio(mask: torch.Tensor) -> torch.Tensor:
-    """Unpadded (width, height) of a map as fractions, `(batch_size, 2)`; pictures lie in the upper left corner."""
+    """Unpadded (width, height) of a map as fractions, `(batch_size, 2)`; images lie in the upper left corner."""
     return torch.stack([mask[:, 0, :].float().mean(dim=1), mask[:, :, 0].float().mean(dim=1)], dim=-1)
 
 

@@ -14,7 +14,7 @@ from .initialization_dino_detr import init_as
 # Of the decoder's boxes; the temperature of feature positions is a field of the config.
 BOX_TEMPERATURE = 10000  # IDEA-Research/DINO, models/dino/utils.py, gen_sineembed_for_position
 
-# The original's bound, not transformers' 1e-5: boxes at the border of the picture depend on it
+# The original's bound, not transformers' 1e-5: boxes at the border of the image depend on it
 # (IDEA-Research/DINO, util/misc.py:575).
 INVERSE_SIGMOID_EPSILON = 1e-3
 
@@ -78,7 +78,7 @@ def sine_box_embedding(boxes: torch.Tensor, width: int) -> torch.Tensor:
     """Embed each of a box's four numbers in sines and cosines (DAB-DETR, https://arxiv.org/abs/2201.12329, eq. 6).
 
     Args:
-        boxes (`torch.Tensor` of shape `(..., 4)`): Centre x, centre y, width, height; fractions.
+        boxes (`torch.Tensor` of shape `(..., 4)`): Center x, center y, width, height; fractions.
         width (`int`): Numbers per coordinate; even.
 
     Returns:
@@ -89,8 +89,8 @@ def sine_box_embedding(boxes: torch.Tensor, width: int) -> torch.Tensor:
     return torch.stack([angle[..., 0::2].sin(), angle[..., 1::2].cos()], dim=-1).flatten(-3)
 
 
-class DinoDetrPerceptron(nn.Module):
-    """Linear layers with ReLU between them; `rule` is how all but the last are initialised, `last_rule` the last."""
+class DinoDetrMLPPredictionHead(nn.Module):
+    """Linear layers with ReLU between them; `rule` is how all but the last are initialized, `last_rule` the last."""
 
     def __init__(self, widths: list[int], *, rule: str, last_rule: str):
         super().__init__()
@@ -106,11 +106,11 @@ class DinoDetrPerceptron(nn.Module):
         return self.layers[-1](hidden_states)
 
 
-def box_head(d_model: int) -> DinoDetrPerceptron:
+def make_bbox_head(d_model: int) -> DinoDetrMLPPredictionHead:
     """A head from a query to the change of its box's four logits; a fresh one changes nothing."""
-    return DinoDetrPerceptron([d_model, d_model, d_model, 4], rule="default", last_rule="zeros")
+    return DinoDetrMLPPredictionHead([d_model, d_model, d_model, 4], rule="default", last_rule="zeros")
 
 
-def class_head(d_model: int, num_labels: int) -> nn.Linear:
+def make_class_head(d_model: int, num_labels: int) -> nn.Linear:
     """A head from a query to one logit per class; a fresh one finds everything improbable."""
     return init_as("class_prior", nn.Linear(d_model, num_labels))

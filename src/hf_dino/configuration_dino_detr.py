@@ -36,7 +36,7 @@ class DinoDetrConfig(PreTrainedConfig):
             Any backbone of transformers' `AutoBackbone` (ResNet, Swin, ConvNeXt, ...), whose `out_features` give the
             finest feature levels. A string is the name of a timm model, read at its last stages. `None` is a
             ResNet-50.
-        freeze_batch_norm (`bool`, *optional*, defaults to `True`):
+        freeze_backbone_batch_norms (`bool`, *optional*, defaults to `True`):
             Keep the statistics and the affine parameters of the backbone's batch norms as loaded. Right for a
             pre-trained backbone and small batches; switch it off to train from scratch.
         num_feature_levels (`int`, *optional*, defaults to 4):
@@ -53,13 +53,13 @@ class DinoDetrConfig(PreTrainedConfig):
         decoder_attention_heads (`int`, *optional*, defaults to 8): Heads of both attentions of the decoder.
         decoder_n_points (`int`, *optional*, defaults to 4): Sampling points per head and level in the decoder.
         num_queries (`int`, *optional*, defaults to 900):
-            Object queries, i.e. the most objects that can be found in one picture.
+            Object queries, i.e. the most objects that can be found in one image.
         activation_function (`str`, *optional*, defaults to `"relu"`): Activation inside the feed-forward blocks.
         dropout (`float`, *optional*, defaults to 0.0): Dropout everywhere in the transformer. DINO uses none.
-        position_embedding_temperature (`float`, *optional*, defaults to 20):
+        positional_encoding_temperature (`float`, *optional*, defaults to 20):
             Temperature of the sine embedding of feature positions. detrex's checkpoints were trained with 10000.
-        position_embedding_offset (`float`, *optional*, defaults to 0.0):
-            Added to the cell index (which counts from 1) before it is normalised; detrex uses -0.5.
+        positional_encoding_offset (`float`, *optional*, defaults to 0.0):
+            Added to the cell index (which counts from 1) before it is normalized; detrex uses -0.5.
         share_decoder_heads (`bool`, *optional*, defaults to `True`):
             One class head and one box head for all decoder layers. `False` gives each layer its own, as in detrex's
             and mmdetection's checkpoints.
@@ -74,8 +74,8 @@ class DinoDetrConfig(PreTrainedConfig):
             `"look_forward_twice"` (DINO: a layer's box loss also reaches the layer before) or `"look_forward_once"`
             (Deformable DETR).
         num_denoising (`int`, *optional*, defaults to 100):
-            Noisy copies of objects per picture (pairs of a positive and a negative one if `"contrastive"`). Shared
-            out in groups that each hold every object of the fullest picture, and an upper bound: of a picture with
+            Noisy copies of objects per image (pairs of a positive and a negative one if `"contrastive"`). Shared
+            out in groups that each hold every object of the fullest image, and an upper bound: of an image with
             more objects than that, a random choice of `num_denoising` is denoised in each step.
         label_noise_ratio (`float`, *optional*, defaults to 0.5):
             How much the classes of denoising queries are noised, in [0, 1]. `"plain"` draws a new class with this
@@ -85,14 +85,14 @@ class DinoDetrConfig(PreTrainedConfig):
         auxiliary_loss (`bool`, *optional*, defaults to `True`): Supervise every decoder layer, not only the last.
         class_cost (`float`, *optional*, defaults to 2.0): Weight of the focal cost in the matching.
         bbox_cost (`float`, *optional*, defaults to 5.0): Weight of the L1 box cost in the matching.
-        giou_cost (`float`, *optional*, defaults to 2.0): Weight of the generalised-IoU cost in the matching.
-        class_loss_coefficient (`float`, *optional*, defaults to 1.0): Weight of the focal loss.
+        giou_cost (`float`, *optional*, defaults to 2.0): Weight of the generalized-IoU cost in the matching.
+        cls_loss_coefficient (`float`, *optional*, defaults to 1.0): Weight of the focal loss.
         bbox_loss_coefficient (`float`, *optional*, defaults to 5.0): Weight of the L1 box loss.
-        giou_loss_coefficient (`float`, *optional*, defaults to 2.0): Weight of the generalised-IoU loss.
+        giou_loss_coefficient (`float`, *optional*, defaults to 2.0): Weight of the generalized-IoU loss.
         focal_alpha (`float`, *optional*, defaults to 0.25): α of the focal loss and of the matching's focal cost.
         focal_gamma (`float`, *optional*, defaults to 2.0): γ of the focal loss and of the matching's focal cost.
         num_select (`int`, *optional*, defaults to 300):
-            Detections kept per picture in evaluation: the `top_k` that the examples hand to
+            Detections kept per image in evaluation: the `top_k` that the examples hand to
             [`~DinoDetrImageProcessor.post_process_object_detection`].
         id2label (`dict[int, str]`, *optional*):
             Names of the classes, labels 0, 1, 2, ...; their number is `num_labels`. `label2id` follows it.
@@ -131,7 +131,7 @@ class DinoDetrConfig(PreTrainedConfig):
     ]
 
     backbone_config: dict | PreTrainedConfig | str | None = None
-    freeze_batch_norm: bool = True
+    freeze_backbone_batch_norms: bool = True
     num_feature_levels: int = 4
     d_model: int = 256
     encoder_layers: int = 6
@@ -145,8 +145,8 @@ class DinoDetrConfig(PreTrainedConfig):
     num_queries: int = 900
     activation_function: str = "relu"
     dropout: float | int = 0.0
-    position_embedding_temperature: float | int = 20
-    position_embedding_offset: float | int = 0.0
+    positional_encoding_temperature: float | int = 20
+    positional_encoding_offset: float | int = 0.0
     share_decoder_heads: bool = True
     denoising: str = "contrastive"
     query_selection: str = "mixed"
@@ -158,7 +158,7 @@ class DinoDetrConfig(PreTrainedConfig):
     class_cost: float | int = 2.0
     bbox_cost: float | int = 5.0
     giou_cost: float | int = 2.0
-    class_loss_coefficient: float | int = 1.0
+    cls_loss_coefficient: float | int = 1.0
     bbox_loss_coefficient: float | int = 5.0
     giou_loss_coefficient: float | int = 2.0
     focal_alpha: float | int = 0.25
@@ -168,7 +168,7 @@ class DinoDetrConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs: Any) -> None:
         self.backbone_config = resolve_backbone_config(self.backbone_config, self.num_feature_levels)
         super().__post_init__(**kwargs)
-        self.label2id = labels_by_name(self.id2label)
+        self.label2id = make_label2id(self.id2label)
         self.validate_architecture()  # `@strict` would do it, but wrap the error in one of its own
 
     def validate_architecture(self) -> None:
@@ -214,7 +214,7 @@ class DinoDetrConfig(PreTrainedConfig):
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
         """As in transformers, but `label2id` follows an `id2label` that is given to `from_pretrained`."""
         if kwargs.get("id2label") is not None:
-            kwargs["label2id"] = labels_by_name(kwargs["id2label"])
+            kwargs["label2id"] = make_label2id(kwargs["id2label"])
         return super().from_dict(config_dict, **kwargs)
 
     @property
@@ -224,7 +224,7 @@ class DinoDetrConfig(PreTrainedConfig):
         return len(getattr(backbone, "out_indices", None) or getattr(backbone, "out_features", None) or [-1])
 
 
-def labels_by_name(id2label: dict[int, str]) -> dict[str, int]:
+def make_label2id(id2label: dict[int, str]) -> dict[str, int]:
     """`label2id`, which always follows `id2label`. Unused labels share a name and are not in it."""
     return {name: label for label, name in id2label.items() if name != UNUSED_LABEL}
 
@@ -259,7 +259,7 @@ def resolve_backbone_config(backbone_config: Any, num_feature_levels: int) -> Pr
 
 _MANY = float("inf")
 _RANGES = (
-    ("num_feature_levels", 1, 5),  # a proposal of level 5 would be 1.6 times the picture: never valid
+    ("num_feature_levels", 1, 5),  # a proposal of level 5 would be 1.6 times the image: never valid
     *((f"{part}_{count}", 1, _MANY) for part in ("encoder", "decoder") for count in ("ffn_dim", "n_points")),
     *((f"{part}_attention_heads", 1, _MANY) for part in ("encoder", "decoder")),
     ("encoder_layers", 1, _MANY),
@@ -271,7 +271,7 @@ _RANGES = (
     ("dropout", 0, 1),
     ("label_noise_ratio", 0, 1),
     ("focal_alpha", 0, 1),
-    ("position_embedding_temperature", 1e-6, _MANY),
+    ("positional_encoding_temperature", 1e-6, _MANY),
     *(
         (field, 0, _MANY)
         for field in (
@@ -280,7 +280,7 @@ _RANGES = (
             "class_cost",
             "bbox_cost",
             "giou_cost",
-            "class_loss_coefficient",
+            "cls_loss_coefficient",
             "bbox_loss_coefficient",
             "giou_loss_coefficient",
         )

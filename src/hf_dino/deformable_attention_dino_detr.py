@@ -44,7 +44,7 @@ def multi_scale_deformable_attention(
             `(height, width)` of each level, in feature-map cells.
         sampling_locations (`torch.Tensor` of shape `(batch_size, num_queries, num_heads, num_levels, num_points, 2)`):
             `(x, y)` as fractions of the padded map: `(0, 0)` is its top-left corner and `(1, 1)` its bottom-right
-            corner, so the centre of cell `(row, column)` is `((column + 0.5) / width, (row + 0.5) / height)`.
+            corner, so the center of cell `(row, column)` is `((column + 0.5) / width, (row + 0.5) / height)`.
             Points outside, or that are no number, read zero.
         attention_weights (`torch.Tensor` of shape `(batch_size, num_queries, num_heads, num_levels, num_points)`):
             Non-negative, summing to 1 over the last two axes.
@@ -60,8 +60,8 @@ def multi_scale_deformable_attention(
 
     ```python
     >>> value = torch.arange(4.0).view(1, 4, 1, 1)  # one 2 x 2 map: 0 1 / 2 3
-    >>> centre_of_first_cell, centre_of_map = [0.25, 0.25], [0.5, 0.5]
-    >>> locations = torch.tensor([centre_of_first_cell, centre_of_map]).view(1, 2, 1, 1, 1, 2)
+    >>> center_of_first_cell, center_of_map = [0.25, 0.25], [0.5, 0.5]
+    >>> locations = torch.tensor([center_of_first_cell, center_of_map]).view(1, 2, 1, 1, 1, 2)
     >>> multi_scale_deformable_attention(value, [(2, 2)], locations, torch.ones(1, 2, 1, 1, 1)).flatten().tolist()
     [0.0, 1.5]
 
@@ -132,7 +132,7 @@ class DinoDetrMultiscaleDeformableAttention(nn.Module):
         self.num_heads, self.num_levels, self.num_points = num_heads, num_levels, num_points
         total_points = num_heads * num_levels * num_points
         ring = {"num_heads": num_heads, "num_levels": num_levels, "num_points": num_points}
-        self.sampling_offsets = init_as("sampling_ring", nn.Linear(d_model, total_points * 2), **ring)
+        self.sampling_offsets = init_as("initial_sampling_offsets", nn.Linear(d_model, total_points * 2), **ring)
         self.attention_weights = init_as("zeros", nn.Linear(d_model, total_points))
         self.value_proj = init_as("xavier_zero_bias", nn.Linear(d_model, d_model))
         self.output_proj = init_as("xavier_zero_bias", nn.Linear(d_model, d_model))
@@ -152,7 +152,7 @@ class DinoDetrMultiscaleDeformableAttention(nn.Module):
             position_embeddings (`torch.Tensor` of the same shape): Positions of the queries.
             memory (`torch.Tensor` of shape `(batch_size, sequence_length, d_model)`): What is looked at.
             reference_points (`torch.Tensor` of shape `(batch_size, num_queries, num_levels, 2 or 4)`):
-                Points (x, y) or boxes (centre x, centre y, width, height), fractions of each level's padded map.
+                Points (x, y) or boxes (center x, center y, width, height), fractions of each level's padded map.
             levels ([`DinoDetrFeatureLevels`]): Where the memory's positions lie; those that are padding read zero.
 
         Returns:
@@ -194,22 +194,22 @@ class DinoDetrMultiscaleDeformableAttention(nn.Module):
 def sampling_locations(
     sampling_offsets: torch.Tensor, reference_points: torch.Tensor, spatial_shapes: torch.Tensor
 ) -> torch.Tensor:
-    """Where to look: around a point in units of cells, or around a box's centre in units of its half-sides.
+    """Where to look: around a point in units of cells, or around a box's center in units of its half-sides.
 
     Args:
         sampling_offsets (`torch.Tensor` of shape `(batch_size, num_queries, num_heads, num_levels, num_points, 2)`):
             (x, y). Around a box, an offset of `num_points` reaches its edge.
         reference_points (`torch.Tensor` of shape `(batch_size, num_queries, num_levels, 2 or 4)`):
-            Fractions of the padded maps: (x, y), or centre x, centre y, width, height.
+            Fractions of the padded maps: (x, y), or center x, center y, width, height.
         spatial_shapes (`torch.Tensor` of shape `(num_levels, 2)`): (height, width).
 
     Returns:
         `torch.Tensor` of the shape of `sampling_offsets`: (x, y) as fractions of the padded maps, at least 32 bits.
     """
     offsets = at_least_float32(sampling_offsets)
-    centres = reference_points[:, :, None, :, None, :2]
+    centers = reference_points[:, :, None, :, None, :2]
     if reference_points.shape[-1] == 2:
         cell = 1 / spatial_shapes.flip(-1).to(offsets.dtype)  # (levels, 2): its width and height as fractions
-        return torch.addcmul(centres, offsets, cell[:, None, :])
+        return torch.addcmul(centers, offsets, cell[:, None, :])
     num_points = offsets.shape[-2]
-    return centres + offsets * (reference_points[:, :, None, :, None, 2:] * (0.5 / num_points))
+    return centers + offsets * (reference_points[:, :, None, :, None, 2:] * (0.5 / num_points))

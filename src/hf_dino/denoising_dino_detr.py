@@ -16,40 +16,40 @@ from .configuration_dino_detr import DinoDetrConfig
 from .initialization_dino_detr import init_as
 
 
-NOT_AN_OBJECT = -1
+NO_OBJECT = -1
 
 
 @dataclass(frozen=True)
 class DinoDetrEffectiveBatch:
     """What a batch must know of the optimizer step that it is a part of to be learned as within one big batch.
 
-    A step's pictures may come in several batches, in several processes and one after the other. The mean over the
-    losses of these batches, and so over their gradients, is that of one batch of all pictures if each was given this.
+    A step's images may come in several batches, in several processes and one after the other. The mean over the
+    losses of these batches, and so over their gradients, is that of one batch of all images if each was given this.
 
     Attributes:
         num_boxes (`float`): Objects of an average batch: those of all batches, at least 1, divided by their number.
-            The normaliser of every loss.
-        most_objects (`int`): Objects of the fullest of all pictures, which decides how many denoising groups there are
+            The normalizer of every loss.
+        max_num_objects (`int`): Objects of the fullest of all images, which decides how many denoising groups there are
             and how many queries each has.
     """
 
     num_boxes: float
-    most_objects: int
+    max_num_objects: int
 
 
 @dataclass
 class DinoDetrDenoisingQueries(ModelOutput):
     r"""
-    Denoising queries come before the matching queries. There are none outside training and when no picture has an
+    Denoising queries come before the matching queries. There are none outside training and when no image has an
     object: then every tensor has a length of zero along `num_denoising_queries` and all goes on as usual.
 
     Args:
         inputs_embeds (`torch.Tensor` of shape `(batch_size, num_denoising_queries, d_model)`):
-            Embedded noisy classes; zero where a picture has fewer objects than the fullest one.
+            Embedded noisy classes; zero where an image has fewer objects than the fullest one.
         reference_points (`torch.Tensor` of shape `(batch_size, num_denoising_queries, 4)`):
-            Noisy boxes: centre x, centre y, width, height, fractions of the unpadded picture.
+            Noisy boxes: center x, center y, width, height, fractions of the unpadded image.
         object_index (`torch.Tensor` of shape `(batch_size, num_denoising_queries)` and dtype int64):
-            Which of its picture's objects a positive query stands for; -1 for negative and for empty queries.
+            Which of its image's objects a positive query stands for; -1 for negative and for empty queries.
         num_groups (`int`): Groups, each a noisy copy of all objects.
     """
 
@@ -95,17 +95,17 @@ def contrastive_box_noise(boxes: torch.Tensor, scale: float) -> torch.Tensor:
 
     Args:
         boxes (`torch.Tensor` of shape `(batch_size, num_groups, 2, num_objects, 4)`):
-            Positive copies, then negative ones, along the third axis. Centre x, centre y, width, height; fractions.
+            Positive copies, then negative ones, along the third axis. Center x, center y, width, height; fractions.
         scale (`float`): λ, in half-sides of the box.
 
     Returns:
-        `torch.Tensor` of the same shape. Corners stay inside the picture. A negative corner can cross its opposite:
+        `torch.Tensor` of the same shape. Corners stay inside the image. A negative corner can cross its opposite:
         such a box has a negative side, which the decoder sees as the smallest one, as in the original.
     """
-    centres, half_sides = boxes[..., None, :2], boxes[..., None, 2:] / 2
+    centers, half_sides = boxes[..., None, :2], boxes[..., None, 2:] / 2
     top_left_and_bottom_right = 2 * torch.arange(2, device=boxes.device)[:, None] - 1
     least = torch.arange(2, device=boxes.device)[:, None, None, None]  # of positive and of negative copies
-    corners = centres + top_left_and_bottom_right * half_sides  # (batch, groups, 2, objects, 2 corners, x y)
+    corners = centers + top_left_and_bottom_right * half_sides  # (batch, groups, 2, objects, 2 corners, x y)
     sign = torch.randint_like(corners, 2) * 2 - 1
     corners = corners + sign * (torch.rand_like(corners) + least) * half_sides * scale
     top_left, bottom_right = corners.clamp(0, 1).unbind(-2)
@@ -113,10 +113,10 @@ def contrastive_box_noise(boxes: torch.Tensor, scale: float) -> torch.Tensor:
 
 
 def plain_box_noise(boxes: torch.Tensor, scale: float) -> torch.Tensor:
-    """Shift centres by up to λ half-sides and scale sides by 1 ± λ (DN-DETR, section 4.2).
+    """Shift centers by up to λ half-sides and scale sides by 1 ± λ (DN-DETR, section 4.2).
 
     Args:
-        boxes (`torch.Tensor` of shape `(..., 4)`): Centre x, centre y, width, height; fractions.
+        boxes (`torch.Tensor` of shape `(..., 4)`): Center x, center y, width, height; fractions.
         scale (`float`): λ, both λ₁ and λ₂ of the paper.
 
     Returns:
@@ -144,7 +144,7 @@ class DinoDetrNoDenoising(nn.Module):
         super().__init__()
 
     def forward(
-        self, labels: list[dict[str, torch.Tensor]] | None, matching_queries: torch.Tensor, most_objects: int = 0
+        self, labels: list[dict[str, torch.Tensor]] | None, matching_queries: torch.Tensor, max_num_objects: int = 0
     ) -> DinoDetrDenoisingQueries:
         return no_denoising_queries(matching_queries)
 
@@ -165,24 +165,24 @@ class DinoDetrDenoising(nn.Module):
         self.label_embed = init_as("normal", nn.Embedding(config.num_labels, config.d_model))
 
     def forward(
-        self, labels: list[dict[str, torch.Tensor]] | None, matching_queries: torch.Tensor, most_objects: int = 0
+        self, labels: list[dict[str, torch.Tensor]] | None, matching_queries: torch.Tensor, max_num_objects: int = 0
     ) -> DinoDetrDenoisingQueries:
         """
         Args:
-            labels (`list[dict[str, torch.Tensor]]`, *optional*): Per picture `class_labels` `(num_objects,)` and
-                `boxes` `(num_objects, 4)` as fractions of the unpadded picture. Without labels there are no queries;
+            labels (`list[dict[str, torch.Tensor]]`, *optional*): Per image `class_labels` `(num_objects,)` and
+                `boxes` `(num_objects, 4)` as fractions of the unpadded image. Without labels there are no queries;
                 with labels but no objects there are none either, but the label embedding gets its gradient of zero.
             matching_queries (`torch.Tensor` of shape `(batch_size, num_queries, d_model)`):
                 The content queries that these will be put before; only their shape and device matter.
-            most_objects (`int`, *optional*, defaults to 0): Make room for a picture with as many objects, even if none
+            max_num_objects (`int`, *optional*, defaults to 0): Make room for an image with as many objects, even if none
                 of this batch has them; see [`DinoDetrEffectiveBatch`].
         """
         if not labels:
             return no_denoising_queries(matching_queries)
         device = matching_queries.device
-        chosen = [choose_objects(len(label["boxes"]), self.num_denoising, device) for label in labels]
-        room = min(most_objects, self.num_denoising)
-        object_index = pad_rows(chosen, room, NOT_AN_OBJECT)
+        chosen = [sample_objects(len(label["boxes"]), self.num_denoising, device) for label in labels]
+        room = min(max_num_objects, self.num_denoising)
+        object_index = pad_rows(chosen, room, NO_OBJECT)
         boxes = pad_rows([label["boxes"][index] for label, index in zip(labels, chosen)], room)
         classes = pad_rows([label["class_labels"][index] for label, index in zip(labels, chosen)], room)
 
@@ -191,19 +191,19 @@ class DinoDetrDenoising(nn.Module):
         slots = (batch_size, num_groups, self.copies_per_object, max_objects)
         object_index, classes = object_index[:, None, None].expand(slots), classes[:, None, None].expand(slots)
         boxes = at_least_float32(boxes)[:, None, None].expand(*slots, 4)
-        is_object = (object_index != NOT_AN_OBJECT)[..., None]
+        is_object = (object_index != NO_OBJECT)[..., None]
         is_positive = torch.arange(self.copies_per_object, device=device)[:, None] == 0
 
-        contents = self.label_embed(self.add_class_noise(classes)) * is_object
+        contents = self.label_embed(self.add_label_noise(classes)) * is_object
         box_logits = inverse_sigmoid(self.add_box_noise(boxes, self.box_noise_scale)) * is_object
         return DinoDetrDenoisingQueries(
             inputs_embeds=contents.flatten(1, 3),
             reference_points=box_logits.sigmoid().flatten(1, 3),
-            object_index=object_index.masked_fill(~is_positive, NOT_AN_OBJECT).flatten(1),
+            object_index=object_index.masked_fill(~is_positive, NO_OBJECT).flatten(1),
             num_groups=num_groups,
         )
 
-    def add_class_noise(self, classes: torch.Tensor) -> torch.Tensor:
+    def add_label_noise(self, classes: torch.Tensor) -> torch.Tensor:
         """Redraw some classes uniformly; now and then one is drawn again."""
         redraw = torch.rand(classes.shape, device=classes.device) < self.redraw_probability
         return torch.where(redraw, torch.randint_like(classes, self.num_labels), classes)
@@ -240,10 +240,10 @@ def pad_rows(rows: list[torch.Tensor], least: int, value: int = 0) -> torch.Tens
     return pad_sequence([*rows, filler], batch_first=True, padding_value=value)[:-1]
 
 
-def choose_objects(count: int, limit: int, device: torch.device) -> torch.Tensor:
-    """Indices of all objects of a picture or, where there are more than `limit`, of a random choice of that many.
+def sample_objects(count: int, limit: int, device: torch.device) -> torch.Tensor:
+    """Indices of all objects of an image or, where there are more than `limit`, of a random choice of that many.
 
-    Without the limit one crowded picture would make twice as many queries as it has objects, and self-attention pays
+    Without the limit one crowded image would make twice as many queries as it has objects, and self-attention pays
     for their square.
     """
     if count <= limit:

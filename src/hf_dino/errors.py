@@ -12,18 +12,18 @@ class InputError(ValueError):
     """
 
     def __str__(self) -> str:
-        """The message alone: a process that reads pictures sends it with the traceback in front."""
+        """The message alone: a process that reads images sends it with the traceback in front."""
         return super().__str__().rpartition(f"{__name__}.{type(self).__name__}: ")[-1].strip()
 
 
-def few(items: Iterable[str], limit: int = 5) -> str:
+def summarize_list(items: Iterable[str], limit: int = 5) -> str:
     """Name the first few and say how many more there are."""
     items = [str(item) for item in items]
     more = f" and {len(items) - limit} more" if len(items) > limit else ""
     return ", ".join(items[:limit]) + more
 
 
-def run_as_command(main: Callable[[], int | None]) -> NoReturn:
+def run_cli(main: Callable[[], int | None]) -> NoReturn:
     """End the process with the exit status that `main` returns; a user's mistake ends it with one line.
 
     So does what is no mistake of ours either: a library that is not installed, a full disk, a loss that is not finite.
@@ -31,6 +31,6 @@ def run_as_command(main: Callable[[], int | None]) -> NoReturn:
     try:
         status = main()
     except (InputError, ImportError, OSError, FloatingPointError) as error:
-        traceback.clear_frames(error.__traceback__)  # what reads pictures ahead for them ends now, not at its own pace
+        traceback.clear_frames(error.__traceback__)  # what reads images ahead for them ends now, not at its own pace
         raise SystemExit(f"error: {error}") from None
     raise SystemExit(status)

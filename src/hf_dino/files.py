@@ -25,14 +25,14 @@ def sync(path: Path) -> None:
             os.close(descriptor)
 
 
-def sync_tree(folder: Path) -> None:
+def fsync_tree(folder: Path) -> None:
     """Do the same for everything in a folder, and for the folder itself."""
     for path in (*folder.rglob("*"), folder):
         sync(path)
 
 
 @contextmanager
-def naming(path: Path) -> Iterator[None]:
+def annotate_oserror(path: Path) -> Iterator[None]:
     """Let an error of the system that names no file, as of a full disk, name this file or folder."""
     try:
         yield
@@ -43,7 +43,7 @@ def naming(path: Path) -> Iterator[None]:
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
+def atomic_write(path: Path) -> Iterator[Path]:
     """Give the path of a file to write, which takes the place of `path` once it is whole, or not at all.
 
     Args:
@@ -52,7 +52,7 @@ def replacing(path: Path) -> Iterator[Path]:
     temporary = path.with_name(f".{path.stem}.part{path.suffix}")
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        with naming(path):
+        with annotate_oserror(path):
             yield temporary
             sync(temporary)
             temporary.replace(path)
@@ -62,7 +62,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def files_into_folder(folder: Path, last: str) -> Iterator[Path]:
+def atomic_update_directory(folder: Path, last: str) -> Iterator[Path]:
     """Give a temporary folder whose files are moved into `folder` once all are written, replacing files of that name.
 
     Args:
@@ -71,7 +71,7 @@ def files_into_folder(folder: Path, last: str) -> Iterator[Path]:
     """
     with _part_of(folder, folder / ".files.part") as temporary:
         yield temporary
-        sync_tree(temporary)
+        fsync_tree(temporary)
         (folder / last).unlink(missing_ok=True)
         for path in sorted(temporary.iterdir(), key=lambda path: path.name == last):
             path.replace(folder / path.name)
@@ -79,7 +79,7 @@ def files_into_folder(folder: Path, last: str) -> Iterator[Path]:
 
 
 @contextmanager
-def new_folder(folder: Path) -> Iterator[Path]:
+def atomic_directory(folder: Path) -> Iterator[Path]:
     """Give a temporary folder, which gets the name `folder` once everything is written; after an error there is none.
 
     Args:
@@ -93,7 +93,7 @@ def new_folder(folder: Path) -> Iterator[Path]:
         raise _exists(folder)
     with _part_of(folder, folder.with_name(f".{folder.name}.part")) as temporary:
         yield temporary
-        sync_tree(temporary)
+        fsync_tree(temporary)
         with suppress(FileNotFoundError):
             folder.rmdir()  # an empty one is replaced on POSIX, but not on Windows
         temporary.replace(folder)
@@ -105,14 +105,14 @@ def _part_of(folder: Path, temporary: Path) -> Iterator[Path]:
     """Make an empty `temporary` folder and remove what is left of it in the end; a full disk names `folder`."""
     shutil.rmtree(temporary, ignore_errors=True)
     try:
-        with naming(folder):
+        with annotate_oserror(folder):
             temporary.mkdir(parents=True)
             yield temporary
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def check_new_files(*paths: Path | None) -> None:
+def ensure_new_files(*paths: Path | None) -> None:
     """See, before the work is done, that it can be written: to files that are new, differ, and have a folder.
 
     Args:
@@ -136,20 +136,20 @@ def _exists(path: Path) -> InputError:
 
 
 @contextmanager
-def new_text_file(path: Path) -> Iterator[TextIO]:
+def open_new_text_file(path: Path) -> Iterator[TextIO]:
     """Open a file that gets the name `path` once it is whole; after an error there is none.
 
     Raises:
         InputError: If `path` exists: nothing is replaced.
     """
-    check_new_files(path)
-    with replacing(path) as temporary, temporary.open("w", encoding="utf-8") as file:
+    ensure_new_files(path)
+    with atomic_write(path) as temporary, temporary.open("w", encoding="utf-8") as file:
         yield file
 
 
 def write_json(path: Path, content: Any) -> None:
     """Write `content` as JSON, or leave the file that was there."""
-    with replacing(path) as temporary:
+    with atomic_write(path) as temporary:
         temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 

@@ -1,4 +1,4 @@
-"""From pictures and COCO annotations to the model's inputs, and from its outputs to boxes in pixels.
+"""From images and COCO annotations to the model's inputs, and from its outputs to boxes in pixels.
 
 Both backends of transformers: torchvision (the default, fast, also on an accelerator) and PIL (bit for bit the
 original's pixels).
@@ -20,14 +20,14 @@ logger = logging.get_logger(__name__)
 SHORTEST_EDGE, LONGEST_EDGE = 800, 1333  # pixels; what the original was trained and measured with
 
 
-def resized_shape(height: int, width: int, shortest_edge: int, longest_edge: int) -> tuple[int, int]:
-    """The shape that a picture is resized to: its shorter side to `shortest_edge`, unless the longer one would exceed.
+def get_size_with_aspect_ratio(height: int, width: int, shortest_edge: int, longest_edge: int) -> tuple[int, int]:
+    """The shape that an image is resized to: its shorter side to `shortest_edge`, unless the longer one would exceed.
 
-    The rounding is the original's, which transformers' own differs from by a pixel in most pictures that are limited
+    The rounding is the original's, which transformers' own differs from by a pixel in most images that are limited
     by `longest_edge` (facebookresearch/detr, datasets/transforms.py).
 
     Args:
-        height, width (`int`): Of the picture, in pixels.
+        height, width (`int`): Of the image, in pixels.
         shortest_edge, longest_edge (`int`): Limits, in pixels. Rounding may exceed `longest_edge` by a pixel.
 
     Returns:
@@ -36,9 +36,9 @@ def resized_shape(height: int, width: int, shortest_edge: int, longest_edge: int
     Example:
 
     ```python
-    >>> resized_shape(480, 640, shortest_edge=800, longest_edge=1333)
+    >>> get_size_with_aspect_ratio(480, 640, shortest_edge=800, longest_edge=1333)
     (800, 1066)
-    >>> resized_shape(300, 1000, shortest_edge=800, longest_edge=1333)
+    >>> get_size_with_aspect_ratio(300, 1000, shortest_edge=800, longest_edge=1333)
     (400, 1333)
 
     ```
@@ -52,10 +52,10 @@ def resized_shape(height: int, width: int, shortest_edge: int, longest_edge: int
     return (shortest_edge, other) if height <= width else (other, shortest_edge)
 
 
-def to_rgb(image: Image.Image) -> Image.Image:
+def convert_to_rgb(image: Image.Image) -> Image.Image:
     """An 8-bit RGB version of a PIL image.
 
-    Palette, grey and CMYK pictures are converted, transparent parts lie on white, and 16-bit grey is divided by 257,
+    Palette, gray and CMYK images are converted, transparent parts lie on white, and 16-bit gray is divided by 257,
     so that 65535 becomes 255; PIL's own conversion would clip it at 255, which makes nearly all of it white.
 
     Raises:
@@ -73,13 +73,13 @@ def _to_8_bits(values: np.ndarray) -> np.ndarray:
     """16-bit values, 0 to 65535, as 8-bit ones."""
     if not np.issubdtype(values.dtype, np.integer) or values.min() < 0 or values.max() > 65535:
         raise ValueError(
-            f"the picture holds {values.dtype} values from {values.min()} to {values.max()}, whose black and white "
+            f"the image holds {values.dtype} values from {values.min()} to {values.max()}, whose black and white "
             f"points are unknown; save it with 8 or 16 bits per channel"
         )
     return (values // 257).astype(np.uint8)
 
 
-class DinoDetrProcessing:
+class DinoDetrImageProcessorMixin:
     """What DINO does otherwise than transformers' DETR processors, for both backends."""
 
     do_convert_rgb = True
@@ -93,25 +93,25 @@ class DinoDetrProcessing:
         **kwargs: Any,
     ) -> BatchFeature:
         """
-        Resize, normalise and pad pictures, and turn their COCO annotations into labels.
+        Resize, normalize and pad images, and turn their COCO annotations into labels.
 
         Args:
-            images (picture or list of pictures): PIL images, arrays or tensors.
+            images (image or list of images): PIL images, arrays or tensors.
             annotations (`dict` or `list[dict]`, *optional*):
-                Per picture `{"image_id": int, "annotations": [...]}` with COCO's `category_id`, `bbox` (x, y, width,
+                Per image `{"image_id": int, "annotations": [...]}` with COCO's `category_id`, `bbox` (x, y, width,
                 height in pixels), and optionally `area` and `iscrowd`. Crowds are left out; boxes are clipped to the
-                picture, and those without an area are left out with a warning.
+                image, and those without an area are left out with a warning.
             category_id_to_label (`dict[int, int]`, *optional*):
                 Label of each category id. Without it category ids are taken to be labels.
 
         Returns:
             `BatchFeature` with `pixel_values` `(batch_size, 3, height, width)`, `pixel_mask` `(batch_size, height,
-            width)`, 1 where there is picture, and, with annotations, `labels`: per picture `class_labels`, `boxes`
-            (centre x, centre y, width, height as fractions of the *unpadded* picture), `image_id`, `area`, `iscrowd`,
+            width)`, 1 where there is image, and, with annotations, `labels`: per image `class_labels`, `boxes`
+            (center x, center y, width, height as fractions of the *unpadded* image), `image_id`, `area`, `iscrowd`,
             `orig_size` and `size` (height, width before and after resizing).
 
         Raises:
-            ValueError: If a category id is not in `category_id_to_label`, naming it and its picture.
+            ValueError: If a category id is not in `category_id_to_label`, naming it and its image.
         """
         if annotations is not None:
             targets = [annotations] if isinstance(annotations, dict) else annotations
@@ -120,16 +120,16 @@ class DinoDetrProcessing:
 
     def process_image(self, image: Any, *args: Any, **kwargs: Any) -> Any:
         if isinstance(image, Image.Image):
-            image = to_rgb(image)
+            image = convert_to_rgb(image)
         elif isinstance(image, np.ndarray) and image.dtype == np.uint16:
             image = _to_8_bits(image)
         channels = super().process_image(image, *args, **kwargs)
-        return channels[[0, 0, 0]] if len(channels) == 1 else channels  # older transformers leave grey arrays grey
+        return channels[[0, 0, 0]] if len(channels) == 1 else channels  # older transformers leave gray arrays gray
 
     def resize(self, image: Any, size: SizeDict, *args: Any, **kwargs: Any) -> Any:
         if size.shortest_edge and size.longest_edge:
             height, width = image.shape[-2:]
-            height, width = resized_shape(height, width, size.shortest_edge, size.longest_edge)
+            height, width = get_size_with_aspect_ratio(height, width, size.shortest_edge, size.longest_edge)
             size = SizeDict(height=height, width=width)
         return super().resize(image, size, *args, **kwargs)
 
@@ -140,7 +140,7 @@ class DinoDetrProcessing:
         if len(prepared["boxes"]) < num_objects:
             missing = num_objects - len(prepared["boxes"])
             logger.warning(
-                f"image_id {target['image_id']}: {missing} of {num_objects} boxes have no area inside the picture and "
+                f"image_id {target['image_id']}: {missing} of {num_objects} boxes have no area inside the image and "
                 f"are left out"
             )
         return prepared
@@ -153,7 +153,7 @@ class DinoDetrProcessing:
         padding: Any,
         update_bboxes: bool,
     ) -> dict[str, Any]:
-        """Boxes and `size` stay relative to the picture without its padding: so do DINO's predictions."""
+        """Boxes and `size` stay relative to the image without its padding: so do DINO's predictions."""
         updated = super()._update_annotation_for_padded_image(
             annotation, input_image_size, output_image_size, padding, update_bboxes=False
         )
@@ -169,23 +169,23 @@ class DinoDetrProcessing:
         nms_iou_threshold: float | None = None,
     ) -> list[dict[str, torch.Tensor]]:
         """
-        The best detections of each picture. A query can be detected as more than one class.
+        The best detections of each image. A query can be detected as more than one class.
 
         Args:
             outputs ([`DinoDetrObjectDetectionOutput`]): Only `logits` and `pred_boxes` are read.
             threshold (`float`): Detections that score less or equal are left out.
             target_sizes (`torch.Tensor` of shape `(batch_size, 2)` or `list[tuple[int, int]]`, *optional*):
-                (height, width) of the original pictures. Without it boxes stay fractions.
-            top_k (`int`): Most detections per picture.
+                (height, width) of the original images. Without it boxes stay fractions.
+            top_k (`int`): Most detections per image.
             nms_iou_threshold (`float`, *optional*):
                 Leave out detections that overlap a better one of the same class by more than this. DINO needs none.
 
         Returns:
-            Per picture `scores` `(num_detections,)`, from high to low, `labels` `(num_detections,)` and `boxes`
+            Per image `scores` `(num_detections,)`, from high to low, `labels` `(num_detections,)` and `boxes`
             `(num_detections, 4)`: left, top, right, bottom, in pixels.
 
         Raises:
-            ValueError: If `target_sizes` is not one size per picture.
+            ValueError: If `target_sizes` is not one size per image.
         """
         logits, pred_boxes = outputs.logits, outputs.pred_boxes
         batch_size, _, num_labels = logits.shape
@@ -194,7 +194,7 @@ class DinoDetrProcessing:
         target_sizes = torch.as_tensor(target_sizes, dtype=pred_boxes.dtype).to(pred_boxes.device)
         if target_sizes.shape != (batch_size, 2):
             raise ValueError(
-                f"target_sizes must be (height, width) for each of the {batch_size} pictures, "
+                f"target_sizes must be (height, width) for each of the {batch_size} images, "
                 f"got a shape of {tuple(target_sizes.shape)}"
             )
 
@@ -205,9 +205,9 @@ class DinoDetrProcessing:
         boxes = boxes * target_sizes[:, [1, 0, 1, 0]][:, None]  # width, height, width, height
 
         detections = []
-        for picture in range(batch_size):
-            keep = scores[picture] > threshold
-            found = {"scores": scores[picture][keep], "labels": labels[picture][keep], "boxes": boxes[picture][keep]}
+        for image in range(batch_size):
+            keep = scores[image] > threshold
+            found = {"scores": scores[image][keep], "labels": labels[image][keep], "boxes": boxes[image][keep]}
             if nms_iou_threshold is not None:
                 best = batched_nms(found["boxes"], found["scores"], found["labels"], nms_iou_threshold)
                 found = {name: values[best] for name, values in found.items()}
@@ -220,7 +220,7 @@ class DinoDetrProcessing:
 
 
 def _complete(target: dict[str, Any], category_id_to_label: dict[int, int] | None) -> dict[str, Any]:
-    """A picture's annotations with labels in place of category ids and areas where they are missing."""
+    """An image's annotations with labels in place of category ids and areas where they are missing."""
     objects = target.get("annotations")
     if objects is None:
         return target  # transformers says what is wrong with it
@@ -244,12 +244,12 @@ def _complete_object(
     return {"area": width * height, **annotation, "category_id": label}
 
 
-class DinoDetrImageProcessor(DinoDetrProcessing, DetrImageProcessor):
-    """DINO's image processor, torchvision backend. See [`DinoDetrProcessing`] for what it takes and gives."""
+class DinoDetrImageProcessor(DinoDetrImageProcessorMixin, DetrImageProcessor):
+    """DINO's image processor, torchvision backend. See [`DinoDetrImageProcessorMixin`] for what it takes and gives."""
 
 
-class DinoDetrImageProcessorPil(DinoDetrProcessing, DetrImageProcessorPil):
-    """DINO's image processor, PIL backend: the same numbers as the original's. See [`DinoDetrProcessing`]."""
+class DinoDetrImageProcessorPil(DinoDetrImageProcessorMixin, DetrImageProcessorPil):
+    """DINO's image processor, PIL backend: the same numbers as the original's. See [`DinoDetrImageProcessorMixin`]."""
 
 
 BACKENDS = {
@@ -259,4 +259,4 @@ BACKENDS = {
 DinoDetrImageProcessor.register_for_auto_class()
 DinoDetrImageProcessorPil.register_for_auto_class()
 
-__all__ = ["DinoDetrImageProcessor", "DinoDetrImageProcessorPil", "resized_shape"]
+__all__ = ["DinoDetrImageProcessor", "DinoDetrImageProcessorPil", "get_size_with_aspect_ratio"]

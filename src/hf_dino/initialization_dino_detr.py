@@ -45,7 +45,7 @@ def initialize(module: nn.Module, again: bool = False) -> bool:
     return rule is not None
 
 
-def sampling_ring(num_heads: int, num_levels: int, num_points: int) -> torch.Tensor:
+def initial_sampling_offsets(num_heads: int, num_levels: int, num_points: int) -> torch.Tensor:
     """Offsets with which deformable attention starts: head m looks in direction m, point k reaches k + 1 cells.
 
     Returns:
@@ -54,7 +54,7 @@ def sampling_ring(num_heads: int, num_levels: int, num_points: int) -> torch.Ten
     Example:
 
     ```python
-    >>> sampling_ring(num_heads=4, num_levels=1, num_points=2)[0, 0].tolist()  # head 0 looks right
+    >>> initial_sampling_offsets(num_heads=4, num_levels=1, num_points=2)[0, 0].tolist()  # head 0 looks right
     [[1.0, 0.0], [2.0, 0.0]]
 
     ```
@@ -96,7 +96,7 @@ def _zeros(module: Any) -> None:
 
 def _sampling_ring(module: Any, **counts: int) -> None:
     init.zeros_(module.weight)
-    init.copy_(module.bias, sampling_ring(**counts).flatten())
+    init.copy_(module.bias, initial_sampling_offsets(**counts).flatten())
 
 
 def _class_prior(module: Any) -> None:
@@ -122,7 +122,7 @@ RULES = {
     "xavier": _xavier,
     "xavier_zero_bias": _xavier_zero_bias,
     "zeros": _zeros,
-    "sampling_ring": _sampling_ring,
+    "initial_sampling_offsets": _sampling_ring,
     "class_prior": _class_prior,
     "xavier_embedding": _xavier_embedding,
     "normal": _normal,

@@ -18,7 +18,7 @@ from transformers.utils import logging as transformers_logging
 from .arguments import check_config_field
 from .configuration_dino_detr import UNUSED_LABEL, DinoDetrConfig
 from .data.dataset import contiguous_id2label
-from .errors import InputError, few
+from .errors import InputError, summarize_list
 from .files import read_text
 from .image_processing_dino_detr import DinoDetrImageProcessor, DinoDetrImageProcessorPil
 from .modeling_dino_detr import DinoDetrForObjectDetection
@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 Detector = tuple[DinoDetrForObjectDetection, BaseImageProcessor]
 
 
-def load_detector(model: str, backend: str | None = None) -> Detector:
+def load_model_and_processor(model: str, backend: str | None = None) -> Detector:
     """Load a model, in evaluation mode, and its image processor.
 
     Args:
@@ -47,23 +47,23 @@ def load_detector(model: str, backend: str | None = None) -> Detector:
     return _load_weights(model, config.id2label, {}), _load_processor(model, {"backend": backend})
 
 
-def load_detector_for(
+def load_pretrained_for_categories(
     model: str,
     categories: Mapping[int, str],
     size: Mapping[str, int] | None = None,
     overrides: Mapping[str, Any] | None = None,
 ) -> Detector:
-    """Load a model to be trained further, with the classes of a data set.
+    """Load a model to be trained further, with the classes of a dataset.
 
     A model that has these very classes keeps its heads and the numbers of its labels. Otherwise classes are numbered
-    as the data set has them: those that the model knows by the same name, whatever their case and whether words are
+    as the dataset has them: those that the model knows by the same name, whatever their case and whether words are
     joined by spaces, hyphens or underscores, keep what class heads and label embedding learned of them, and others
     start anew. All else is kept, in float32 whatever it was saved in. One line of the log tells which is which.
 
     Args:
         model (`str`): A folder written by `save_pretrained`, or a name on the Hub.
-        categories (`Mapping[int, str]`): The data set's, names by category id.
-        size (`Mapping[str, int]`, *optional*): Of pictures, for the image processor; by default as it was.
+        categories (`Mapping[int, str]`): The dataset's, names by category id.
+        size (`Mapping[str, int]`, *optional*): Of images, for the image processor; by default as it was.
         overrides (`Mapping[str, Any]`, *optional*): Fields of [`DinoDetrConfig`] that are to differ.
 
     Raises:
@@ -83,7 +83,12 @@ def load_detector_for(
         _copy_classes(_load_weights(model, config.id2label, overrides), detector, known)
     copied = [id2label[label] for label in known]
     new = [name for label, name in id2label.items() if label not in known]
-    logger.warning("%s: classes copied: %s; new: %s", model, few(copied, 20) or "none", few(new, 20) or "none")
+    logger.warning(
+        "%s: classes copied: %s; new: %s",
+        model,
+        summarize_list(copied, 20) or "none",
+        summarize_list(new, 20) or "none",
+    )
     return detector, processor
 
 
@@ -105,23 +110,23 @@ def _copy_classes(
 ) -> None:
     """Copy the rows of classes, given by label of the target to label of the source."""
     labels, from_labels = list(labels_of_source), list(labels_of_source.values())
-    for layer, source_layer in zip(target.class_layers(), source.class_layers(), strict=True):
+    for layer, source_layer in zip(target.class_specific_layers(), source.class_specific_layers(), strict=True):
         for parameter, source_parameter in zip(layer.parameters(), source_layer.parameters(), strict=True):
             parameter[labels] = source_parameter[from_labels]
 
 
-def new_detector(
+def build_model_and_processor(
     config: Path | None,
     categories: Mapping[int, str],
     size: Mapping[str, int] | None = None,
     overrides: Mapping[str, Any] | None = None,
 ) -> Detector:
-    """Make a model with random weights for the classes of a data set.
+    """Make a model with random weights for the classes of a dataset.
 
     Args:
         config (`Path`, *optional*): JSON file, see [`read_config`]; by default DINO with a ResNet-50 and 4 levels.
-        categories (`Mapping[int, str]`): The data set's, names by category id.
-        size (`Mapping[str, int]`, *optional*): Of pictures, for the image processor; by default the original's.
+        categories (`Mapping[int, str]`): The dataset's, names by category id.
+        size (`Mapping[str, int]`, *optional*): Of images, for the image processor; by default the original's.
         overrides (`Mapping[str, Any]`, *optional*): Fields of [`DinoDetrConfig`] that are to differ from the file's.
 
     Raises:
@@ -133,10 +138,12 @@ def new_detector(
     return model, DinoDetrImageProcessor(**_given({"size": size}))
 
 
-def warn_of_frozen_batch_norms(model: DinoDetrForObjectDetection) -> None:
+def warn_if_batch_norms_frozen(model: DinoDetrForObjectDetection) -> None:
     """Log that batch norms which nobody trained are not to be trained either, if it is so."""
-    if model.config.freeze_batch_norm and any(isinstance(layer, nn.BatchNorm2d) for layer in model.modules()):
-        logger.warning("training from scratch with frozen batch norms: set freeze_batch_norm to false")
+    if model.config.freeze_backbone_batch_norms and any(
+        isinstance(layer, nn.BatchNorm2d) for layer in model.modules()
+    ):
+        logger.warning("training from scratch with frozen batch norms: set freeze_backbone_batch_norms to false")
 
 
 def load_config(model: str) -> DinoDetrConfig:
@@ -165,7 +172,7 @@ def read_config(
 
     Args:
         path (`Path`, *optional*): The file. Fields that it leaves out have their defaults.
-        id2label (`dict[int, str]`): The classes, which no file can know before the data set does.
+        id2label (`dict[int, str]`): The classes, which no file can know before the dataset does.
         overrides (`Mapping[str, Any]`, *optional*): Fields that are to differ from the file's.
 
     Raises:

@@ -1,10 +1,10 @@
 """Matcher and set loss: pure functions of predictions and labels, and one entry point, `dino_detr_loss`.
 
-Papers: DETR, https://arxiv.org/abs/2005.12872, section 3.1; focal loss, https://arxiv.org/abs/1708.02002; generalised
+Papers: DETR, https://arxiv.org/abs/2005.12872, section 3.1; focal loss, https://arxiv.org/abs/1708.02002; generalized
 IoU, https://arxiv.org/abs/1902.09630.
 
-Everything is computed for all decoder layers, the encoder and all pictures at once. What links predictions to objects
-is one tensor, `object_index`: for each query the object of its picture that it answers for, or -1 for none.
+Everything is computed for all decoder layers, the encoder and all images at once. What links predictions to objects
+is one tensor, `object_index`: for each query the object of its image that it answers for, or -1 for none.
 """
 
 import torch
@@ -15,7 +15,7 @@ from torchvision.ops import box_convert, sigmoid_focal_loss
 
 from .boxes_dino_detr import at_least_float32
 from .configuration_dino_detr import DinoDetrConfig
-from .denoising_dino_detr import NOT_AN_OBJECT
+from .denoising_dino_detr import NO_OBJECT
 
 
 # How far a number of a box may lie outside [0, 1] before it is an error: rounding is not, pixels are.
@@ -39,26 +39,26 @@ def dino_detr_loss(
         logits (`torch.Tensor` of shape `(batch_size, num_layers, num_queries, num_labels)`):
             Of each supervised decoder layer, in order, and before them of the encoder if queries were chosen there.
         pred_boxes (`torch.Tensor` of shape `(batch_size, num_layers, num_queries, 4)`):
-            Boxes to the logits: centre x, centre y, width, height, fractions of the unpadded picture.
+            Boxes to the logits: center x, center y, width, height, fractions of the unpadded image.
         denoising_logits, denoising_boxes (`torch.Tensor`): The same of the denoising queries of the decoder layers.
         denoising_object_index (`torch.Tensor` of shape `(batch_size, num_denoising_queries)`):
             Object of each denoising query, -1 for none.
         num_denoising_groups (`int`): How often each object was copied.
-        labels (`list[dict[str, torch.Tensor]]`): Per picture `class_labels` `(num_objects,)` and `boxes`
+        labels (`list[dict[str, torch.Tensor]]`): Per image `class_labels` `(num_objects,)` and `boxes`
             `(num_objects, 4)`, units as in `pred_boxes`.
         config ([`DinoDetrConfig`]): Costs, coefficients, α and γ.
-        num_boxes (`torch.Tensor` or `float`): What all is divided by, from `count_boxes` or, where a step is made of
+        num_boxes (`torch.Tensor` or `float`): What all is divided by, from `get_num_boxes` or, where a step is made of
             several batches, from [`DinoDetrEffectiveBatch`].
 
     Returns:
         The weighted sum, and the unweighted terms `loss_ce`, `loss_bbox` and `loss_giou` of the last layer, with the
         suffixes `_0`, `_1`, ... of the earlier layers, `_encoder`, and `_denoising`, `_denoising_0`, ...
     """
-    classes, boxes = object_tables(labels, config.num_labels)
+    classes, boxes = pad_targets(labels, config.num_labels)
     boxes = boxes.to(pred_boxes.dtype)
     object_index = match(logits, pred_boxes, labels, config)
-    matched = set_losses(logits, pred_boxes, object_index, classes, boxes, num_boxes, config)
-    denoised = set_losses(
+    matched = compute_losses(logits, pred_boxes, object_index, classes, boxes, num_boxes, config)
+    denoised = compute_losses(
         denoising_logits,
         denoising_boxes,
         denoising_object_index[:, None].expand(denoising_boxes.shape[:-1]),
@@ -74,7 +74,7 @@ def dino_detr_loss(
     terms = name_terms(matched, encoder_suffixes + suffixes)
     terms |= name_terms(denoised, [f"_denoising{suffix}" for suffix in suffixes])
     coefficients = {
-        "loss_ce": config.class_loss_coefficient,
+        "loss_ce": config.cls_loss_coefficient,
         "loss_bbox": config.bbox_loss_coefficient,
         "loss_giou": config.giou_loss_coefficient,
     }
@@ -87,7 +87,7 @@ def name_terms(losses: dict[str, torch.Tensor], suffixes: list[str]) -> dict[str
     return {f"{kind}{suffix}": value for kind, values in losses.items() for suffix, value in zip(suffixes, values)}
 
 
-def set_losses(
+def compute_losses(
     logits: torch.Tensor,
     pred_boxes: torch.Tensor,
     object_index: torch.Tensor,
@@ -102,17 +102,17 @@ def set_losses(
         logits (`torch.Tensor` of shape `(batch_size, num_layers, num_queries, num_labels)`)
         pred_boxes (`torch.Tensor` of shape `(batch_size, num_layers, num_queries, 4)`)
         object_index (`torch.Tensor` of shape `(batch_size, num_layers, num_queries)`): -1 for none.
-        classes, boxes: As given by `object_tables`.
-        num_boxes (`torch.Tensor` or `float`): The normaliser.
+        classes, boxes: As given by `pad_targets`.
+        num_boxes (`torch.Tensor` or `float`): The normalizer.
         config ([`DinoDetrConfig`]): α and γ.
 
     Returns:
         `loss_ce`, `loss_bbox`, `loss_giou`, each a `torch.Tensor` of shape `(num_layers,)`.
     """
     logits = at_least_float32(logits)
-    picture = torch.arange(len(classes), device=classes.device)[:, None, None]
-    wanted_class, wanted_box = classes[picture, object_index], boxes[picture, object_index]
-    is_object = object_index != NOT_AN_OBJECT
+    image = torch.arange(len(classes), device=classes.device)[:, None, None]
+    wanted_class, wanted_box = classes[image, object_index], boxes[image, object_index]
+    is_object = object_index != NO_OBJECT
 
     one_hot = logits.new_zeros(*logits.shape[:-1], logits.shape[-1] + 1)  # the last column is "no object"
     one_hot = one_hot.scatter_(-1, wanted_class[..., None], 1.0)[..., :-1]
@@ -126,8 +126,8 @@ def set_losses(
     }
 
 
-def object_tables(labels: list[dict[str, torch.Tensor]], num_labels: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Classes and boxes of all pictures in tables with one more column, "no object", which index -1 reads.
+def pad_targets(labels: list[dict[str, torch.Tensor]], num_labels: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Classes and boxes of all images in tables with one more column, "no object", which index -1 reads.
 
     Returns:
         Classes, `(batch_size, max_objects + 1)`, `num_labels` where there is no object; and boxes,
@@ -138,7 +138,7 @@ def object_tables(labels: list[dict[str, torch.Tensor]], num_labels: int) -> tup
     ```python
     >>> one = {"class_labels": torch.tensor([2]), "boxes": torch.tensor([[0.5, 0.5, 0.1, 0.1]])}
     >>> none = {"class_labels": torch.zeros(0, dtype=torch.int64), "boxes": torch.zeros(0, 4)}
-    >>> object_tables([one, none], num_labels=5)[0].tolist()
+    >>> pad_targets([one, none], num_labels=5)[0].tolist()
     [[2, 5], [5, 5]]
 
     ```
@@ -149,8 +149,8 @@ def object_tables(labels: list[dict[str, torch.Tensor]], num_labels: int) -> tup
     return nn.functional.pad(classes, (0, 1), value=num_labels), nn.functional.pad(boxes, no_object, value=0.5)
 
 
-def count_boxes(labels: list[dict[str, torch.Tensor]], device: torch.device, average: bool) -> torch.Tensor:
-    """Objects per process, averaged over processes if asked, at least 1: the original's normaliser of every loss.
+def get_num_boxes(labels: list[dict[str, torch.Tensor]], device: torch.device, average: bool) -> torch.Tensor:
+    """Objects per process, averaged over processes if asked, at least 1: the original's normalizer of every loss.
 
     Data-parallel training averages gradients, so with this the sum over all processes' objects is divided by the
     number of all processes' objects, as if one process had them all.
@@ -167,9 +167,9 @@ def count_boxes(labels: list[dict[str, torch.Tensor]], device: torch.device, ave
 def match(
     logits: torch.Tensor, pred_boxes: torch.Tensor, labels: list[dict[str, torch.Tensor]], config: DinoDetrConfig
 ) -> torch.Tensor:
-    """Give every object the query that answers for it: in each layer and picture the cheapest one-to-one assignment.
+    """Give every object the query that answers for it: in each layer and image the cheapest one-to-one assignment.
 
-    The costs of all layers and pictures go to the host in one transfer, and the answer comes back in one.
+    The costs of all layers and images go to the host in one transfer, and the answer comes back in one.
 
     Args:
         logits (`torch.Tensor` of shape `(batch_size, num_layers, num_queries, num_labels)`)
@@ -179,20 +179,20 @@ def match(
 
     Returns:
         `torch.Tensor` of shape `(batch_size, num_layers, num_queries)` and dtype int64: index of the object in its
-        picture, -1 for none. Of more objects than queries, the ones that cost most stay without.
+        image, -1 for none. Of more objects than queries, the ones that cost most stay without.
     """
     batch_size, num_layers, num_queries = pred_boxes.shape[:3]
     costs = [
-        matching_cost(picture_logits, picture_boxes, label["class_labels"], label["boxes"], config)
-        for picture_logits, picture_boxes, label in zip(logits, pred_boxes, labels)
+        matching_cost(image_logits, image_boxes, label["class_labels"], label["boxes"], config)
+        for image_logits, image_boxes, label in zip(logits, pred_boxes, labels)
     ]
     # A prediction that overflowed in 16-bit training makes the loss NaN, for the loss scaler to see; not scipy fail.
     all_costs = torch.cat([cost.flatten() for cost in costs]).nan_to_num(nan=0.0).cpu()
-    object_index = torch.full((batch_size, num_layers, num_queries), NOT_AN_OBJECT)
-    for picture, picture_costs in enumerate(all_costs.split([cost.numel() for cost in costs])):
-        for layer, cost in enumerate(picture_costs.view(num_layers, num_queries, -1)):
+    object_index = torch.full((batch_size, num_layers, num_queries), NO_OBJECT)
+    for image, image_costs in enumerate(all_costs.split([cost.numel() for cost in costs])):
+        for layer, cost in enumerate(image_costs.view(num_layers, num_queries, -1)):
             queries, objects = linear_sum_assignment(cost.numpy())
-            object_index[picture, layer, torch.from_numpy(queries)] = torch.from_numpy(objects)
+            object_index[image, layer, torch.from_numpy(queries)] = torch.from_numpy(objects)
     return object_index.to(logits.device, non_blocking=True)
 
 
@@ -203,7 +203,7 @@ def matching_cost(
     boxes: torch.Tensor,
     config: DinoDetrConfig,
 ) -> torch.Tensor:
-    """What it would cost to let each query of a picture answer for each of its objects.
+    """What it would cost to let each query of an image answer for each of its objects.
 
     Args:
         logits (`torch.Tensor` of shape `(num_layers, num_queries, num_labels)`)
@@ -234,7 +234,7 @@ def generalized_box_iou(boxes: torch.Tensor, others: torch.Tensor) -> torch.Tens
     small boxes shows in the fourth digit.
 
     Args:
-        boxes, others (`torch.Tensor` of shape `(..., 4)`): Centre x, centre y, width, height; fractions.
+        boxes, others (`torch.Tensor` of shape `(..., 4)`): Center x, center y, width, height; fractions.
 
     Returns:
         `torch.Tensor` of the broadcast shape `(...)`, in [-1, 1].
@@ -258,26 +258,26 @@ def generalized_box_iou(boxes: torch.Tensor, others: torch.Tensor) -> torch.Tens
 
 
 def check_labels(labels: list[dict[str, torch.Tensor]], batch_size: int, num_labels: int) -> None:
-    """Refuse labels that cannot be right before anything is looked up with them, naming the picture.
+    """Refuse labels that cannot be right before anything is looked up with them, naming the image.
 
     On an accelerator a class out of range would end the process with an assertion of the device instead.
 
     Raises:
-        ValueError: If pictures and labels differ in number, an entry is missing, classes and boxes of a picture differ
+        ValueError: If images and labels differ in number, an entry is missing, classes and boxes of an image differ
             in number, a class is not in [0, num_labels), or a box is not finite, has no area or is not in fractions.
     """
     if len(labels) != batch_size:
-        raise ValueError(f"labels must have one entry per picture: got {len(labels)} for {batch_size} pictures")
+        raise ValueError(f"labels must have one entry per image: got {len(labels)} for {batch_size} images")
     if not labels:
         return
-    for picture, label in enumerate(labels):
+    for image, label in enumerate(labels):
         if not {"class_labels", "boxes"} <= set(label):
-            raise ValueError(f"labels[{picture}] must have 'class_labels' and 'boxes', got {sorted(label)}")
+            raise ValueError(f"labels[{image}] must have 'class_labels' and 'boxes', got {sorted(label)}")
         if label["class_labels"].dtype.is_floating_point:
-            raise ValueError(f"labels[{picture}]: class_labels must be integers, got {label['class_labels'].dtype}")
+            raise ValueError(f"labels[{image}]: class_labels must be integers, got {label['class_labels'].dtype}")
         if label["boxes"].shape != (len(label["class_labels"]), 4):
             raise ValueError(
-                f"labels[{picture}]: boxes must have the shape (number of class_labels, 4), "
+                f"labels[{image}]: boxes must have the shape (number of class_labels, 4), "
                 f"got {tuple(label['boxes'].shape)} for {len(label['class_labels'])} class_labels"
             )
     classes = torch.cat([label["class_labels"] for label in labels])
@@ -292,10 +292,10 @@ def check_labels(labels: list[dict[str, torch.Tensor]], batch_size: int, num_lab
 def _report_wrong_label(
     labels: list[dict[str, torch.Tensor]], wrong_class: list[bool], wrong_box: list[bool], num_labels: int
 ) -> None:
-    places = [(picture, row) for picture, label in enumerate(labels) for row in range(len(label["boxes"]))]
-    for (picture, row), bad_class, bad_box in zip(places, wrong_class, wrong_box):
-        label = labels[picture]
-        name = f"labels[{picture}]" + (f" (image_id {label['image_id'].tolist()})" if "image_id" in label else "")
+    places = [(image, row) for image, label in enumerate(labels) for row in range(len(label["boxes"]))]
+    for (image, row), bad_class, bad_box in zip(places, wrong_class, wrong_box):
+        label = labels[image]
+        name = f"labels[{image}]" + (f" (image_id {label['image_id'].tolist()})" if "image_id" in label else "")
         if bad_class:
             raise ValueError(
                 f"{name}: class_labels[{row}] is {label['class_labels'][row].item()}, but the model has {num_labels} "
@@ -303,6 +303,6 @@ def _report_wrong_label(
             )
         if bad_box:
             raise ValueError(
-                f"{name}: boxes[{row}] is {label['boxes'][row].tolist()}, but must be centre x, centre y, width, "
-                f"height as fractions of the picture in [0, 1], with positive width and height"
+                f"{name}: boxes[{row}] is {label['boxes'][row].tolist()}, but must be center x, center y, width, "
+                f"height as fractions of the image in [0, 1], with positive width and height"
             )

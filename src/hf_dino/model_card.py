@@ -33,7 +33,7 @@ def converted_card(
 ) -> str:
     """Write the card of a model converted from a checkpoint of the official code.
 
-    Only a published file is called official, is said to be trained on COCO, and has the authors' licence.
+    Only a published file is called official, is said to be trained on COCO, and has the authors' license.
 
     Args:
         config (`DinoDetrConfig`): The model's configuration.
@@ -44,8 +44,8 @@ def converted_card(
         coco (`bool`, *optional*, defaults to `False`): Whether labels were taken for COCO's category ids.
         epochs (`int`, *optional*): Epochs trained, if the file says so.
         published_ap (`float`, *optional*): What the authors published for this file, a fraction of 1. `None`: the
-            file was not recognised as published.
-        published_hash_known (`bool`, *optional*, defaults to `False`): Whether the file was recognised by its hash and
+            file was not recognized as published.
+        published_hash_known (`bool`, *optional*, defaults to `False`): Whether the file was recognized by its hash and
             not only by its name and settings.
 
     Returns:
@@ -75,7 +75,7 @@ def converted_card(
         _labels(config) + (_NAMES_OF_COCO if coco and not published else ""),
         _published(published_ap, published_hash_known),
         _LIMITS,
-        _licence_of_published(config) if published else _LICENCE,
+        _license_of_published(config) if published else _LICENSE,
         _CITATION,
     ]
     return _card(data, sections)
@@ -164,7 +164,7 @@ def finetuned_card(
         _preprocessing(size) if size else "",
         _labels(config),
         _LIMITS,
-        _LICENCE,
+        _LICENSE,
         _CITATION,
     ]
     return _card(data, sections)
@@ -211,11 +211,11 @@ folder = "path/or/hub-id"
 model = AutoModelForObjectDetection.from_pretrained(folder).eval()
 processor = AutoImageProcessor.from_pretrained(folder)
 
-picture = ImageOps.exif_transpose(Image.open("picture.jpg"))  # upright, as it was taken
+image = ImageOps.exif_transpose(Image.open("image.jpg"))  # upright, as it was taken
 with torch.no_grad():
-    outputs = model(**processor(images=picture, return_tensors="pt"))
+    outputs = model(**processor(images=image, return_tensors="pt"))
 [found] = processor.post_process_object_detection(
-    outputs, threshold=0.3, target_sizes=[(picture.height, picture.width)]
+    outputs, threshold=0.3, target_sizes=[(image.height, image.width)]
 )
 for score, label, box in zip(found["scores"], found["labels"], found["boxes"]):
     print(f"{model.config.id2label[label.item()]} {score:.2f}", box.tolist())  # x0, y0, x1, y1 in pixels
@@ -235,9 +235,9 @@ def _preprocessing(size: Mapping[str, int]) -> str:
     else:
         resized = f"resized to {size['height']} x {size['width']} pixels (height x width), whatever its shape"
     return (
-        f"## Preprocessing\n\nDone by the image processor: a picture is {resized}, and normalised with the mean and "
-        f"standard deviation of ImageNet. Pictures of different sizes are padded right and below to a batch, with a "
-        f"`pixel_mask` of 1 where there is picture. Boxes are fractions of the picture without its padding. "
+        f"## Preprocessing\n\nDone by the image processor: an image is {resized}, and normalized with the mean and "
+        f"standard deviation of ImageNet. Images of different sizes are padded right and below to a batch, with a "
+        f"`pixel_mask` of 1 where there is image. Boxes are fractions of the image without its padding. "
         f"`from_pretrained(folder, backend='pil')` resizes with Pillow, as the original does."
     )
 
@@ -248,13 +248,13 @@ def _labels(config: DinoDetrConfig) -> str:
     text = f"## Labels\n\n{len(names)} labels, named in `config.id2label`."
     if unused:
         return text + (
-            f" A label is the data set's own category id, so {len(names) - len(unused)} of them stand for something; "
+            f" A label is the dataset's own category id, so {len(names) - len(unused)} of them stand for something; "
             f"ids {', '.join(unused)} stand for nothing and are named `{UNUSED_LABEL}`."
         )
     if names == [f"class_{label}" for label in range(len(names))]:
         return text + (
             " The checkpoint does not hold their names: give them as `id2label` to `from_pretrained`. The official "
-            "code uses the data set's own category ids as labels, so label 0 often stands for nothing."
+            "code uses the dataset's own category ids as labels, so label 0 often stands for nothing."
         )
     return text + f" {', '.join(names[:30])}{' ...' if len(names) > 30 else ''}."
 
@@ -263,13 +263,13 @@ def _published(box_ap: float | None, hash_known: bool) -> str:
     head = "## Results\n\n"
     if box_ap is None:
         return head + "No published result is known for this file, and none was measured during the conversion."
-    recognised = (
+    recognized = (
         "its SHA-256" if hash_known else "its name, settings and epoch; a hash of the original is not publicly known"
     )
     return head + (
         f"| data | metric | value | source |\n|---|---|---|---|\n"
         f"| COCO val2017 | box AP@[.50:.95] | {box_ap:.3f} | **published** by the authors, **not measured here** |\n\n"
-        f"The file was recognised by {recognised}."
+        f"The file was recognized by {recognized}."
     )
 
 
@@ -288,7 +288,7 @@ _LIMITS = """## Limits
 
 Scores are not calibrated probabilities. Objects, viewpoints and places that the training data lack are found less well
 or not at all, and the errors are not spread evenly over people and regions: measure on your own data before relying on
-the model, above all where people are concerned. At most `num_queries` objects per picture can be found."""
+the model, above all where people are concerned. At most `num_queries` objects per image can be found."""
 
 
 _NAMES_OF_COCO = (
@@ -296,18 +296,18 @@ _NAMES_OF_COCO = (
     "as `id2label` to `from_pretrained`."
 )
 
-_LICENCE = (
-    "## Licence\n\nThe model code is Apache-2.0. The weights follow from the training data and the model they started "
-    "from: add the licence that applies to the weights."
+_LICENSE = (
+    "## License\n\nThe model code is Apache-2.0. The weights follow from the training data and the model they started "
+    "from: add the license that applies to the weights."
 )
 
 
-def _licence_of_published(config: DinoDetrConfig) -> str:
+def _license_of_published(config: DinoDetrConfig) -> str:
     text = (
-        "## Licence\n\nDINO's code and checkpoints are released by IDEA-Research under Apache-2.0; so is this model."
+        "## License\n\nDINO's code and checkpoints are released by IDEA-Research under Apache-2.0; so is this model."
     )
     if _backbone_name(config).startswith("Swin"):
-        text += " The Swin backbone was trained by Microsoft and is released under the MIT licence."
+        text += " The Swin backbone was trained by Microsoft and is released under the MIT license."
     return text
 
 

@@ -19,13 +19,13 @@ from transformers.utils import ModelOutput, can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
-from .backbone_dino_detr import DinoDetrBackbone, DinoDetrFeatureLevels, backbone_attention, cell_centres
+from .backbone_dino_detr import DinoDetrBackbone, DinoDetrFeatureLevels, backbone_attn_implementation, cell_centers
 from .boxes_dino_detr import (
-    DinoDetrPerceptron,
+    DinoDetrMLPPredictionHead,
     at_least_float32,
-    box_head,
-    class_head,
     inverse_sigmoid,
+    make_bbox_head,
+    make_class_head,
     sine_box_embedding,
 )
 from .configuration_dino_detr import DinoDetrConfig
@@ -37,7 +37,7 @@ from .denoising_dino_detr import (
     denoising_attention_mask,
 )
 from .initialization_dino_detr import init_as, initialize
-from .loss_dino_detr import check_labels, count_boxes, dino_detr_loss
+from .loss_dino_detr import check_labels, dino_detr_loss, get_num_boxes
 from .query_selection_dino_detr import QUERY_SELECTIONS, DinoDetrObjectQueries
 
 
@@ -64,7 +64,7 @@ class DinoDetrDecoderOutput(ModelOutput):
         intermediate_hidden_states (`torch.Tensor` of shape `(batch_size, decoder_layers, num_queries, d_model)`):
             Normed output of each layer.
         intermediate_boxes (`torch.Tensor` of shape `(batch_size, decoder_layers, num_queries, 4)`):
-            The boxes that each layer predicts: centre x, centre y, width, height, fractions of the unpadded picture.
+            The boxes that each layer predicts: center x, center y, width, height, fractions of the unpadded image.
         intermediate_reference_points (`torch.Tensor` of shape `(batch_size, decoder_layers, num_queries, 4)`):
             The boxes that each layer hands to the next one to look around; same units.
         hidden_states, attentions, cross_attentions (`tuple[torch.Tensor]`, *optional*):
@@ -109,7 +109,7 @@ class DinoDetrModelOutput(ModelOutput):
         intermediate_hidden_states (`torch.Tensor` of shape `(batch_size, decoder_layers, num_queries, d_model)`):
             Output of each decoder layer.
         intermediate_boxes (`torch.Tensor` of shape `(batch_size, decoder_layers, num_queries, 4)`):
-            Boxes predicted by each layer: centre x, centre y, width, height, fractions of the unpadded picture.
+            Boxes predicted by each layer: center x, center y, width, height, fractions of the unpadded image.
         init_reference_points (`torch.Tensor` of shape `(batch_size, num_queries, 4)`): Boxes the decoder starts from.
         intermediate_reference_points (`torch.Tensor` of shape `(batch_size, decoder_layers, num_queries, 4)`):
             Boxes that each decoder layer hands on.
@@ -148,7 +148,7 @@ class DinoDetrObjectDetectionOutput(ModelOutput):
         logits (`torch.Tensor` of shape `(batch_size, num_queries, num_labels)`):
             Class scores before the sigmoid; there is no "no object" class.
         pred_boxes (`torch.Tensor` of shape `(batch_size, num_queries, 4)`):
-            Centre x, centre y, width, height as fractions of the unpadded picture, at least float32. Use
+            Center x, center y, width, height as fractions of the unpadded image, at least float32. Use
             [`~DinoDetrImageProcessor.post_process_object_detection`] to get boxes in pixels.
         auxiliary_outputs (`list[dict[str, torch.Tensor]]`, *optional*):
             `logits` and `pred_boxes` of every decoder layer but the last, if `config.auxiliary_loss`.
@@ -337,12 +337,12 @@ class DinoDetrPreTrainedModel(PreTrainedModel):
             super()._init_weights(module)
 
     def get_input_embeddings(self) -> None:
-        """Pictures have none. Accelerate asks, when it shares out the weights (FSDP2), and takes no error for that."""
+        """Images have none. Accelerate asks, when it shares out the weights (FSDP2), and takes no error for that."""
 
     def set_attn_implementation(self, attn_implementation: str | dict[str, str], *args: Any, **kwargs: Any) -> None:
         """As in transformers, but one name may be given for a model whose backbone has no attention."""
         if isinstance(attn_implementation, str):
-            of_backbone = backbone_attention(self.config.backbone_config, attn_implementation)
+            of_backbone = backbone_attn_implementation(self.config.backbone_config, attn_implementation)
             attn_implementation = {"": attn_implementation, "backbone_config": of_backbone}
         super().set_attn_implementation(attn_implementation, *args, **kwargs)
 
@@ -374,26 +374,26 @@ class DinoDetrEncoder(DinoDetrPreTrainedModel):
     @merge_with_config_defaults
     @capture_outputs
     def forward(self, levels: DinoDetrFeatureLevels, **kwargs: Any) -> DinoDetrEncoderOutput:
-        reference_points = cell_references(levels)
+        reference_points = get_reference_points(levels)
         hidden_states = levels.features
         for layer in self.layers:
             hidden_states = layer(hidden_states, levels.position_embeddings, reference_points, levels)
         return DinoDetrEncoderOutput(last_hidden_state=hidden_states)
 
 
-def cell_references(levels: DinoDetrFeatureLevels) -> torch.Tensor:
+def get_reference_points(levels: DinoDetrFeatureLevels) -> torch.Tensor:
     """Where each memory position lies on each level.
 
     Returns:
         `torch.Tensor` of shape `(batch_size, sequence_length, num_feature_levels, 2)`: (x, y) as fractions of the
         padded map of that level.
     """
-    centres = []
+    centers = []
     for level, (height, width) in enumerate(levels.spatial_shapes_list):
-        cells = cell_centres(height, width, levels.valid_ratios.device)
+        cells = cell_centers(height, width, levels.valid_ratios.device)
         valid_size = levels.valid_ratios[:, None, level] * levels.spatial_shapes[level].flip(0)
-        centres.append(cells / valid_size)  # fractions of the unpadded picture
-    return torch.cat(centres, dim=1)[:, :, None] * levels.valid_ratios[:, None]
+        centers.append(cells / valid_size)  # fractions of the unpadded image
+    return torch.cat(centers, dim=1)[:, :, None] * levels.valid_ratios[:, None]
 
 
 def move_boxes(change: torch.Tensor, boxes: torch.Tensor) -> torch.Tensor:
@@ -422,8 +422,8 @@ class DinoDetrDecoder(DinoDetrPreTrainedModel):
         width = config.d_model
         self.layers = nn.ModuleList(DinoDetrDecoderLayer(config) for _ in range(config.decoder_layers))
         self.layer_norm = nn.LayerNorm(width)
-        self.ref_point_head = DinoDetrPerceptron([2 * width, width, width], rule="xavier", last_rule="xavier")
-        self.bbox_embed = nn.ModuleList(box_head(width) for _ in range(num_prediction_heads(config)))
+        self.ref_point_head = DinoDetrMLPPredictionHead([2 * width, width, width], rule="xavier", last_rule="xavier")
+        self.bbox_embed = nn.ModuleList(make_bbox_head(width) for _ in range(num_prediction_heads(config)))
         self.look_forward = BOX_REFINEMENTS[config.box_refinement]
         self.post_init()
 
@@ -442,7 +442,7 @@ class DinoDetrDecoder(DinoDetrPreTrainedModel):
         Args:
             inputs_embeds (`torch.Tensor` of shape `(batch_size, num_queries, d_model)`): Content queries.
             reference_points (`torch.Tensor` of shape `(batch_size, num_queries, 4)`):
-                First boxes: centre x, centre y, width, height, fractions of the unpadded picture.
+                First boxes: center x, center y, width, height, fractions of the unpadded image.
             attention_mask (`torch.Tensor` of shape `(1, 1, num_queries, num_queries)`):
                 Added to the scores of self-attention.
             memory (`torch.Tensor` of shape `(batch_size, sequence_length, d_model)`): The encoder's output.
@@ -483,7 +483,7 @@ def head_of_layer(heads: nn.ModuleList, layer: int) -> nn.Module:
 
 
 class DinoDetrModel(DinoDetrPreTrainedModel):
-    """DINO without its class heads: from pictures to object queries that know their box.
+    """DINO without its class heads: from images to object queries that know their box.
 
     Args:
         config ([`DinoDetrConfig`]): Sizes and strategies.
@@ -511,17 +511,17 @@ class DinoDetrModel(DinoDetrPreTrainedModel):
         """
         Args:
             pixel_values (`torch.Tensor` of shape `(batch_size, 3, height, width)`):
-                Normalised pictures, padded to the right and below; see [`DinoDetrImageProcessor`].
+                Normalized images, padded to the right and below; see [`DinoDetrImageProcessor`].
             pixel_mask (`torch.Tensor` of shape `(batch_size, height, width)`, *optional*):
-                1 is picture, 0 is padding. All picture if not given.
+                1 is image, 0 is padding. All image if not given.
             labels (`list[dict[str, torch.Tensor]]`, *optional*):
-                Per picture `class_labels` `(num_objects,)` and `boxes` `(num_objects, 4)`, of which denoising queries
+                Per image `class_labels` `(num_objects,)` and `boxes` `(num_objects, 4)`, of which denoising queries
                 are made in training mode.
             effective_batch ([`DinoDetrEffectiveBatch`], *optional*): See [`DinoDetrForObjectDetection`].
             output_hidden_states, output_attentions (`bool`, *optional*): What else to return.
 
         Raises:
-            ValueError: If labels cannot be right, or the pictures are too small for `num_queries`.
+            ValueError: If labels cannot be right, or the images are too small for `num_queries`.
         """
         if labels is not None:
             check_labels(labels, len(pixel_values), self.config.num_labels)
@@ -532,8 +532,8 @@ class DinoDetrModel(DinoDetrPreTrainedModel):
         encoded = self.encoder(levels, **kwargs)
         memory = encoded.last_hidden_state
         selected = self.query_selection(memory, levels)
-        most_objects = 0 if effective_batch is None else effective_batch.most_objects
-        denoising = self.denoising(labels if self.training else None, selected.inputs_embeds, most_objects)
+        max_num_objects = 0 if effective_batch is None else effective_batch.max_num_objects
+        denoising = self.denoising(labels if self.training else None, selected.inputs_embeds, max_num_objects)
         decoded = self.decoder(
             inputs_embeds=torch.cat([denoising.inputs_embeds, selected.inputs_embeds], dim=1),
             reference_points=torch.cat([denoising.reference_points, selected.reference_points], dim=1),
@@ -616,7 +616,7 @@ class DinoDetrForObjectDetection(DinoDetrPreTrainedModel):
         super().__init__(config)
         self.model = DinoDetrModel(config)
         self.class_embed = nn.ModuleList(
-            class_head(config.d_model, config.num_labels) for _ in range(num_prediction_heads(config))
+            make_class_head(config.d_model, config.num_labels) for _ in range(num_prediction_heads(config))
         )
         self.first_supervised_layer = 0 if config.auxiliary_loss else config.decoder_layers - 1
         # transformers would otherwise choose DETR's softmax loss by the name of this class
@@ -635,12 +635,12 @@ class DinoDetrForObjectDetection(DinoDetrPreTrainedModel):
         """
         Args:
             pixel_values (`torch.Tensor` of shape `(batch_size, 3, height, width)`):
-                Normalised pictures, padded to the right and below; see [`DinoDetrImageProcessor`].
+                Normalized images, padded to the right and below; see [`DinoDetrImageProcessor`].
             pixel_mask (`torch.Tensor` of shape `(batch_size, height, width)`, *optional*):
-                1 is picture, 0 is padding. All picture if not given.
+                1 is image, 0 is padding. All image if not given.
             labels (`list[dict[str, torch.Tensor]]`, *optional*):
-                Per picture `class_labels` `(num_objects,)`, int64 in [0, num_labels), and `boxes` `(num_objects, 4)`:
-                centre x, centre y, width, height as fractions of the unpadded picture. With them comes a loss.
+                Per image `class_labels` `(num_objects,)`, int64 in [0, num_labels), and `boxes` `(num_objects, 4)`:
+                center x, center y, width, height as fractions of the unpadded image. With them comes a loss.
             effective_batch ([`DinoDetrEffectiveBatch`], *optional*):
                 What there is in the whole of a training step that several batches make up, so that it does not matter
                 how many. Without it each batch has its own denoising groups, and its loss is divided by the objects of
@@ -648,7 +648,7 @@ class DinoDetrForObjectDetection(DinoDetrPreTrainedModel):
             output_hidden_states, output_attentions (`bool`, *optional*): What else to return.
 
         Raises:
-            ValueError: If labels cannot be right, or the pictures are too small for `num_queries`.
+            ValueError: If labels cannot be right, or the images are too small for `num_queries`.
         """
         outputs = self.model(pixel_values, pixel_mask, labels, effective_batch, **kwargs)
         logits, boxes = self.logits_and_boxes(outputs.intermediate_hidden_states, outputs.intermediate_boxes)
@@ -668,7 +668,7 @@ class DinoDetrForObjectDetection(DinoDetrPreTrainedModel):
             **passed_on,
         )
 
-    def class_layers(self) -> list[nn.Module]:
+    def class_specific_layers(self) -> list[nn.Module]:
         """The layers with a row of weights per class: class heads of decoder and encoder, denoising's embedding."""
         of_encoder = getattr(self.model.query_selection, "class_embed", None)
         of_denoising = getattr(self.model.denoising, "label_embed", None)
@@ -681,7 +681,7 @@ class DinoDetrForObjectDetection(DinoDetrPreTrainedModel):
         For a loaded model that is to learn other classes. `from_pretrained(..., ignore_mismatched_sizes=True)` does it
         where their number differs, but cannot know that as many classes are other ones.
         """
-        for layer in self.class_layers():
+        for layer in self.class_specific_layers():
             initialize(layer, again=True)
 
     def logits_and_boxes(self, hidden_states: torch.Tensor, boxes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -708,7 +708,7 @@ class DinoDetrForObjectDetection(DinoDetrPreTrainedModel):
             logits = torch.cat([outputs.enc_outputs_class[:, None], logits], dim=1)
             boxes = torch.cat([outputs.enc_outputs_coord_logits.sigmoid()[:, None], boxes], dim=1)
         num_boxes: torch.Tensor | float = (
-            count_boxes(labels, logits.device, average=self.training)  # evaluation may run on one process alone
+            get_num_boxes(labels, logits.device, average=self.training)  # evaluation may run on one process alone
             if effective_batch is None
             else effective_batch.num_boxes
         )

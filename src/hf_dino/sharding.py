@@ -11,15 +11,15 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 
-IN_PIECES = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
+SHARDED_DISTRIBUTED_TYPES = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
 """Ways in which no process may have the whole model: its layers are run, and its checkpoints written, together."""
 
 
 @contextmanager
-def whole_weights(model: nn.Module) -> Iterator[None]:
+def summon_full_params(model: nn.Module) -> Iterator[None]:
     """Let every process have all weights while the context lasts, to run the model without the other processes.
 
-    A sharded model gathers its weights at each call, in all processes at once: those that evaluate more pictures than
+    A sharded model gathers its weights at each call, in all processes at once: those that evaluate more images than
     the others would wait for ever. Any other model is whole already.
 
     Args:
@@ -42,17 +42,17 @@ def whole_weights(model: nn.Module) -> Iterator[None]:
             group.post_forward_mesh_info = setting
 
 
-def local_part(tensor: torch.Tensor) -> torch.Tensor:
+def to_local(tensor: torch.Tensor) -> torch.Tensor:
     """This process's part of a tensor that processes share out, in the same memory; else the tensor itself."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def gather_tensor(tensor: torch.Tensor) -> torch.Tensor:
+def to_full_tensor(tensor: torch.Tensor) -> torch.Tensor:
     """The whole of a tensor on the CPU if processes share it out, who all call this; else the tensor itself."""
     return tensor.full_tensor().cpu() if isinstance(tensor, DTensor) else tensor
 
 
-def shared_like(whole: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+def distribute_like(whole: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
     """This process's part of a tensor that all have, if `other` is shared out; else the tensor itself."""
     if not isinstance(other, DTensor):
         return whole

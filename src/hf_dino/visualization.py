@@ -1,4 +1,4 @@
-"""Pictures for people: detections drawn into a picture, two pictures side by side, training curves."""
+"""Images for people: detections drawn into an image, two images side by side, training curves."""
 
 import io
 import os
@@ -13,13 +13,13 @@ from PIL import Image, ImageDraw, ImageFont
 
 from .data.extras import import_extra
 from .errors import InputError
-from .files import replacing
+from .files import atomic_write
 
 
-# Pixels. A picture whose longer side is below this is enlarged before it is drawn into, or names would hide it.
+# Pixels. An image whose longer side is below this is enlarged before it is drawn into, or names would hide it.
 SMALLEST_LONGER_SIDE = 480
 
-# Dark enough for white text and apart in hue, so that neighbours differ also in print.
+# Dark enough for white text and apart in hue, so that neighbors differ also in print.
 _COLORS = (
     "#c1121f",
     "#0353a4",
@@ -36,30 +36,30 @@ _COLORS = (
 )
 
 
-def check_can_draw(*paths: Path) -> None:
-    """See, before the work is done, that pictures can be drawn into and written.
+def check_drawing_dependencies(*paths: Path) -> None:
+    """See, before the work is done, that images can be drawn into and written.
 
     Args:
         paths (`Path`): The files to be written, whose suffixes give the formats.
 
     Raises:
-        InputError: If Pillow writes no pictures of a suffix.
+        InputError: If Pillow writes no images of a suffix.
         ImportError: If supervision or matplotlib is not installed.
     """
     for path in paths:
         kind = Image.registered_extensions().get(path.suffix.lower())
-        try:  # there are kinds that Pillow only reads, or writes with another library, or in grey only
+        try:  # there are kinds that Pillow only reads, or writes with another library, or in gray only
             Image.new("RGB", (8, 8)).save(io.BytesIO(), kind)
         except (KeyError, ValueError, OSError):
-            raise InputError(f"{path}: pictures of kind {path.suffix!r} cannot be written; use .png or .jpg") from None
+            raise InputError(f"{path}: images of kind {path.suffix!r} cannot be written; use .png or .jpg") from None
     _supervision()
     _font_path()
 
 
-def save_picture(picture: Image.Image, path: Path) -> None:
-    """Write a picture, or leave what was there if it cannot be finished."""
-    with replacing(path) as temporary:
-        picture.save(temporary)
+def save_image(image: Image.Image, path: Path) -> None:
+    """Write an image, or leave what was there if it cannot be finished."""
+    with atomic_write(path) as temporary:
+        image.save(temporary)
 
 
 def draw_detections(
@@ -69,21 +69,21 @@ def draw_detections(
     scores: Sequence[float] | None = None,
     classes: Iterable[str] = (),
 ) -> Image.Image:
-    """Draw boxes with their names into a copy of a picture.
+    """Draw boxes with their names into a copy of an image.
 
-    Lines and text grow with the picture. One name has one colour in every picture.
+    Lines and text grow with the image. One name has one color in every image.
 
     Args:
-        image (`PIL.Image.Image`): The picture, in any mode.
+        image (`PIL.Image.Image`): The image, in any mode.
         boxes (tensor, array or list of shape `(num_boxes, 4)`): x0, y0, x1, y1 in pixels of `image`.
         names (`list[str]` of length `num_boxes`): What to write at each box.
         scores (`list[float]` of length `num_boxes`, *optional*): Written behind the names. Boxes of higher score are
             drawn above those of lower score.
-        classes (`Iterable[str]`, *optional*): All names that there are, which makes the colours of the first twelve
+        classes (`Iterable[str]`, *optional*): All names that there are, which makes the colors of the first twelve
             differ. Other names may share one.
 
     Returns:
-        `PIL.Image.Image`: An RGB picture, larger than `image` by a factor of `ceil(480 / longer side)`.
+        `PIL.Image.Image`: An RGB image, larger than `image` by a factor of `ceil(480 / longer side)`.
 
     Raises:
         ValueError: If boxes, names and scores differ in number.
@@ -93,8 +93,8 @@ def draw_detections(
 
     ```python
     >>> from PIL import Image
-    >>> picture = Image.new("RGB", (640, 480), "white")
-    >>> drawn = draw_detections(picture, [[100, 100, 300, 250]], ["cat"], [0.87])
+    >>> image = Image.new("RGB", (640, 480), "white")
+    >>> drawn = draw_detections(image, [[100, 100, 300, 250]], ["cat"], [0.87])
     >>> drawn.size, drawn.getpixel((100, 200)) == (255, 255, 255)
     ((640, 480), False)
 
@@ -137,13 +137,13 @@ def draw_detections(
     ).annotate(drawn, detections, labels=text)
 
 
-def side_by_side(left: Image.Image, right: Image.Image, captions: tuple[str, str]) -> Image.Image:
-    """Put two pictures beside each other on white, each with its caption above it.
+def hstack_images(left: Image.Image, right: Image.Image, captions: tuple[str, str]) -> Image.Image:
+    """Put two images beside each other on white, each with its caption above it.
 
     Args:
         left (`PIL.Image.Image`): Gives the height.
         right (`PIL.Image.Image`): Scaled to that height.
-        captions (`tuple[str, str]`): Of the left and of the right picture, one line each.
+        captions (`tuple[str, str]`): Of the left and of the right image, one line each.
 
     Raises:
         ImportError: If matplotlib, whose font is used, is not installed.
@@ -153,21 +153,21 @@ def side_by_side(left: Image.Image, right: Image.Image, captions: tuple[str, str
         right = right.resize((width, left.height), Image.Resampling.BICUBIC)
     font = ImageFont.truetype(_font_path(), max(14, round(max(left.size) / 36)))
     gap = max(8, left.width // 60)
-    widths = [max(picture.width, round(font.getlength(caption))) for picture, caption in zip((left, right), captions)]
+    widths = [max(image.width, round(font.getlength(caption))) for image, caption in zip((left, right), captions)]
     bar = round(2 * font.size)
 
     sheet = Image.new("RGB", (sum(widths) + 3 * gap, left.height + bar + gap), "white")
     draw = ImageDraw.Draw(sheet)
     x = gap
-    for picture, caption, width in zip((left, right), captions, widths):
+    for image, caption, width in zip((left, right), captions, widths):
         draw.text((x, bar / 2), caption, fill="black", font=font, anchor="lm")
-        sheet.paste(picture.convert("RGB"), (x, bar))
+        sheet.paste(image.convert("RGB"), (x, bar))
         x += width + gap
     return sheet
 
 
 def plot_training_curves(history: Sequence[Mapping[str, float]], path: str | os.PathLike) -> None:
-    """Plot loss and average precision over a training into a picture file.
+    """Plot loss and average precision over a training into an image file.
 
     Args:
         history (`list[dict[str, float]]`): Rows with `"step"`, the horizontal axis, and any of `"loss"`, `"ap"` and
@@ -197,7 +197,7 @@ def plot_training_curves(history: Sequence[Mapping[str, float]], path: str | os.
     if precision_axes.lines:
         precision_axes.legend(frameon=False, loc="best")
 
-    with replacing(Path(path)) as temporary:
+    with atomic_write(Path(path)) as temporary:
         figure.savefig(temporary, dpi=120)
 
 

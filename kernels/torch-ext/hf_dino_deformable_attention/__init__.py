@@ -55,7 +55,7 @@ def fused_deformable_attention(
     Args:
         value, spatial_shapes: As for [`deformable_attention`].
         reference_points (`torch.Tensor` of shape `(batch_size, num_queries, num_levels, 2 or 4)`):
-            Points (x, y) or boxes (centre x, centre y, width, height), fractions of each level's map.
+            Points (x, y) or boxes (center x, center y, width, height), fractions of each level's map.
         sampling_offsets (`torch.Tensor` of shape `(batch_size, num_queries, num_heads, num_levels, num_points, 2)`):
             (x, y), in cells around a point; around a box, an offset of `num_points` reaches its edge.
         attention_logits (`torch.Tensor` of shape `(batch_size, num_queries, num_heads, num_levels, num_points)`):

@@ -1,4 +1,4 @@
-"""Data sets in any of the usual formats, their check, augmentation, batches, and the generated `shapes` data set."""
+"""Datasets in any of the usual formats, their check, augmentation, batches, and the generated `shapes` dataset."""
 
 from ..errors import InputError
 from .augmentation import AUGMENTATIONS, Augmentation, NoAugmentation, make_augmentation
@@ -8,36 +8,36 @@ from .batching import (
     TrainingBatchSampler,
     TrainingCollator,
     evaluation_loader,
-    pictures_per_batch,
-    processed_shape,
+    get_processed_shape,
+    per_device_batch_size,
+    predict_batch_shapes,
     steps_per_epoch,
     training_loader,
-    training_shapes,
 )
 from .check import DataReport, SplitCounts, check_data
 from .coco import read_coco
 from .convert import convert_data
 from .dataset import (
-    AnnotatedPicture,
-    DetectionData,
+    AnnotatedImage,
     DetectionDataset,
+    DetectionSplit,
     clip_boxes,
     contiguous_id2label,
     label_of_category,
 )
 from .formats import read_data
-from .images import list_pictures, read_image
+from .images import list_images, read_image
 from .splits import SPLITS
 
 
 __all__ = [
     "AUGMENTATIONS",
     "SPLITS",
-    "AnnotatedPicture",
+    "AnnotatedImage",
     "Augmentation",
     "DataReport",
-    "DetectionData",
     "DetectionDataset",
+    "DetectionSplit",
     "EvaluationCollator",
     "InputError",
     "NoAugmentation",
@@ -50,15 +50,15 @@ __all__ = [
     "contiguous_id2label",
     "convert_data",
     "evaluation_loader",
+    "get_processed_shape",
     "label_of_category",
-    "list_pictures",
+    "list_images",
     "make_augmentation",
-    "pictures_per_batch",
-    "processed_shape",
+    "per_device_batch_size",
+    "predict_batch_shapes",
     "read_coco",
     "read_data",
     "read_image",
     "steps_per_epoch",
     "training_loader",
-    "training_shapes",
 ]

@@ -1,4 +1,4 @@
-"""Look at a data set for detection before training on it, or convert it: `python -m hf_dino.data COMMAND SOURCE`.
+"""Look at a dataset for detection before training on it, or convert it: `python -m hf_dino.data COMMAND SOURCE`.
 
 SOURCE is a folder in the format of COCO, Pascal VOC, YOLO or Hugging Face `datasets`, or a name on the Hub.
 It is never changed.
@@ -11,17 +11,17 @@ from pathlib import Path
 from typing import Any
 
 from ..arguments import HelpFormatter, at_least, parse_size
-from ..errors import InputError, run_as_command
+from ..errors import InputError, run_cli
 from ..image_processing_dino_detr import LONGEST_EDGE, SHORTEST_EDGE
 from .augmentation import AUGMENTATIONS, make_augmentation
 from .check import SIZES, DataReport, check_data
 from .coco import read_coco_file
 from .convert import TARGETS, convert_data
-from .dataset import Complain, DetectionData, refuse
+from .dataset import DetectionSplit, ErrorHandler, raise_input_error
 from .extras import import_extra
 from .formats import read_data
-from .sheet import choose_augmented, choose_samples, draw_sheet, require_new
-from .splits import split_of
+from .sheet import choose_augmented, choose_samples, draw_image_grid, require_new
+from .splits import split_from_name
 
 
 _MOST_LINES = 20  # of errors, and of warnings
@@ -31,7 +31,7 @@ _NEEDED = ("train", "validation")
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; `arguments` replace those of the process. Return the exit status, 1 for errors in data."""
     log = logging.StreamHandler()
-    log.addFilter(lambda record: record.name != DetectionData.__module__)  # the report says that
+    log.addFilter(lambda record: record.name != DetectionSplit.__module__)  # the report says that
     logging.basicConfig(format="%(message)s", handlers=[log])
     options = _parse(arguments)
     return options.run(options)
@@ -58,18 +58,18 @@ def _add_source(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "source", nargs="?", metavar="SOURCE", help="a folder, or OWNER/NAME[:CONFIGURATION] on the Hub"
     )
-    command.add_argument("--images", type=Path, metavar="DIR", help="instead of SOURCE: the pictures of a COCO file")
+    command.add_argument("--images", type=Path, metavar="DIR", help="instead of SOURCE: the images of a COCO file")
     command.add_argument("--annotations", type=Path, metavar="FILE", help="instead of SOURCE: the COCO file")
-    command.add_argument("--streaming", action="store_true", help="fetch pictures one by one, and keep them")
-    command.add_argument("--limit", type=at_least(1), metavar="N", help="of a stream: pictures of each split")
+    command.add_argument("--streaming", action="store_true", help="fetch images one by one, and keep them")
+    command.add_argument("--limit", type=at_least(1), metavar="N", help="of a stream: images of each split")
     command.add_argument("--cache", type=Path, metavar="DIR", help="of a stream: the folder to keep it in")
 
 
 def _add_check(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--quick", action="store_true", help="read the head of each picture only")
+    command.add_argument("--quick", action="store_true", help="read the head of each image only")
     command.add_argument("--num-workers", type=at_least(1), metavar="N", help="threads (default: one per processor)")
-    command.add_argument("--sheet", type=Path, metavar="FILE", help="draw some pictures with their boxes; a new file")
-    command.add_argument("--num-pictures", type=at_least(1), default=12, metavar="N", help="on the sheet")
+    command.add_argument("--sheet", type=Path, metavar="FILE", help="draw some images with their boxes; a new file")
+    command.add_argument("--num-images", type=at_least(1), default=12, metavar="N", help="on the sheet")
 
 
 def _add_augment(command: argparse.ArgumentParser) -> None:
@@ -79,7 +79,7 @@ def _add_augment(command: argparse.ArgumentParser) -> None:
     default = [str(SHORTEST_EDGE), str(LONGEST_EDGE)]
     command.add_argument("--image-size", nargs="+", default=default, metavar="PIXELS", help=size)
     command.add_argument("--output", type=Path, required=True, metavar="FILE", help="the sheet; a new file")
-    command.add_argument("--num-pictures", type=at_least(1), default=4, metavar="N", help="each a row of the sheet")
+    command.add_argument("--num-images", type=at_least(1), default=4, metavar="N", help="each a row of the sheet")
     command.add_argument("--num-views", type=at_least(1), default=3, metavar="N", help="of each, beside the original")
     command.add_argument("--seed", type=at_least(0), default=0, help="of the augmentation, as in training")
 
@@ -90,7 +90,7 @@ def _add_convert(command: argparse.ArgumentParser) -> None:
         "--format",
         required=True,
         choices=TARGETS,
-        help="boxes stay as they are in coco, move by less than a hundred-thousandth of the picture's side in yolo, "
+        help="boxes stay as they are in coco, move by less than a hundred-thousandth of the image's side in yolo, "
         "and to whole pixels in voc; only coco holds crowd regions and areas",
     )
 
@@ -102,73 +102,73 @@ def check(options: argparse.Namespace) -> int:
     rich = import_extra("rich.progress", "train", "the report")
     errors: list[str] = []
     splits = _read(options, errors.append)
-    total = sum(len(data.pictures) for data in splits.values())
+    total = sum(len(data.images) for data in splits.values())
     with rich.Progress(transient=True) as progress:
-        task = progress.add_task("pictures", total=total)
+        task = progress.add_task("images", total=total)
         found = check_data(
             splits,
             decode=not options.quick,
             num_workers=options.num_workers,
-            on_picture=lambda: progress.advance(task),
+            on_image=lambda: progress.advance(task),
         )
     missing = [f"there is no {split} split, which fine-tuning needs" for split in _NEEDED if split not in splits]
     warnings = found.warnings + (missing if options.source else [])
     report = DataReport(errors + found.errors, warnings, found.counts)
     print_report(report)
     if options.sheet:
-        draw_sheet(choose_samples(splits, options.num_pictures), options.sheet)
+        draw_image_grid(choose_samples(splits, options.num_images), options.sheet)
         print(f"sheet: {options.sheet}")
     return 1 if report.errors else 0
 
 
 def augment(options: argparse.Namespace) -> int:
-    """Draw pictures as they are and as epochs of training see them."""
+    """Draw images as they are and as epochs of training see them."""
     require_new(options.output)
     augmentation = make_augmentation(options.augmentation, parse_size(options.image_size))
-    data = next(iter(_read(options, refuse).values()))
-    views, count, seed = options.num_views, options.num_pictures, options.seed
-    draw_sheet(choose_augmented(data, augmentation, count, views, seed), options.output, columns=1 + views)
+    data = next(iter(_read(options, raise_input_error).values()))
+    views, count, seed = options.num_views, options.num_images, options.seed
+    draw_image_grid(choose_augmented(data, augmentation, count, views, seed), options.output, columns=1 + views)
     print(f"sheet: {options.output}")
     return 0
 
 
 def convert(options: argparse.Namespace) -> int:
-    """Write the data set in another format and print what that format does not hold."""
+    """Write the dataset in another format and print what that format does not hold."""
     if options.source and Path(options.source).resolve() in options.output.resolve().parents:
         raise InputError(f"{options.output}: lies in {options.source}, which is not changed; choose another place")
     rich = import_extra("rich.progress", "train", "the progress")
-    splits = _read(options, refuse)
-    pictures = sum(len(data.pictures) for data in splits.values())
+    splits = _read(options, raise_input_error)
+    images = sum(len(data.images) for data in splits.values())
     with rich.Progress(transient=True) as progress:
-        task = progress.add_task("checked, then copied", total=2 * pictures)
-        warnings = convert_data(splits, options.output, options.format, on_picture=lambda: progress.advance(task))
+        task = progress.add_task("checked, then copied", total=2 * images)
+        warnings = convert_data(splits, options.output, options.format, on_image=lambda: progress.advance(task))
     _print_messages(import_extra("rich.console", "train", "the progress").Console(), "warning", "yellow", warnings)
     print(f"data: {options.output}")
     return 0
 
 
-def _read(options: argparse.Namespace, complain: Complain) -> dict[str, DetectionData]:
+def _read(options: argparse.Namespace, on_error: ErrorHandler) -> dict[str, DetectionSplit]:
     if options.source is None:
-        split = split_of(options.annotations.stem) or "train"
-        return {split: read_coco_file([options.images], options.annotations, complain)}
+        split = split_from_name(options.annotations.stem) or "train"
+        return {split: read_coco_file([options.images], options.annotations, on_error)}
     return read_data(
         options.source,
         streaming=options.streaming,
         limit=options.limit,
         cache=options.cache,
-        complain=complain,
+        on_error=on_error,
     )
 
 
 def print_report(report: DataReport) -> None:
     """Print counts as tables, then warnings, then errors."""
     console = import_extra("rich.console", "train", "the report").Console()
-    columns = ("pictures", "without objects", "objects", "crowds", *SIZES)
+    columns = ("images", "without objects", "objects", "crowds", *SIZES)
     console.print(
         _table(
             ("split", *columns),
             {
-                split: (each.pictures, each.without_objects, each.objects, each.crowds, *each.sizes.values())
+                split: (each.images, each.without_objects, each.objects, each.crowds, *each.sizes.values())
                 for split, each in report.counts.items()
             },
         )
@@ -201,10 +201,10 @@ def _table(header: Sequence[str], rows: Mapping[str, Sequence[object]]) -> Any:
 
 _COMMANDS: dict[str, tuple[Callable[[argparse.Namespace], int], str, Callable[[argparse.ArgumentParser], Any]]] = {
     "check": (check, "Report what is wrong with the data; exit status 1 if it would stop a training.", _add_check),
-    "augment": (augment, "Draw pictures with their boxes as training sees them.", _add_augment),
-    "convert": (convert, "Write the data in another format, pictures byte for byte.", _add_convert),
+    "augment": (augment, "Draw images with their boxes as training sees them.", _add_augment),
+    "convert": (convert, "Write the data in another format, images byte for byte.", _add_convert),
 }
 
 
 if __name__ == "__main__":
-    run_as_command(main)
+    run_cli(main)

@@ -1,4 +1,4 @@
-"""Training augmentation, by name or a user's own, as a picture with its boxes going in and coming out.
+"""Training augmentation, by name or a user's own, as an image with its boxes going in and coming out.
 
 The original's recipe, DINO `datasets/coco.py` (https://github.com/IDEA-Research/DINO), inherited from DETR: flip, then
 either resize to one of eleven sizes, or resize, crop a part and resize that.
@@ -23,12 +23,12 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as tvF
 
 from ..errors import InputError
-from ..image_processing_dino_detr import SHORTEST_EDGE, resized_shape
+from ..image_processing_dino_detr import SHORTEST_EDGE, get_size_with_aspect_ratio
 
 
 logger = logging.getLogger(__name__)
 
-# pixels, for pictures whose short side the processor makes SHORTEST_EDGE long; other sizes scale them all
+# pixels, for images whose short side the processor makes SHORTEST_EDGE long; other sizes scale them all
 _SCALES = range(480, 801, 32)
 _SCALES_BEFORE_CROP = (400, 500, 600)
 _CROP = (384, 600)
@@ -39,11 +39,11 @@ _SMALLEST_SIDE = 1e-2
 
 
 class Augmented(NamedTuple):
-    """A picture after augmentation.
+    """An image after augmentation.
 
     Attributes:
-        image (`PIL.Image.Image`): The new picture.
-        boxes (`torch.Tensor` of shape `(num_boxes, 4)`): x, y, width, height in its pixels, inside the picture.
+        image (`PIL.Image.Image`): The new image.
+        boxes (`torch.Tensor` of shape `(num_boxes, 4)`): x, y, width, height in its pixels, inside the image.
         areas (`torch.Tensor` of shape `(num_boxes,)`): In its square pixels, of what each box stands for.
         objects (`torch.Tensor` of shape `(num_boxes,)`): Which of the objects that went in each box belongs to.
     """
@@ -55,14 +55,14 @@ class Augmented(NamedTuple):
 
 
 class Augmentation:
-    """Applies a torchvision v2 transform to a picture and its boxes, and drops the boxes that it cut away.
+    """Applies a torchvision v2 transform to an image and its boxes, and drops the boxes that it cut away.
 
-    Draws from torch's global random numbers, so a caller that seeds them gets the same picture again.
+    Draws from torch's global random numbers, so a caller that seeds them gets the same image again.
 
     Args:
-        transform (`v2.Transform`): Takes and returns a dict of `image`, a PIL picture, `boxes`,
+        transform (`v2.Transform`): Takes and returns a dict of `image`, a PIL image, `boxes`,
             `tv_tensors.BoundingBoxes` in pixels, and `labels` of shape `(num_boxes,)`, which number the objects.
-        resizes (`bool`): Whether its pictures have their final size, so that the image processor must not resize.
+        resizes (`bool`): Whether its images have their final size, so that the image processor must not resize.
         evaluation_size (`Mapping[str, int]`, *optional*): At what size, in the words of the image processor, to
             evaluate a model that is trained with it: the largest that it shows. [`make_augmentation`] puts the size
             that it was asked for where a user's function leaves this out.
@@ -74,7 +74,7 @@ class Augmentation:
         self.evaluation_size = dict(evaluation_size or {})
 
     def __call__(self, image: Image.Image, boxes: torch.Tensor, areas: torch.Tensor) -> Augmented:
-        """Augment a picture.
+        """Augment an image.
 
         Args:
             image (`PIL.Image.Image`): RGB.
@@ -83,7 +83,7 @@ class Augmentation:
                 a transform leaves of a mask is not known: the result has the areas of its boxes.
 
         Raises:
-            InputError: If the transform returns no PIL picture, or boxes that do not belong to it.
+            InputError: If the transform returns no PIL image, or boxes that do not belong to it.
         """
         sample = _sample(image, (image.height, image.width), boxes)
         image, boxes, objects = _checked(self.transform(sample))
@@ -94,15 +94,15 @@ class Augmentation:
         return Augmented(image, boxes, boxes[:, 2] * boxes[:, 3], objects[visible])
 
     def shape(self, height: int, width: int, boxes: torch.Tensor) -> tuple[int, int]:
-        """Say what `(height, width)` a picture of `height` x `width` pixels would get from the same random numbers."""
+        """Say what `(height, width)` an image of `height` x `width` pixels would get from the same random numbers."""
         no_pixels = tv_tensors.Image(torch.empty(3, height, width, dtype=torch.uint8, device="meta"))
         image = self.transform(_sample(no_pixels, (height, width), boxes))["image"]
         return image.shape[-2], image.shape[-1]
 
     def smallest_shape(self, height: int, width: int) -> tuple[int, int]:
-        """Say what `(height, width)` a picture of `height` x `width` pixels may have at the least in training.
+        """Say what `(height, width)` an image of `height` x `width` pixels may have at the least in training.
 
-        Here that is the picture resized, and no part of it: what a user's own transform cuts away is not known.
+        Here that is the image resized, and no part of it: what a user's own transform cuts away is not known.
 
         Example:
 
@@ -117,7 +117,7 @@ class Augmentation:
 
 
 class NoAugmentation(Augmentation):
-    """Leaves pictures, boxes and annotated areas as they are.
+    """Leaves images, boxes and annotated areas as they are.
 
     Args:
         evaluation_size (`Mapping[str, int]`, *optional*): As for [`Augmentation`].
@@ -132,8 +132,8 @@ class NoAugmentation(Augmentation):
 
 
 @contextmanager
-def random_numbers_of(seed: int, epoch: int, image_id: int) -> Iterator[None]:
-    """Draw torch's random numbers on the CPU from a sequence that belongs to one picture in one epoch of one run."""
+def seed_per_image(seed: int, epoch: int, image_id: int) -> Iterator[None]:
+    """Draw torch's random numbers on the CPU from a sequence that belongs to one image in one epoch of one run."""
     with torch.random.fork_rng(devices=[]):
         # crc32 rather than hash(): the same number in every process. Not torch.manual_seed: it would seed accelerators
         # too, which draw the noise of the training
@@ -142,7 +142,7 @@ def random_numbers_of(seed: int, epoch: int, image_id: int) -> Iterator[None]:
 
 
 def shape_of_size(size: Mapping[str, int], height: int, width: int) -> tuple[int, int]:
-    """Say what `(height, width)` a picture of `height` x `width` pixels is resized to.
+    """Say what `(height, width)` an image of `height` x `width` pixels is resized to.
 
     Args:
         size (`Mapping[str, int]`): An image processor's: `shortest_edge` and `longest_edge`, or `height` and `width`,
@@ -152,14 +152,14 @@ def shape_of_size(size: Mapping[str, int], height: int, width: int) -> tuple[int
         InputError: If `size` has other keys.
     """
     if {"shortest_edge", "longest_edge"} <= size.keys():
-        return resized_shape(height, width, size["shortest_edge"], size["longest_edge"])
+        return get_size_with_aspect_ratio(height, width, size["shortest_edge"], size["longest_edge"])
     if {"height", "width"} <= size.keys():
         return size["height"], size["width"]
     raise InputError(f"a size must be shortest_edge and longest_edge, or height and width; it is {dict(size)}")
 
 
 def make_augmentation(name: str, size: Mapping[str, int]) -> Augmentation:
-    """Build an augmentation for the picture size that a model is trained at.
+    """Build an augmentation for the image size that a model is trained at.
 
     Args:
         name (`str`): A preset:
@@ -171,10 +171,10 @@ def make_augmentation(name: str, size: Mapping[str, int]) -> Augmentation:
             - `"none"`: [`NoAugmentation`].
 
             Or a function of one's own, `path/to/file.py:function` or `package.module:function`. It gets `size` and
-            returns a `v2.Transform`, whose pictures the image processor resizes, or an [`Augmentation`], also of a
+            returns a `v2.Transform`, whose images the image processor resizes, or an [`Augmentation`], also of a
             class of one's own that replaces methods. Random numbers must come from torch.
         size (`Mapping[str, int]`): The image processor's: `shortest_edge` and `longest_edge`, or `height` and `width`,
-            in pixels. With the latter every picture gets exactly that size.
+            in pixels. With the latter every image gets exactly that size.
 
     Returns:
         `Augmentation`: With an `evaluation_size`.
@@ -214,7 +214,7 @@ class _Dino(Augmentation):
         super().__init__(v2.Compose([*before, *recipe]), resizes=True, evaluation_size=size)
 
     def smallest_shape(self, height: int, width: int) -> tuple[int, int]:
-        """A crop may be a square: less than the picture unless that is so long that its longer side is the limit."""
+        """A crop may be a square: less than the image unless that is so long that its longer side is the limit."""
         return min(self._square, super().smallest_shape(height, width), key=math.prod)
 
 
@@ -222,7 +222,7 @@ def _dino_large(size: Mapping[str, int]) -> Augmentation:
     large = {side: round(length * _LARGE) for side, length in size.items()}
     if min(size.values()) > SHORTEST_EDGE:
         logger.warning(
-            "dino-large makes pictures %s pixels, 1.5 times the model's %s; `dino` would stay at the model's size",
+            "dino-large makes images %s pixels, 1.5 times the model's %s; `dino` would stay at the model's size",
             *("/".join(map(str, sorted(each.values()))) for each in (large, size)),
         )
     return _Dino(large)
@@ -275,8 +275,8 @@ class _OfUser(Augmentation):
         """As the user's class says."""
         return self.made.smallest_shape(height, width)
 
-    def _try(self, name: str, picture_size: tuple[int, int]) -> None:
-        width, height = picture_size
+    def _try(self, name: str, image_size: tuple[int, int]) -> None:
+        width, height = image_size
         boxes = torch.tensor([[0.1, 0.1, 0.3, 0.3], [0.2, 0.3, 0.7, 0.6]]) * torch.tensor([width, height] * 2)
         with torch.random.fork_rng(devices=[]):
             noise = tvF.to_pil_image(torch.randint(256, (3, height, width), dtype=torch.uint8))
@@ -284,8 +284,8 @@ class _OfUser(Augmentation):
                 once, again = (self._seeded(seed, noise, boxes) for _ in range(2))
                 if once != again:
                     raise InputError(
-                        f"{name}: gives another picture or other boxes each time; draw all random numbers from "
-                        f"torch, whose seed is set for each picture, so that a run can be repeated and resumed"
+                        f"{name}: gives another image or other boxes each time; draw all random numbers from "
+                        f"torch, whose seed is set for each image, so that a run can be repeated and resumed"
                     )
 
     def _seeded(self, seed: int, image: Image.Image, boxes: torch.Tensor) -> tuple[bytes, list[list[float]]]:
@@ -338,14 +338,14 @@ def _checked(sample: Any) -> tuple[Image.Image, tv_tensors.BoundingBoxes, torch.
     image, boxes, objects = sample["image"], sample["boxes"], sample["labels"]
     if not isinstance(image, Image.Image):
         raise InputError(
-            f"the augmentation must return a PIL picture, got {type(image).__name__}; leave tensors and normalisation "
+            f"the augmentation must return a PIL image, got {type(image).__name__}; leave tensors and normalization "
             f"to the image processor, or end with v2.ToPILImage()"
         )
     if not isinstance(boxes, tv_tensors.BoundingBoxes):
         raise InputError(f"the augmentation must return boxes as tv_tensors.BoundingBoxes, got {type(boxes).__name__}")
     if boxes.canvas_size != (image.height, image.width):
         raise InputError(
-            f"the augmentation's picture is {image.height} x {image.width} pixels (height x width), but its boxes "
+            f"the augmentation's image is {image.height} x {image.width} pixels (height x width), but its boxes "
             f"belong to one of {boxes.canvas_size[0]} x {boxes.canvas_size[1]}: it must resize and crop both"
         )
     if len(boxes) != len(objects):
@@ -371,17 +371,17 @@ class ResizeShortestEdge(v2.Transform):
         """Draw the new `(height, width)`."""
         height, width = tvF.get_size(flat_inputs[0])
         shortest_edge = self.shortest_edges[int(torch.randint(len(self.shortest_edges), ()))]
-        # no limit is the limit that a resized picture cannot reach
+        # no limit is the limit that a resized image cannot reach
         longest_edge = self.longest_edge or shortest_edge * max(height, width)
-        return {"size": resized_shape(height, width, shortest_edge, longest_edge)}
+        return {"size": get_size_with_aspect_ratio(height, width, shortest_edge, longest_edge)}
 
     def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
-        """Resize a picture or its boxes."""
+        """Resize an image or its boxes."""
         return tvF.resize(inpt, size=list(params["size"]), antialias=True)
 
 
 class RandomSizeCrop(v2.Transform):
-    """Cut out a rectangle with sides drawn between `shortest` and `longest` pixels, or the picture's if shorter."""
+    """Cut out a rectangle with sides drawn between `shortest` and `longest` pixels, or the image's if shorter."""
 
     def __init__(self, shortest: int, longest: int):
         super().__init__()
@@ -394,7 +394,7 @@ class RandomSizeCrop(v2.Transform):
         return {"top": top, "left": left, "height": height, "width": width}
 
     def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
-        """Crop a picture or its boxes."""
+        """Crop an image or its boxes."""
         return tvF.crop(inpt, **params)
 
     def _draw(self, side: int) -> tuple[int, int]:

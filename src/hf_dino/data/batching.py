@@ -1,4 +1,4 @@
-"""Which pictures share a batch, and how items become one: shuffled for training, of equal size for evaluation."""
+"""Which images share a batch, and how items become one: shuffled for training, of equal size for evaluation."""
 
 import atexit
 import signal
@@ -15,8 +15,8 @@ from transformers import BaseImageProcessor
 
 from ..errors import InputError
 from ..loss_dino_detr import check_labels
-from .augmentation import random_numbers_of, shape_of_size
-from .dataset import DetectionData, DetectionDataset
+from .augmentation import seed_per_image, shape_of_size
+from .dataset import DetectionDataset, DetectionSplit
 
 
 # Ctrl-C, what job schedulers and machines that are about to be taken away send, and what Slurm's `--signal` is for.
@@ -24,24 +24,24 @@ STOP_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1
 
 
 class TrainingBatchSampler(Sampler[list[int]]):
-    """One epoch's batches of one process: every picture in an order that only `seed` and `epoch` decide.
+    """One epoch's batches of one process: every image in an order that only `seed` and `epoch` decide.
 
-    Every optimizer step sees exactly `step_size` pictures, whatever the number of processes and accumulated batches:
-    the last step of an epoch is filled up from the epoch's first pictures. With `shape_of`, batches get pictures of
+    Every optimizer step sees exactly `step_size` images, whatever the number of processes and accumulated batches:
+    the last step of an epoch is filled up from the epoch's first images. With `shape_of`, batches get images of
     like shapes, so that fewer pixels are padding; what is in a step stays as it is, only who takes which part of it
     changes. A step that is one batch is therefore not helped.
 
     Args:
-        length (`int`): Number of pictures.
-        step_size (`int`): Pictures per optimizer step, over all processes and accumulated batches.
+        length (`int`): Number of images.
+        step_size (`int`): Images per optimizer step, over all processes and accumulated batches.
         seed (`int`): With `epoch`, decides the order.
         epoch (`int`): Counted from 0.
         rank (`int`, *optional*, defaults to 0): This process.
         world_size (`int`, *optional*, defaults to 1): Number of processes.
         accumulation (`int`, *optional*, defaults to 1): Batches per optimizer step and process.
         first_step (`int`, *optional*, defaults to 0): Optimizer steps of this epoch that are done already.
-        shape_of (`Callable[[int], tuple[int, int]]`, *optional*): From [`training_shapes`]: `(height, width)` in
-            pixels of a picture in its batch. Asked for a step's pictures when the step comes.
+        shape_of (`Callable[[int], tuple[int, int]]`, *optional*): From [`predict_batch_shapes`]: `(height, width)` in
+            pixels of an image in its batch. Asked for a step's images when the step comes.
 
     Raises:
         InputError: If `step_size` cannot be shared out evenly.
@@ -69,7 +69,7 @@ class TrainingBatchSampler(Sampler[list[int]]):
         first_step: int = 0,
         shape_of: Callable[[int], tuple[int, int]] | None = None,
     ):
-        pictures_per_batch(step_size, world_size, accumulation)
+        per_device_batch_size(step_size, world_size, accumulation)
         steps = steps_per_epoch(length, step_size)
         order = torch.randperm(length, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
         order = order.repeat(-(-steps * step_size // length))[: steps * step_size]
@@ -82,25 +82,25 @@ class TrainingBatchSampler(Sampler[list[int]]):
 
     def __iter__(self) -> Iterator[list[int]]:
         for step in self.steps:
-            pictures = torch.tensor(sorted(step, key=self._place))
-            # neighbours go to the processes at the same time, so that none waits long for another
-            yield from pictures.view(self.accumulation, self.world_size, -1)[:, self.rank].tolist()
+            images = torch.tensor(sorted(step, key=self._place))
+            # neighbors go to the processes at the same time, so that none waits long for another
+            yield from images.view(self.accumulation, self.world_size, -1)[:, self.rank].tolist()
 
     def _place(self, index: int) -> int:
-        """Where a picture comes in its step: tall ones from large to small, then wide ones from small to large."""
+        """Where an image comes in its step: tall ones from large to small, then wide ones from small to large."""
         height, width = self.shape_of(index)
         return width if width >= height else -height
 
 
 class SameSizeBatchSampler(Sampler[list[int]]):
-    """Batches of pictures that have the same size once resized, so that no picture is padded because of another.
+    """Batches of images that have the same size once resized, so that no image is padded because of another.
 
-    Padding reaches the borders of a backbone's features; without it a picture's detections do not depend on the batch
-    that it is in. The processes get every picture exactly once between them, the largest pictures first.
+    Padding reaches the borders of a backbone's features; without it an image's detections do not depend on the batch
+    that it is in. The processes get every image exactly once between them, the largest images first.
 
     Args:
-        shapes (`Sequence[tuple[int, int]]`): `(height, width)` of each picture once resized.
-        batch_size (`int`): The most pictures in a batch.
+        shapes (`Sequence[tuple[int, int]]`): `(height, width)` of each image once resized.
+        batch_size (`int`): The most images in a batch.
         rank (`int`, *optional*, defaults to 0): This process.
         world_size (`int`, *optional*, defaults to 1): Number of processes.
 
@@ -135,7 +135,7 @@ class SameSizeBatchSampler(Sampler[list[int]]):
 
 @dataclass(frozen=True)
 class TrainingCollator:
-    """Turns items of [`DetectionDataset`] into the arguments of the model, padded to the largest picture of the batch.
+    """Turns items of [`DetectionDataset`] into the arguments of the model, padded to the largest image of the batch.
 
     Attributes:
         processor (`BaseImageProcessor`): A DINO image processor.
@@ -153,7 +153,7 @@ class TrainingCollator:
         """Return `pixel_values`, `pixel_mask` and `labels`.
 
         Raises:
-            InputError: If the model could not learn from a label, naming the picture, which the model does not know.
+            InputError: If the model could not learn from a label, naming the image, which the model does not know.
         """
         batch = self.processor(
             images=[item["image"] for item in items],
@@ -192,8 +192,8 @@ class EvaluationCollator:
         }
 
 
-def pictures_per_batch(step_size: int, world_size: int, accumulation: int) -> int:
-    """Share out the pictures of an optimizer step to processes and accumulated batches.
+def per_device_batch_size(step_size: int, world_size: int, accumulation: int) -> int:
+    """Share out the images of an optimizer step to processes and accumulated batches.
 
     Raises:
         InputError: If that cannot be done evenly.
@@ -201,41 +201,41 @@ def pictures_per_batch(step_size: int, world_size: int, accumulation: int) -> in
     batches = world_size * accumulation
     if step_size % batches:
         raise InputError(
-            f"a batch of {step_size} pictures cannot be shared out evenly to {world_size} processes x "
+            f"a batch of {step_size} images cannot be shared out evenly to {world_size} processes x "
             f"{accumulation} accumulated batches; choose a multiple of {batches}"
         )
     return step_size // batches
 
 
-def steps_per_epoch(num_pictures: int, step_size: int) -> int:
-    """Optimizer steps that show every picture at least once."""
-    return -(-num_pictures // step_size)
+def steps_per_epoch(num_images: int, step_size: int) -> int:
+    """Optimizer steps that show every image at least once."""
+    return -(-num_images // step_size)
 
 
-def training_shapes(data: DetectionDataset, collate: TrainingCollator) -> Callable[[int], tuple[int, int]]:
-    """Foretell the `(height, width)` in pixels that each item gets in its batch, without reading a picture.
+def predict_batch_shapes(data: DetectionDataset, collate: TrainingCollator) -> Callable[[int], tuple[int, int]]:
+    """Foretell the `(height, width)` in pixels that each item gets in its batch, without reading an image.
 
-    Aspect ratios alone would not do: the original's augmentation draws a new size and crop for every picture, which
-    are the same again here, since they are drawn from the picture's own random numbers.
+    Aspect ratios alone would not do: the original's augmentation draws a new size and crop for every image, which
+    are the same again here, since they are drawn from the image's own random numbers.
 
     Args:
-        data (`DetectionDataset`): Of the epoch. A user's own augmentation is not foretold: its pictures count as they
+        data (`DetectionDataset`): Of the epoch. A user's own augmentation is not foretold: its images count as they
             are on disk.
         collate (`TrainingCollator`): What makes batches of its items.
     """
 
     def shape_of(index: int) -> tuple[int, int]:
-        picture = data.data.pictures[index]
-        boxes = torch.from_numpy(picture.clipped_boxes)
-        with random_numbers_of(data.seed, data.epoch, picture.image_id):
-            shape = data.augmentation.shape(picture.height, picture.width, boxes)
-        return processed_shape(collate.processor, *shape) if collate.do_resize else shape
+        image = data.data.images[index]
+        boxes = torch.from_numpy(image.clipped_boxes)
+        with seed_per_image(data.seed, data.epoch, image.image_id):
+            shape = data.augmentation.shape(image.height, image.width, boxes)
+        return get_processed_shape(collate.processor, *shape) if collate.do_resize else shape
 
     return shape_of
 
 
-def processed_shape(processor: BaseImageProcessor, height: int, width: int) -> tuple[int, int]:
-    """Say what `(height, width)` the processor gives to a picture of `height` x `width` pixels.
+def get_processed_shape(processor: BaseImageProcessor, height: int, width: int) -> tuple[int, int]:
+    """Say what `(height, width)` the processor gives to an image of `height` x `width` pixels.
 
     Raises:
         InputError: If the processor's `size` is of a kind that DINO's does not have.
@@ -244,7 +244,7 @@ def processed_shape(processor: BaseImageProcessor, height: int, width: int) -> t
 
 
 def evaluation_loader(
-    data: DetectionData,
+    data: DetectionSplit,
     processor: BaseImageProcessor,
     *,
     batch_size: int,
@@ -252,17 +252,17 @@ def evaluation_loader(
     world_size: int = 1,
     num_workers: int = 0,
 ) -> DataLoader:
-    """Load the pictures of `data` in batches of equal size, each picture in exactly one process.
+    """Load the images of `data` in batches of equal size, each image in exactly one process.
 
     Args:
-        data (`DetectionData`): From [`read_data`] or [`read_coco`].
+        data (`DetectionSplit`): From [`read_data`] or [`read_coco`].
         processor (`BaseImageProcessor`): A DINO image processor.
-        batch_size (`int`): The most pictures in a batch of this process.
+        batch_size (`int`): The most images in a batch of this process.
         rank (`int`, *optional*, defaults to 0): This process.
         world_size (`int`, *optional*, defaults to 1): Number of processes.
         num_workers (`int`, *optional*, defaults to 0): Processes that read ahead.
     """
-    shapes = [processed_shape(processor, picture.height, picture.width) for picture in data.pictures]
+    shapes = [get_processed_shape(processor, image.height, image.width) for image in data.images]
     return DataLoader(
         DetectionDataset(data),
         batch_sampler=SameSizeBatchSampler(shapes, batch_size, rank, world_size),
@@ -280,7 +280,7 @@ def training_loader(
     *,
     num_workers: int = 0,
 ) -> DataLoader:
-    """Load one epoch. Make a new loader for each: data set and batches belong to an epoch."""
+    """Load one epoch. Make a new loader for each: dataset and batches belong to an epoch."""
     return DataLoader(
         data,
         batch_sampler=batches,

@@ -1,4 +1,4 @@
-"""Say what is wrong with a data set before it costs a night, and change nothing."""
+"""Say what is wrong with a dataset before it costs a night, and change nothing."""
 
 import hashlib
 import os
@@ -11,10 +11,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ..errors import InputError, few
-from .dataset import AnnotatedPicture, DetectionData
-from .images import PictureSource, picture_size, short_name
-from .objects import objects_of
+from ..errors import InputError, summarize_list
+from .dataset import AnnotatedImage, DetectionSplit
+from .images import ImageSource, get_image_size, short_name
+from .objects import to_annotation_array
 
 
 # COCO's sizes of objects: areas in square pixels, each below its limit and not below the one before
@@ -27,14 +27,14 @@ class SplitCounts:
     """What a split holds.
 
     Attributes:
-        pictures (`int`): Of all kinds.
-        without_objects (`int`): Pictures without a box, or with crowds only.
+        images (`int`): Of all kinds.
+        without_objects (`int`): Images without a box, or with crowds only.
         crowds (`int`): Boxes of crowds, which no other number includes.
         classes (`dict[str, int]`): Objects of each class, 0 for one that is listed only.
         sizes (`dict[str, int]`): Objects of each of COCO's sizes, `SIZES`.
     """
 
-    pictures: int
+    images: int
     without_objects: int
     crowds: int
     classes: dict[str, int]
@@ -72,28 +72,28 @@ class DataReport:
 
 
 def check_data(
-    splits: Mapping[str, DetectionData],
+    splits: Mapping[str, DetectionSplit],
     *,
     decode: bool = True,
     num_workers: int | None = None,
-    on_picture: Callable[[], object] = lambda: None,
+    on_image: Callable[[], object] = lambda: None,
 ) -> DataReport:
-    """Look at every picture and box of a data set.
+    """Look at every image and box of a dataset.
 
     Args:
-        splits (`Mapping[str, DetectionData]`): From [`read_data`], with keys `"train"`, `"validation"` and `"test"`.
-        decode (`bool`, *optional*, defaults to `True`): Read every picture to its last pixel. Otherwise only the head
+        splits (`Mapping[str, DetectionSplit]`): From [`read_data`], with keys `"train"`, `"validation"` and `"test"`.
+        decode (`bool`, *optional*, defaults to `True`): Read every image to its last pixel. Otherwise only the head
             of each file is read, which is several times faster and finds missing files and wrong sizes, but not
-            pictures that were cut short.
+            images that were cut short.
         num_workers (`int`, *optional*): Threads; by default one for each processor.
-        on_picture (`Callable`, *optional*): Called after each picture, from any thread.
+        on_image (`Callable`, *optional*): Called after each image, from any thread.
 
     Returns:
         `DataReport`: Errors, warnings and counts.
     """
     counts = {split: _count(data) for split, data in splits.items()}
     with ThreadPoolExecutor(num_workers or os.cpu_count()) as pool:
-        inspected = list(_inspect_all(splits, pool, partial(_inspect, decode=decode, on_picture=on_picture)))
+        inspected = list(_inspect_all(splits, pool, partial(_inspect, decode=decode, on_image=on_image)))
         warnings = [
             *(warning for split, data in splits.items() for warning in _about_boxes(split, data)),
             *_about_counts(counts),
@@ -108,46 +108,46 @@ def check_data(
 
 
 class Inspected(NamedTuple):
-    """What was seen of a picture.
+    """What was seen of an image.
 
     Attributes:
         split (`str`): That it is in.
-        path (`Path` or `StoredPicture`): Where it is.
+        path (`Path` or `ImageFileLike`): Where it is.
         problem (`str` or `None`): Why it cannot be used.
         length (`int`): Of its file in bytes; -1 where it cannot be used.
     """
 
     split: str
-    path: PictureSource
+    path: ImageSource
     problem: str | None
     length: int
 
 
 def _inspect_all(
-    splits: Mapping[str, DetectionData],
+    splits: Mapping[str, DetectionSplit],
     pool: ThreadPoolExecutor,
-    inspect: Callable[[tuple[str, AnnotatedPicture]], Inspected],
+    inspect: Callable[[tuple[str, AnnotatedImage]], Inspected],
 ) -> Iterator[Inspected]:
-    return pool.map(inspect, [(split, picture) for split, data in splits.items() for picture in data.pictures])
+    return pool.map(inspect, [(split, image) for split, data in splits.items() for image in data.images])
 
 
-def _inspect(entry: tuple[str, AnnotatedPicture], decode: bool, on_picture: Callable[[], object]) -> Inspected:
-    split, picture = entry
+def _inspect(entry: tuple[str, AnnotatedImage], decode: bool, on_image: Callable[[], object]) -> Inspected:
+    split, image = entry
     try:
         if decode:
-            picture.read()
+            image.read()
         else:
-            picture_size(picture.path, (picture.height, picture.width))
-        with picture.path.open("rb") as file:
-            return Inspected(split, picture.path, None, file.seek(0, os.SEEK_END))
+            get_image_size(image.path, (image.height, image.width))
+        with image.path.open("rb") as file:
+            return Inspected(split, image.path, None, file.seek(0, os.SEEK_END))
     except InputError as error:
-        return Inspected(split, picture.path, str(error), -1)
+        return Inspected(split, image.path, str(error), -1)
     finally:
-        on_picture()
+        on_image()
 
 
 def _about_doubles(inspected: Sequence[Inspected], pool: ThreadPoolExecutor) -> Iterator[str]:
-    """Pictures that are there twice, byte by byte. Only those of equal length are read for that."""
+    """Images that are there twice, byte by byte. Only those of equal length are read for that."""
     lengths = Counter(each.length for each in inspected)
     suspects = [each for each in inspected if lengths[each.length] > 1 and each.problem is None]
     groups: dict[bytes, list[Inspected]] = defaultdict(list)
@@ -160,51 +160,51 @@ def _about_doubles(inspected: Sequence[Inspected], pool: ThreadPoolExecutor) -> 
             kind = f"in both {' and '.join(where)}" if len(where) > 1 else f"more than once in {where[0]}"
             kinds[kind].append(" = ".join(short_name(each.path) for each in group[:2]))
     for kind, names in sorted(kinds.items()):
-        yield f"{len(names)} pictures are {kind}: {few(names, 3)}"
+        yield f"{len(names)} images are {kind}: {summarize_list(names, 3)}"
 
 
-def _digest(path: PictureSource) -> bytes:
+def _digest(path: ImageSource) -> bytes:
     with path.open("rb") as file:
         return hashlib.blake2b(file.read(), digest_size=16).digest()
 
 
-def _about_boxes(split: str, data: DetectionData) -> Iterator[str]:
-    for what, pictures in data.remarks.items():
-        yield f"{split}: {len(pictures)} {what}; {few(dict.fromkeys(map(short_name, pictures)), 3)}"
-    doubled = {short_name(picture.path): count for picture in data.pictures if (count := _num_doubled(picture))}
+def _about_boxes(split: str, data: DetectionSplit) -> Iterator[str]:
+    for what, images in data.remarks.items():
+        yield f"{split}: {len(images)} {what}; {summarize_list(dict.fromkeys(map(short_name, images)), 3)}"
+    doubled = {short_name(image.path): count for image in data.images if (count := _num_doubled(image))}
     if doubled:
-        yield f"{split}: {sum(doubled.values())} boxes are there twice, of the same class; {few(doubled, 3)}"
+        yield f"{split}: {sum(doubled.values())} boxes are there twice, of the same class; {summarize_list(doubled, 3)}"
 
 
-def _num_doubled(picture: AnnotatedPicture) -> int:
-    objects = list(zip(picture.category_ids.tolist(), map(tuple, picture.boxes.tolist())))
+def _num_doubled(image: AnnotatedImage) -> int:
+    objects = list(zip(image.category_ids.tolist(), map(tuple, image.boxes.tolist())))
     return len(objects) - len(set(objects))
 
 
-def _misread_boxes(split: str, data: DetectionData) -> Iterator[str]:
+def _misread_boxes(split: str, data: DetectionSplit) -> Iterator[str]:
     """Boxes that are written in another way than x, y, width, height in pixels."""
-    boxes = objects_of(data)["bbox"]
+    boxes = to_annotation_array(data)["bbox"]
     if len(boxes) and boxes.max() <= 1:
         yield f"{split}: no box is larger than a pixel; they seem to be fractions, but must be in pixels"
     over_border = sum(
-        np.count_nonzero(np.abs(picture.boxes - picture.clipped_boxes).max(axis=1, initial=0) >= 1)
-        for picture in data.pictures
+        np.count_nonzero(np.abs(image.boxes - image.clipped_boxes).max(axis=1, initial=0) >= 1)
+        for image in data.images
     )
     if over_border > _MANY_OVER_BORDER * len(boxes) and (boxes[:, 2:] > boxes[:, :2]).all():
         yield (
             f"{split}: boxes seem to be x0, y0, x1, y1, but must be x, y, width, height: as they are, {over_border} "
-            f"of {len(boxes)} reach over the border of their picture"
+            f"of {len(boxes)} reach over the border of their image"
         )
 
 
-def _count(data: DetectionData) -> SplitCounts:
-    everything = objects_of(data)
+def _count(data: DetectionSplit) -> SplitCounts:
+    everything = to_annotation_array(data)
     objects = everything[everything["iscrowd"] == 0]
     of_category = Counter(objects["category_id"].tolist())
     size = np.searchsorted([*SIZES.values()], objects["area"], side="right")
     return SplitCounts(
-        pictures=len(data.pictures),
-        without_objects=sum(bool(picture.iscrowd.all()) for picture in data.pictures),
+        images=len(data.images),
+        without_objects=sum(bool(image.iscrowd.all()) for image in data.images),
         crowds=len(everything) - len(objects),
         classes={name: of_category[number] for number, name in data.categories.items()},
         sizes={name: int((size == number).sum()) for number, name in enumerate(SIZES)},
@@ -223,20 +223,20 @@ def _unknown_classes(counts: Mapping[str, SplitCounts]) -> Iterator[str]:
         unknown = [name for name, count in each.classes.items() if count and name not in train.classes]
         if unknown:
             yield (
-                f"{split}: has objects of classes that train does not list: {few(map(repr, unknown))}; train's are "
-                f"{few(map(repr, train.classes), 20)}"
+                f"{split}: has objects of classes that train does not list: {summarize_list(map(repr, unknown))}; train's are "
+                f"{summarize_list(map(repr, train.classes), 20)}"
             )
 
 
 def _about_counts(counts: Mapping[str, SplitCounts]) -> Iterator[str]:
     for split, each in counts.items():
         if each.without_objects:
-            yield f"{split}: {each.without_objects} of {each.pictures} pictures have no objects"
+            yield f"{split}: {each.without_objects} of {each.images} images have no objects"
         unused = [name for name, count in each.classes.items() if not count]
         if unused:
-            yield f"{split}: {len(unused)} of {len(each.classes)} classes have no objects: {few(map(repr, unused))}"
+            yield f"{split}: {len(unused)} of {len(each.classes)} classes have no objects: {summarize_list(map(repr, unused))}"
     everywhere = set.intersection(*(set(each.classes) for each in counts.values())) if counts else set()
     for split, each in counts.items():
         own = [name for name in each.classes if name not in everywhere]
         if own:
-            yield f"{split}: lists classes that another split does not list: {few(map(repr, own))}"
+            yield f"{split}: lists classes that another split does not list: {summarize_list(map(repr, own))}"

@@ -1,4 +1,4 @@
-"""Data sets in COCO's format: the annotation file, checked before the first step.
+"""Datasets in COCO's format: the annotation file, checked before the first step.
 
 Format: https://cocodataset.org/#format-data, boxes as `[x, y, width, height]` in pixels from the top-left corner.
 """
@@ -9,45 +9,54 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..errors import InputError, few
+from ..errors import InputError, summarize_list
 from ..files import read_text
-from .dataset import Complain, DetectionData, PictureMaker, distinct, refuse, require_pictures
-from .images import PICTURE_SUFFIXES
-from .splits import by_split, split_of
+from .dataset import (
+    AnnotatedImageBuilder,
+    DetectionSplit,
+    ErrorHandler,
+    distinct,
+    raise_input_error,
+    require_image_files,
+)
+from .images import IMAGE_EXTENSIONS
+from .splits import group_by_split, split_from_name
 
 
-def read_coco(images: str | Path, annotations: str | Path) -> DetectionData:
-    """Read and check an annotation file and see that its pictures are there. Neither is ever changed.
+def read_coco(images: str | Path, annotations: str | Path) -> DetectionSplit:
+    """Read and check an annotation file and see that its images are there. Neither is ever changed.
 
-    Boxes that are empty, not finite or wholly outside their picture are dropped, boxes that reach over the border are
+    Boxes that are empty, not finite or wholly outside their image are dropped, boxes that reach over the border are
     kept and counted; both are logged.
 
     Args:
-        images (`str` or `Path`): The folder that the file names of the pictures are relative to.
+        images (`str` or `Path`): The folder that the file names of the images are relative to.
         annotations (`str` or `Path`): The JSON file, with `images`, `annotations` and `categories`.
 
     Returns:
-        `DetectionData`: Pictures, objects and categories.
+        `DetectionSplit`: Images, objects and categories.
 
     Raises:
-        InputError: If the file is missing, truncated, no COCO annotations, or contradicts itself, or if pictures are
+        InputError: If the file is missing, truncated, no COCO annotations, or contradicts itself, or if images are
             missing. The message names the first few offenders.
     """
-    return require_pictures(read_coco_file([Path(images)], Path(annotations)))
+    return require_image_files(read_coco_file([Path(images)], Path(annotations)))
 
 
-def read_coco_file(folders: Sequence[Path], source: Path, complain: Complain = refuse) -> DetectionData:
-    """Read an annotation file whose pictures are in the first of `folders` which holds most of the first few.
+def read_coco_file(
+    folders: Sequence[Path], source: Path, on_error: ErrorHandler = raise_input_error
+) -> DetectionSplit:
+    """Read an annotation file whose images are in the first of `folders` which holds most of the first few.
 
-    Objects of unknown pictures or categories are complained of, and left out where that does not stop.
+    Objects of unknown images or categories are complained of, and left out where that does not stop.
     """
     content = _read_json(source)
     categories = distinct({entry["id"]: str(entry["name"]) for entry in content["categories"]}, source)
-    folder = _picture_folder(folders, content, source)
+    folder = _image_folder(folders, content, source)
     objects: dict[int, list[dict]] = {entry["id"]: [] for entry in content["images"]}
-    for annotation in _annotations(content, source, complain):
+    for annotation in _annotations(content, source, on_error):
         objects[annotation["image_id"]].append(annotation)
-    maker = PictureMaker(source, complain=complain)
+    maker = AnnotatedImageBuilder(source, on_error=on_error)
     for entry in content["images"]:
         found = objects[entry["id"]]
         maker.add(
@@ -62,11 +71,11 @@ def read_coco_file(folders: Sequence[Path], source: Path, complain: Complain = r
     return maker.finish(categories)
 
 
-CocoFiles = tuple[list[Path], Path]  # folders that may hold the pictures, the likeliest first; the annotation file
+CocoFiles = tuple[list[Path], Path]  # folders that may hold the images, the likeliest first; the annotation file
 
 
 def find_coco(folder: Path) -> dict[str, CocoFiles]:
-    """Find annotation files named after splits: in the folder, in `annotations`, or Roboflow's beside the pictures.
+    """Find annotation files named after splits: in the folder, in `annotations`, or Roboflow's beside the images.
 
     Where some are called `instances_…`, as COCO's own, the others hold no boxes.
     """
@@ -74,18 +83,20 @@ def find_coco(folder: Path) -> dict[str, CocoFiles]:
     files = [file for file in files if file.name.startswith("instances_")] or files
     named = [(file.stem, file) for file in files]
     named += [(file.parent.name, file) for file in sorted(folder.glob("*/_annotations.coco.json"))]
-    return {split: (_folders(folder, split, file), file) for split, file in by_split(named).items()}
+    return {split: (_folders(folder, split, file), file) for split, file in group_by_split(named).items()}
 
 
-def find_lone_coco(folder: Path) -> dict[str, CocoFiles]:
+def find_single_coco_file(folder: Path) -> dict[str, CocoFiles]:
     """Find the only JSON file, whatever its name: for training."""
     files = [*folder.glob("*.json"), *folder.glob("annotations/*.json")]
     return {"train": ([files[0].parent, folder, *_places(folder)], files[0])} if len(files) == 1 else {}
 
 
 def _folders(folder: Path, split: str, file: Path) -> list[Path]:
-    """Leave out the folders of other splits: they may hold other pictures of the same names."""
-    named = {name: [place for place in _places(folder) if split_of(place.name) == name] for name in (split, None)}
+    """Leave out the folders of other splits: they may hold other images of the same names."""
+    named = {
+        name: [place for place in _places(folder) if split_from_name(place.name) == name] for name in (split, None)
+    }
     return [*named[split], file.parent, folder, *named[None]]
 
 
@@ -94,9 +105,11 @@ def _places(folder: Path) -> list[Path]:
     return [entry for entry in nested if entry.is_dir()]
 
 
-def read_coco_files(splits: Mapping[str, CocoFiles], source: Path, complain: Complain) -> dict[str, DetectionData]:
+def read_coco_files(
+    splits: Mapping[str, CocoFiles], source: Path, on_error: ErrorHandler
+) -> dict[str, DetectionSplit]:
     """Read what [`find_coco`] found."""
-    return {split: read_coco_file(*files, complain) for split, files in splits.items()}
+    return {split: read_coco_file(*files, on_error) for split, files in splits.items()}
 
 
 def _read_json(source: Path) -> dict:
@@ -110,7 +123,7 @@ def _read_json(source: Path) -> dict:
 
 
 _LARGEST_ID = 2**63 - 1
-_FEW_PICTURES = 20  # tell which folder is meant
+_FEW_IMAGES = 20  # tell which folder is meant
 _REQUIRED_FIELDS = {
     "images": {"id", "file_name"},
     "categories": {"id", "name"},
@@ -123,7 +136,7 @@ def _check_structure(content: Any, source: Path) -> None:
     keys = sorted(content) if isinstance(content, dict) else type(content).__name__
     if not isinstance(content, dict) or any(not isinstance(content.get(part), list) for part in _REQUIRED_FIELDS):
         raise InputError(
-            f"{source}: is not a COCO detection file, which has lists named {few(_REQUIRED_FIELDS)}; it has {keys}"
+            f"{source}: is not a COCO detection file, which has lists named {summarize_list(_REQUIRED_FIELDS)}; it has {keys}"
         )
     for part, fields in _REQUIRED_FIELDS.items():
         for entry in content[part]:
@@ -133,7 +146,7 @@ def _check_structure(content: Any, source: Path) -> None:
         sides = [entry[side] for side in ("height", "width") if entry.get(side)]
         if not isinstance(entry["file_name"], str) or not all(_is_count(side) for side in sides):
             raise InputError(
-                f"{source}: a picture's file_name must be text, its height and width whole positive numbers: "
+                f"{source}: an image's file_name must be text, its height and width whole positive numbers: "
                 f"{str(entry)[:200]}"
             )
     for part, name in (("images", "file_name"), ("categories", "name")):
@@ -141,25 +154,25 @@ def _check_structure(content: Any, source: Path) -> None:
         if not ids:
             raise InputError(f"{source}: lists no {part}")
         if wrong := [repr(i) for i in ids if type(i) is not int or abs(i) > _LARGEST_ID]:
-            raise InputError(f"{source}: ids of {part!r} must be integers of 64 bits; got {few(wrong)}")
+            raise InputError(f"{source}: ids of {part!r} must be integers of 64 bits; got {summarize_list(wrong)}")
         names: dict[int, list[str]] = defaultdict(list)
         for entry in content[part]:
             names[entry["id"]].append(repr(entry[name]))
-        if doubled := [f"{i} ({few(of_id, 3)})" for i, of_id in names.items() if len(of_id) > 1]:
+        if doubled := [f"{i} ({summarize_list(of_id, 3)})" for i, of_id in names.items() if len(of_id) > 1]:
             raise InputError(
-                f"{source}: ids of {part!r} are there more than once: {few(doubled, 3)}; give each its own"
+                f"{source}: ids of {part!r} are there more than once: {summarize_list(doubled, 3)}; give each its own"
             )
 
 
-def _annotations(content: dict, source: Path, complain: Complain) -> list[dict]:
-    """The annotations whose picture and category are listed."""
+def _annotations(content: dict, source: Path, on_error: ErrorHandler) -> list[dict]:
+    """The annotations whose image and category are listed."""
     known_annotations = content["annotations"]
     for field, part in (("image_id", "images"), ("category_id", "categories")):
         known = {entry["id"] for entry in content[part]}
         unknown = [each for each in known_annotations if not _is_among(each[field], known)]
         if unknown:
-            complain(
-                f"{source}: annotations name {field} {few(sorted({repr(each[field]) for each in unknown}))}, which "
+            on_error(
+                f"{source}: annotations name {field} {summarize_list(sorted({repr(each[field]) for each in unknown}))}, which "
                 f"{part!r} does not list"
             )
             known_annotations = [each for each in known_annotations if _is_among(each[field], known)]
@@ -170,15 +183,15 @@ def _is_among(number: Any, known: set[int]) -> bool:
     return isinstance(number, int | float) and number in known  # a list cannot be looked for in a set
 
 
-def _picture_folder(folders: Sequence[Path], content: dict, source: Path) -> Path:
-    names = [entry["file_name"] for entry in content["images"][:_FEW_PICTURES]]
+def _image_folder(folders: Sequence[Path], content: dict, source: Path) -> Path:
+    names = [entry["file_name"] for entry in content["images"][:_FEW_IMAGES]]
     held = {folder: sum((folder / name).is_file() for name in names) for folder in folders}
     most = max(held, key=lambda folder: held[folder])  # the first of several
     folder = next((folder for folder in folders if 2 * held[folder] > len(names)), most)
     if not folder.is_dir():
-        raise InputError(f"{folder}: there is no such folder of pictures")
-    if not held[folder] and not any(path.suffix.lower() in PICTURE_SUFFIXES for path in folder.rglob("*")):
-        raise InputError(f"{folder}: the folder holds no pictures, though {source} names {few(names)}")
+        raise InputError(f"{folder}: there is no such folder of images")
+    if not held[folder] and not any(path.suffix.lower() in IMAGE_EXTENSIONS for path in folder.rglob("*")):
+        raise InputError(f"{folder}: the folder holds no images, though {source} names {summarize_list(names)}")
     return folder
 
 

@@ -1,4 +1,4 @@
-"""What a data set is, whatever files it came from: pictures, objects, categories, and training items of them."""
+"""What a dataset is, whatever files it came from: images, objects, categories, and training items of them."""
 
 import logging
 import math
@@ -15,33 +15,33 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from ..configuration_dino_detr import UNUSED_LABEL
-from ..errors import InputError, few
-from .augmentation import Augmentation, NoAugmentation, random_numbers_of
-from .images import PictureSource, picture_size, read_image
-from .splits import SPLIT_OF_WORD
+from ..errors import InputError, summarize_list
+from .augmentation import Augmentation, NoAugmentation, seed_per_image
+from .images import ImageSource, get_image_size, read_image
+from .splits import SPLIT_ALIASES
 
 
 logger = logging.getLogger(__name__)
 
-Complain = Callable[[str], None]  # is told what stops a training and yet leaves the rest of the data readable
+ErrorHandler = Callable[[str], None]  # is told what stops a training and yet leaves the rest of the data readable
 
 
-def refuse(message: str) -> NoReturn:
+def raise_input_error(message: str) -> NoReturn:
     """Complain by stopping at once."""
     raise InputError(message)
 
 
 @dataclass(frozen=True)
-class AnnotatedPicture:
-    """One picture and its objects, crowd regions included.
+class AnnotatedImage:
+    """One image and its objects, crowd regions included.
 
     Attributes:
-        image_id (`int`): The picture's id in the annotation file, or its number counted from 1.
-        path (`Path` or `StoredPicture`): The picture file, or where else the picture is: what [`read_image`] takes.
+        image_id (`int`): The image's id in the annotation file, or its number counted from 1.
+        path (`Path` or `ImageFileLike`): The image file, or where else the image is: what [`read_image`] takes.
         height (`int`): In pixels, as annotated.
         width (`int`): In pixels, as annotated.
         boxes (`np.ndarray` of shape `(num_objects, 4)`): x, y, width, height in pixels, as annotated, which may reach
-            over the picture's border.
+            over the image's border.
         category_ids (`np.ndarray` of shape `(num_objects,)`): Raw category ids.
         areas (`np.ndarray` of shape `(num_objects,)`): In square pixels, of the mask where the file has one.
         iscrowd (`np.ndarray` of shape `(num_objects,)`): 1 where the box holds a crowd rather than one object, else 0.
@@ -49,7 +49,7 @@ class AnnotatedPicture:
     """
 
     image_id: int
-    path: PictureSource
+    path: ImageSource
     height: int
     width: int
     boxes: np.ndarray
@@ -63,23 +63,23 @@ class AnnotatedPicture:
 
     @property
     def clipped_boxes(self) -> np.ndarray:
-        """The boxes cut at the picture's border, x, y, width, height in pixels, of shape `(num_objects, 4)`."""
+        """The boxes cut at the image's border, x, y, width, height in pixels, of shape `(num_objects, 4)`."""
         return clip_boxes(self.boxes, self.height, self.width)
 
 
 @dataclass(frozen=True)
-class DetectionData:
-    """One split of a data set, checked.
+class DetectionSplit:
+    """One split of a dataset, checked.
 
     Attributes:
-        source (`Path` or `str`): The annotation file or folder, or the data set's name on the Hub.
-        pictures (`list[AnnotatedPicture]`): In the source's order, pictures without objects included.
+        source (`Path` or `str`): The annotation file or folder, or the dataset's name on the Hub.
+        images (`list[AnnotatedImage]`): In the source's order, images without objects included.
         categories (`dict[int, str]`): Category id to name, in rising order of id.
-        remarks (`dict[str, list[str]]`): What was done to which boxes; for each box the name of its picture.
+        remarks (`dict[str, list[str]]`): What was done to which boxes; for each box the name of its image.
     """
 
     source: Path | str
-    pictures: list[AnnotatedPicture]
+    images: list[AnnotatedImage]
     categories: dict[int, str]
     remarks: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
@@ -90,25 +90,25 @@ class DetectionData:
             return self.source
         place = self.source.resolve()
         folder = place if place.is_dir() else place.parent
-        return (folder.parent if folder.name in ("annotations", *SPLIT_OF_WORD) else folder).name or place.stem
+        return (folder.parent if folder.name in ("annotations", *SPLIT_ALIASES) else folder).name or place.stem
 
     @property
     def used_category_ids(self) -> set[int]:
         """The categories that at least one object belongs to."""
-        return {int(category_id) for picture in self.pictures for category_id in picture.category_ids}
+        return {int(category_id) for image in self.images for category_id in image.category_ids}
 
 
 class DetectionDataset(Dataset[dict[str, Any]]):
-    """The pictures of a `DetectionData` with their objects, read when asked for and, for training, augmented.
+    """The images of a `DetectionSplit` with their objects, read when asked for and, for training, augmented.
 
     Item `i` of a given seed and epoch is always the same, in whatever process and order it is read: this is what lets
-    a resumed run see the pictures that the uninterrupted one would have seen.
+    a resumed run see the images that the uninterrupted one would have seen.
 
     Args:
-        data (`DetectionData`): From [`read_data`] or [`read_coco`].
+        data (`DetectionSplit`): From [`read_data`] or [`read_coco`].
         augmentation (`Augmentation`, *optional*): From [`make_augmentation`]; none by default.
-        seed (`int`, *optional*, defaults to 0): With `epoch` and the picture's id, decides the augmentation.
-        epoch (`int`, *optional*, defaults to 0): Make one data set per epoch.
+        seed (`int`, *optional*, defaults to 0): With `epoch` and the image's id, decides the augmentation.
+        epoch (`int`, *optional*, defaults to 0): Make one dataset per epoch.
 
     Each item is a dict:
         - `image` (`PIL.Image.Image`): RGB.
@@ -116,54 +116,54 @@ class DetectionDataset(Dataset[dict[str, Any]]):
           and `iscrowd`, ready for the image processor.
     """
 
-    def __init__(self, data: DetectionData, augmentation: Augmentation | None = None, seed: int = 0, epoch: int = 0):
+    def __init__(self, data: DetectionSplit, augmentation: Augmentation | None = None, seed: int = 0, epoch: int = 0):
         self.data = data
         self.augmentation = augmentation or NoAugmentation()
         self.seed = seed
         self.epoch = epoch
 
     def __len__(self) -> int:
-        return len(self.data.pictures)
+        return len(self.data.images)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        picture = self.data.pictures[index]
-        image, boxes, areas = picture.read(), torch.from_numpy(picture.clipped_boxes), torch.from_numpy(picture.areas)
-        with random_numbers_of(self.seed, self.epoch, picture.image_id):
+        record = self.data.images[index]
+        image, boxes, areas = record.read(), torch.from_numpy(record.clipped_boxes), torch.from_numpy(record.areas)
+        with seed_per_image(self.seed, self.epoch, record.image_id):
             image, boxes, areas, objects = self.augmentation(image, boxes, areas)
         annotations = [
             {
-                "category_id": int(picture.category_ids[number]),
+                "category_id": int(record.category_ids[number]),
                 "bbox": boxes[row].tolist(),
                 "area": float(areas[row]),
-                "iscrowd": int(picture.iscrowd[number]),
+                "iscrowd": int(record.iscrowd[number]),
             }
             for row, number in enumerate(objects.tolist())
         ]
-        return {"image": image, "annotation": {"image_id": picture.image_id, "annotations": annotations}}
+        return {"image": image, "annotation": {"image_id": record.image_id, "annotations": annotations}}
 
 
-class PictureMaker:
-    """Makes [`AnnotatedPicture`]s of what files say, whatever their format, and remembers what it did to boxes.
+class AnnotatedImageBuilder:
+    """Makes [`AnnotatedImage`]s of what files say, whatever their format, and remembers what it did to boxes.
 
-    Boxes that are empty, not finite or wholly outside their picture are dropped; boxes that reach over the border are
+    Boxes that are empty, not finite or wholly outside their image are dropped; boxes that reach over the border are
     kept and counted.
 
     Args:
-        source (`Path` or `str`): Of the data set.
+        source (`Path` or `str`): Of the dataset.
         split (`str`, *optional*): Said in messages, where the source does not say it.
-        complain (`Callable`, *optional*): Is told of a picture whose size nobody knows. Stops, if not given.
+        complain (`Callable`, *optional*): Is told of an image whose size nobody knows. Stops, if not given.
     """
 
-    def __init__(self, source: Path | str, split: str = "", complain: Complain = refuse):
+    def __init__(self, source: Path | str, split: str = "", on_error: ErrorHandler = raise_input_error):
         self.source = source
         self.title = f"{source} ({split})" if split else str(source)
-        self.complain = complain
-        self.pictures: list[AnnotatedPicture] = []
+        self.on_error = on_error
+        self.images: list[AnnotatedImage] = []
         self.remarks: dict[str, list[str]] = defaultdict(list)
 
     def add(
         self,
-        path: PictureSource,
+        path: ImageSource,
         size: tuple[int, int] | None,
         boxes: Sequence[Any] | np.ndarray,
         category_ids: Sequence[int],
@@ -172,31 +172,31 @@ class PictureMaker:
         areas: Sequence[Any] | None = None,
         iscrowd: Sequence[Any] | None = None,
     ) -> None:
-        """Add a picture.
+        """Add an image.
 
         Args:
-            path (`Path` or `StoredPicture`): The picture.
-            size (`tuple[int, int]` or `None`): `(height, width)` in pixels, as annotated; otherwise the picture's.
+            path (`Path` or `ImageFileLike`): The image.
+            size (`tuple[int, int]` or `None`): `(height, width)` in pixels, as annotated; otherwise the image's.
             boxes (sequence of length `num_objects`): x, y, width, height in pixels, or anything: what is not four
                 finite numbers is dropped.
             category_ids (`Sequence[int]` of length `num_objects`): Raw category ids.
-            image_id (`int`, *optional*): The picture's number, counted from 1, where none is given.
+            image_id (`int`, *optional*): The image's number, counted from 1, where none is given.
             areas (sequence of length `num_objects`, *optional*): In square pixels; what is no positive number is
                 replaced by the area of the box.
             iscrowd (sequence of length `num_objects`, *optional*): 1 (or "1", or `True`) marks a crowd.
         """
         try:
-            height, width = size or picture_size(path)
+            height, width = size or get_image_size(path)
         except InputError as error:
-            self.complain(str(error))
+            self.on_error(str(error))
             return
         found = np.array([_numbers(box) for box in boxes], dtype=np.float64).reshape(-1, 4)
         kept = self._inspect(found, height, width, path)
         areas = [None] * len(found) if areas is None else areas
         iscrowd = [0] * len(found) if iscrowd is None else iscrowd
-        self.pictures.append(
-            AnnotatedPicture(
-                image_id=len(self.pictures) + 1 if image_id is None else image_id,
+        self.images.append(
+            AnnotatedImage(
+                image_id=len(self.images) + 1 if image_id is None else image_id,
                 path=path,
                 height=height,
                 width=width,
@@ -207,7 +207,7 @@ class PictureMaker:
             )
         )
 
-    def _inspect(self, boxes: np.ndarray, height: int, width: int, path: PictureSource) -> np.ndarray:
+    def _inspect(self, boxes: np.ndarray, height: int, width: int, path: ImageSource) -> np.ndarray:
         """Return the numbers of the boxes to keep, and remember what is said of them and of the others."""
         finite = np.asarray(np.isfinite(boxes).all(axis=1))
         boxes[~finite] = 0
@@ -218,24 +218,26 @@ class PictureMaker:
         for what, which in {
             "boxes are not four finite numbers: dropped": ~finite,
             "boxes have no width or no height: dropped": finite & ~has_size,
-            "boxes lie outside their picture: dropped": has_size & ~reaches_inside,
-            "boxes reach over the border of their picture: clipped for training": over_border,
+            "boxes lie outside their image: dropped": has_size & ~reaches_inside,
+            "boxes reach over the border of their image: clipped for training": over_border,
         }.items():
             self.remark(what, path, int(which.sum()))
         return np.flatnonzero(reaches_inside)
 
-    def remark(self, what: str, path: PictureSource, count: int = 1) -> None:
-        """Remember what was done `count` times about a picture."""
+    def remark(self, what: str, path: ImageSource, count: int = 1) -> None:
+        """Remember what was done `count` times about an image."""
         if count:
             self.remarks[what] += [str(path)] * count
 
-    def finish(self, categories: Mapping[int, str]) -> DetectionData:
+    def finish(self, categories: Mapping[int, str]) -> DetectionSplit:
         """Log what was done to boxes, complain of names that no table could show, and hand over the data."""
-        for what, pictures in self.remarks.items():
-            logger.warning("%s: %d %s", self.title, len(pictures), what)
+        for what, images in self.remarks.items():
+            logger.warning("%s: %d %s", self.title, len(images), what)
         if unusable := [f"{name!r} (id {number})" for number, name in categories.items() if not _is_one_line(name)]:
-            self.complain(f"{self.title}: a category's name must be one line of text; rename {few(unusable)}")
-        return DetectionData(self.source, self.pictures, dict(sorted(categories.items())), dict(self.remarks))
+            self.on_error(
+                f"{self.title}: a category's name must be one line of text; rename {summarize_list(unusable)}"
+            )
+        return DetectionSplit(self.source, self.images, dict(sorted(categories.items())), dict(self.remarks))
 
 
 def _is_one_line(name: str) -> bool:
@@ -261,18 +263,18 @@ def _area(annotated: Any, box: np.ndarray) -> float:
     return float(annotated) if usable else float(box[2] * box[3])
 
 
-def require_pictures(data: DetectionData) -> DetectionData:
+def require_image_files(data: DetectionSplit) -> DetectionSplit:
     """Return `data`.
 
     Raises:
-        InputError: If a picture file is missing.
+        InputError: If an image file is missing.
     """
-    paths = [picture.path for picture in data.pictures if isinstance(picture.path, Path)]
+    paths = [image.path for image in data.images if isinstance(image.path, Path)]
     missing = [path for path in paths if not path.is_file()]
     if missing:
-        names = few(path.name for path in missing)
+        names = summarize_list(path.name for path in missing)
         raise InputError(
-            f"{data.source}: {len(missing)} of the pictures in {missing[0].parent} are missing: {names}; restore "
+            f"{data.source}: {len(missing)} of the images in {missing[0].parent} are missing: {names}; restore "
             "them, or take them out of the annotations"
         )
     return data
@@ -287,19 +289,19 @@ def distinct(categories: Mapping[int, str], source: Path | str) -> dict[int, str
     doubled = [name for name, count in Counter(categories.values()).items() if count > 1]
     if doubled:
         raise InputError(
-            f"{source}: several categories are named {few(map(repr, doubled))}; give each its own name, since models "
-            "and data sets are matched by name"
+            f"{source}: several categories are named {summarize_list(map(repr, doubled))}; give each its own name, since models "
+            "and datasets are matched by name"
         )
     return dict(sorted(categories.items()))
 
 
 def clip_boxes(boxes: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Cut boxes at the border of their picture.
+    """Cut boxes at the border of their image.
 
     Args:
         boxes (`np.ndarray` of shape `(num_boxes, 4)`): x, y, width, height in pixels.
-        height (`int`): Of the picture, in pixels.
-        width (`int`): Of the picture, in pixels.
+        height (`int`): Of the image, in pixels.
+        width (`int`): Of the image, in pixels.
 
     Returns:
         `np.ndarray` of shape `(num_boxes, 4)`: x, y, width, height in pixels; a box outside has no width or no height.
@@ -319,7 +321,7 @@ def clip_boxes(boxes: np.ndarray, height: int, width: int) -> np.ndarray:
 
 
 def contiguous_id2label(categories: Mapping[int, str]) -> dict[int, str]:
-    """Number a data set's categories from 0, in rising order of category id: the classes of a fresh model.
+    """Number a dataset's categories from 0, in rising order of category id: the classes of a fresh model.
 
     Example:
 
@@ -332,11 +334,11 @@ def contiguous_id2label(categories: Mapping[int, str]) -> dict[int, str]:
     return {label: categories[category_id] for label, category_id in enumerate(sorted(categories))}
 
 
-def label_of_category(data: DetectionData, id2label: Mapping[int, str]) -> dict[int, int]:
-    """Map a data set's category ids to a model's labels by name, whatever numbers either side uses.
+def label_of_category(data: DetectionSplit, id2label: Mapping[int, str]) -> dict[int, int]:
+    """Map a dataset's category ids to a model's labels by name, whatever numbers either side uses.
 
     Args:
-        data (`DetectionData`): The data set.
+        data (`DetectionSplit`): The dataset.
         id2label (`Mapping[int, str]`): The model's classes, `config.id2label`.
 
     Returns:
@@ -350,7 +352,7 @@ def label_of_category(data: DetectionData, id2label: Mapping[int, str]) -> dict[
     unknown = [f"{name!r} (id {category_id})" for category_id, name in used.items() if name not in label_of_name]
     if unknown:
         raise InputError(
-            f"{data.source}: the model has no class for {few(unknown)}; its classes are "
-            f"{few(map(repr, label_of_name), 20)}. Rename the categories, or train a model with them"
+            f"{data.source}: the model has no class for {summarize_list(unknown)}; its classes are "
+            f"{summarize_list(map(repr, label_of_name), 20)}. Rename the categories, or train a model with them"
         )
     return {i: label_of_name[name] for i, name in data.categories.items() if name in label_of_name}

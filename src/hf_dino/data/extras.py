@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from .boxes import from_corners
+from .boxes import xyxy_to_xywh
 
 
 def import_extra(module: str, extra: str, purpose: str) -> ModuleType:
@@ -24,7 +24,7 @@ def import_extra(module: str, extra: str, purpose: str) -> ModuleType:
         raise ImportError(f"{purpose} needs {module.split('.')[0]}: pip install 'hf-dino[{extra}]'") from error
 
 
-def boxes_of(detections: Any) -> np.ndarray:
+def supervision_to_xywh(detections: Any) -> np.ndarray:
     """Return the boxes of supervision's detections as x, y, width, height in pixels.
 
     Its corners are in single precision; what that adds beyond thousandths of a pixel is taken off again, so that a
@@ -34,9 +34,9 @@ def boxes_of(detections: Any) -> np.ndarray:
 
     ```python
     >>> from types import SimpleNamespace
-    >>> boxes_of(SimpleNamespace(xyxy=np.array([[11.3, 2, 20, 30.125]], dtype=np.float32))).tolist()
+    >>> supervision_to_xywh(SimpleNamespace(xyxy=np.array([[11.3, 2, 20, 30.125]], dtype=np.float32))).tolist()
     [[11.3, 2.0, 8.7, 28.125]]
 
     ```
     """
-    return np.round(from_corners(detections.xyxy.astype(np.float64)), 3)
+    return np.round(xyxy_to_xywh(detections.xyxy.astype(np.float64)), 3)

@@ -1,6 +1,6 @@
-"""Data sets of Hugging Face `datasets`: folders of pictures with metadata, saved ones, and names on the Hub.
+"""Datasets of Hugging Face `datasets`: folders of images with metadata, saved ones, and names on the Hub.
 
-Each row is a picture with a column `objects` of boxes (x, y, width, height in pixels) and categories, as in
+Each row is an image with a column `objects` of boxes (x, y, width, height in pixels) and categories, as in
 https://huggingface.co/docs/datasets/image_dataset#object-detection.
 """
 
@@ -19,35 +19,35 @@ from typing import Any, BinaryIO, NamedTuple, TypeVar
 
 from tqdm import tqdm
 
-from ..errors import InputError, few
-from ..files import naming, read_text, replacing
-from .dataset import Complain, DetectionData, PictureMaker, distinct
+from ..errors import InputError, summarize_list
+from ..files import annotate_oserror, atomic_write, read_text
+from .dataset import AnnotatedImageBuilder, DetectionSplit, ErrorHandler, distinct
 from .extras import import_extra
-from .images import PICTURE_SUFFIXES, PictureSource
-from .splits import SPLITS, split_of
+from .images import IMAGE_EXTENSIONS, ImageSource
+from .splits import SPLITS, split_from_name
 
 
-# the names that columns have in the data sets on the Hub, the first found is meant
+# the names that columns have in the datasets on the Hub, the first found is meant
 _OBJECTS = ("objects", "annotations")
 _BOXES = ("bbox", "bboxes", "boxes", "box")
 _CATEGORIES = ("category", "categories", "category_id", "category_ids", "label", "labels", "class_labels")
 _CROWDS = ("iscrowd", "is_crowd")
-_OF_PICTURE = ("image_id", "height", "width")
-_USED = frozenset({*_OBJECTS, *_BOXES, *_CATEGORIES, *_CROWDS, *_OF_PICTURE, "area"})
+_OF_IMAGE = ("image_id", "height", "width")
+_USED = frozenset({*_OBJECTS, *_BOXES, *_CATEGORIES, *_CROWDS, *_OF_IMAGE, "area"})
 
 _NAME = re.compile(r"(?P<path>[\w.-]+(/[\w.-]+)?)(:(?P<name>[\w.-]+))?(@(?P<revision>[\w.-]+))?")
-_READ_AHEAD = 32  # pictures of a stream fetched at once
+_READ_AHEAD = 32  # images of a stream fetched at once
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class TablePicture:
-    """A picture in a table of `datasets`, read when asked for. Other processes get the table's file, not its bytes.
+class TableImage:
+    """An image in a table of `datasets`, read when asked for. Other processes get the table's file, not its bytes.
 
     Attributes:
-        table (`datasets.Dataset`): With the undecoded pictures in `column`.
-        column (`str`): Of the pictures.
+        table (`datasets.Dataset`): With the undecoded images in `column`.
+        column (`str`): Of the images.
         row (`int`): Counted from 0.
         title (`str`): Of the table.
     """
@@ -58,11 +58,11 @@ class TablePicture:
     title: str
 
     def open(self, mode: str = "rb", /) -> BinaryIO:
-        """Open the encoded picture."""
+        """Open the encoded image."""
         return io.BytesIO(_content(self.table[self.row][self.column]))
 
     def __str__(self) -> str:
-        return f"{self.title}, row {self.row}: {self.table[self.row][self.column]['path'] or 'picture without name'}"
+        return f"{self.title}, row {self.row}: {self.table[self.row][self.column]['path'] or 'image without name'}"
 
 
 class TableSplit(NamedTuple):
@@ -78,14 +78,14 @@ class TableSplit(NamedTuple):
 
 
 class Row(NamedTuple):
-    """One row: its picture, and what it says of it.
+    """One row: its image, and what it says of it.
 
     Attributes:
-        picture (`Path` or `StoredPicture`): The picture.
+        image (`Path` or `ImageFileLike`): The image.
         said (`dict`): Those columns of the row that are of use.
     """
 
-    picture: PictureSource
+    image: ImageSource
     said: Mapping[str, Any]
 
 
@@ -98,8 +98,8 @@ def find_saved(folder: Path) -> dict[str, TableSplit]:
     return _table_splits(_load(str(folder), lambda: _datasets().load_from_disk(str(folder))), folder)
 
 
-def find_picture_folder(folder: Path) -> dict[str, TableSplit]:
-    """Find pictures with metadata files, divided into folders of splits or not, or Parquet files."""
+def find_imagefolder(folder: Path) -> dict[str, TableSplit]:
+    """Find images with metadata files, divided into folders of splits or not, or Parquet files."""
     patterns = ("metadata.jsonl", "metadata.csv", "metadata.parquet", "*.parquet")
     if not any(any(folder.glob(f"{depth}{pattern}")) for depth in ("", "*/") for pattern in patterns):
         return {}
@@ -107,7 +107,7 @@ def find_picture_folder(folder: Path) -> dict[str, TableSplit]:
 
 
 def load_name(name: str) -> dict[str, TableSplit]:
-    """Load the splits of a data set on the Hub: `owner/name`, with `:configuration` and `@revision` if need be."""
+    """Load the splits of a dataset on the Hub: `owner/name`, with `:configuration` and `@revision` if need be."""
     options = _parse(name)
     return _table_splits(_load(name, lambda: _datasets().load_dataset(**options)), name)
 
@@ -125,13 +125,13 @@ def _parse(name: str) -> dict[str, str]:
         raise InputError(f"{name}: is neither a folder nor a name on the Hub, OWNER/NAME[:CONFIGURATION][@REVISION]")
     owner = Path(match["path"]).parent
     if not match["revision"] and owner.name and owner.is_dir():  # a slip; the Hub would be asked for a minute
-        held = few(sorted(entry.name for entry in owner.iterdir()))
+        held = summarize_list(sorted(entry.name for entry in owner.iterdir()))
         raise InputError(f"{name}: there is no such folder; {owner} holds {held}. On the Hub it is {name}@main")
     return {key: value for key, value in match.groupdict().items() if value}
 
 
 def _datasets() -> ModuleType:
-    return import_extra("datasets", "hub-data", "reading Hugging Face data sets")
+    return import_extra("datasets", "hub-data", "reading Hugging Face datasets")
 
 
 def _load(name: str, load: Any) -> Any:
@@ -152,33 +152,37 @@ def _table_splits(loaded: Any, source: Path | str) -> dict[str, TableSplit]:
 def _by_split(loaded: Any, source: Path | str) -> dict[str, Any]:
     """Sort tables by split; a single one that is named after none is for training."""
     tables = dict(loaded) if isinstance(loaded, dict) else {"train": loaded}
-    if len(tables) == 1 and split_of(next(iter(tables))) is None:
+    if len(tables) == 1 and split_from_name(next(iter(tables))) is None:
         tables = {"train": next(iter(tables.values()))}
-    names = {split: [name for name in tables if split_of(name) == split] for split in SPLITS}
+    names = {split: [name for name in tables if split_from_name(name) == split] for split in SPLITS}
     for split, candidates in names.items():
         if len(candidates) > 1:
             raise InputError(
-                f"{source}: cannot tell which is the {split} split: {few(candidates)}; write a data set with one of "
+                f"{source}: cannot tell which is the {split} split: {summarize_list(candidates)}; write a dataset with one of "
                 "each by save_to_disk"
             )
     ordered = {split: tables[candidates[0]] for split, candidates in names.items() if candidates}
     if not ordered:
-        raise InputError(f"{source}: none of its splits is called after {few(SPLITS)}: {few(tables)}")
+        raise InputError(
+            f"{source}: none of its splits is called after {summarize_list(SPLITS)}: {summarize_list(tables)}"
+        )
     return ordered
 
 
-def read_tables(splits: Mapping[str, TableSplit], source: Path | str, complain: Complain) -> dict[str, DetectionData]:
-    """Read tables of `datasets`. Their pictures stay where they are: on disk, in Arrow files or beside them.
+def read_tables(
+    splits: Mapping[str, TableSplit], source: Path | str, on_error: ErrorHandler
+) -> dict[str, DetectionSplit]:
+    """Read tables of `datasets`. Their images stay where they are: on disk, in Arrow files or beside them.
 
     Classes that are named by words at the objects are numbered from 0 in the order of words, over all splits of the
-    data set, whichever are read: ids in a file of results are the same every time.
+    dataset, whichever are read: ids in a file of results are the same every time.
     """
     rows = {split: list(_table_rows(each.table, f"{source} ({split})")) for split, each in splits.items()}
     names = {split: _class_names(each.table.features) for split, each in splits.items()}
     unread = {
         split: table for each in splits.values() for split, table in each.all_tables.items() if split not in splits
     }
-    return _read_rows(rows, names, source, complain, _categories(unread) if None in names.values() else ())
+    return _read_rows(rows, names, source, on_error, _categories(unread) if None in names.values() else ())
 
 
 def _categories(tables: Mapping[str, Any]) -> Iterator[Any]:
@@ -191,31 +195,31 @@ def _categories(tables: Mapping[str, Any]) -> Iterator[Any]:
 
 def _table_rows(table: Any, title: str) -> Iterator[Row]:
     table = table.with_format(None)  # a saved table may give tensors
-    column = _picture_column(table.features, title)
-    pictures = table.select_columns([column]).cast_column(column, _datasets().Image(decode=False))
+    column = _image_column(table.features, title)
+    images = table.select_columns([column]).cast_column(column, _datasets().Image(decode=False))
     said = table.select_columns([name for name in table.column_names if name in _USED])
     for number, row in enumerate(said):
-        yield Row(TablePicture(pictures, column, number, title), row)
+        yield Row(TableImage(images, column, number, title), row)
 
 
 def read_stream(
-    name: str, splits: Sequence[str], limit: int | None, cache: Path | None, complain: Complain
-) -> dict[str, DetectionData]:
-    """Read a data set as it comes over the net, keeping its pictures in a folder of their own.
+    name: str, splits: Sequence[str], limit: int | None, cache: Path | None, on_error: ErrorHandler
+) -> dict[str, DetectionSplit]:
+    """Read a dataset as it comes over the net, keeping its images in a folder of their own.
 
-    Training asks for pictures in any order and again, and a resumed run for exactly those that the interrupted one
-    would have seen, which a stream cannot give. So on the first pass the pictures are written as they are encoded,
+    Training asks for images in any order and again, and a resumed run for exactly those that the interrupted one
+    would have seen, which a stream cannot give. So on the first pass the images are written as they are encoded,
     each once it is complete, with what is said of them in a file `metadata.jsonl`; a pass that was cut short goes on
-    where it was. What comes out is a folder of pictures like any other. Without `limit` it saves no space on the disk
+    where it was. What comes out is a folder of images like any other. Without `limit` it saves no space on the disk
     compared to a download, only the second copy in Arrow files.
 
     Classes that are named by words at the objects are numbered over what is read: which words the other splits and
-    pictures have is not known before they are fetched.
+    images have is not known before they are fetched.
 
     Args:
         name (`str`): On the Hub, or a folder.
         splits (`Sequence[str]`): To read, if there are any; else all.
-        limit (`int` or `None`): The most pictures of a split, the first ones.
+        limit (`int` or `None`): The most images of a split, the first ones.
         cache (`Path` or `None`): The folder; by default one beside what `datasets` itself keeps of this very version.
         complain (`Callable`): Is told of what stops a training.
 
@@ -225,13 +229,13 @@ def read_stream(
     options = _parse(name)
     builder = _load(name, lambda: _datasets().load_dataset_builder(**options))
     streams = _by_split(_load(name, builder.as_streaming_dataset), name)
-    cache = cache or Path(f"{builder.cache_dir}-pictures")
+    cache = cache or Path(f"{builder.cache_dir}-images")
     path = str(Path(name).resolve()) if Path(name).is_dir() else options["path"]
     _claim(cache, {"name": path, "configuration": builder.config_id, "revision": builder.hash})
     chosen = {split: stream for split, stream in streams.items() if not splits or split in splits}
     rows = {split: _keep(stream, cache / split, f"{name} ({split})", limit) for split, stream in chosen.items()}
     names = {split: _class_names(stream.features) for split, stream in chosen.items()}
-    return _read_rows(rows, names, name, complain)
+    return _read_rows(rows, names, name, on_error)
 
 
 def _claim(cache: Path, stream: Mapping[str, str]) -> None:
@@ -241,8 +245,10 @@ def _claim(cache: Path, stream: Mapping[str, str]) -> None:
         if not file.exists():
             # hidden are the lock, and what a process leaves that was killed just here
             if held := sorted(entry.name for entry in cache.iterdir() if not entry.name.startswith(".")):
-                raise InputError(f"{cache}: holds {few(held)}, and no stream; give a new or empty folder to keep one")
-            with replacing(file) as temporary:
+                raise InputError(
+                    f"{cache}: holds {summarize_list(held)}, and no stream; give a new or empty folder to keep one"
+                )
+            with atomic_write(file) as temporary:
                 temporary.write_text(said, encoding="utf-8")
         if (kept := read_text(file)) != said:
             raise InputError(f"{cache}: keeps the stream {kept}, not {said}; give another folder, or remove this one")
@@ -256,10 +262,10 @@ def _locked(folder: Path) -> Any:
 
 
 def _keep(stream: Any, folder: Path, title: str, limit: int | None) -> list[Row]:
-    """Write what is missing of a stream's first `limit` pictures, and return the rows."""
+    """Write what is missing of a stream's first `limit` images, and return the rows."""
     if stream.features is None:
         raise InputError(f"{title}: cannot be streamed, since its columns are not known beforehand; do without")
-    column = _picture_column(stream.features, title)
+    column = _image_column(stream.features, title)
     with _locked(folder):  # the other processes of a run wait, then find everything there
         rows = _kept_rows(folder)
         missing = None if limit is None else max(0, limit - len(rows))
@@ -288,10 +294,10 @@ def _write_rows(rows: Iterable[dict], column: str, folder: Path, first: int, tit
         progress = tqdm(_fetched(rows, column, pool), desc=f"fetching {title}", initial=first, disable=None)
         for number, (row, content) in enumerate(progress, start=first):
             suffix = Path(row[column]["path"] or "").suffix.lower()
-            path = folder / f"{number:08}{suffix if suffix in PICTURE_SUFFIXES else ''}"
+            path = folder / f"{number:08}{suffix if suffix in IMAGE_EXTENSIONS else ''}"
             kept = {"file_name": path.name, **{name: value for name, value in row.items() if name in _USED}}
-            with naming(folder):
-                path.write_bytes(content)  # a picture is there once its line is: half a one is written anew
+            with annotate_oserror(folder):
+                path.write_bytes(content)  # an image is there once its line is: half a one is written anew
                 file.write(json.dumps(kept) + "\n")
                 file.flush()
             yield kept
@@ -304,11 +310,11 @@ def _fetched(rows: Iterable[dict], column: str, pool: ThreadPoolExecutor) -> Ite
 
 
 def _content(stored: Mapping[str, Any]) -> bytes:
-    """The encoded picture, from the table or from the file or address that it names."""
+    """The encoded image, from the table or from the file or address that it names."""
     if stored["bytes"] is not None:
         return stored["bytes"]
     # knows local paths and every address that `datasets` gives
-    fsspec = import_extra("fsspec", "hub-data", "reading Hugging Face data sets")
+    fsspec = import_extra("fsspec", "hub-data", "reading Hugging Face datasets")
     with fsspec.open(stored["path"], "rb") as file:
         return file.read()
 
@@ -317,9 +323,9 @@ def _read_rows(
     rows: Mapping[str, Sequence[Row]],
     names: Mapping[str, Sequence[str] | None],
     source: Path | str,
-    complain: Complain,
+    on_error: ErrorHandler,
     other_categories: Iterable[Any] = (),
-) -> dict[str, DetectionData]:
+) -> dict[str, DetectionSplit]:
     columns = {split: [_columns(row, f"{source} ({split})") for row in found] for split, found in rows.items()}
     categories_read = (category for split in columns.values() for each in split for category in each[1])
     found_names = _found_names(chain(categories_read, other_categories))
@@ -328,14 +334,14 @@ def _read_rows(
         listed = names[split]
         categories = found_names if listed is None else distinct(dict(enumerate(listed)), source)
         ids: dict[Any, int] = {number: number for number in categories} | {n: i for i, n in categories.items()}
-        maker = PictureMaker(source, split, complain)
+        maker = AnnotatedImageBuilder(source, split, on_error)
         image_ids = _distinct_ids([row.said.get("image_id") for row in found])
         for row, image_id, (boxes, named, areas, crowds) in zip(found, image_ids, columns[split]):
             known = [i for i, name in enumerate(named) if name in ids]
             if len(known) < len(named):
-                complain(f"{row.picture}: objects of unknown categories: {few(set(named) - ids.keys())}")
+                on_error(f"{row.image}: objects of unknown categories: {summarize_list(set(named) - ids.keys())}")
             maker.add(
-                row.picture,
+                row.image,
                 _size(row.said),
                 [boxes[i] for i in known],
                 [ids[named[i]] for i in known],
@@ -358,8 +364,8 @@ def _columns(row: Row, title: str) -> tuple[Sequence[Any], ...]:
     boxes, named = _first(objects, _BOXES), _first(objects, _CATEGORIES)
     if boxes is None or named is None or len(boxes) != len(named):
         raise InputError(
-            f"{title}: the objects of a picture need boxes ({few(_BOXES)}) and as many categories "
-            f"({few(_CATEGORIES, 9)}); got {str(objects)[:200]}"
+            f"{title}: the objects of an image need boxes ({summarize_list(_BOXES)}) and as many categories "
+            f"({summarize_list(_CATEGORIES, 9)}); got {str(objects)[:200]}"
         )
     areas, crowds = _first(objects, ("area",)), _first(objects, _CROWDS)
     return boxes, named, areas or [None] * len(boxes), crowds or [0] * len(boxes)
@@ -388,11 +394,11 @@ def _size(said: Mapping[str, Any]) -> tuple[int, int] | None:
     return (int(height), int(width)) if height and width else None
 
 
-def _picture_column(features: Mapping[str, Any], title: str) -> str:
-    pictures = [name for name, feature in features.items() if isinstance(feature, _datasets().Image)]
-    if not pictures:
-        raise InputError(f"{title}: has no column of pictures; its columns are {few(features, 20)}")
-    return "image" if "image" in pictures else pictures[0]
+def _image_column(features: Mapping[str, Any], title: str) -> str:
+    images = [name for name, feature in features.items() if isinstance(feature, _datasets().Image)]
+    if not images:
+        raise InputError(f"{title}: has no column of images; its columns are {summarize_list(features, 20)}")
+    return "image" if "image" in images else images[0]
 
 
 def _class_names(features: Mapping[str, Any]) -> list[str] | None:

@@ -1,4 +1,4 @@
-"""Read a picture as the RGB pixels that its annotations were drawn on, wherever its bytes are."""
+"""Read an image as the RGB pixels that its annotations were drawn on, wherever its bytes are."""
 
 import logging
 import re
@@ -11,27 +11,27 @@ from typing import BinaryIO, Protocol, TypeAlias
 from PIL import ExifTags, Image, UnidentifiedImageError
 
 from ..errors import InputError
-from ..image_processing_dino_detr import to_rgb
+from ..image_processing_dino_detr import convert_to_rgb
 
 
 logger = logging.getLogger(__name__)
 
-PICTURE_SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
+IMAGE_EXTENSIONS = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
 
 
-class StoredPicture(Protocol):
-    """A picture that is no file of its own. `str()` names it in messages, and another process can have it too."""
+class ImageFileLike(Protocol):
+    """An image that is no file of its own. `str()` names it in messages, and another process can have it too."""
 
     def open(self, mode: str = "rb", /) -> BinaryIO:
         """Open its encoded bytes, as `Path.open("rb")` does."""
         ...
 
 
-PictureSource: TypeAlias = Path | StoredPicture
+ImageSource: TypeAlias = Path | ImageFileLike
 
-# What shows a picture of each EXIF orientation upright. Pillow's own `exif_transpose` also writes all EXIF data anew,
+# What shows an image of each EXIF orientation upright. Pillow's own `exif_transpose` also writes all EXIF data anew,
 # and fails where a camera wrote it oddly.
-_TURNS = {
+EXIF_TRANSPOSES = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -40,43 +40,43 @@ _TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-_QUARTER_TURNS = (5, 6, 7, 8)  # exchange height and width
+EXIF_SWAPS_SIDES = (5, 6, 7, 8)  # exchange height and width
 
 
-def read_image(source: str | PictureSource, annotated_size: tuple[int, int] | None = None) -> Image.Image:
-    """Read one picture as 8-bit RGB, turned the way a viewer shows it.
+def read_image(source: str | ImageSource, annotated_size: tuple[int, int] | None = None) -> Image.Image:
+    """Read one image as 8-bit RGB, turned the way a viewer shows it.
 
-    Palette, grey and CMYK pictures are converted, transparent parts lie on white, and 16-bit grey is divided by 257
+    Palette, gray and CMYK images are converted, transparent parts lie on white, and 16-bit gray is divided by 257
     (so that 65535 becomes 255), which is logged. The camera's EXIF rotation is applied, unless the annotations were
     drawn on the pixels as stored, which `annotated_size` tells.
 
     Args:
-        source (`str`, `Path` or `StoredPicture`): The picture file, or where else the picture is.
+        source (`str`, `Path` or `ImageFileLike`): The image file, or where else the image is.
         annotated_size (`tuple[int, int]`, *optional*):
-            `(height, width)` in pixels that the annotations give for this picture.
+            `(height, width)` in pixels that the annotations give for this image.
 
     Returns:
-        `PIL.Image.Image`: The picture in mode `"RGB"`.
+        `PIL.Image.Image`: The image in mode `"RGB"`.
 
     Raises:
-        InputError: If the picture is missing, broken or of an unsupported kind, or has another size than annotated.
+        InputError: If the image is missing, broken or of an unsupported kind, or has another size than annotated.
     """
     source = Path(source) if isinstance(source, str) else source
     with _opened(source) as image:
         image.load()
         orientation = _orientation(image)
-    turn = _TURNS.get(_applied_orientation(image, orientation, annotated_size, source))
+    turn = EXIF_TRANSPOSES.get(_applied_orientation(image, orientation, annotated_size, source))
     upright = image if turn is None else image.transpose(turn)
     try:
-        converted = to_rgb(upright)
+        converted = convert_to_rgb(upright)
     except ValueError as error:
         raise InputError(f"{source}: {error}") from None
     if upright.mode.startswith("I"):
-        _log_once("16-bit", f"{source} has 16-bit grey values: divided by 257 to get 8 bits")
+        _log_once("16-bit", f"{source} has 16-bit gray values: divided by 257 to get 8 bits")
     return converted
 
 
-def picture_size(source: PictureSource, annotated_size: tuple[int, int] | None = None) -> tuple[int, int]:
+def get_image_size(source: ImageSource, annotated_size: tuple[int, int] | None = None) -> tuple[int, int]:
     """Say what `(height, width)` [`read_image`] would return, from the head of the file: fast, but not proven.
 
     Raises:
@@ -85,48 +85,48 @@ def picture_size(source: PictureSource, annotated_size: tuple[int, int] | None =
     with _opened(source) as image:
         orientation = _orientation(image)
         # Pillow turns a TIFF on loading; before that, its later versions give the turned size, yet the old orientation
-        if image.format == "TIFF" and orientation in _QUARTER_TURNS:
+        if image.format == "TIFF" and orientation in EXIF_SWAPS_SIDES:
             image.load()
             orientation = _orientation(image)
-    turned = _applied_orientation(image, orientation, annotated_size, source) in _QUARTER_TURNS
+    turned = _applied_orientation(image, orientation, annotated_size, source) in EXIF_SWAPS_SIDES
     return (image.width, image.height) if turned else (image.height, image.width)
 
 
-def list_pictures(paths: list[Path]) -> list[Path]:
-    """Expand folders into the picture files directly inside them, in the order of their names.
+def list_images(paths: list[Path]) -> list[Path]:
+    """Expand folders into the image files directly inside them, in the order of their names.
 
     Raises:
-        InputError: If a path does not exist or a folder holds no picture.
+        InputError: If a path does not exist or a folder holds no image.
     """
     files = []
     for path in paths:
         if not path.exists():
             raise InputError(f"{path}: there is no such file or folder")
-        found = [path] if path.is_file() else sorted(entry for entry in path.iterdir() if is_picture(entry))
+        found = [path] if path.is_file() else sorted(entry for entry in path.iterdir() if is_image_file(entry))
         if not found:
-            raise InputError(f"{path}: the folder holds no pictures ({', '.join(sorted(PICTURE_SUFFIXES))})")
+            raise InputError(f"{path}: the folder holds no images ({', '.join(sorted(IMAGE_EXTENSIONS))})")
         files.extend(found)
     return files
 
 
-def is_picture(path: Path) -> bool:
-    """Whether the name is that of a picture and the file is there."""
-    return path.suffix.lower() in PICTURE_SUFFIXES and path.is_file()
+def is_image_file(path: Path) -> bool:
+    """Whether the name is that of an image and the file is there."""
+    return path.suffix.lower() in IMAGE_EXTENSIONS and path.is_file()
 
 
-def short_name(source: str | PictureSource) -> str:
-    """Name a picture by its file and folder only, for people who know where the data is."""
+def short_name(source: str | ImageSource) -> str:
+    """Name an image by its file and folder only, for people who know where the data is."""
     return "/".join(re.split(r"[/\\]", str(source))[-2:])
 
 
 @contextmanager
-def _opened(source: PictureSource) -> Iterator[Image.Image]:
-    """Open a picture for calls of Pillow, and of nothing else: whatever fails within is the file's fault."""
+def _opened(source: ImageSource) -> Iterator[Image.Image]:
+    """Open an image for calls of Pillow, and of nothing else: whatever fails within is the file's fault."""
     try:
         with source.open("rb") as file, Image.open(file) as image:
             yield image
     except FileNotFoundError:
-        raise InputError(f"{source}: there is no such picture file") from None
+        raise InputError(f"{source}: there is no such image file") from None
     except Image.DecompressionBombError as error:
         raise InputError(
             f"{source}: is larger than Pillow reads ({error}); cut it into tiles, or raise PIL.Image.MAX_IMAGE_PIXELS"
@@ -134,7 +134,7 @@ def _opened(source: PictureSource) -> Iterator[Image.Image]:
     except _BROKEN as error:
         # where Pillow does not know the kind, its own words name a file object
         reason = "it is of no known kind" if isinstance(error, UnidentifiedImageError) else error
-        raise InputError(f"{source}: cannot be read as a picture ({reason}); repair or remove the file") from None
+        raise InputError(f"{source}: cannot be read as an image ({reason}); repair or remove the file") from None
 
 
 # Pillow reports broken files by whichever of these its decoder happened to stumble over
@@ -142,17 +142,17 @@ _BROKEN = (OSError, SyntaxError, ValueError, EOFError, OverflowError, TypeError,
 
 
 def _orientation(image: Image.Image) -> int:
-    # The method of Pillow's PNG class decodes the whole picture to find EXIF data behind the pixels. Nobody puts it
+    # The method of Pillow's PNG class decodes the whole image to find EXIF data behind the pixels. Nobody puts it
     # there, and the base class has what stands before them.
     return Image.Image.getexif(image).get(ExifTags.Base.Orientation, 1)
 
 
 def _applied_orientation(
-    image: Image.Image, orientation: int, annotated_size: tuple[int, int] | None, source: PictureSource
+    image: Image.Image, orientation: int, annotated_size: tuple[int, int] | None, source: ImageSource
 ) -> int:
-    """The picture's EXIF orientation, as a viewer applies it; 1 if annotations were drawn on the pixels as stored."""
+    """The image's EXIF orientation, as a viewer applies it; 1 if annotations were drawn on the pixels as stored."""
     stored = (image.height, image.width)
-    shown = stored[::-1] if orientation in _QUARTER_TURNS else stored
+    shown = stored[::-1] if orientation in EXIF_SWAPS_SIDES else stored
     if annotated_size is None or annotated_size == shown:
         return orientation
     if stored == annotated_size:
@@ -169,7 +169,7 @@ _reported: set[str] = set()
 
 
 def _log_once(kind: str, message: str) -> None:
-    """Warn about the first picture of a kind only: a data set often holds thousands of them."""
+    """Warn about the first image of a kind only: a dataset often holds thousands of them."""
     if kind not in _reported:
         _reported.add(kind)
-        logger.warning("%s (further pictures of this kind are not reported)", message)
+        logger.warning("%s (further images of this kind are not reported)", message)

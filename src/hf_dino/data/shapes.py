@@ -1,9 +1,9 @@
-"""The `shapes` data set: drawn pictures of circles, squares, triangles, stars and crosses, in COCO's format.
+"""The `shapes` dataset: drawn images of circles, squares, triangles, stars and crosses, in COCO's format.
 
 It needs no download, so a detector can be trained, evaluated and looked at anywhere. Shapes of all sizes, more or less
-upright and each kind with a favourite hue, overlap each other and reach over the border; lines and blobs that are no
-objects, uneven light and noise surround them. Every picture depends on the seed, its split and its number only, so the
-splits share nothing and a larger data set begins with the pictures of a smaller one.
+upright and each kind with a favorite hue, overlap each other and reach over the border; lines and blobs that are no
+objects, uneven light and noise surround them. Every image depends on the seed, its split and its number only, so the
+splits share nothing and a larger dataset begins with the images of a smaller one.
 
     python -m hf_dino.data.shapes --output shapes --num-train 2000
 """
@@ -49,36 +49,36 @@ OUTLINES: dict[str, np.ndarray] = {
     * 1.1,
 }
 
-# A kind's favourite hue, in [0, 1): a hint that makes the first minutes of training worthwhile, but no more, since one
-# object in ten is nearer to the favourite of another kind.
+# A kind's favorite hue, in [0, 1): a hint that makes the first minutes of training worthwhile, but no more, since one
+# object in ten is nearer to the favorite of another kind.
 _HUES = {name: index / len(OUTLINES) for index, name in enumerate(OUTLINES)}
 _HUE_SPREAD = 0.06  # standard deviation
 
-_SUPERSAMPLING = 4  # pictures are drawn this much larger, then shrunk: smooth edges, boxes exact to a quarter pixel
-_OBJECT_SIDES = (0.18, 0.5)  # the length of an object, as a fraction of the picture's side
+_SUPERSAMPLING = 4  # images are drawn this much larger, then shrunk: smooth edges, boxes exact to a quarter pixel
+_OBJECT_SIDES = (0.18, 0.5)  # the length of an object, as a fraction of the image's side
 _MAX_TILT = 15.0  # degrees to either side
 _MAX_OBJECTS = 5
-_EMPTY_PICTURES = 0.05  # the share of pictures without objects
-_MIN_INSIDE = 0.75  # how much of an object lies within the picture, at least
+_EMPTY_IMAGES = 0.05  # the share of images without objects
+_MIN_INSIDE = 0.75  # how much of an object lies within the image, at least
 _MIN_VISIBLE = 0.7  # how much of that no other object covers, at least
-_MIN_CONTRAST = 70  # distance of an object's colour from those around it, of 255, in the channel that differs most
-_PLACEMENT_TRIES = 12  # then the picture gets one object fewer
+_MIN_CONTRAST = 70  # distance of an object's color from those around it, of 255, in the channel that differs most
+_PLACEMENT_TRIES = 12  # then the image gets one object fewer
 _MIN_IMAGE_SIZE = 32  # at which the smallest objects are five pixels long
 
 _SETTINGS_FILE = "shapes.json"
-_VERSION = 1  # to be raised whenever the same settings come to mean other pictures
+_VERSION = 1  # to be raised whenever the same settings come to mean other images
 
 Color = tuple[int, int, int]
 
 
 class DrawnObject(NamedTuple):
-    """One object of a picture.
+    """One object of an image.
 
     Attributes:
         name (`str`): Its class, a key of `OUTLINES`.
-        outline (`np.ndarray` of shape `(num_corners, 2)`): Corners (x, y) in pixels of the picture, unclipped.
+        outline (`np.ndarray` of shape `(num_corners, 2)`): Corners (x, y) in pixels of the image, unclipped.
         box (`tuple[float, float, float, float]`): x, y, width, height in pixels: tight around the part of the outline
-            within the picture, whether or not other objects cover it.
+            within the image, whether or not other objects cover it.
         area (`float`): The area of that part, in square pixels.
     """
 
@@ -88,33 +88,33 @@ class DrawnObject(NamedTuple):
     area: float
 
 
-def draw_picture(rng: np.random.Generator, image_size: int) -> tuple[Image.Image, list[DrawnObject]]:
-    """Draw one picture.
+def draw_image(rng: np.random.Generator, image_size: int) -> tuple[Image.Image, list[DrawnObject]]:
+    """Draw one image.
 
     Args:
         rng (`np.random.Generator`): The only source of chance.
         image_size (`int`): Height and width in pixels.
 
     Returns:
-        `tuple[Image.Image, list[DrawnObject]]`: An RGB picture, and its objects from the farthest to the nearest.
+        `tuple[Image.Image, list[DrawnObject]]`: An RGB image, and its objects from the farthest to the nearest.
 
     Example:
 
     ```python
-    >>> picture, objects = draw_picture(np.random.default_rng(3), image_size=160)
-    >>> picture.size, {drawn.name for drawn in objects} <= set(OUTLINES)
+    >>> image, objects = draw_image(np.random.default_rng(3), image_size=160)
+    >>> image.size, {drawn.name for drawn in objects} <= set(OUTLINES)
     ((160, 160), True)
 
     ```
     """
     background = _random_color(rng, saturation=(0.0, 0.5), value=(0.15, 0.9))
     canvas = _background(rng, background, image_size)
-    _draw_clutter(rng, canvas, num_blobs=int(rng.integers(0, 9)), num_lines=int(rng.integers(0, 4)))
+    _draw_distractors(rng, canvas, num_blobs=int(rng.integers(0, 9)), num_lines=int(rng.integers(0, 4)))
 
     objects: list[DrawnObject] = []
     colors = [background]
     visible: list[np.ndarray] = []  # per object (image_size, image_size): the pixels where it is seen
-    num_objects = 0 if rng.random() < _EMPTY_PICTURES else int(rng.integers(1, _MAX_OBJECTS + 1))
+    num_objects = 0 if rng.random() < _EMPTY_IMAGES else int(rng.integers(1, _MAX_OBJECTS + 1))
     for _ in range(num_objects):
         placed = _place(rng, image_size, [drawn.area for drawn in objects], visible)
         if placed is None:
@@ -126,21 +126,21 @@ def draw_picture(rng: np.random.Generator, image_size: int) -> tuple[Image.Image
         colors.append(color)
         visible = [seen & ~mask for seen in visible] + [mask]
 
-    _draw_clutter(rng, canvas, num_blobs=0, num_lines=int(rng.integers(0, 3)))
-    return _photograph(rng, canvas), objects
+    _draw_distractors(rng, canvas, num_blobs=0, num_lines=int(rng.integers(0, 3)))
+    return _add_camera_noise(rng, canvas), objects
 
 
 def _random_color(
     rng: np.random.Generator, saturation: tuple[float, float], value: tuple[float, float], hue: float | None = None
 ) -> Color:
-    """A colour of any hue, or of one near `hue`."""
+    """A color of any hue, or of one near `hue`."""
     hue = rng.random() if hue is None else rng.normal(hue, _HUE_SPREAD) % 1
     red, green, blue = colorsys.hsv_to_rgb(hue, rng.uniform(*saturation), rng.uniform(*value))
     return round(255 * red), round(255 * green), round(255 * blue)
 
 
 def _contrasting_color(rng: np.random.Generator, others: list[Color], hue: float) -> Color:
-    """A strong colour near `hue`, unlike `others`; the least alike of many where none is far from all of them."""
+    """A strong color near `hue`, unlike `others`; the least alike of many where none is far from all of them."""
     candidates = [_random_color(rng, saturation=(0.4, 1.0), value=(0.35, 1.0), hue=hue) for _ in range(16)]
     distance = np.abs(np.subtract(np.array(candidates)[:, None], np.array(others)[None])).max(-1).min(-1)
     return candidates[int(np.argmax(np.minimum(distance, _MIN_CONTRAST)))]  # the first that is far enough
@@ -153,7 +153,7 @@ def _background(rng: np.random.Generator, color: Color, image_size: int) -> Imag
     return spots.resize((image_size * _SUPERSAMPLING,) * 2, Image.Resampling.NEAREST)
 
 
-def _draw_clutter(rng: np.random.Generator, canvas: Image.Image, num_blobs: int, num_lines: int) -> None:
+def _draw_distractors(rng: np.random.Generator, canvas: Image.Image, num_blobs: int, num_lines: int) -> None:
     """Draw what is no object: crooked blobs smaller than any object, and thin lines."""
     draw, side = ImageDraw.Draw(canvas), canvas.width
     for _ in range(num_blobs):
@@ -217,14 +217,14 @@ def _draw_outline(rng: np.random.Generator, canvas: Image.Image, drawn: DrawnObj
     draw.polygon(_points((center + 0.8 * (drawn.outline - center)) * _SUPERSAMPLING), fill=color)
 
 
-def _photograph(rng: np.random.Generator, canvas: Image.Image) -> Image.Image:
+def _add_camera_noise(rng: np.random.Generator, canvas: Image.Image) -> Image.Image:
     """Shrink the canvas and add what a camera adds: a little blur, uneven light and noise."""
-    picture = canvas.reduce(_SUPERSAMPLING).filter(ImageFilter.GaussianBlur(rng.uniform(0.0, 0.7)))
-    ramp = np.linspace(-1, 1, picture.width)
+    image = canvas.reduce(_SUPERSAMPLING).filter(ImageFilter.GaussianBlur(rng.uniform(0.0, 0.7)))
+    ramp = np.linspace(-1, 1, image.width)
     light = 1 + rng.uniform(-0.2, 0.2) * ramp[None, :, None] + rng.uniform(-0.2, 0.2) * ramp[:, None, None]
     amplitude = int(rng.integers(2, 16))
-    noise = rng.integers(-amplitude, amplitude + 1, size=(picture.height, picture.width, 3), dtype=np.int8)
-    return Image.fromarray((np.asarray(picture) * light + noise).clip(0, 255).astype(np.uint8))
+    noise = rng.integers(-amplitude, amplitude + 1, size=(image.height, image.width, 3), dtype=np.int8)
+    return Image.fromarray((np.asarray(image) * light + noise).clip(0, 255).astype(np.uint8))
 
 
 def generate_shapes(
@@ -236,7 +236,7 @@ def generate_shapes(
     num_val: int = 200,
     num_test: int = 200,
 ) -> Path:
-    """Write the data set, or find that it is there.
+    """Write the dataset, or find that it is there.
 
     Args:
         output (`Path`): Receives `{train,val,test}/*.png`, `{train,val,test}.json` in COCO's format (boxes x, y,
@@ -245,21 +245,21 @@ def generate_shapes(
         seed (`int`): Of all chance. The same settings give the same files, bit for bit, as long as numpy and Pillow
             stay the same.
         image_size (`int`): Height and width in pixels; objects grow with it.
-        num_train (`int`): Pictures for training.
-        num_val (`int`): Pictures for choosing the best checkpoint.
-        num_test (`int`): Pictures for the final result.
+        num_train (`int`): Images for training.
+        num_val (`int`): Images for choosing the best checkpoint.
+        num_test (`int`): Images for the final result.
 
     Returns:
         `Path`: `output`.
 
     Raises:
-        InputError: If `output` holds anything but this very data set, or a number is out of range.
+        InputError: If `output` holds anything but this very dataset, or a number is out of range.
     """
     counts = {"train": num_train, "val": num_val, "test": num_test}
     if image_size < _MIN_IMAGE_SIZE:
         raise InputError(f"image_size is {image_size}, but shapes need at least {_MIN_IMAGE_SIZE} pixels.")
     if seed < 0 or min(counts.values()) < 0:
-        raise InputError(f"seed and numbers of pictures must not be negative, got seed={seed} and {counts}.")
+        raise InputError(f"seed and numbers of images must not be negative, got seed={seed} and {counts}.")
     settings = {"version": _VERSION, "seed": seed, "image_size": image_size, **counts}
     if _is_there(output, settings):
         return output
@@ -280,33 +280,33 @@ def generate_shapes(
 
 
 def _is_there(output: Path, settings: dict[str, int]) -> bool:
-    """Whether `output` holds the data set of `settings`; False if it holds nothing, an error if anything else."""
+    """Whether `output` holds the dataset of `settings`; False if it holds nothing, an error if anything else."""
     if not output.exists() or (output.is_dir() and not any(output.iterdir())):
         return False
     advice = "Choose another folder, or remove this one if it is not needed any more."
     try:
         found = json.loads((output / _SETTINGS_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        raise InputError(f"{output} is not empty and holds no shapes data set. {advice}") from None
+        raise InputError(f"{output} is not empty and holds no shapes dataset. {advice}") from None
     if found != settings:
-        raise InputError(f"{output} holds another shapes data set: {found} instead of {settings}. {advice}")
+        raise InputError(f"{output} holds another shapes dataset: {found} instead of {settings}. {advice}")
     for split in ("train", "val", "test"):
         count = sum(1 for _ in (output / split).glob("*.png"))
         if count != settings[split] or not (output / f"{split}.json").is_file():
-            raise InputError(f"{output} has lost files: {count} of {settings[split]} {split} pictures. {advice}")
+            raise InputError(f"{output} has lost files: {count} of {settings[split]} {split} images. {advice}")
     return True
 
 
 def _write_split(folder: Path, split: str, count: int, image_size: int, stream: tuple[int, int]) -> None:
-    """Write one split's pictures and annotations; `stream` and a picture's number seed that picture."""
+    """Write one split's images and annotations; `stream` and an image's number seed that image."""
     (folder / split).mkdir()
     names = list(OUTLINES)
     images: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
-    for number in tqdm(range(count), desc=f"drawing {split} pictures", disable=None):  # silent without a terminal
-        picture, objects = draw_picture(np.random.default_rng((*stream, number)), image_size)
+    for number in tqdm(range(count), desc=f"drawing {split} images", disable=None):  # silent without a terminal
+        record, objects = draw_image(np.random.default_rng((*stream, number)), image_size)
         image = {"id": number + 1, "file_name": f"{number + 1:06}.png", "width": image_size, "height": image_size}
-        picture.save(folder / split / image["file_name"], compress_level=1)  # noise hardly shrinks at any level
+        record.save(folder / split / image["file_name"], compress_level=1)  # noise hardly shrinks at any level
         images.append(image)
         annotations += [
             {
@@ -331,7 +331,7 @@ def _write_split(folder: Path, split: str, count: int, image_size: int, stream: 
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line; `arguments` replace those of the process."""
-    parser = argparse.ArgumentParser(prog="python -m hf_dino.data.shapes", description="Draw the shapes data set.")
+    parser = argparse.ArgumentParser(prog="python -m hf_dino.data.shapes", description="Draw the shapes dataset.")
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="a new folder")
     for name, default in (generate_shapes.__kwdefaults__ or {}).items():  # so that each default has one home
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=default, metavar="N", help=f"{default}")

@@ -1,4 +1,4 @@
-"""Which part of a data set a file or folder holds, by its name."""
+"""Which part of a dataset a file or folder holds, by its name."""
 
 import re
 from collections.abc import Iterable
@@ -8,7 +8,7 @@ from ..errors import InputError
 
 
 SPLITS = ("train", "validation", "test")
-SPLIT_OF_WORD = {
+SPLIT_ALIASES = {
     "train": "train",
     "training": "train",
     "val": "validation",
@@ -20,7 +20,7 @@ SPLIT_OF_WORD = {
 }
 
 
-def split_of(name: str) -> str | None:
+def split_from_name(name: str) -> str | None:
     """Tell the split that a name speaks of, if any.
 
     Example:
@@ -31,10 +31,10 @@ def split_of(name: str) -> str | None:
 
     ```
     """
-    return next((SPLIT_OF_WORD[word] for word in re.findall("[a-z]+", name.lower()) if word in SPLIT_OF_WORD), None)
+    return next((SPLIT_ALIASES[word] for word in re.findall("[a-z]+", name.lower()) if word in SPLIT_ALIASES), None)
 
 
-def by_split(named: Iterable[tuple[str, Path]]) -> dict[str, Path]:
+def group_by_split(named: Iterable[tuple[str, Path]]) -> dict[str, Path]:
     """Sort paths by the split that their names speak of, leaving out those that speak of none.
 
     Raises:
@@ -42,11 +42,11 @@ def by_split(named: Iterable[tuple[str, Path]]) -> dict[str, Path]:
     """
     found: dict[str, Path] = {}
     for name, path in named:
-        split = split_of(name)
+        split = split_from_name(name)
         if split in found:
             raise InputError(
                 f"cannot tell which is the {split} split: {found[split]} or {path}; move one of them away, or name a "
-                "folder of pictures and its COCO file explicitly"
+                "folder of images and its COCO file explicitly"
             )
         if split:
             found[split] = path
@@ -55,4 +55,4 @@ def by_split(named: Iterable[tuple[str, Path]]) -> dict[str, Path]:
 
 def split_folders(folder: Path) -> dict[str, Path]:
     """The folders directly within `folder` that are named after splits."""
-    return by_split((entry.name, entry) for entry in sorted(folder.iterdir()) if entry.is_dir())
+    return group_by_split((entry.name, entry) for entry in sorted(folder.iterdir()) if entry.is_dir())

@@ -1,4 +1,4 @@
-"""Data sets in the format of Pascal VOC: an XML file per picture.
+"""Datasets in the format of Pascal VOC: an XML file per image.
 
 Format: http://host.robots.ox.ac.uk/pascal/VOC/voc2012/htmldoc/devkit_doc.html. `bndbox` counts pixels from 1 and
 includes the last one, so a box from 1 to 10 is x 0 and width 10; supervision reads it so.
@@ -11,23 +11,23 @@ from xml.etree.ElementTree import Element, ParseError
 
 from ..errors import InputError
 from ..files import read_lines
-from .dataset import Complain, DetectionData, PictureMaker
-from .extras import boxes_of, import_extra
-from .images import is_picture
-from .splits import SPLIT_OF_WORD, split_folders
+from .dataset import AnnotatedImageBuilder, DetectionSplit, ErrorHandler
+from .extras import import_extra, supervision_to_xywh
+from .images import is_image_file
+from .splits import SPLIT_ALIASES, split_folders
 
 
-# where a folder may have its pictures and its XML files
+# where a folder may have its images and its XML files
 _PLACES = (("JPEGImages", "Annotations"), ("images", "annotations"), (".", "."))
 
-Pairs = Sequence[tuple[Path, Path]]  # a picture and its annotation file, either of which may be missing
+Pairs = Sequence[tuple[Path, Path]]  # an image and its annotation file, either of which may be missing
 
 
 class VocSplit(NamedTuple):
     """Where a split is.
 
     Attributes:
-        pairs (`list[tuple[Path, Path]]`): Pictures and their annotation files.
+        pairs (`list[tuple[Path, Path]]`): Images and their annotation files.
         all_annotations (`list[Path]`): The annotation files of all splits, whose classes are numbered together.
     """
 
@@ -67,64 +67,64 @@ def _find_pairs(folder: Path) -> dict[str, Pairs]:
 
 
 def _places(folder: Path) -> tuple[Path, Path] | None:
-    """The folders of pictures and of XML files, if `folder` has any of the latter."""
-    places = [(folder / pictures, folder / annotations) for pictures, annotations in _PLACES]
+    """The folders of images and of XML files, if `folder` has any of the latter."""
+    places = [(folder / images, folder / annotations) for images, annotations in _PLACES]
     return next((place for place in places if place[0].is_dir() and any(place[1].glob("*.xml"))), None)
 
 
-def _pairs(pictures: Path, annotations: Path) -> Pairs:
-    found = sorted(path for path in pictures.iterdir() if is_picture(path))
+def _pairs(images: Path, annotations: Path) -> Pairs:
+    found = sorted(path for path in images.iterdir() if is_image_file(path))
     stems = {path.stem for path in found}
-    alone = [pictures / f"{file.stem}.jpg" for file in sorted(annotations.glob("*.xml")) if file.stem not in stems]
+    alone = [images / f"{file.stem}.jpg" for file in sorted(annotations.glob("*.xml")) if file.stem not in stems]
     return [(path, annotations / f"{path.stem}.xml") for path in (*found, *alone)]
 
 
-def _listed(lists: Path, pictures: Path, annotations: Path) -> dict[str, Pairs]:
-    by_stem = {path.stem: path for path in sorted(pictures.iterdir()) if is_picture(path)}
-    files = {SPLIT_OF_WORD[file.stem]: file for file in sorted(lists.glob("*.txt")) if file.stem in SPLIT_OF_WORD}
+def _listed(lists: Path, images: Path, annotations: Path) -> dict[str, Pairs]:
+    by_stem = {path.stem: path for path in sorted(images.iterdir()) if is_image_file(path)}
+    files = {SPLIT_ALIASES[file.stem]: file for file in sorted(lists.glob("*.txt")) if file.stem in SPLIT_ALIASES}
     if "train" not in files and (lists / "trainval.txt").is_file():
         files["train"] = lists / "trainval.txt"
     stems = {split: read_lines(file) for split, file in files.items()}
     return {
-        split: [(by_stem.get(stem, pictures / f"{stem}.jpg"), annotations / f"{stem}.xml") for stem in listed]
+        split: [(by_stem.get(stem, images / f"{stem}.jpg"), annotations / f"{stem}.xml") for stem in listed]
         for split, listed in stems.items()
-    } or {"train": _pairs(pictures, annotations)}
+    } or {"train": _pairs(images, annotations)}
 
 
-def read_voc(splits: Mapping[str, VocSplit], source: Path, complain: Complain) -> dict[str, DetectionData]:
-    """Read XML files with supervision, but without the pictures, which it would decode to know their size.
+def read_voc(splits: Mapping[str, VocSplit], source: Path, on_error: ErrorHandler) -> dict[str, DetectionSplit]:
+    """Read XML files with supervision, but without the images, which it would decode to know their size.
 
     Classes are numbered from 1 in the order of their names, over all splits of the folder, whichever are read: ids in
     a file of results are the same every time. Difficult objects become crowds, which are neither trained on nor
     counted.
     """
     files = dict.fromkeys(file for split in splits.values() for file in split.all_annotations)
-    annotations = {file: _read(file, complain) for file in files}
+    annotations = {file: _read(file, on_error) for file in files}
     names = sorted({name for said in annotations.values() for name in said.names if name})
     if splits and not names:
         raise InputError(f"{source}: no annotation file has an object")
     ids = {name: number for number, name in enumerate(names, start=1)}
     data = {}
     for split, (pairs, _) in splits.items():
-        maker = PictureMaker(source, split, complain)
+        maker = AnnotatedImageBuilder(source, split, on_error)
         for path, file in pairs:
             said = annotations[file]
             category_ids = [ids.get(name, 0) for name in said.names]
             maker.add(path, said.size, said.boxes, category_ids, iscrowd=said.difficult)
             if not file.is_file():
-                maker.remark("pictures have no annotation file: taken to be without objects", path)
+                maker.remark("images have no annotation file: taken to be without objects", path)
         data[split] = maker.finish({number: name for name, number in ids.items()})
     return data
 
 
-def _read(file: Path, complain: Complain) -> VocAnnotation:
+def _read(file: Path, on_error: ErrorHandler) -> VocAnnotation:
     formats = import_extra("supervision.dataset.formats.pascal_voc", "train", "reading Pascal VOC")
     try:
         root = formats.parse(file).getroot()
     except FileNotFoundError:
         return VocAnnotation()
     except (OSError, ValueError, ParseError) as error:
-        complain(f"{file}: cannot be read as XML ({error})")
+        on_error(f"{file}: cannot be read as XML ({error})")
         return VocAnnotation()
     elements = root.findall("object")
     for element in elements:
@@ -149,7 +149,7 @@ def _objects(elements: list[Element], read: Callable) -> list[tuple[str, Any]]:
         if len(elements) > 1:
             return [pair for element in elements for pair in _objects([element], read)]
         return [("", None)]
-    return [(names[number], box) for number, box in zip(detections.class_id, boxes_of(detections))]
+    return [(names[number], box) for number, box in zip(detections.class_id, supervision_to_xywh(detections))]
 
 
 def _size(root: Element) -> tuple[int, int] | None:

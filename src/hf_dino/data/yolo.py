@@ -1,7 +1,7 @@
-"""Data sets in the format of YOLO: a text file per picture, a line per object, classes in a YAML file.
+"""Datasets in the format of YOLO: a text file per image, a line per object, classes in a YAML file.
 
-Format: https://docs.ultralytics.com/datasets/detect/, lines as `class x_centre y_centre width height`, fractions of
-the picture as a viewer shows it; a line with more numbers is a polygon, of which the box around it is taken.
+Format: https://docs.ultralytics.com/datasets/detect/, lines as `class x_center y_center width height`, fractions of
+the image as a viewer shows it; a line with more numbers is a polygon, of which the box around it is taken.
 """
 
 import logging
@@ -10,12 +10,12 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..errors import InputError, few
+from ..errors import InputError, summarize_list
 from ..files import read_lines, read_text
-from .dataset import Complain, DetectionData, PictureMaker, distinct
-from .extras import boxes_of, import_extra
-from .images import is_picture, picture_size
-from .splits import split_folders, split_of
+from .dataset import AnnotatedImageBuilder, DetectionSplit, ErrorHandler, distinct
+from .extras import import_extra, supervision_to_xywh
+from .images import get_image_size, is_image_file
+from .splits import split_folders, split_from_name
 
 
 logger = logging.getLogger(__name__)
@@ -28,17 +28,17 @@ class YoloSplit(NamedTuple):
     """Where a split is.
 
     Attributes:
-        pictures (`list[Path]`): Picture files, and missing ones whose label file is there.
+        images (`list[Path]`): Image files, and missing ones whose label file is there.
         names (`dict[int, str]` or `None`): Classes by number, where some file says them.
-        num_keypoint_values (`int`): Numbers behind the box on the lines of a pose data set, else 0.
+        num_keypoint_values (`int`): Numbers behind the box on the lines of a pose dataset, else 0.
     """
 
-    pictures: Sequence[Path]
+    images: Sequence[Path]
     names: Mapping[int, str] | None
     num_keypoint_values: int = 0
 
 
-def find_described_yolo(folder: Path) -> dict[str, YoloSplit]:
+def find_yolo_yaml(folder: Path) -> dict[str, YoloSplit]:
     """Find what a YAML file with `names` and at least one of `train`, `val` and `test` describes."""
     for file in sorted([*folder.glob("*.yaml"), *folder.glob("*.yml")]):
         try:
@@ -47,7 +47,7 @@ def find_described_yolo(folder: Path) -> dict[str, YoloSplit]:
             if file.stem in _USUAL_STEMS:
                 raise
             continue  # it may be anything
-        entries = {split: entry for key, entry in content.items() if (split := split_of(key)) and entry}
+        entries = {split: entry for key, entry in content.items() if (split := split_from_name(key)) and entry}
         if "names" in content and entries:
             return _described(file, content, entries)
     return {}
@@ -80,34 +80,38 @@ def _described(file: Path, content: Mapping[str, Any], entries: Mapping[str, Any
         places = [_place(root, str(place)) for place in (entry if isinstance(entry, list) else [entry])]
         if absent := [str(place) for place in places if not place.exists()]:
             # Roboflow describes splits that were left empty
-            logger.warning("%s: the %s split is left out, since %s does not exist", file, split, few(absent))
+            logger.warning(
+                "%s: the %s split is left out, since %s does not exist", file, split, summarize_list(absent)
+            )
         else:
-            pictures = [path for place in places for path in _pictures(place, root)]
-            found[split] = YoloSplit(pictures, distinct(classes, file), math.prod(keypoints))
+            images = [path for place in places for path in _images(place, root)]
+            found[split] = YoloSplit(images, distinct(classes, file), math.prod(keypoints))
     if not found:
-        raise InputError(f"{file}: none of the folders that it names exists: {few(map(str, entries.values()))}")
+        raise InputError(
+            f"{file}: none of the folders that it names exists: {summarize_list(map(str, entries.values()))}"
+        )
     return found
 
 
 def _place(root: Path, entry: str) -> Path:
-    """A folder of pictures, or a list of them. Roboflow's `../train/images` means the folder beside the YAML file."""
+    """A folder of images, or a list of them. Roboflow's `../train/images` means the folder beside the YAML file."""
     place = root / entry
     return place if place.exists() or not entry.startswith("../") else root / entry[3:]
 
 
-def _pictures(place: Path, root: Path) -> list[Path]:
+def _images(place: Path, root: Path) -> list[Path]:
     if place.is_file():
         return [root / line for line in read_lines(place)]
-    found = sorted(path for path in place.rglob("*") if is_picture(path))
+    found = sorted(path for path in place.rglob("*") if is_image_file(path))
     labels = label_file(place / "any").parent
-    labelled = {label_file(path) for path in found}
+    labeled = {label_file(path) for path in found}
     files = sorted(labels.rglob("*.txt")) if labels != place and labels.is_dir() else []
-    alone = [file for file in files if file not in labelled and file.name != "classes.txt"]
+    alone = [file for file in files if file not in labeled and file.name != "classes.txt"]
     return found + [place / file.relative_to(labels).with_suffix(".jpg") for file in alone]
 
 
-def label_file(picture: Path) -> Path:
-    """The label file of a picture: in the folder `labels` beside the last folder `images` of its path, or beside it.
+def label_file(image: Path) -> Path:
+    """The label file of an image: in the folder `labels` beside the last folder `images` of its path, or beside it.
 
     Example:
 
@@ -117,23 +121,21 @@ def label_file(picture: Path) -> Path:
 
     ```
     """
-    parts = list(picture.parts[:-1])
+    parts = list(image.parts[:-1])
     if "images" in parts:
         parts[len(parts) - 1 - parts[::-1].index("images")] = "labels"
-    return Path(*parts, f"{picture.stem}.txt")
+    return Path(*parts, f"{image.stem}.txt")
 
 
-def find_plain_yolo(folder: Path) -> dict[str, YoloSplit]:
+def find_yolo_folders(folder: Path) -> dict[str, YoloSplit]:
     """Find folders `images` and `labels` side by side, divided into splits or not, without a YAML file."""
     if all((folder / name).is_dir() for name in ("images", "labels")):
         places = split_folders(folder / "images") or {"train": folder / "images"}
     else:
         places = {split: place / "images" for split, place in split_folders(folder).items()}
-    labelled = {
-        split: place for split, place in places.items() if any(label_file(place / "any").parent.rglob("*.txt"))
-    }
-    names = _listed_names(folder) if labelled else None  # another format may have such files for something else
-    return {split: YoloSplit(_pictures(place, folder), names) for split, place in labelled.items()}
+    labeled = {split: place for split, place in places.items() if any(label_file(place / "any").parent.rglob("*.txt"))}
+    names = _listed_names(folder) if labeled else None  # another format may have such files for something else
+    return {split: YoloSplit(_images(place, folder), names) for split, place in labeled.items()}
 
 
 def _listed_names(folder: Path) -> dict[int, str] | None:
@@ -143,20 +145,20 @@ def _listed_names(folder: Path) -> dict[int, str] | None:
     return None
 
 
-def read_yolo(splits: Mapping[str, YoloSplit], source: Path, complain: Complain) -> dict[str, DetectionData]:
-    """Read label files with supervision. A picture without one has no objects; unnamed classes are their numbers."""
-    return {split: _read_split(found, source, split, complain) for split, found in splits.items()}
+def read_yolo(splits: Mapping[str, YoloSplit], source: Path, on_error: ErrorHandler) -> dict[str, DetectionSplit]:
+    """Read label files with supervision. An image without one has no objects; unnamed classes are their numbers."""
+    return {split: _read_split(found, source, split, on_error) for split, found in splits.items()}
 
 
-def _read_split(found: YoloSplit, source: Path, split: str, complain: Complain) -> DetectionData:
+def _read_split(found: YoloSplit, source: Path, split: str, on_error: ErrorHandler) -> DetectionSplit:
     formats = import_extra("supervision.dataset.formats.yolo", "train", "reading YOLO data")
-    maker = PictureMaker(source, split, complain)
+    maker = AnnotatedImageBuilder(source, split, on_error)
     users: dict[int, Path] = {}  # of each class number, a label file
-    for path in found.pictures:
+    for path in found.images:
         try:
-            size, lines = picture_size(path), _lines(label_file(path), found.num_keypoint_values)
+            size, lines = get_image_size(path), _lines(label_file(path), found.num_keypoint_values)
         except InputError as error:
-            complain(str(error))
+            on_error(str(error))
             continue
         objects = _objects(lines, size, formats.yolo_annotations_to_detections)
         users |= {number: label_file(path) for number, box in objects if box is not None}
@@ -166,7 +168,9 @@ def _read_split(found: YoloSplit, source: Path, split: str, complain: Complain) 
     names = {number: str(number) for number in users} if found.names is None else found.names
     nameless = [f"{number} in {file}" for number, file in sorted(users.items()) if number not in names]
     if nameless:
-        complain(f"{source} ({split}): labels use classes that have no name: {few(nameless)}; there are {dict(names)}")
+        on_error(
+            f"{source} ({split}): labels use classes that have no name: {summarize_list(nameless)}; there are {dict(names)}"
+        )
     return maker.finish(names)
 
 
@@ -184,4 +188,4 @@ def _objects(lines: list[str], size: tuple[int, int], read: Callable) -> list[tu
         if len(lines) > 1:
             return [pair for line in lines for pair in _objects([line], size, read)]
         return [(0, None)]
-    return list(zip(detections.class_id.tolist(), boxes_of(detections)))
+    return list(zip(detections.class_id.tolist(), supervision_to_xywh(detections)))

@@ -1,10 +1,10 @@
-"""Detections of a model on a data set, COCO's numbers, and what goes wrong: gathered, scored, sorted and reported."""
+"""Detections of a model on a dataset, COCO's numbers, and what goes wrong: gathered, scored, sorted and reported."""
 
 try:
-    from ..data.objects import OBJECT
-    from .analysis import KINDS, Analysis, OperatingPoint, PictureMistakes, analyse
+    from ..data.objects import ANNOTATION_DTYPE
+    from .analysis import KINDS, Analysis, ImageErrors, OperatingPoint, analyze_errors
     from .detections import collect_detections, write_coco_results
-    from .records import DETECTION, as_detections
+    from .records import DETECTION_DTYPE, detections_from_results
     from .run import evaluate_model
     from .scores import ENGINES, METRICS, CocoScores, check_engine, evaluate_coco
 except ImportError as error:
@@ -19,12 +19,12 @@ __all__ = [
     "OBJECT",
     "Analysis",
     "CocoScores",
+    "ImageErrors",
     "OperatingPoint",
-    "PictureMistakes",
-    "analyse",
-    "as_detections",
+    "analyze",
     "check_engine",
     "collect_detections",
+    "detections_from_results",
     "evaluate_coco",
     "evaluate_model",
     "write_coco_results",

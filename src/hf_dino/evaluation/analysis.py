@@ -1,4 +1,4 @@
-"""What goes wrong: each detection's kind of mistake, who is taken for whom, the best score threshold, worst pictures.
+"""What goes wrong: each detection's kind of mistake, who is taken for whom, the best score threshold, worst images.
 
 The kinds are those of TIDE (https://arxiv.org/abs/2008.08115), counted rather than weighed by their effect on AP. What
 TIDE calls duplicate, background and missed is called so here too, and its other errors have plainer names: wrong class
@@ -14,9 +14,9 @@ from typing import NamedTuple
 import numpy as np
 from pycocotools import mask
 
-from ..data.dataset import DetectionData
-from ..data.objects import objects_of
-from .records import rows_of
+from ..data.dataset import DetectionSplit
+from ..data.objects import to_annotation_array
+from .records import group_rows
 
 
 KINDS = {
@@ -51,7 +51,7 @@ class OperatingPoint(NamedTuple):
     recall: float = 0.0
 
 
-class Verdicts(NamedTuple):
+class MatchResults(NamedTuple):
     """What each detection is, whatever the threshold.
 
     Attributes:
@@ -64,14 +64,14 @@ class Verdicts(NamedTuple):
 
 
 @dataclass(frozen=True)
-class PictureMistakes:
-    """A picture's detections from the threshold upwards, and what is wrong with them.
+class ImageErrors:
+    """An image's detections from the threshold upwards, and what is wrong with them.
 
     Attributes:
-        index (`int`): Of the picture in `data.pictures`.
+        index (`int`): Of the image in `data.images`.
         detections (`np.ndarray`): Of dtype [`DETECTION`], strongest first.
         kinds (`list[str]`): What each is, one of [`KINDS`].
-        found (`np.ndarray` of shape `(num_objects,)`): Whether each object of the picture was found. Crowd regions
+        found (`np.ndarray` of shape `(num_objects,)`): Whether each object of the image was found. Crowd regions
             need not be, and count as found.
     """
 
@@ -93,7 +93,7 @@ class Analysis:
             that were taken for the column's. The last row has detections that belong to no object, the last column
             objects that were not found. Rows add up to the objects of a category, columns to its detections, crowd
             regions and what is ignored left out.
-        worst (`list[PictureMistakes]`): The pictures with most false detections and objects not found, the worst
+        worst (`list[ImageErrors]`): The images with most false detections and objects not found, the worst
             first; none without mistakes.
     """
 
@@ -101,65 +101,67 @@ class Analysis:
     best: dict[str, OperatingPoint]
     counts: dict[str, int]
     confusion: np.ndarray
-    worst: list[PictureMistakes]
+    worst: list[ImageErrors]
 
 
-def analyse(
-    data: DetectionData, detections: np.ndarray, *, threshold: float | None = None, num_worst: int = 12
+def analyze_errors(
+    data: DetectionSplit, detections: np.ndarray, *, threshold: float | None = None, num_worst: int = 12
 ) -> Analysis:
     """Say what is right and wrong about detections.
 
     Args:
-        data (`DetectionData`): The data set.
+        data (`DetectionSplit`): The dataset.
         detections (`np.ndarray`): Of dtype [`DETECTION`]; those of unknown categories do not count.
         threshold (`float`, *optional*): The score from which detections count. Without it, that of the highest F1 of
             all classes together; where nothing is right, as many detections count as there are objects.
-        num_worst (`int`, *optional*, defaults to 12): How many of the worst pictures to name, at most.
+        num_worst (`int`, *optional*, defaults to 12): How many of the worst images to name, at most.
     """
-    objects, categories = objects_of(data), list(data.categories)
+    objects, categories = to_annotation_array(data), list(data.categories)
     detections = np.asarray(detections)[np.isin(detections["category_id"], categories)]
-    verdicts = judge(objects, detections)
+    verdicts = match_detections(objects, detections)
     counted, correct = verdicts.kind != IGNORED, verdicts.kind == CORRECT
     real = objects["iscrowd"] == 0
 
     def best_of(found: np.ndarray, present: np.ndarray) -> OperatingPoint:
         found = found[counted[found]]
-        return best_point(detections["score"][found], correct[found], int(np.count_nonzero(real[present])))
+        return best_f1_threshold(detections["score"][found], correct[found], int(np.count_nonzero(real[present])))
 
-    rows = zip(rows_of(detections["category_id"], categories), rows_of(objects["category_id"], categories))
+    rows = zip(group_rows(detections["category_id"], categories), group_rows(objects["category_id"], categories))
     best = {name: best_of(*of_category) for name, of_category in zip(data.categories.values(), rows)}
     if threshold is None:
         threshold = best_of(np.arange(len(detections)), np.arange(len(objects))).threshold
     if math.isnan(threshold):
         threshold = _some_threshold(detections["score"], int(np.count_nonzero(real)))
     strong = detections["score"] >= threshold
-    detections, verdicts = detections[strong], Verdicts(verdicts.kind[strong], verdicts.target[strong])
+    detections, verdicts = detections[strong], MatchResults(verdicts.kind[strong], verdicts.target[strong])
     return Analysis(
         threshold=threshold,
         best=best,
         counts=_count_kinds(objects, verdicts),
         confusion=_confusion(objects, detections, verdicts, categories),
-        worst=_worst_pictures(data, objects, detections, verdicts, num_worst),
+        worst=_worst_images(data, objects, detections, verdicts, num_worst),
     )
 
 
-def judge(objects: np.ndarray, detections: np.ndarray) -> Verdicts:
+def match_detections(objects: np.ndarray, detections: np.ndarray) -> MatchResults:
     """Say of every detection what it is and which object it is about.
 
     Args:
         objects (`np.ndarray`): Of dtype [`OBJECT`].
         detections (`np.ndarray`): Of dtype [`DETECTION`], in any order.
     """
-    verdicts = Verdicts(np.zeros(len(detections), np.int8), np.full(len(detections), -1))
+    verdicts = MatchResults(np.zeros(len(detections), np.int8), np.full(len(detections), -1))
     image_ids = np.unique(detections["image_id"])
-    for found, present in zip(rows_of(detections["image_id"], image_ids), rows_of(objects["image_id"], image_ids)):
+    for found, present in zip(
+        group_rows(detections["image_id"], image_ids), group_rows(objects["image_id"], image_ids)
+    ):
         found = found[np.argsort(-detections["score"][found], kind="stable")]
-        kind, target = _judge_picture(objects[present], detections[found])
+        kind, target = _judge_image(objects[present], detections[found])
         verdicts.kind[found], verdicts.target[found] = kind, np.append(present, -1)[target]
     return verdicts
 
 
-def best_point(scores: np.ndarray, correct: np.ndarray, num_objects: int) -> OperatingPoint:
+def best_f1_threshold(scores: np.ndarray, correct: np.ndarray, num_objects: int) -> OperatingPoint:
     """Find the score threshold with the highest F1.
 
     Args:
@@ -170,7 +172,7 @@ def best_point(scores: np.ndarray, correct: np.ndarray, num_objects: int) -> Ope
     Example:
 
     ```python
-    >>> best_point(np.array([0.9, 0.8, 0.3, 0.3]), np.array([True, False, True, True]), num_objects=3)
+    >>> best_f1_threshold(np.array([0.9, 0.8, 0.3, 0.3]), np.array([True, False, True, True]), num_objects=3)
     OperatingPoint(threshold=0.3, f1=0.857..., precision=0.75, recall=1.0)
 
     ```
@@ -186,8 +188,8 @@ def best_point(scores: np.ndarray, correct: np.ndarray, num_objects: int) -> Ope
     return OperatingPoint(float(scores[last]), float(f1[last]), right / (last + 1), right / num_objects)
 
 
-def _judge_picture(objects: np.ndarray, detections: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Kinds and targets of one picture's detections, strongest first; target `num_objects` means none."""
+def _judge_image(objects: np.ndarray, detections: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Kinds and targets of one image's detections, strongest first; target `num_objects` means none."""
     shape = len(detections), len(objects)
     # for a crowd region, the share of the detection that lies within it; without objects it is an empty list
     overlap = np.reshape(mask.iou(detections["bbox"], objects["bbox"], objects["iscrowd"]), shape)
@@ -228,14 +230,14 @@ def _some_threshold(scores: np.ndarray, num_objects: int) -> float:
     return float(strongest[-1]) if len(strongest) else 0.0
 
 
-def _found(objects: np.ndarray, verdicts: Verdicts) -> np.ndarray:
+def _found(objects: np.ndarray, verdicts: MatchResults) -> np.ndarray:
     """Whether each object was found; crowd regions need not be."""
     found = objects["iscrowd"] == 1
     found[verdicts.target[verdicts.kind == CORRECT]] = True
     return found
 
 
-def _count_kinds(objects: np.ndarray, verdicts: Verdicts) -> dict[str, int]:
+def _count_kinds(objects: np.ndarray, verdicts: MatchResults) -> dict[str, int]:
     counts = np.bincount(verdicts.kind, minlength=len(KINDS))
     noticed = _found(objects, verdicts)
     noticed[verdicts.target[np.isin(verdicts.kind, (WRONG_CLASS, BADLY_PLACED))]] = True
@@ -243,7 +245,9 @@ def _count_kinds(objects: np.ndarray, verdicts: Verdicts) -> dict[str, int]:
     return dict(zip(KINDS, counts.tolist()))
 
 
-def _confusion(objects: np.ndarray, detections: np.ndarray, verdicts: Verdicts, categories: list[int]) -> np.ndarray:
+def _confusion(
+    objects: np.ndarray, detections: np.ndarray, verdicts: MatchResults, categories: list[int]
+) -> np.ndarray:
     nothing = len(categories)
     true, taken_for = (np.searchsorted(categories, records["category_id"]) for records in (objects, detections))
     found = _found(objects, verdicts)
@@ -262,11 +266,11 @@ def _confusion(objects: np.ndarray, detections: np.ndarray, verdicts: Verdicts, 
     return confusion
 
 
-def _worst_pictures(
-    data: DetectionData, objects: np.ndarray, detections: np.ndarray, verdicts: Verdicts, limit: int
-) -> list[PictureMistakes]:
-    image_ids = [picture.image_id for picture in data.pictures]
-    of_objects, of_detections = (rows_of(records["image_id"], image_ids) for records in (objects, detections))
+def _worst_images(
+    data: DetectionSplit, objects: np.ndarray, detections: np.ndarray, verdicts: MatchResults, limit: int
+) -> list[ImageErrors]:
+    image_ids = [image.image_id for image in data.images]
+    of_objects, of_detections = (group_rows(records["image_id"], image_ids) for records in (objects, detections))
     found, wrong = _found(objects, verdicts), verdicts.kind > IGNORED
     mistakes = [
         np.count_nonzero(~found[present]) + np.count_nonzero(wrong[shown])
@@ -275,10 +279,10 @@ def _worst_pictures(
     worst = sorted(range(len(mistakes)), key=lambda index: -mistakes[index])[:limit]
     names = list(KINDS)
 
-    def describe(index: int) -> PictureMistakes:
+    def describe(index: int) -> ImageErrors:
         rows = of_detections[index]
         rows = rows[np.argsort(-detections["score"][rows], kind="stable")]
         kinds = [names[kind] for kind in verdicts.kind[rows]]
-        return PictureMistakes(index, detections[rows], kinds, found[of_objects[index]])
+        return ImageErrors(index, detections[rows], kinds, found[of_objects[index]])
 
     return [describe(index) for index in worst if mistakes[index]]

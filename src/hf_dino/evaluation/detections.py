@@ -1,6 +1,6 @@
 """Detections of fixed size on the disk: written while the model runs, gathered from all processes, read as an array.
 
-Memory does not grow with the number of pictures: what a process holds is a batch, and later one block of records.
+Memory does not grow with the number of images: what a process holds is a batch, and later one block of records.
 """
 
 import json
@@ -17,10 +17,10 @@ from accelerate.utils import send_to_device
 from torch import nn
 from transformers import BaseImageProcessor
 
-from ..data.boxes import from_corners
-from ..files import naming, new_text_file
-from ..sharding import whole_weights
-from .records import DETECTION
+from ..data.boxes import xyxy_to_xywh
+from ..files import annotate_oserror, open_new_text_file
+from ..sharding import summon_full_params
+from .records import DETECTION_DTYPE
 
 
 _BLOCK = 1 << 16  # records that are gathered or copied at once: 3.5 MiB of each process
@@ -33,12 +33,12 @@ def collect_detections(
     processor: BaseImageProcessor,
     label_to_category_id: Mapping[int, int],
     accelerator: Accelerator,
-    on_batch: Callable[[int], None] = lambda num_pictures: None,
+    on_batch: Callable[[int], None] = lambda num_images: None,
 ) -> np.ndarray:
-    """Run a model over a data set and return its detections, which lie on the disk.
+    """Run a model over a dataset and return its detections, which lie on the disk.
 
     The model is put back into the mode that it was in. Each process reads its own share, so none of its calls waits
-    for another process: the shares need not have the same length, and no picture is counted twice. Each process
+    for another process: the shares need not have the same length, and no image is counted twice. Each process
     writes to a temporary file of its own, and the files are exchanged through `accelerator`, so the processes need
     not share a folder. `TMPDIR` says where the files are; they have no name and vanish with their process.
 
@@ -49,16 +49,16 @@ def collect_detections(
         label_to_category_id (`Mapping[int, int]`): The model's labels to raw category ids. Detections of labels that
             it lacks are left out.
         accelerator (`Accelerator`): Gives the device and gathers the results.
-        on_batch (`Callable[[int], None]`, *optional*): Called after each batch with its number of pictures.
+        on_batch (`Callable[[int], None]`, *optional*): Called after each batch with its number of images.
 
     Returns:
-        `np.ndarray` of shape `(num_detections,)` and dtype [`DETECTION`]: The best `config.num_select` of each picture
-        of every process, by rising picture id, the best of a picture first; read from the disk as it is used.
+        `np.ndarray` of shape `(num_detections,)` and dtype [`DETECTION`]: The best `config.num_select` of each image
+        of every process, by rising image id, the best of an image first; read from the disk as it is used.
     """
     # without the wrapper of DistributedDataParallel, whose forward waits for the other processes
     network = accelerator.unwrap_model(model)
     with _temporary_file() as own:
-        with evaluation_mode(network), whole_weights(network):
+        with eval_mode(network), summon_full_params(network):
             for batch in loader:
                 tensors = {name: batch[name] for name in ("pixel_values", "pixel_mask")}
                 outputs = network(**send_to_device(tensors, accelerator.device, non_blocking=True))
@@ -68,11 +68,11 @@ def collect_detections(
                 for image_id, detection in zip(batch["image_ids"], found, strict=True):
                     own.write(_records(image_id, detection, label_to_category_id).tobytes())
                 on_batch(len(batch["image_ids"]))
-        return sorted_by_picture(_gather(_map(own), accelerator))
+        return sort_by_image(_gather(_map(own), accelerator))
 
 
 @contextmanager
-def evaluation_mode(network: nn.Module) -> Iterator[None]:
+def eval_mode(network: nn.Module) -> Iterator[None]:
     """Have a model in evaluation mode, and then in the mode that it was in, whatever happens."""
     was_training = network.training
     network.eval()
@@ -82,11 +82,11 @@ def evaluation_mode(network: nn.Module) -> Iterator[None]:
         network.train(was_training)
 
 
-def sorted_by_picture(parts: Iterable[np.ndarray]) -> np.ndarray:
-    """Write records into a temporary file by rising picture id, those of one picture in the order in which they came.
+def sort_by_image(parts: Iterable[np.ndarray]) -> np.ndarray:
+    """Write records into a temporary file by rising image id, those of one image in the order in which they came.
 
     Args:
-        parts (`Iterable[np.ndarray]`): Arrays of dtype [`DETECTION`], of any length, a picture's detections all in
+        parts (`Iterable[np.ndarray]`): Arrays of dtype [`DETECTION`], of any length, an image's detections all in
             the same process's parts.
 
     Returns:
@@ -112,7 +112,7 @@ def write_coco_results(path: Path, detections: np.ndarray) -> None:
     Raises:
         InputError: If the file exists.
     """
-    with new_text_file(path) as file:
+    with open_new_text_file(path) as file:
         separator = "[\n"
         for result in _coco_results(detections):
             file.write(separator + json.dumps(result))
@@ -130,13 +130,13 @@ def _coco_results(detections: np.ndarray) -> Iterator[dict[str, Any]]:
 def _records(
     image_id: int, detection: Mapping[str, torch.Tensor], label_to_category_id: Mapping[int, int]
 ) -> np.ndarray:
-    """One picture's detections, boxes given as corners."""
+    """One image's detections, boxes given as corners."""
     labels = detection["labels"].tolist()
     kept = [index for index, label in enumerate(labels) if label in label_to_category_id]
-    records = np.empty(len(kept), DETECTION)
+    records = np.empty(len(kept), DETECTION_DTYPE)
     records["image_id"] = image_id
     records["category_id"] = [label_to_category_id[labels[index]] for index in kept]
-    records["bbox"] = from_corners(detection["boxes"].float().cpu()[kept].numpy())
+    records["bbox"] = xyxy_to_xywh(detection["boxes"].float().cpu()[kept].numpy())
     records["score"] = detection["scores"].float().cpu()[kept].numpy()
     return records
 
@@ -145,23 +145,27 @@ def _gather(own: np.ndarray, accelerator: Accelerator) -> Iterator[np.ndarray]:
     """Every process's records, to every process, block by block: plain bytes, since gathered tensors must be alike."""
     counts = accelerator.gather(torch.tensor([len(own)], device=accelerator.device)).tolist()
     for start in range(0, max(counts), _BLOCK):
-        block = np.zeros(min(_BLOCK, max(counts) - start), DETECTION)
+        block = np.zeros(min(_BLOCK, max(counts) - start), DETECTION_DTYPE)
         part = own[start : start + _BLOCK]
         block[: len(part)] = part
         blocks = accelerator.gather(torch.from_numpy(block.view(np.uint8)).to(accelerator.device))
-        for records, count in zip(blocks.cpu().numpy().view(DETECTION).reshape(len(counts), -1), counts, strict=True):
+        for records, count in zip(
+            blocks.cpu().numpy().view(DETECTION_DTYPE).reshape(len(counts), -1), counts, strict=True
+        ):
             yield records[: max(0, count - start)]
 
 
 @contextmanager
 def _temporary_file() -> Iterator[IO[bytes]]:
-    with naming(Path(tempfile.gettempdir())), tempfile.TemporaryFile() as file:
+    with annotate_oserror(Path(tempfile.gettempdir())), tempfile.TemporaryFile() as file:
         yield file
 
 
 def _map(file: IO[bytes]) -> np.ndarray:
     """The records in a file, which stay readable after it is closed and are read when they are used."""
     file.flush()
-    num_records = file.tell() // DETECTION.itemsize
+    num_records = file.tell() // DETECTION_DTYPE.itemsize
     # an empty file cannot be mapped
-    return np.memmap(file, DETECTION, mode="r", shape=num_records) if num_records else np.empty(0, DETECTION)
+    return (
+        np.memmap(file, DETECTION_DTYPE, mode="r", shape=num_records) if num_records else np.empty(0, DETECTION_DTYPE)
+    )

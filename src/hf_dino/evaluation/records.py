@@ -6,30 +6,30 @@ from typing import Any
 import numpy as np
 
 
-DETECTION = np.dtype([("image_id", "<i8"), ("category_id", "<i8"), ("bbox", "<f8", 4), ("score", "<f8")])
-"""One detection: raw ids, box as x, y, width, height in pixels of the original picture, and score in [0, 1].
+DETECTION_DTYPE = np.dtype([("image_id", "<i8"), ("category_id", "<i8"), ("bbox", "<f8", 4), ("score", "<f8")])
+"""One detection: raw ids, box as x, y, width, height in pixels of the original image, and score in [0, 1].
 
 As wide as JSON's numbers, so that COCO results read from a file keep every digit.
 """
 
 
-def as_detections(results: Iterable[Mapping[str, Any]]) -> np.ndarray:
+def detections_from_results(results: Iterable[Mapping[str, Any]]) -> np.ndarray:
     """Turn COCO results, as read from JSON, into an array.
 
     Example:
 
     ```python
-    >>> found = as_detections([{"image_id": 1, "category_id": 3, "bbox": [10, 10, 40, 20], "score": 0.9}])
+    >>> found = detections_from_results([{"image_id": 1, "category_id": 3, "bbox": [10, 10, 40, 20], "score": 0.9}])
     >>> found["bbox"].tolist(), found["score"].tolist()
     ([[10.0, 10.0, 40.0, 20.0]], [0.9])
 
     ```
     """
-    fields = DETECTION.names or ()
-    return np.array([tuple(result[field] for field in fields) for result in results], dtype=DETECTION)
+    fields = DETECTION_DTYPE.names or ()
+    return np.array([tuple(result[field] for field in fields) for result in results], dtype=DETECTION_DTYPE)
 
 
-def rows_of(ids: np.ndarray, keys: Iterable[int]) -> list[np.ndarray]:
+def group_rows(ids: np.ndarray, keys: Iterable[int]) -> list[np.ndarray]:
     """For each key, the rows that have it as their id, in rising order.
 
     Example:

@@ -1,4 +1,4 @@
-"""An evaluation as one HTML file that needs neither network nor JavaScript: numbers, curves, mistakes, pictures."""
+"""An evaluation as one HTML file that needs neither network nor JavaScript: numbers, curves, mistakes, images."""
 
 import base64
 import io
@@ -16,22 +16,22 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
 
-from ..data.boxes import to_corners
-from ..data.dataset import DetectionData, DetectionDataset
-from ..data.objects import objects_of
-from ..files import new_text_file
+from ..data.boxes import xywh_to_xyxy
+from ..data.dataset import DetectionDataset, DetectionSplit
+from ..data.objects import to_annotation_array
+from ..files import open_new_text_file
 from ..metrics import METRIC_NAMES
-from ..visualization import draw_detections, side_by_side
-from .analysis import KINDS, Analysis, OperatingPoint, PictureMistakes
+from ..visualization import draw_detections, hstack_images
+from .analysis import KINDS, Analysis, ImageErrors, OperatingPoint
 from .scores import CocoScores
 
 
 _TEMPLATE = Path(__file__).with_name("report.html")
 _PACKAGES = ("hf_dino", "torch", "transformers", "pycocotools")
-_WIDEST = 1600  # pixels of the two pictures beside each other
+_WIDEST = 1600  # pixels of the two images beside each other
 _MOST_CLASSES = 80  # in the confusion matrix: more could not be read
 _MOST_CONFUSIONS = 20
-# rows of `CocoScores.precision`: label, IoU thresholds, colour
+# rows of `CocoScores.precision`: label, IoU thresholds, color
 _CURVES = (
     ("IoU .50", slice(0, 1), "#b5530a"),
     ("IoU .75", slice(5, 6), "#2b7a0b"),
@@ -53,7 +53,7 @@ class CategoryRow(NamedTuple):
 
 def write_report(
     path: Path,
-    data: DetectionData,
+    data: DetectionSplit,
     scores: CocoScores,
     analysis: Analysis,
     *,
@@ -64,9 +64,9 @@ def write_report(
 
     Args:
         path (`Path`): A new file, which appears once it is whole.
-        data (`DetectionData`): The data set, of which the worst pictures are read.
+        data (`DetectionSplit`): The dataset, of which the worst images are read.
         scores (`CocoScores`): From [`evaluate_coco`].
-        analysis (`Analysis`): From [`analyse`], of the same detections.
+        analysis (`Analysis`): From [`analyze`], of the same detections.
         title (`str`): Names the model and the data.
         details (`dict[str, str]`): How it was made, such as model, data and command; versions are added.
 
@@ -79,13 +79,13 @@ def write_report(
     template = environment.from_string(_TEMPLATE.read_text("utf-8"))
     names = list(data.categories.values())
     shown = _classes_to_show(analysis.confusion)
-    with new_text_file(path) as file:
+    with open_new_text_file(path) as file:
         stream = template.stream(
             title=title,
             metrics=[(METRIC_NAMES[name], value) for name, value in scores.metrics.items()],
-            num_pictures=len(data.pictures),
+            num_images=len(data.images),
             num_objects=int(analysis.confusion[:-1].sum()),
-            num_crowds=int(objects_of(data)["iscrowd"].sum()),
+            num_crowds=int(to_annotation_array(data)["iscrowd"].sum()),
             threshold=analysis.threshold,
             counts=analysis.counts,
             kinds=KINDS,
@@ -95,7 +95,7 @@ def write_report(
             confusion=_plot_confusion(names, analysis.confusion, shown),
             num_in_matrix=len(shown),
             confusions=_confusions(names, analysis.confusion),
-            worst=_worst_pictures(data, analysis.worst),
+            worst=_worst_images(data, analysis.worst),
             details={**details, "versions": _versions()},
         )
         file.writelines(stream)
@@ -186,35 +186,35 @@ def _confusions(names: Sequence[str], confusion: np.ndarray) -> list[tuple[str, 
     return [(names[i], names[j], int(between[i, j]), int(totals[i])) for i, j in pairs if between[i, j]]
 
 
-def _worst_pictures(data: DetectionData, worst: Sequence[PictureMistakes]) -> Iterator[dict[str, Any]]:
-    """One after the other, as the template asks for them: pictures are large."""
+def _worst_images(data: DetectionSplit, worst: Sequence[ImageErrors]) -> Iterator[dict[str, Any]]:
+    """One after the other, as the template asks for them: images are large."""
     dataset = DetectionDataset(data)
     for mistakes in worst:
         counts = {kind: mistakes.kinds.count(kind) for kind in _COMPLAINTS} | {
             "not found": int(np.count_nonzero(~mistakes.found))
         }
-        picture = data.pictures[mistakes.index]
+        record = data.images[mistakes.index]
         image: Image.Image = dataset[mistakes.index]["image"]
         yield {
-            "name": f"{picture.path} (id {picture.image_id})",
+            "name": f"{record.path} (id {record.image_id})",
             "mistakes": ", ".join(f"{count} {kind}" for kind, count in counts.items() if count),
             "source": _jpeg(_draw(image, data, mistakes)),
         }
 
 
-def _draw(image: Image.Image, data: DetectionData, mistakes: PictureMistakes) -> Image.Image:
+def _draw(image: Image.Image, data: DetectionSplit, mistakes: ImageErrors) -> Image.Image:
     """Objects on the left, detections on the right, the mistakes named on both sides."""
-    picture, detections = data.pictures[mistakes.index], mistakes.detections
-    crowds = np.where(picture.iscrowd == 1, " (crowd)", "")
+    record, detections = data.images[mistakes.index], mistakes.detections
+    crowds = np.where(record.iscrowd == 1, " (crowd)", "")
     marks = np.where(mistakes.found, crowds, " (not found)").tolist()
-    objects = [data.categories[category_id] for category_id in picture.category_ids.tolist()]
+    objects = [data.categories[category_id] for category_id in record.category_ids.tolist()]
     found = [data.categories[category_id] for category_id in detections["category_id"].tolist()]
     kinds = ["" if kind == "correct" else f" ({kind})" for kind in mistakes.kinds]
-    truth = draw_detections(image, to_corners(picture.boxes), _labels(objects, marks))
+    truth = draw_detections(image, xywh_to_xyxy(record.boxes), _labels(objects, marks))
     answer = draw_detections(
-        image, to_corners(detections["bbox"]), _labels(found, kinds), detections["score"].tolist()
+        image, xywh_to_xyxy(detections["bbox"]), _labels(found, kinds), detections["score"].tolist()
     )
-    both = side_by_side(truth, answer, (f"{len(objects)} objects", f"{len(found)} detections"))
+    both = hstack_images(truth, answer, (f"{len(objects)} objects", f"{len(found)} detections"))
     both.thumbnail((_WIDEST, _WIDEST))
     return both
 

@@ -1,4 +1,4 @@
-"""The whole evaluation of a model: detect in every picture, then score, on any number of processes."""
+"""The whole evaluation of a model: detect in every image, then score, on any number of processes."""
 
 from collections.abc import Callable
 
@@ -9,7 +9,7 @@ from torch import nn
 from transformers import BaseImageProcessor
 
 from ..data.batching import evaluation_loader
-from ..data.dataset import DetectionData, label_of_category
+from ..data.dataset import DetectionSplit, label_of_category
 from .detections import collect_detections
 from .scores import CocoScores, check_engine, evaluate_coco
 
@@ -17,25 +17,25 @@ from .scores import CocoScores, check_engine, evaluate_coco
 def evaluate_model(
     model: nn.Module,
     processor: BaseImageProcessor,
-    data: DetectionData,
+    data: DetectionSplit,
     accelerator: Accelerator,
     *,
     batch_size: int,
     num_workers: int = 0,
-    on_batch: Callable[[int], None] = lambda num_pictures: None,
+    on_batch: Callable[[int], None] = lambda num_images: None,
     engine: str = "pycocotools",
 ) -> tuple[CocoScores, np.ndarray]:
-    """Detect in a whole data set and score it; called by every process, all of which get the same answer.
+    """Detect in a whole dataset and score it; called by every process, all of which get the same answer.
 
-    Categories are matched to the model's classes by name. Pictures are batched with others of the same resized size
+    Categories are matched to the model's classes by name. Images are batched with others of the same resized size
     only, so the answer does not depend on the batch size. The main process scores, and the others wait for it.
 
     Args:
         model (`nn.Module`): A detection model, prepared by `accelerator` or not.
         processor (`BaseImageProcessor`): The model's image processor.
-        data (`DetectionData`): The data set.
-        accelerator (`Accelerator`): Gives the device and shares out the pictures.
-        batch_size (`int`): The most pictures in a batch of one process.
+        data (`DetectionSplit`): The dataset.
+        accelerator (`Accelerator`): Gives the device and shares out the images.
+        batch_size (`int`): The most images in a batch of one process.
         num_workers (`int`, *optional*, defaults to 0): Processes that read ahead.
         on_batch (`Callable[[int], None]`, *optional*): Called after each batch of this process with its size.
         engine (`str`, *optional*, defaults to `"pycocotools"`): What scores, one of [`ENGINES`].

@@ -10,11 +10,11 @@ from typing import Any, NamedTuple
 import numpy as np
 from pycocotools.cocoeval import COCOeval, Params
 
-from ..data.dataset import DetectionData
-from ..data.objects import objects_of
-from ..errors import InputError, few
+from ..data.dataset import DetectionSplit
+from ..data.objects import to_annotation_array
+from ..errors import InputError, summarize_list
 from ..metrics import METRIC_NAMES
-from .records import rows_of
+from .records import group_rows
 
 
 METRICS = tuple(METRIC_NAMES)
@@ -24,7 +24,7 @@ ENGINES = {
     "pycocotools": (("pycocotools.coco", "COCO"), ("pycocotools.cocoeval", "COCOeval")),
     "faster-coco-eval": (("faster_coco_eval", "COCO"), ("faster_coco_eval", "COCOeval_faster")),
 }
-"""What may match detections with objects, by the names of its package: its data set and its evaluation."""
+"""What may match detections with objects, by the names of its package: its dataset and its evaluation."""
 
 
 class Curves(NamedTuple):
@@ -33,7 +33,7 @@ class Curves(NamedTuple):
     Attributes:
         precision (`np.ndarray` of shape `(10, 101, num_categories, 4, 3)`): The highest precision at this recall or a
             higher one. The axes are COCO's: IoU threshold (.5 to .95), recall (0 to 1), category by rising id, size
-            of objects (all, small, medium, large), most detections of a class in a picture (1, 10, 100).
+            of objects (all, small, medium, large), most detections of a class in an image (1, 10, 100).
         recall (`np.ndarray` of shape `(10, num_categories, 4, 3)`): The highest recall reached.
     """
 
@@ -59,23 +59,23 @@ class CocoScores:
     precision: np.ndarray = field(repr=False, compare=False)
 
 
-def evaluate_coco(data: DetectionData, detections: np.ndarray, engine: str = "pycocotools") -> CocoScores:
-    """Score detections against a data set as COCO does.
+def evaluate_coco(data: DetectionSplit, detections: np.ndarray, engine: str = "pycocotools") -> CocoScores:
+    """Score detections against a dataset as COCO does.
 
     Args:
-        data (`DetectionData`): The data set, crowd regions included, which are ignored rather than missed.
-        detections (`np.ndarray`): Of dtype [`DETECTION`], from [`collect_detections`] or [`as_detections`], in any
-            order of pictures. There may be none, which scores 0. Those of unknown categories do not count.
+        data (`DetectionSplit`): The dataset, crowd regions included, which are ignored rather than missed.
+        detections (`np.ndarray`): Of dtype [`DETECTION`], from [`collect_detections`] or [`detections_from_results`], in any
+            order of images. There may be none, which scores 0. Those of unknown categories do not count.
         engine (`str`, *optional*, defaults to `"pycocotools"`): One of [`ENGINES`].
 
     Returns:
         `CocoScores`: Numbers, table, and precision of each category.
 
     Raises:
-        InputError: If a detection is in a picture that the data set lacks, or the engine is not there.
+        InputError: If a detection is in an image that the dataset lacks, or the engine is not there.
     """
     check_engine(engine)
-    _check_pictures(data, detections)
+    _check_images(data, detections)
     curves = _measure(data, detections, engine)
     metrics, table = _summarize(curves)
     precision = curves.precision[..., 0, -1]
@@ -90,7 +90,7 @@ def check_engine(engine: str) -> None:
         InputError: If it is unknown or not installed; the message says what to do.
     """
     if engine not in ENGINES:
-        raise InputError(f"the evaluation engine must be one of {few(ENGINES)}; got {engine!r}")
+        raise InputError(f"the evaluation engine must be one of {summarize_list(ENGINES)}; got {engine!r}")
     try:
         _load(engine)
     except ImportError as error:
@@ -98,31 +98,31 @@ def check_engine(engine: str) -> None:
 
 
 def _load(engine: str) -> tuple[Any, Any]:
-    """The engine's classes of a data set and of an evaluation."""
+    """The engine's classes of a dataset and of an evaluation."""
     dataset, evaluation = (getattr(importlib.import_module(module), name) for module, name in ENGINES[engine])
     return dataset, evaluation
 
 
-def _check_pictures(data: DetectionData, detections: np.ndarray) -> None:
-    unknown = np.setdiff1d(detections["image_id"], [picture.image_id for picture in data.pictures])
+def _check_images(data: DetectionSplit, detections: np.ndarray) -> None:
+    unknown = np.setdiff1d(detections["image_id"], [image.image_id for image in data.images])
     if len(unknown):
-        raise InputError(f"{data.source}: has no pictures with the ids {few(unknown)}, which detections name")
+        raise InputError(f"{data.source}: has no images with the ids {summarize_list(unknown)}, which detections name")
 
 
-def _measure(data: DetectionData, detections: np.ndarray, engine: str) -> Curves:
+def _measure(data: DetectionSplit, detections: np.ndarray, engine: str) -> Curves:
     """Evaluate one category after the other.
 
-    Categories have nothing to do with each other, nor have a category and the pictures without an object or a
+    Categories have nothing to do with each other, nor have a category and the images without an object or a
     detection of it. So the result is that of evaluating all at once, but pycocotools' tables, which have several kB
-    for each picture, category and size of objects, are never in memory together.
+    for each image, category and size of objects, are never in memory together.
     """
     parameters = Params(iouType="bbox")
     by_recall = (len(parameters.iouThrs), len(parameters.recThrs), len(data.categories))
     by_limit = (len(parameters.areaRng), len(parameters.maxDets))
     precision, recall = np.full(by_recall + by_limit, -1.0), np.full(by_recall[::2] + by_limit, -1.0)
 
-    objects = objects_of(data)
-    rows = (rows_of(records["category_id"], data.categories) for records in (objects, detections))
+    objects = to_annotation_array(data)
+    rows = (group_rows(records["category_id"], data.categories) for records in (objects, detections))
     for index, (of_objects, of_detections) in enumerate(zip(*rows)):
         if len(of_objects):  # otherwise nothing can be found
             measured = _evaluate(objects[of_objects], np.asarray(detections[of_detections]), engine)
@@ -146,7 +146,7 @@ def _evaluate(objects: np.ndarray, detections: np.ndarray, engine: str) -> Mappi
 
 
 def _coco(coco_class: Any, image_ids: list[int], records: np.ndarray, **more: np.ndarray) -> Any:
-    """An engine's data set with one category and an annotation for each record."""
+    """An engine's dataset with one category and an annotation for each record."""
     columns = {name: records[name].tolist() for name in records.dtype.names or ()}
     columns |= {name: values.tolist() for name, values in more.items()}
     # numbered from 1, whatever a file says: pycocotools takes a match with annotation 0 for no match

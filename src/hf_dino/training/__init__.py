@@ -6,80 +6,80 @@ from .checkpoint import (
     checkpoint_path,
     data_fingerprint,
     file_fingerprint,
-    find_start,
-    latest_checkpoint,
+    get_last_checkpoint,
     load_checkpoint,
+    load_training_state,
     prepare_checkpoints,
-    read_state,
     remove_checkpoints,
-    rescue_state,
+    resolve_resume_checkpoint,
     save_checkpoint,
+    save_emergency_checkpoint,
 )
 from .effective_batch import effective_batch, with_effective_batch
-from .ema import WeightAverage
-from .export import export_run, whole_model
+from .ema import ExponentialMovingAverage
+from .export import gather_full_model, save_run
 from .freezing import freezable_stages, freeze
 from .history import RunHistory
-from .inputs import TrainingInputs, make_inputs, read_checked
-from .lock import run_folder
+from .image_sizes import check_min_image_size
+from .inputs import TrainingPipeline, build_training_pipeline, read_and_check
+from .lock import lock_output_dir
 from .monitor import LossMonitor
 from .optimization import (
     SCHEDULES,
-    checkpoint_activations,
     compile_layers,
-    drop_steps,
-    make_schedule,
-    parameter_groups,
-    set_learning_rate,
-    stopped_improving,
+    enable_gradient_checkpointing,
+    get_lr_multiplier,
+    get_milestones,
+    get_param_groups,
+    set_lr,
+    should_stop_early,
 )
-from .picture_sizes import check_picture_sizes
-from .processes import PATIENCE
+from .processes import PROCESS_GROUP_TIMEOUT
 from .progress import TrainingProgress
-from .recipe import apply_recipe
+from .recipe import parse_args_with_recipe
 from .signals import StopSignals
-from .tracking import tracked
+from .tracking import init_tracking
 
 
 __all__ = [
     "PATIENCE",
     "SCHEDULES",
+    "ExponentialMovingAverage",
     "LossMonitor",
     "RunHistory",
     "StopSignals",
-    "TrainingInputs",
+    "TrainingPipeline",
     "TrainingProgress",
     "TrainingState",
-    "WeightAverage",
-    "apply_recipe",
     "check_disk_space",
-    "check_picture_sizes",
-    "checkpoint_activations",
+    "check_min_image_size",
     "checkpoint_path",
     "compile_layers",
     "data_fingerprint",
-    "drop_steps",
     "effective_batch",
-    "export_run",
+    "enable_gradient_checkpointing",
     "file_fingerprint",
-    "find_start",
     "freezable_stages",
     "freeze",
-    "latest_checkpoint",
+    "gather_full_model",
+    "get_last_checkpoint",
+    "get_lr_multiplier",
+    "get_milestones",
+    "get_param_groups",
     "load_checkpoint",
+    "load_training_state",
+    "lock_output_dir",
     "make_inputs",
-    "make_schedule",
-    "parameter_groups",
+    "parse_args_with_recipe",
     "prepare_checkpoints",
-    "read_checked",
-    "read_state",
+    "read_and_check",
     "remove_checkpoints",
-    "rescue_state",
-    "run_folder",
+    "resolve_resume_checkpoint",
     "save_checkpoint",
-    "set_learning_rate",
-    "stopped_improving",
+    "save_emergency_checkpoint",
+    "save_run",
+    "set_lr",
+    "should_stop_early",
     "tracked",
-    "whole_model",
     "with_effective_batch",
 ]

@@ -22,11 +22,11 @@ from safetensors import SafetensorError
 from torch import nn
 
 from ..configuration_dino_detr import DinoDetrConfig
-from ..data.dataset import DetectionData
+from ..data.dataset import DetectionSplit
 from ..errors import InputError
-from ..files import read_text, sync, sync_tree, write_json
-from ..sharding import IN_PIECES
-from .processes import highest_of_all, texts_of_all
+from ..files import fsync_tree, read_text, sync, write_json
+from ..sharding import SHARDED_DISTRIBUTED_TYPES
+from .processes import all_gather_unique, all_reduce_max
 
 
 logger = logging.getLogger(__name__)
@@ -74,7 +74,7 @@ class TrainingState:
         return any(row["step"] == self.step and "ap" in row for row in self.history)
 
     @property
-    def kept_step(self) -> int:
+    def export_step(self) -> int:
         """The step whose model is the result: the best, or the last as long as none was evaluated."""
         return self.step if self.best_step is None else self.best_step
 
@@ -84,12 +84,12 @@ def checkpoint_path(folder: Path, step: int) -> Path:
     return folder / f"step_{step:08d}"
 
 
-def latest_checkpoint(folder: Path) -> Path | None:
+def get_last_checkpoint(folder: Path) -> Path | None:
     """Find the checkpoint of the highest step, if there is one."""
     return max(folder.glob(_NAME), default=None)
 
 
-def find_start(output: Path, checkpoints: Path, *, resume: bool, overwrite: bool) -> Path | None:
+def resolve_resume_checkpoint(output: Path, checkpoints: Path, *, resume: bool, overwrite: bool) -> Path | None:
     """Find the checkpoint that a run starts from, and see that nothing in its output folder gets lost.
 
     Args:
@@ -104,7 +104,7 @@ def find_start(output: Path, checkpoints: Path, *, resume: bool, overwrite: bool
     Raises:
         InputError: If there is nothing to resume, or something that was not to be overwritten.
     """
-    checkpoint = latest_checkpoint(checkpoints)
+    checkpoint = get_last_checkpoint(checkpoints)
     if resume and checkpoint is None and checkpoints.is_dir() and not (output / "config.json").exists():
         logger.warning("%s: the run was stopped before its first checkpoint and begins anew", output)
         return None
@@ -123,7 +123,7 @@ def find_start(output: Path, checkpoints: Path, *, resume: bool, overwrite: bool
 
 def _holds_a_run(output: Path, checkpoints: Path) -> bool:
     """Whether a run, or the model that it left, is there rather than somebody's work that has files of these names."""
-    if latest_checkpoint(checkpoints) or (checkpoints.is_dir() and (output / "history.csv").is_file()):
+    if get_last_checkpoint(checkpoints) or (checkpoints.is_dir() and (output / "history.csv").is_file()):
         return True
     try:
         config = json.loads((output / "config.json").read_text(encoding="utf-8"))
@@ -132,17 +132,17 @@ def _holds_a_run(output: Path, checkpoints: Path) -> bool:
         return False
 
 
-def data_fingerprint(data: DetectionData) -> str:
-    """Tell a data set from any other, wherever its files are: by pictures and categories.
+def data_fingerprint(data: DetectionSplit) -> str:
+    """Tell a dataset from any other, wherever its files are: by images and categories.
 
     Boxes may be corrected before a run goes on, and are left out.
 
     Args:
-        data (`DetectionData`): What a run trains on, or is measured on; the result belongs in [`TrainingState`]'s
+        data (`DetectionSplit`): What a run trains on, or is measured on; the result belongs in [`TrainingState`]'s
             settings.
     """
-    pictures = [(picture.image_id, picture.height, picture.width) for picture in data.pictures]
-    return _fingerprint(repr((pictures, sorted(data.categories.items()))))
+    images = [(image.image_id, image.height, image.width) for image in data.images]
+    return _fingerprint(repr((images, sorted(data.categories.items()))))
 
 
 def file_fingerprint(path: Path | None) -> str:
@@ -213,7 +213,7 @@ def load_checkpoint(accelerator: Accelerator, checkpoint: Path) -> None:
 
     Args:
         accelerator (`Accelerator`): Holds model and optimizer.
-        checkpoint (`Path`): From [`latest_checkpoint`].
+        checkpoint (`Path`): From [`get_last_checkpoint`].
 
     Raises:
         InputError: If a file of it is missing or damaged.
@@ -245,11 +245,11 @@ def _damaged(checkpoint: Path, error: Exception) -> str:
     return f"{checkpoint}: is damaged or incomplete ({reason}); restore it, or remove it to go on from an earlier one"
 
 
-def read_state(checkpoint: Path, settings: dict[str, Any]) -> TrainingState:
+def load_training_state(checkpoint: Path, settings: dict[str, Any]) -> TrainingState:
     """Read where a run was, and see that it is the run to go on with.
 
     Args:
-        checkpoint (`Path`): From [`latest_checkpoint`].
+        checkpoint (`Path`): From [`get_last_checkpoint`].
         settings (`dict`): What the run that goes on was started with. What only one of the two knows is not compared:
             the checkpoint may be of another version.
 
@@ -271,7 +271,7 @@ def read_state(checkpoint: Path, settings: dict[str, Any]) -> TrainingState:
             f"{checkpoint}: a run can only be resumed with the settings that it began with ({'; '.join(changed)}); "
             "use those, or start another run in another folder"
         )
-    best = checkpoint_path(checkpoint.parent, state.kept_step)
+    best = checkpoint_path(checkpoint.parent, state.export_step)
     if not best.is_dir():
         logger.warning("%s, the best checkpoint so far, is gone: the best from here on will be the result", best)
         state.best_step, state.best_ap = None, -1.0
@@ -293,7 +293,7 @@ def save_checkpoint(accelerator: Accelerator, folder: Path, state: TrainingState
     """
     path = checkpoint_path(folder, state.step)
     # else only what is known about this step has changed, such as its score; other machines may see the folder late
-    is_new = bool(highest_of_all(accelerator, int(accelerator.is_main_process and not path.exists())))
+    is_new = bool(all_reduce_max(accelerator, int(accelerator.is_main_process and not path.exists())))
     temporary = folder / f".{path.name}.part"
     if is_new:
         _write_files(accelerator, temporary)
@@ -302,14 +302,14 @@ def save_checkpoint(accelerator: Accelerator, folder: Path, state: TrainingState
         try:
             write_json((temporary if is_new else path) / _STATE_FILE, asdict(state))
             if is_new:
-                sync_tree(temporary)
+                fsync_tree(temporary)
                 temporary.rename(path)
                 sync(folder)
         except OSError as error:
             failure = str(error)
     _stop_if(failure, accelerator, temporary)
     if accelerator.is_main_process:
-        remove_checkpoints(folder, kept=(path, checkpoint_path(folder, state.kept_step)))
+        remove_checkpoints(folder, kept=(path, checkpoint_path(folder, state.export_step)))
     accelerator.wait_for_everyone()
 
 
@@ -325,14 +325,16 @@ def _write_files(accelerator: Accelerator, temporary: Path) -> None:
         if isinstance(error, RuntimeError) and not any(word in str(error) for word in _TORCH_WRITES):
             raise
         failure = str(error).partition("\n")[0]
-        if accelerator.distributed_type in IN_PIECES:  # the others wait for this process before they come so far
+        if (
+            accelerator.distributed_type in SHARDED_DISTRIBUTED_TYPES
+        ):  # the others wait for this process before they come so far
             raise _not_written([failure], temporary) from error
     _stop_if(failure, accelerator, temporary)
 
 
 def _stop_if(failure: str, accelerator: Accelerator, temporary: Path) -> None:
     """Stop every process if one could not write, and give back the space that the half checkpoint takes."""
-    failures = texts_of_all(failure)
+    failures = all_gather_unique(failure)
     if not failures:
         return
     problem = _not_written(failures, temporary)
@@ -343,7 +345,7 @@ def _stop_if(failure: str, accelerator: Accelerator, temporary: Path) -> None:
 
 def _not_written(failures: Iterable[str], temporary: Path) -> InputError:
     free = _gib(shutil.disk_usage(temporary.parent).free)
-    last = latest_checkpoint(temporary.parent)
+    last = get_last_checkpoint(temporary.parent)
     go_on = f"go on from {last.name} with --resume" if last else "start again"
     return InputError(
         f"{temporary.parent}: a checkpoint could not be written ({'; '.join(failures)}; {free} were left on the "
@@ -351,7 +353,7 @@ def _not_written(failures: Iterable[str], temporary: Path) -> InputError:
     )
 
 
-def rescue_state(
+def save_emergency_checkpoint(
     accelerator: Accelerator, model: nn.Module, optimizer: torch.optim.Optimizer, folder: Path, state: TrainingState
 ) -> str:
     """Save the state of a run that has to stop, called by every process, and say what can be done with it.
@@ -367,14 +369,14 @@ def rescue_state(
         state (`TrainingState`): Of the last step that was done.
     """
     averages = (value for values in optimizer.state.values() for value in values.values())
-    spoilt = highest_of_all(accelerator, not _all_finite((*model.state_dict().values(), *averages)))
+    spoilt = all_reduce_max(accelerator, not _all_finite((*model.state_dict().values(), *averages)))
     try:
         save_checkpoint(accelerator, folder / _FAILED if spoilt else folder, state)
     except InputError as error:
         return f"The state before this step was not saved: {error}"
     if not spoilt:
         return f"The state before this step is kept in {checkpoint_path(folder, state.step)}"
-    last = latest_checkpoint(folder)
+    last = get_last_checkpoint(folder)
     go_on = f"--resume goes on from {last.name}" if last else "there is no earlier checkpoint"
     return f"The state before this step has such numbers too and is kept in {folder / 'failed'}; {go_on}"
 

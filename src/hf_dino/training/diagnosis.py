@@ -34,7 +34,7 @@ class RandomState:
             torch.cuda.set_rng_state(self.cuda)
 
 
-def first_not_finite(
+def find_first_nonfinite(
     model: nn.Module, batch: Mapping[str, Any], random_state: RandomState, loss_scale: float = 1.0
 ) -> str | None:
     """Name the first tensor that is infinite or not a number, in the order in which a step computes them.
@@ -72,7 +72,7 @@ def _look(found: list[str], name: str, module: nn.Module, inputs: Any, output: A
     """A forward hook that looks at what a module gives, and at the gradients when they come back."""
     is_layer = not any(module.children())
     for tensor in _tensors(output):
-        # what larger parts give may be infinite on purpose, as are the boxes of positions outside a picture
+        # what larger parts give may be infinite on purpose, as are the boxes of positions outside an image
         if not _is_finite(tensor) if is_layer else bool(tensor.isnan().any()):
             found.append(f"the output of {name}")
         elif tensor.requires_grad and is_layer:

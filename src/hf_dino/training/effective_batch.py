@@ -28,9 +28,9 @@ def effective_batch(
     of_all = torch.tensor([sum(counts), max(counts, default=0)])
     if accelerator.num_processes > 1:  # where there is nobody to tell, the device need not be waited for
         of_all = accelerator.gather(of_all.to(accelerator.device))
-    objects, most_objects = zip(*of_all.view(-1, 2).tolist())
+    objects, max_num_objects = zip(*of_all.view(-1, 2).tolist())
     num_batches = len(labels_of_batches) * accelerator.num_processes
-    return DinoDetrEffectiveBatch(num_boxes=max(1, sum(objects)) / num_batches, most_objects=max(most_objects))
+    return DinoDetrEffectiveBatch(num_boxes=max(1, sum(objects)) / num_batches, max_num_objects=max(max_num_objects))
 
 
 def with_effective_batch(batches: Iterable[dict[str, Any]], accelerator: Accelerator) -> Iterator[dict[str, Any]]:

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..sharding import gather_tensor, local_part, shared_like
+from ..sharding import distribute_like, to_full_tensor, to_local
 
 
-def decay_after(updates: int, decay: float) -> float:
+def get_decay(updates: int, decay: float) -> float:
     """Say how much of the average stays at an update: little at first, so that it soon forgets the first weights.
 
     Up to `decay` the average looks back over about the last tenth of the run so far.
@@ -26,7 +26,7 @@ def decay_after(updates: int, decay: float) -> float:
     Example:
 
     ```python
-    >>> [round(decay_after(updates, decay=0.99), 2) for updates in (0, 8, 80, 890, 9000)]
+    >>> [round(get_decay(updates, decay=0.99), 2) for updates in (0, 8, 80, 890, 9000)]
     [0.1, 0.5, 0.9, 0.99, 0.99]
 
     ```
@@ -34,7 +34,7 @@ def decay_after(updates: int, decay: float) -> float:
     return min(decay, (1 + updates) / (10 + updates))
 
 
-class WeightAverage:
+class ExponentialMovingAverage:
     """An exponential moving average of a model's weights, in float32 beside the model.
 
     What is averaged are the parameters that train and the buffers of real numbers, such as the statistics of batch
@@ -53,7 +53,7 @@ class WeightAverage:
     ```python
     >>> model = nn.Linear(1, 1, bias=False)
     >>> _ = nn.init.zeros_(model.weight)
-    >>> average = WeightAverage(model, decay=0.9)
+    >>> average = ExponentialMovingAverage(model, decay=0.9)
     >>> _ = nn.init.ones_(model.weight)  # as a step of the optimizer would
     >>> average.update()
     >>> with average.applied():
@@ -82,9 +82,9 @@ class WeightAverage:
     def update(self) -> None:
         """Take the weights in, after a step of the optimizer."""
         trained = self._trained()
-        averages = [local_part(self.averages[name]) for name in trained]
-        now = [local_part(tensor).to(average) for tensor, average in zip(trained.values(), averages)]
-        torch._foreach_lerp_(averages, now, 1 - decay_after(self.updates, self.decay))
+        averages = [to_local(self.averages[name]) for name in trained]
+        now = [to_local(tensor).to(average) for tensor, average in zip(trained.values(), averages)]
+        torch._foreach_lerp_(averages, now, 1 - get_decay(self.updates, self.decay))
         self.updates += 1
 
     @contextmanager
@@ -109,7 +109,7 @@ class WeightAverage:
         """The averages by the names of the weights, and how many updates they are of; called by every process."""
         return {
             "updates": self.updates,
-            "averages": {name: gather_tensor(each) for name, each in self.averages.items()},
+            "averages": {name: to_full_tensor(each) for name, each in self.averages.items()},
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -122,7 +122,7 @@ class WeightAverage:
         if different := {name for name, _ in expected.items() ^ given.items()}:
             raise ValueError(f"the averaged weights are of another model, which differs in {min(different)}")
         for name, average in self.averages.items():
-            average.copy_(shared_like(state["averages"][name], average))
+            average.copy_(distribute_like(state["averages"][name], average))
         self.updates = state["updates"]
 
 

@@ -11,7 +11,7 @@ from torch import nn
 from transformers import BaseImageProcessor, PreTrainedModel
 
 from ..evaluation import CocoScores
-from ..files import files_into_folder, write_json
+from ..files import atomic_update_directory, write_json
 from ..model_card import finetuned_card
 from ..modeling_dino_detr import DinoDetrForObjectDetection
 from ..saving import save_detector
@@ -19,7 +19,7 @@ from ..visualization import plot_training_curves
 from .checkpoint import TrainingState
 
 
-def whole_model(accelerator: Accelerator, model: nn.Module) -> PreTrainedModel:
+def gather_full_model(accelerator: Accelerator, model: nn.Module) -> PreTrainedModel:
     """Return the bare model; where processes share out its weights, a copy on the main process that has them all.
 
     Args:
@@ -36,7 +36,7 @@ def whole_model(accelerator: Accelerator, model: nn.Module) -> PreTrainedModel:
     return copy
 
 
-def export_run(
+def save_run(
     output: Path,
     model: PreTrainedModel,
     processor: BaseImageProcessor,
@@ -73,7 +73,7 @@ def export_run(
         size=dict(processor.size),
     )
     report = {
-        "best_step": state.kept_step,
+        "best_step": state.export_step,
         **{name: {**scores.metrics, "ap_per_category": scores.ap_per_category} for name, scores in measured.items()},
         "command": command,
         "versions": {
@@ -83,7 +83,7 @@ def export_run(
         },
         "history": state.history,
     }
-    with files_into_folder(output, last="config.json") as folder:
+    with atomic_update_directory(output, last="config.json") as folder:
         save_detector(folder, model, processor, card)
         write_json(folder / "metrics.json", report)
         plot_training_curves(state.history, folder / "curves.png")

@@ -6,7 +6,7 @@ from itertools import takewhile
 
 from transformers import PreTrainedModel
 
-from ..errors import InputError, few
+from ..errors import InputError, summarize_list
 
 
 # "backbone" in the original's sense: not the projections of its levels, which are new in every detector
@@ -48,19 +48,21 @@ def freeze(model: PreTrainedModel, stages: Collection[str] | None = None) -> Non
     Args:
         model (`PreTrainedModel`): A `DinoDetrForObjectDetection`.
         stages (`Collection[str]`, *optional*): Names that [`freezable_stages`] gives. By default what the original
-            never trains: the stem of a pre-trained ResNet, which finds edges and colours anywhere, and nothing of
-            other backbones, or of one that is trained from scratch, which `freeze_batch_norm=False` tells.
+            never trains: the stem of a pre-trained ResNet, which finds edges and colors anywhere, and nothing of
+            other backbones, or of one that is trained from scratch, which `freeze_backbone_batch_norms=False` tells.
 
     Raises:
         InputError: If the model has no such stage.
     """
     if stages is None:
         config = model.config
-        is_pretrained_resnet = config.freeze_batch_norm and config.backbone_config.model_type == "resnet"
+        is_pretrained_resnet = config.freeze_backbone_batch_norms and config.backbone_config.model_type == "resnet"
         stages = ["stem"] if is_pretrained_resnet else []
     names_of_stage = freezable_stages(model)
     if unknown := [stage for stage in stages if stage not in names_of_stage]:
-        raise InputError(f"this model has no stage {few(unknown)} to freeze; it has {', '.join(names_of_stage)}")
+        raise InputError(
+            f"this model has no stage {summarize_list(unknown)} to freeze; it has {', '.join(names_of_stage)}"
+        )
     frozen = {name for stage in stages for name in names_of_stage[stage]}
     for name, parameter in model.named_parameters():
         if name in frozen:

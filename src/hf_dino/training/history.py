@@ -1,4 +1,4 @@
-"""The history of a run in files that anything can read: JSON lines, CSV, and a picture of the curves."""
+"""The history of a run in files that anything can read: JSON lines, CSV, and an image of the curves."""
 
 import csv
 import json
@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ..files import naming, replacing
+from ..files import annotate_oserror, atomic_write
 from ..visualization import plot_training_curves
 
 
@@ -55,9 +55,9 @@ class RunHistory:
             return
         self._is_whole = False
         json_lines, table = self._paths()
-        with naming(json_lines), json_lines.open("a", encoding="utf-8") as file:
+        with annotate_oserror(json_lines), json_lines.open("a", encoding="utf-8") as file:
             file.write(_json_line(row))
-        with naming(table), table.open("a", encoding="utf-8", newline="") as file:
+        with annotate_oserror(table), table.open("a", encoding="utf-8", newline="") as file:
             csv.DictWriter(file, self._columns).writerow(row)
         self._is_whole = True
 
@@ -65,9 +65,9 @@ class RunHistory:
         self._is_whole = False
         self._columns = list(dict.fromkeys(name for row in self.rows for name in row))
         json_lines, table = self._paths()
-        with replacing(json_lines) as path:
+        with atomic_write(json_lines) as path:
             path.write_text("".join(map(_json_line, self.rows)), encoding="utf-8")
-        with replacing(table) as path, path.open("w", encoding="utf-8", newline="") as file:
+        with atomic_write(table) as path, path.open("w", encoding="utf-8", newline="") as file:
             writer = csv.DictWriter(file, self._columns)
             writer.writeheader()
             writer.writerows(self.rows)

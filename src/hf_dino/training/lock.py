@@ -13,8 +13,8 @@ from typing import IO
 from accelerate import Accelerator
 
 from ..errors import InputError
-from .checkpoint import latest_checkpoint, prepare_checkpoints
-from .processes import texts_of_all
+from .checkpoint import get_last_checkpoint, prepare_checkpoints
+from .processes import all_gather_unique
 
 
 fcntl: ModuleType | None
@@ -30,7 +30,7 @@ _MEMORY_OF_NETWORK_DISKS = 60.0  # seconds; NFS remembers for 30 to 60 that a na
 
 
 @contextmanager
-def run_folder(accelerator: Accelerator, folder: Path, start: Path | None, *, overwrite: bool) -> Iterator[None]:
+def lock_output_dir(accelerator: Accelerator, folder: Path, start: Path | None, *, overwrite: bool) -> Iterator[None]:
     """Have a folder of checkpoints for this run alone, called by every process, and make it ready for the first.
 
     The system gives the folder free when the process ends, in whatever way.
@@ -38,7 +38,7 @@ def run_folder(accelerator: Accelerator, folder: Path, start: Path | None, *, ov
     Args:
         accelerator (`Accelerator`): Knows the processes.
         folder (`Path`): Where the checkpoints will be; made if it does not exist.
-        start (`Path` or `None`): From [`find_start`]; with None, the checkpoints of an older run are deleted.
+        start (`Path` or `None`): From [`resolve_resume_checkpoint`]; with None, the checkpoints of an older run are deleted.
         overwrite (`bool`): Whether there may be an older run.
 
     Raises:
@@ -73,13 +73,13 @@ def _appears(path: Path) -> bool:
 
 def _stop_if(failure: str) -> None:
     """Stop every process if one has a reason to."""
-    if failures := texts_of_all(failure):
+    if failures := all_gather_unique(failure):
         raise InputError("; ".join(failures))
 
 
 @contextmanager
 def _lock(folder: Path) -> Iterator[None]:
-    """Hold a lock that ends with this process: unlike `flock`, it does not pass on to processes that read pictures."""
+    """Hold a lock that ends with this process: unlike `flock`, it does not pass on to processes that read images."""
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / _LOCK_FILE).open("a+", encoding="utf-8") as file:
         if fcntl is not None:
@@ -104,6 +104,6 @@ def _owner(file: IO[str]) -> str:
 
 def _check_start(folder: Path, start: Path | None, *, overwrite: bool) -> None:
     """See that no other run came and went while this one read its data."""
-    latest = latest_checkpoint(folder)
+    latest = get_last_checkpoint(folder)
     if latest != start and not (start is None and overwrite):
         raise InputError(f"{folder}: another run has just written {latest}; start again")

@@ -11,10 +11,10 @@ from accelerate import Accelerator
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from ..errors import few
-from ..sharding import IN_PIECES
-from .diagnosis import RandomState, first_not_finite
-from .processes import highest_of_all, means_of_all, texts_of_all
+from ..errors import summarize_list
+from ..sharding import SHARDED_DISTRIBUTED_TYPES
+from .diagnosis import RandomState, find_first_nonfinite
+from .processes import all_gather_unique, all_reduce_max, all_reduce_mean
 
 
 # With a GradScaler, which halves its scale each time: more in a row than this are no matter of the scale.
@@ -43,7 +43,7 @@ class LossMonitor:
         model (`nn.Module`): The model that the accelerator prepared.
         rescue (`Callable[[], str]`): Saves the state before a step that has failed, and says where; called by every
             process, with the random numbers that the step began with.
-        files (`Mapping[int, Any]`, *optional*): What to call a picture, such as its path, by its `image_id`.
+        files (`Mapping[int, Any]`, *optional*): What to call an image, such as its path, by its `image_id`.
     """
 
     def __init__(
@@ -102,11 +102,11 @@ class LossMonitor:
         """
         norm, rows = self._read(gradient_norm)
         begun, self._begun = self._begun, []
-        is_wrong = highest_of_all(self.accelerator, not all(map(math.isfinite, (norm, *(r["loss"] for r in rows)))))
+        is_wrong = all_reduce_max(self.accelerator, not all(map(math.isfinite, (norm, *(r["loss"] for r in rows)))))
         self._wrong_steps = self._wrong_steps + 1 if is_wrong else 0
         if self._wrong_steps > self.tolerated:
             self._stop(step, norm, rows, begun)
-        means = means_of_all(self.accelerator, _means(rows))
+        means = all_reduce_mean(self.accelerator, _means(rows))
         if not is_wrong:
             self._rows.append(means)
         return means
@@ -139,10 +139,10 @@ class LossMonitor:
         kept = self.rescue()
         self.model.zero_grad(set_to_none=True)  # makes room for computing the step again
         reports = [self._report(row, each) for row, each in zip(rows, begun, strict=True)]
-        what = "; ".join(texts_of_all("; ".join(report for report in reports if report)))
+        what = "; ".join(all_gather_unique("; ".join(report for report in reports if report)))
         raise FloatingPointError(
             f"step {step} (counted from 0): {what or f'the norm of the gradient is {norm}'}.\n{kept}.\n"
-            "Look at these pictures and their boxes, or start again with a lower learning rate, a smaller --clip, or "
+            "Look at these images and their boxes, or start again with a lower learning rate, a smaller --clip, or "
             "without fp16"
         )
 
@@ -154,17 +154,17 @@ class LossMonitor:
             return ""
         numbers = [f"{name} is {value}" for name, value in wrong.items()] or ["the loss is finite"]
         ids = [int(label["image_id"]) for label in begun.batch["labels"]]
-        pictures = ", ".join(f"{i} ({self.files[i]})" if i in self.files else str(i) for i in ids)
+        images = ", ".join(f"{i} ({self.files[i]})" if i in self.files else str(i) for i in ids)
         first = f"; the first tensor that is not finite is {cause}" if cause else ""
-        return f"{few(numbers, 3)} with the pictures of image_id {pictures}{first}"
+        return f"{summarize_list(numbers, 3)} with the images of image_id {images}{first}"
 
     def _cause(self, begun: _Begun) -> str | None:
-        if self.accelerator.distributed_type in IN_PIECES:
+        if self.accelerator.distributed_type in SHARDED_DISTRIBUTED_TYPES:
             return None
         model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
         scale = 1.0 if self.accelerator.scaler is None else self.accelerator.scaler.get_scale()
         try:
-            return first_not_finite(model, begun.batch, begun.random_state, scale)
+            return find_first_nonfinite(model, begun.batch, begun.random_state, scale)
         except torch.OutOfMemoryError:
             return None
 

@@ -1,4 +1,4 @@
-"""The original's optimiser settings and its peers': parameter groups, the learning rate at every step, when to stop.
+"""The original's optimizer settings and its peers': parameter groups, the learning rate at every step, when to stop.
 
 DINO (https://github.com/IDEA-Research/DINO) `main.py` and `util/get_param_dicts.py`: AdamW, the backbone at a tenth of
 the learning rate, weight decay on every parameter, norms and biases included, and one drop to a tenth near the end.
@@ -25,7 +25,7 @@ from .freezing import BACKBONE
 _SAMPLING = r"\.(sampling_offsets|reference_points)\."
 
 
-def checkpoint_activations(model: PreTrainedModel) -> None:
+def enable_gradient_checkpointing(model: PreTrainedModel) -> None:
     """Compute the layers' activations again in the backward pass instead of keeping them: less memory, more time."""
     newer, older = "activation_checkpointing_enable", "gradient_checkpointing_enable"  # since transformers 5.23
     getattr(model, newer if hasattr(model, newer) else older)()
@@ -34,9 +34,9 @@ def checkpoint_activations(model: PreTrainedModel) -> None:
 def compile_layers(model: PreTrainedModel) -> None:
     """Let `torch.compile` translate the layers of encoder and decoder, where most of the time goes.
 
-    All layers of a kind share one translation, which serves pictures and objects of any size and number: it costs a
+    All layers of a kind share one translation, which serves images and objects of any size and number: it costs a
     minute at the first step and never again. Names of weights stay as they are. The whole model, in one piece, takes
-    many times as long to translate, and a new translation for every size of picture.
+    many times as long to translate, and a new translation for every size of image.
 
     Args:
         model (`PreTrainedModel`): A `DinoDetrForObjectDetection`, before `accelerator.prepare`.
@@ -45,7 +45,7 @@ def compile_layers(model: PreTrainedModel) -> None:
         layer.compile(dynamic=True)
 
 
-def parameter_groups(
+def get_param_groups(
     model: nn.Module, learning_rate: float, backbone_lr_factor: float, sampling_lr_factor: float = 1.0
 ) -> list[dict[str, Any]]:
     """Share out the parameters that train, by their learning rate.
@@ -79,17 +79,17 @@ def parameter_groups(
     ]
 
 
-def _drops(step: int, total_steps: int, drop_steps: Sequence[int]) -> float:
+def _drops(step: int, total_steps: int, get_milestones: Sequence[int]) -> float:
     """The original's: a tenth after each drop."""
-    return 0.1 ** sum(step >= drop_step for drop_step in drop_steps)
+    return 0.1 ** sum(step >= drop_step for drop_step in get_milestones)
 
 
-def _cosine(step: int, total_steps: int, drop_steps: Sequence[int]) -> float:
+def _cosine(step: int, total_steps: int, get_milestones: Sequence[int]) -> float:
     """From 1 to 0 along half a cosine."""
     return _between(1.0, 0.0, step / total_steps)
 
 
-def _one_cycle(step: int, total_steps: int, drop_steps: Sequence[int]) -> float:
+def _one_cycle(step: int, total_steps: int, get_milestones: Sequence[int]) -> float:
     """Up from a 25th in the first fifth of the run, and down to nearly nothing; as `OneCycleLR` of the original."""
     lowest, peak = 1 / 25, 0.2 * total_steps - 1
     if step < peak:
@@ -110,15 +110,15 @@ SCHEDULES: dict[str, Callable[[int, int, Sequence[int]], float]] = {
 """Shapes of the learning rate over a run, without its warm-up."""
 
 
-def make_schedule(
-    name: str, *, total_steps: int, drop_steps: Sequence[int] = (), warmup_steps: int = 0
+def get_lr_multiplier(
+    name: str, *, total_steps: int, get_milestones: Sequence[int] = (), warmup_steps: int = 0
 ) -> Callable[[int], float]:
     """Choose what the learning rate is multiplied with at each step.
 
     Args:
         name (`str`): A key of `SCHEDULES`: `"step"`, `"cosine"` or `"one-cycle"`.
         total_steps (`int`): Optimizer steps of the whole run.
-        drop_steps (`Sequence[int]`, *optional*): For `"step"`: from each of these on it is a tenth of what it was.
+        get_milestones (`Sequence[int]`, *optional*): For `"step"`: from each of these on it is a tenth of what it was.
         warmup_steps (`int`, *optional*, defaults to 0): Steps over which it rises from 0 to what the schedule says.
             The original has none.
 
@@ -128,10 +128,10 @@ def make_schedule(
     Example:
 
     ```python
-    >>> factor = make_schedule("step", total_steps=6, drop_steps=[4], warmup_steps=2)
+    >>> factor = get_lr_multiplier("step", total_steps=6, get_milestones=[4], warmup_steps=2)
     >>> [factor(step) for step in range(6)]
     [0.5, 1.0, 1.0, 1.0, 0.1, 0.1]
-    >>> factor = make_schedule("cosine", total_steps=4)
+    >>> factor = get_lr_multiplier("cosine", total_steps=4)
     >>> [round(factor(step), 2) for step in range(4)]
     [1.0, 0.85, 0.5, 0.15]
 
@@ -141,18 +141,18 @@ def make_schedule(
 
     def factor(step: int) -> float:
         warmup = min(1.0, (step + 1) / max(1, warmup_steps))
-        return warmup * shape(step, total_steps, drop_steps)
+        return warmup * shape(step, total_steps, get_milestones)
 
     return factor
 
 
-def drop_steps(drops: Sequence[float], *, total_steps: int, steps_per_epoch: int) -> list[int]:
+def get_milestones(drops: Sequence[float], *, total_steps: int, steps_per_epoch: int) -> list[int]:
     """Turn "when" into steps: below 1 a fraction of the whole run, from 1 on a number of epochs.
 
     Example:
 
     ```python
-    >>> drop_steps([0.5, 11], total_steps=120, steps_per_epoch=10)
+    >>> get_milestones([0.5, 11], total_steps=120, steps_per_epoch=10)
     [60, 110]
 
     ```
@@ -160,13 +160,13 @@ def drop_steps(drops: Sequence[float], *, total_steps: int, steps_per_epoch: int
     return [round(drop * (total_steps if drop < 1 else steps_per_epoch)) for drop in drops]
 
 
-def set_learning_rate(optimizer: torch.optim.Optimizer, factor: float) -> None:
+def set_lr(optimizer: torch.optim.Optimizer, factor: float) -> None:
     """Give every parameter group `factor` times its initial learning rate."""
     for group in optimizer.param_groups:
         group["lr"] = group["initial_lr"] * factor
 
 
-def stopped_improving(history: Sequence[Mapping[str, Any]], patience: int | None) -> bool:
+def should_stop_early(history: Sequence[Mapping[str, Any]], patience: int | None) -> bool:
     """Say whether the last `patience` evaluations were all no better than the best one before them.
 
     Args:
@@ -177,7 +177,7 @@ def stopped_improving(history: Sequence[Mapping[str, Any]], patience: int | None
 
     ```python
     >>> history = [{"ap": 0.2}, {"loss": 1.0}, {"ap": 0.4}, {"ap": 0.3}, {"ap": 0.4}]
-    >>> stopped_improving(history, patience=2), stopped_improving(history, patience=3)
+    >>> should_stop_early(history, patience=2), should_stop_early(history, patience=3)
     (True, False)
 
     ```

@@ -9,12 +9,12 @@ from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs, gather_object
 
 
-PATIENCE = InitProcessGroupKwargs(timeout=timedelta(hours=6))
-"""For `Accelerator`: the others wait while the main process downloads a data set or looks at it; NCCL's 10 minutes
+PROCESS_GROUP_TIMEOUT = InitProcessGroupKwargs(timeout=timedelta(hours=6))
+"""For `Accelerator`: the others wait while the main process downloads a dataset or looks at it; NCCL's 10 minutes
 would end them."""
 
 
-def highest_of_all(accelerator: Accelerator, number: int) -> int:
+def all_reduce_max(accelerator: Accelerator, number: int) -> int:
     """Give every process the highest of the numbers that they come with; all have to call it."""
     if accelerator.num_processes == 1:
         return number
@@ -23,7 +23,7 @@ def highest_of_all(accelerator: Accelerator, number: int) -> int:
     return int(highest)
 
 
-def means_of_all(accelerator: Accelerator, numbers: Mapping[str, float]) -> dict[str, float]:
+def all_reduce_mean(accelerator: Accelerator, numbers: Mapping[str, float]) -> dict[str, float]:
     """Average over the processes numbers that each has under the same names; all have to call it."""
     if accelerator.num_processes == 1:
         return dict(numbers)
@@ -32,7 +32,7 @@ def means_of_all(accelerator: Accelerator, numbers: Mapping[str, float]) -> dict
     return dict(zip(numbers, (values / accelerator.num_processes).tolist(), strict=True))
 
 
-def texts_of_all(text: str) -> list[str]:
+def all_gather_unique(text: str) -> list[str]:
     """Give every process the different texts that they come with, but the empty ones; all have to call it."""
     texts: list[Any] = gather_object([text])
     return [each for each in dict.fromkeys(texts) if each]

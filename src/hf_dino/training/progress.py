@@ -37,7 +37,7 @@ class TrainingProgress:
         total_steps (`int`): Optimizer steps of the whole run.
         done_steps (`int`): Steps done before a resumed run went on.
         enabled (`bool`): False in all processes but one, and then nothing is shown.
-        step_size (`int`): Pictures per optimizer step, over all processes.
+        step_size (`int`): Images per optimizer step, over all processes.
     """
 
     def __init__(self, total_steps: int, done_steps: int, enabled: bool, step_size: int = 1):
@@ -50,7 +50,7 @@ class TrainingProgress:
             TimeElapsedColumn(),
             TextColumn("left"),
             TimeRemainingColumn(),
-            speed_estimate_period=120,  # long enough to even out slow and fast pictures
+            speed_estimate_period=120,  # long enough to even out slow and fast images
             disable=not enabled,
         )
         # in a file the lines of `report` say it all, and what the bars showed last would come behind the end
@@ -69,7 +69,7 @@ class TrainingProgress:
         self.progress.stop()
 
     @property
-    def pictures_per_second(self) -> float:
+    def samples_per_second(self) -> float:
         """Since the last report, evaluations left out."""
         steps = self.progress.tasks[0].completed - self._first_step
         return steps * self.step_size / max(1e-9, time.monotonic() - self._since)
@@ -78,7 +78,7 @@ class TrainingProgress:
         """Count an optimizer step.
 
         Args:
-            epoch (`float`): How often the data set was seen.
+            epoch (`float`): How often the dataset was seen.
             losses (`Mapping[str, float]`): Of the step, from [`LossMonitor.check`]: `loss` and its parts.
             learning_rate (`float`): Of the step.
         """
@@ -90,19 +90,19 @@ class TrainingProgress:
 
         Args:
             step (`int`): Optimizer steps done.
-            epoch (`float`): How often the data set was seen.
+            epoch (`float`): How often the dataset was seen.
             losses (`Mapping[str, float]`): Averages since the last report.
             learning_rate (`float`): Of the last step.
 
         Returns:
-            `dict[str, float]`: `pictures_per_second` since the last report and `memory_gib`, for a tracker.
+            `dict[str, float]`: `samples_per_second` since the last report and `memory_gib`, for a tracker.
         """
         task = self.progress.tasks[0]
         if self.enabled and not self.progress.console.is_terminal:
             left = timedelta(seconds=round(task.time_remaining or 0))
             line = self._line(losses, learning_rate)
             self.say(f"step {step}/{task.total:.0f}  epoch {epoch:.2f}  {line}  {left} left")
-        measured = {"pictures_per_second": self.pictures_per_second, "memory_gib": peak_memory()}
+        measured = {"samples_per_second": self.samples_per_second, "memory_gib": peak_memory()}
         self._first_step, self._since = int(task.completed), time.monotonic()
         return measured
 
@@ -112,7 +112,7 @@ class TrainingProgress:
 
     @contextmanager
     def count(self, description: str, total: int) -> Iterator[Callable[[int], None]]:
-        """Show another bar, of `total` pictures, while the context lasts; it gives the function that counts them."""
+        """Show another bar, of `total` images, while the context lasts; it gives the function that counts them."""
         task, start = self.progress.add_task(description, total=total), time.monotonic()
         yield lambda count: self.progress.advance(task, count)
         self.progress.remove_task(task)
@@ -125,7 +125,7 @@ class TrainingProgress:
 
     def _line(self, losses: Mapping[str, float], learning_rate: float) -> str:
         parts = ", ".join(f"{name.removeprefix('loss_')} {value:.3f}" for name, value in losses.items())
-        words = [parts, f"lr {learning_rate:.2e}", f"{self.pictures_per_second:.1f} pictures/s"]
+        words = [parts, f"lr {learning_rate:.2e}", f"{self.samples_per_second:.1f} images/s"]
         words += [] if self._ap is None else [f"AP {self._ap:.3f}"]
         return "  ".join([*words, _readable(peak_memory())])
 

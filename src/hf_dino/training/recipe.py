@@ -15,7 +15,7 @@ from ..errors import InputError
 from ..files import read_text
 
 
-def apply_recipe(parser: argparse.ArgumentParser, words: Sequence[str]) -> argparse.Namespace:
+def parse_args_with_recipe(parser: argparse.ArgumentParser, words: Sequence[str]) -> argparse.Namespace:
     """Parse a command line and the recipe that it names.
 
     A recipe is a YAML file with one entry per option: its long name, with dashes or underscores, and its value as the

@@ -10,7 +10,7 @@ from typing import NoReturn
 from accelerate import Accelerator
 
 from ..data.batching import STOP_SIGNALS
-from .processes import highest_of_all
+from .processes import all_reduce_max
 
 
 # One press of Ctrl-C comes twice: from the terminal, and from the launcher, which passes it on.
@@ -56,9 +56,9 @@ class StopSignals:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
 
-    def agreed(self) -> bool:
+    def should_stop(self) -> bool:
         """Say whether any process was asked to stop; all processes have to ask, after the same step."""
-        self.received = highest_of_all(self.accelerator, self.received)
+        self.received = all_reduce_max(self.accelerator, self.received)
         return self.received != 0
 
     def leave(self, text: str) -> NoReturn:

@@ -14,7 +14,7 @@ PROJECT = "hf_dino"
 
 
 @contextmanager
-def tracked(
+def init_tracking(
     accelerator: Accelerator, state: TrainingState, output: Path, arguments: Mapping[str, Any]
 ) -> Iterator[None]:
     """Begin a tracker's run with the hyper-parameters, or go on with the one that a resumed run had.
