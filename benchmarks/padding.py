@@ -14,7 +14,7 @@ import torch
 from torchvision.ops import box_iou
 
 from hf_dino.data import list_images, read_image
-from hf_dino.loading import load_model_and_processor
+from hf_dino.hub import load_model_and_processor
 from machine import write_result
 
 

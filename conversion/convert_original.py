@@ -26,9 +26,9 @@ from huggingface_hub.errors import StrictDataclassError
 
 from hf_dino import DinoDetrConfig, DinoDetrForObjectDetection, DinoDetrImageProcessor
 from hf_dino.configuration_dino_detr import UNUSED_LABEL
+from hf_dino.hub import save_detector
 from hf_dino.image_processing_dino_detr import LONGEST_EDGE, SHORTEST_EDGE
 from hf_dino.model_card import converted_card
-from hf_dino.saving import save_detector
 from key_tables import (
     BACKBONES,
     COCO_NAMES,

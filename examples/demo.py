@@ -15,13 +15,13 @@ import time
 from pathlib import Path
 
 import finetune_coco
-from hf_dino.arguments import HelpFormatter
 from hf_dino.data import read_coco, read_image
 from hf_dino.data.boxes import xywh_to_xyxy
 from hf_dino.data.shapes import generate_shapes
-from hf_dino.errors import run_cli
-from hf_dino.loading import load_model_and_processor
+from hf_dino.hub import load_model_and_processor
 from hf_dino.training import get_last_checkpoint
+from hf_dino.utils.arguments import HelpFormatter
+from hf_dino.utils.errors import run_cli
 from hf_dino.visualization import check_drawing_dependencies, draw_detections, hstack_images, save_image
 from predict import detect
 

@@ -23,14 +23,14 @@ from accelerate import Accelerator
 from rich.logging import RichHandler
 from rich.progress import Progress
 
-from hf_dino.arguments import HelpFormatter, at_least
 from hf_dino.data import SPLITS, DetectionSplit, read_coco, read_data
-from hf_dino.errors import run_cli
 from hf_dino.evaluation import ENGINES, analyze_errors, check_engine, evaluate_model, write_coco_results
 from hf_dino.evaluation.report import write_report
-from hf_dino.files import ensure_new_files, write_json
-from hf_dino.loading import load_model_and_processor
+from hf_dino.hub import load_model_and_processor
 from hf_dino.training import PROCESS_GROUP_TIMEOUT, read_and_check
+from hf_dino.utils.arguments import HelpFormatter, at_least
+from hf_dino.utils.errors import run_cli
+from hf_dino.utils.io import ensure_new_files, write_json
 from hf_dino.visualization import check_drawing_dependencies
 
 

@@ -45,8 +45,6 @@ from rich.logging import RichHandler
 from transformers import BaseImageProcessor
 
 from hf_dino import DinoDetrForObjectDetection
-from hf_dino.arguments import HelpFormatter, at_least, config_field, number_between, parse_size
-from hf_dino.backbone_weights import load_backbone_weights
 from hf_dino.data import (
     AUGMENTATIONS,
     DetectionDataset,
@@ -60,9 +58,13 @@ from hf_dino.data import (
     steps_per_epoch,
     training_loader,
 )
-from hf_dino.errors import run_cli
 from hf_dino.evaluation import CocoScores, evaluate_model
-from hf_dino.loading import build_model_and_processor, load_pretrained_for_categories, warn_if_batch_norms_frozen
+from hf_dino.hub import (
+    build_model_and_processor,
+    load_backbone_weights,
+    load_pretrained_for_categories,
+    warn_if_batch_norms_frozen,
+)
 from hf_dino.model_card import training_command
 from hf_dino.training import (
     PROCESS_GROUP_TIMEOUT,
@@ -99,6 +101,8 @@ from hf_dino.training import (
     should_stop_early,
     with_effective_batch,
 )
+from hf_dino.utils.arguments import HelpFormatter, at_least, config_field, number_between, parse_size
+from hf_dino.utils.errors import run_cli
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -23,11 +23,9 @@ import torch
 from accelerate.utils import set_seed
 from transformers import HfArgumentParser, Trainer, TrainerCallback, TrainingArguments
 
-from hf_dino.arguments import parse_size
 from hf_dino.data import DetectionDataset, InputError, read_data
-from hf_dino.errors import run_cli
 from hf_dino.evaluation import METRICS, evaluate_model
-from hf_dino.loading import load_pretrained_for_categories
+from hf_dino.hub import load_pretrained_for_categories
 from hf_dino.model_card import finetuned_card, training_command
 from hf_dino.training import (
     PROCESS_GROUP_TIMEOUT,
@@ -37,6 +35,8 @@ from hf_dino.training import (
     get_param_groups,
     read_and_check,
 )
+from hf_dino.utils.arguments import parse_size
+from hf_dino.utils.errors import run_cli
 
 
 DEFAULTS: dict[str, Any] = {

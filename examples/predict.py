@@ -21,11 +21,11 @@ from rich.progress import track
 from transformers import BaseImageProcessor
 
 from hf_dino import DinoDetrForObjectDetection
-from hf_dino.arguments import HelpFormatter, number_between
 from hf_dino.data import InputError, list_images, read_image
-from hf_dino.errors import run_cli
-from hf_dino.files import ensure_new_files, write_json
-from hf_dino.loading import load_model_and_processor
+from hf_dino.hub import load_model_and_processor
+from hf_dino.utils.arguments import HelpFormatter, number_between
+from hf_dino.utils.errors import run_cli
+from hf_dino.utils.io import ensure_new_files, write_json
 from hf_dino.visualization import check_drawing_dependencies, draw_detections, save_image
 
 

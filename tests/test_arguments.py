@@ -4,8 +4,8 @@ import argparse
 
 import pytest
 
-from hf_dino.arguments import at_least, config_field, number_between, parse_size
 from hf_dino.data import InputError
+from hf_dino.utils.arguments import at_least, config_field, number_between, parse_size
 
 
 def test_image_sizes():

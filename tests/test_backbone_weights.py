@@ -6,9 +6,10 @@ import torchvision
 from transformers import SwinConfig, SwinForImageClassification
 
 from conftest import TINY_SWIN, tiny_config
-from hf_dino import DinoDetrForObjectDetection, backbone_weights
-from hf_dino.backbone_weights import load_backbone_weights
+from hf_dino import DinoDetrForObjectDetection
+from hf_dino import hub as backbone_weights
 from hf_dino.data import InputError
+from hf_dino.hub import load_backbone_weights
 
 
 RESNET18 = {

@@ -18,7 +18,6 @@ from torch import nn
 
 from hf_dino.data import InputError
 from hf_dino.data.shapes import generate_shapes
-from hf_dino.files import atomic_update_directory, write_json
 from hf_dino.training import (
     TrainingState,
     checkpoint_path,
@@ -34,6 +33,7 @@ from hf_dino.training import lock as lock_module
 from hf_dino.training.checkpoint import check_disk_space, data_fingerprint, file_fingerprint, save_emergency_checkpoint
 from hf_dino.training.ema import ExponentialMovingAverage
 from hf_dino.training.lock import lock_output_dir
+from hf_dino.utils.io import atomic_update_directory, write_json
 
 
 def make_run(with_scaler=False):

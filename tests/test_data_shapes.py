@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from hf_dino.data.shapes import OUTLINES, draw_image, generate_shapes, main
-from hf_dino.errors import InputError
+from hf_dino.utils.errors import InputError
 
 
 SMALL = {"image_size": 64, "num_train": 6, "num_val": 2, "num_test": 2}

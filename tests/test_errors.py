@@ -4,7 +4,7 @@ import weakref
 
 import pytest
 
-from hf_dino.errors import InputError, run_cli
+from hf_dino.utils.errors import InputError, run_cli
 
 
 @pytest.mark.parametrize("status", [None, 0, 1])

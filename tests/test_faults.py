@@ -24,8 +24,8 @@ from torch import nn
 import small_training
 from hf_dino.data import InputError
 from hf_dino.evaluation.detections import DETECTION_DTYPE, sort_by_image
-from hf_dino.files import atomic_directory, atomic_update_directory, write_json
 from hf_dino.training import TrainingState, get_last_checkpoint, load_checkpoint, load_training_state, save_checkpoint
+from hf_dino.utils.io import atomic_directory, atomic_update_directory, write_json
 
 
 pytestmark = pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs signals as POSIX has them")

@@ -27,7 +27,7 @@ def processor(request):
     return BACKENDS[request.param](size=SMALL)
 
 
-def image(width, height, seed=0):
+def make_image(width, height, seed=0):
     pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
     return Image.fromarray(pixels)
 
@@ -70,12 +70,12 @@ def test_shapes_are_the_originals(limits):
 @pytest.mark.parametrize("size", [(64, 48), (48, 64), (50, 50), (200, 31), (31, 200), (300, 2), (40, 67), (1, 1)])
 def test_images_are_resized_to_the_originals_shape(processor, size):
     width, height = size
-    shape = tuple(processor(images=image(*size), return_tensors="pt")["pixel_values"].shape[-2:])
+    shape = tuple(processor(images=make_image(*size), return_tensors="pt")["pixel_values"].shape[-2:])
     assert shape == exact_shape(height, width, *SMALL.values())
 
 
 def test_a_fixed_size_is_taken_as_it_is(processor):
-    encoded = processor(images=image(64, 48), size={"height": 30, "width": 33}, return_tensors="pt")
+    encoded = processor(images=make_image(64, 48), size={"height": 30, "width": 33}, return_tensors="pt")
     assert encoded["pixel_values"].shape == (1, 3, 30, 33)
 
 
@@ -92,7 +92,7 @@ def by_hand(image, shape):
 @pytest.mark.parametrize(("backend", "tolerance"), [("pil", 1e-6), ("torchvision", 2e-2)])
 @pytest.mark.parametrize("size", [(97, 61), (30, 44), (40, 50), (211, 40)])
 def test_pixels_are_the_originals(backend, tolerance, size):
-    image = record(*size)
+    image = make_image(*size)
     ours = BACKENDS[backend](size=SMALL)(images=image, return_tensors="pt")["pixel_values"][0]
     torch.testing.assert_close(
         ours, by_hand(image, exact_shape(size[1], size[0], *SMALL.values())), rtol=0, atol=tolerance
@@ -100,7 +100,7 @@ def test_pixels_are_the_originals(backend, tolerance, size):
 
 
 def test_padding_lies_right_and_below_and_is_masked(processor):
-    images = [record(60, 40, seed=0), record(40, 60, seed=1), record(40, 40, seed=2)]
+    images = [make_image(60, 40, seed=0), make_image(40, 60, seed=1), make_image(40, 40, seed=2)]
     batch = processor(images=images, return_tensors="pt")
     assert batch["pixel_values"].shape == (3, 3, 60, 60)
     assert batch["pixel_mask"].shape == (3, 60, 60)
@@ -121,7 +121,7 @@ def gray_16_bit():
 
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGBA", "CMYK", "YCbCr", "HSV"])
 def test_pil_modes_are_what_pil_makes_of_them(processor, mode):
-    image = record(50, 40).convert(mode)
+    image = make_image(50, 40).convert(mode)
     values = processor(images=image, return_tensors="pt", **AS_IT_IS)["pixel_values"][0]
     assert np.array_equal(values.numpy(), np.asarray(image.convert("RGB")).transpose(2, 0, 1))
 
@@ -150,7 +150,7 @@ def test_16_bits_are_scaled_not_clipped(processor, make):
     ids=["array", "tensor"],
 )
 def test_arrays_and_tensors_are_images_too(processor, convert):
-    image = record(64, 48)
+    image = make_image(64, 48)
     expected = processor(images=image, return_tensors="pt")["pixel_values"]
     assert torch.equal(processor(images=convert(image), return_tensors="pt")["pixel_values"], expected)
 
@@ -161,7 +161,7 @@ def test_arrays_and_tensors_are_images_too(processor, convert):
 def test_boxes_are_fractions_of_the_unpadded_image(processor):
     """DETR processors of transformers give fractions of the padded batch; DINO's predictions are of the image."""
     sizes, boxes = [(64, 48), (48, 96), (100, 30)], [[8, 12, 16, 6], [0, 0, 48, 96], [90, 10, 10, 20]]
-    images = [image(*size) for size in sizes]
+    images = [make_image(*size) for size in sizes]
     targets = [annotate(box, image_id=index, area=10.0) for index, box in enumerate(boxes)]
     batch = processor(images=images, annotations=targets, return_tensors="pt")
     for index, (label, (width, height), (x, y, w, h)) in enumerate(zip(batch["labels"], sizes, boxes)):
@@ -177,35 +177,38 @@ def test_boxes_are_fractions_of_the_unpadded_image(processor):
 
 def test_a_single_target_needs_no_list(processor):
     target = annotate([8, 12, 16, 6])
-    alone, listed = one_label(processor, image(64, 48), target), one_label(processor, [image(64, 48)], [target])
+    alone, listed = (
+        one_label(processor, make_image(64, 48), target),
+        one_label(processor, [make_image(64, 48)], [target]),
+    )
     assert alone.keys() == listed.keys()
     assert all(torch.equal(alone[key], listed[key]) for key in alone)
 
 
 def test_category_ids_become_labels(processor):
     target = annotate([1, 1, 9, 9], [2, 2, 9, 9], [3, 3, 9, 9], category_id=[90, 1, 90])
-    label = one_label(processor, image(64, 48), target, category_id_to_label={1: 0, 90: 1})
+    label = one_label(processor, make_image(64, 48), target, category_id_to_label={1: 0, 90: 1})
     assert label["class_labels"].tolist() == [1, 0, 1]
     assert label["class_labels"].dtype == torch.int64
     assert [annotation["category_id"] for annotation in target["annotations"]] == [90, 1, 90], "the caller's stay his"
-    assert one_label(processor, image(64, 48), target)["class_labels"].tolist() == [90, 1, 90]
+    assert one_label(processor, make_image(64, 48), target)["class_labels"].tolist() == [90, 1, 90]
 
 
 def test_an_unknown_category_id_is_an_error_that_names_it_and_its_image(processor):
     target = annotate([1, 1, 9, 9], category_id=12, image_id=139)
     with pytest.raises(ValueError, match=r"image_id 139: category_id 12 is not among .*\[1, 90\]"):
-        one_label(processor, image(64, 48), target, category_id_to_label={1: 0, 90: 1})
+        one_label(processor, make_image(64, 48), target, category_id_to_label={1: 0, 90: 1})
 
 
 def test_area_and_iscrowd_may_be_missing(processor):
-    label = one_label(processor, image(40, 40), annotate([1, 2, 10, 20]))
+    label = one_label(processor, make_image(40, 40), annotate([1, 2, 10, 20]))
     assert label["area"].tolist() == [200.0]
     assert label["iscrowd"].tolist() == [0]
 
 
 def test_crowds_are_left_out_without_a_word(processor, caplog):
     target = annotate([1, 1, 9, 9], [2, 2, 9, 9], [3, 3, 9, 9], category_id=[0, 1, 2], iscrowd=[0, 1, 0])
-    assert one_label(processor, image(64, 48), target)["class_labels"].tolist() == [0, 2]
+    assert one_label(processor, make_image(64, 48), target)["class_labels"].tolist() == [0, 2]
     assert not caplog.records
 
 
@@ -220,7 +223,7 @@ NAN, INFINITY = float("nan"), float("inf")
 def test_boxes_without_area_are_left_out_with_a_warning(processor, box, caplog):
     target = annotate([1, 1, 9, 9], box, [3, 3, 9, 9], category_id=[0, 1, 2], image_id=42)
     with caplog.at_level(logging.WARNING, logger="hf_dino"):
-        label = one_label(processor, image(64, 48), target)
+        label = one_label(processor, make_image(64, 48), target)
     assert label["class_labels"].tolist() == [0, 2]
     assert label["boxes"].shape == (2, 4)
     assert len(label["area"]) == 2
@@ -230,14 +233,14 @@ def test_boxes_without_area_are_left_out_with_a_warning(processor, box, caplog):
 
 
 def test_boxes_that_reach_out_are_clipped(processor, caplog):
-    label = one_label(processor, image(64, 48), annotate([-16, -12, 48, 36], [32, 24, 1000, 1000]))
+    label = one_label(processor, make_image(64, 48), annotate([-16, -12, 48, 36], [32, 24, 1000, 1000]))
     torch.testing.assert_close(label["boxes"], torch.tensor([[0.25, 0.25, 0.5, 0.5], [0.75, 0.75, 0.5, 0.5]]))
     assert not caplog.records
 
 
 def test_no_annotations_are_empty_labels_of_the_usual_shape(processor):
     batch = processor(
-        images=[image(64, 48), image(48, 64)],
+        images=[make_image(64, 48), make_image(48, 64)],
         annotations=[annotate(image_id=1), annotate([1, 1, 9, 9], image_id=2)],
         return_tensors="pt",
     )
@@ -254,7 +257,7 @@ def test_no_annotations_are_empty_labels_of_the_usual_shape(processor):
 )
 def test_annotations_that_do_not_fit_are_an_error(processor, targets, message):
     with pytest.raises(ValueError, match=message):
-        processor(images=[image(64, 48)], annotations=targets, return_tensors="pt")
+        processor(images=[make_image(64, 48)], annotations=targets, return_tensors="pt")
 
 
 # Detections
@@ -337,7 +340,7 @@ def test_labels_and_detections_are_inverse(processor):
     """A prediction that equals the label comes back as the annotation it was made of."""
     sizes, boxes = [(64, 48), (48, 96)], [[8, 12, 16, 6], [4, 3, 30, 90]]
     targets = [annotate(box, category_id=3) for box in boxes]
-    labels = processor([image(*size) for size in sizes], annotations=targets, return_tensors="pt")["labels"]
+    labels = processor([make_image(*size) for size in sizes], annotations=targets, return_tensors="pt")["labels"]
     outputs = DinoDetrObjectDetectionOutput(
         logits=torch.stack([torch.full((1, 5), -9.0).index_fill_(1, label["class_labels"], 9.0) for label in labels]),
         pred_boxes=torch.stack([label["boxes"] for label in labels]),
@@ -358,7 +361,7 @@ def test_each_backend_loads_what_the_other_saved(saved_as, loaded_as, tmp_path):
     loaded = AutoImageProcessor.from_pretrained(tmp_path, backend=loaded_as)
     assert type(loaded) is BACKENDS[loaded_as]
     expected = BACKENDS[loaded_as](size=SMALL, image_mean=[0.5, 0.5, 0.5])
-    image = record(97, 61)
+    image = make_image(97, 61)
     for name, value in expected(images=image, return_tensors="pt").items():
         assert torch.equal(loaded(images=image, return_tensors="pt")[name], value)
 

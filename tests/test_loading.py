@@ -11,7 +11,7 @@ from conftest import tiny_config, tiny_model
 from hf_dino import DinoDetrImageProcessor
 from hf_dino.configuration_dino_detr import UNUSED_LABEL
 from hf_dino.data import InputError
-from hf_dino.loading import (
+from hf_dino.hub import (
     build_model_and_processor,
     load_model_and_processor,
     load_pretrained_for_categories,

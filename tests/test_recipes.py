@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from hf_dino import DinoDetrConfig
-from hf_dino.arguments import at_least, config_field, number_between
 from hf_dino.data import AUGMENTATIONS, InputError
 from hf_dino.training.recipe import parse_args_with_recipe
+from hf_dino.utils.arguments import at_least, config_field, number_between
 
 
 RECIPES = Path(__file__).parents[1] / "examples" / "recipes"

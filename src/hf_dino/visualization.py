@@ -12,8 +12,8 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from .data.extras import import_extra
-from .errors import InputError
-from .files import atomic_write
+from .utils.errors import InputError
+from .utils.io import atomic_write
 
 
 # Pixels. An image whose longer side is below this is enlarged before it is drawn into, or names would hide it.

@@ -1,6 +1,6 @@
 """Datasets in any of the usual formats, their check, augmentation, batches, and the generated `shapes` dataset."""
 
-from ..errors import InputError
+from ..utils.errors import InputError
 from .augmentation import AUGMENTATIONS, Augmentation, NoAugmentation, make_augmentation
 from .batching import (
     EvaluationCollator,

@@ -10,9 +10,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..arguments import HelpFormatter, at_least, parse_size
-from ..errors import InputError, run_cli
 from ..image_processing_dino_detr import LONGEST_EDGE, SHORTEST_EDGE
+from ..utils.arguments import HelpFormatter, at_least, parse_size
+from ..utils.errors import InputError, run_cli
 from .augmentation import AUGMENTATIONS, make_augmentation
 from .check import SIZES, DataReport, check_data
 from .coco import read_coco_file

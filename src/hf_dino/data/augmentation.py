@@ -22,8 +22,8 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as tvF
 
-from ..errors import InputError
 from ..image_processing_dino_detr import SHORTEST_EDGE, get_size_with_aspect_ratio
+from ..utils.errors import InputError
 
 
 logger = logging.getLogger(__name__)

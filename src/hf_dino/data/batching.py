@@ -13,8 +13,8 @@ import torch
 from torch.utils.data import DataLoader, Sampler
 from transformers import BaseImageProcessor
 
-from ..errors import InputError
 from ..loss_dino_detr import check_labels
+from ..utils.errors import InputError
 from .augmentation import seed_per_image, shape_of_size
 from .dataset import DetectionDataset, DetectionSplit
 

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ..errors import InputError, summarize_list
+from ..utils.errors import InputError, summarize_list
 from .dataset import AnnotatedImage, DetectionSplit
 from .images import ImageSource, get_image_size, short_name
 from .objects import to_annotation_array

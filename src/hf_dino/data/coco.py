@@ -9,8 +9,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..errors import InputError, summarize_list
-from ..files import read_text
+from ..utils.errors import InputError, summarize_list
+from ..utils.io import read_text
 from .dataset import (
     AnnotatedImageBuilder,
     DetectionSplit,

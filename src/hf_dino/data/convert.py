@@ -23,8 +23,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
-from ..errors import InputError, summarize_list
-from ..files import atomic_directory
+from ..utils.errors import InputError, summarize_list
+from ..utils.io import atomic_directory
 from .boxes import xywh_to_xyxy
 from .dataset import AnnotatedImage, DetectionSplit
 from .extras import import_extra

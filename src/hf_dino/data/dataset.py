@@ -15,7 +15,7 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from ..configuration_dino_detr import UNUSED_LABEL
-from ..errors import InputError, summarize_list
+from ..utils.errors import InputError, summarize_list
 from .augmentation import Augmentation, NoAugmentation, seed_per_image
 from .images import ImageSource, get_image_size, read_image
 from .splits import SPLIT_ALIASES

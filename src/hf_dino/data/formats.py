@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..errors import InputError, summarize_list
+from ..utils.errors import InputError, summarize_list
 from .coco import find_coco, find_single_coco_file, read_coco_files
 from .dataset import DetectionSplit, ErrorHandler, raise_input_error, require_image_files
 from .hub import find_imagefolder, find_saved, is_name, load_name, read_stream, read_tables

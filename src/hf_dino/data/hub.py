@@ -19,8 +19,8 @@ from typing import Any, BinaryIO, NamedTuple, TypeVar
 
 from tqdm import tqdm
 
-from ..errors import InputError, summarize_list
-from ..files import annotate_oserror, atomic_write, read_text
+from ..utils.errors import InputError, summarize_list
+from ..utils.io import annotate_oserror, atomic_write, read_text
 from .dataset import AnnotatedImageBuilder, DetectionSplit, ErrorHandler, distinct
 from .extras import import_extra
 from .images import IMAGE_EXTENSIONS, ImageSource

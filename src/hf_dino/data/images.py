@@ -10,8 +10,8 @@ from typing import BinaryIO, Protocol, TypeAlias
 
 from PIL import ExifTags, Image, UnidentifiedImageError
 
-from ..errors import InputError
 from ..image_processing_dino_detr import convert_to_rgb
+from ..utils.errors import InputError
 
 
 logger = logging.getLogger(__name__)

@@ -20,7 +20,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 from tqdm import tqdm
 
-from ..errors import InputError
+from ..utils.errors import InputError
 
 
 def _regular(num_corners: int, *radii: float, first: float = -90.0) -> np.ndarray:

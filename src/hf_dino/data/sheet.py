@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from ..errors import InputError
-from ..files import ensure_new_files
+from ..utils.errors import InputError
+from ..utils.io import ensure_new_files
 from ..visualization import check_drawing_dependencies, draw_detections, save_image
 from .augmentation import Augmentation
 from .boxes import xywh_to_xyxy

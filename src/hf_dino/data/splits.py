@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
-from ..errors import InputError
+from ..utils.errors import InputError
 
 
 SPLITS = ("train", "validation", "test")

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from xml.etree.ElementTree import Element, ParseError
 
-from ..errors import InputError
-from ..files import read_lines
+from ..utils.errors import InputError
+from ..utils.io import read_lines
 from .dataset import AnnotatedImageBuilder, DetectionSplit, ErrorHandler
 from .extras import import_extra, supervision_to_xywh
 from .images import is_image_file

@@ -10,8 +10,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..errors import InputError, summarize_list
-from ..files import read_lines, read_text
+from ..utils.errors import InputError, summarize_list
+from ..utils.io import read_lines, read_text
 from .dataset import AnnotatedImageBuilder, DetectionSplit, ErrorHandler, distinct
 from .extras import import_extra, supervision_to_xywh
 from .images import get_image_size, is_image_file

@@ -12,16 +12,16 @@ except ImportError as error:
 
 
 __all__ = [
-    "DETECTION",
+    "ANNOTATION_DTYPE",
+    "DETECTION_DTYPE",
     "ENGINES",
     "KINDS",
     "METRICS",
-    "OBJECT",
     "Analysis",
     "CocoScores",
     "ImageErrors",
     "OperatingPoint",
-    "analyze",
+    "analyze_errors",
     "check_engine",
     "collect_detections",
     "detections_from_results",

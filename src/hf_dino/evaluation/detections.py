@@ -18,8 +18,8 @@ from torch import nn
 from transformers import BaseImageProcessor
 
 from ..data.boxes import xyxy_to_xywh
-from ..files import annotate_oserror, open_new_text_file
-from ..sharding import summon_full_params
+from ..utils.distributed import summon_full_params
+from ..utils.io import annotate_oserror, open_new_text_file
 from .records import DETECTION_DTYPE
 
 

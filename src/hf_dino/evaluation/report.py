@@ -19,8 +19,8 @@ from PIL import Image
 from ..data.boxes import xywh_to_xyxy
 from ..data.dataset import DetectionDataset, DetectionSplit
 from ..data.objects import to_annotation_array
-from ..files import open_new_text_file
 from ..metrics import METRIC_NAMES
+from ..utils.io import open_new_text_file
 from ..visualization import draw_detections, hstack_images
 from .analysis import KINDS, Analysis, ImageErrors, OperatingPoint
 from .scores import CocoScores

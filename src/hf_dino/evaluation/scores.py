@@ -12,8 +12,8 @@ from pycocotools.cocoeval import COCOeval, Params
 
 from ..data.dataset import DetectionSplit
 from ..data.objects import to_annotation_array
-from ..errors import InputError, summarize_list
 from ..metrics import METRIC_NAMES
+from ..utils.errors import InputError, summarize_list
 from .records import group_rows
 
 

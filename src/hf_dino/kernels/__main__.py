@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from . import default_builder, find_prebuilt, impossible, load, mode
+from ..kernels import default_builder, find_prebuilt, impossible, load, mode
 from .compilers import KernelError, find_compiler
 
 

@@ -1,5 +1,6 @@
 """Around the training loop: settings, checkpoints that a run can go on from, progress, and what it leaves."""
 
+from ..utils.distributed import PROCESS_GROUP_TIMEOUT
 from .checkpoint import (
     TrainingState,
     check_disk_space,
@@ -34,7 +35,6 @@ from .optimization import (
     set_lr,
     should_stop_early,
 )
-from .processes import PROCESS_GROUP_TIMEOUT
 from .progress import TrainingProgress
 from .recipe import parse_args_with_recipe
 from .signals import StopSignals
@@ -42,7 +42,7 @@ from .tracking import init_tracking
 
 
 __all__ = [
-    "PATIENCE",
+    "PROCESS_GROUP_TIMEOUT",
     "SCHEDULES",
     "ExponentialMovingAverage",
     "LossMonitor",
@@ -51,6 +51,7 @@ __all__ = [
     "TrainingPipeline",
     "TrainingProgress",
     "TrainingState",
+    "build_training_pipeline",
     "check_disk_space",
     "check_min_image_size",
     "checkpoint_path",
@@ -66,10 +67,10 @@ __all__ = [
     "get_lr_multiplier",
     "get_milestones",
     "get_param_groups",
+    "init_tracking",
     "load_checkpoint",
     "load_training_state",
     "lock_output_dir",
-    "make_inputs",
     "parse_args_with_recipe",
     "prepare_checkpoints",
     "read_and_check",
@@ -80,6 +81,5 @@ __all__ = [
     "save_run",
     "set_lr",
     "should_stop_early",
-    "tracked",
     "with_effective_batch",
 ]

@@ -23,10 +23,9 @@ from torch import nn
 
 from ..configuration_dino_detr import DinoDetrConfig
 from ..data.dataset import DetectionSplit
-from ..errors import InputError
-from ..files import fsync_tree, read_text, sync, write_json
-from ..sharding import SHARDED_DISTRIBUTED_TYPES
-from .processes import all_gather_unique, all_reduce_max
+from ..utils.distributed import SHARDED_DISTRIBUTED_TYPES, all_gather_unique, all_reduce_max
+from ..utils.errors import InputError
+from ..utils.io import fsync_tree, read_text, sync, write_json
 
 
 logger = logging.getLogger(__name__)

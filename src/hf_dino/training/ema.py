@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..sharding import distribute_like, to_full_tensor, to_local
+from ..utils.distributed import distribute_like, to_full_tensor, to_local
 
 
 def get_decay(updates: int, decay: float) -> float:

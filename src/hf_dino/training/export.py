@@ -11,10 +11,10 @@ from torch import nn
 from transformers import BaseImageProcessor, PreTrainedModel
 
 from ..evaluation import CocoScores
-from ..files import atomic_update_directory, write_json
+from ..hub import save_detector
 from ..model_card import finetuned_card
 from ..modeling_dino_detr import DinoDetrForObjectDetection
-from ..saving import save_detector
+from ..utils.io import atomic_update_directory, write_json
 from ..visualization import plot_training_curves
 from .checkpoint import TrainingState
 

@@ -6,7 +6,7 @@ from itertools import takewhile
 
 from transformers import PreTrainedModel
 
-from ..errors import InputError, summarize_list
+from ..utils.errors import InputError, summarize_list
 
 
 # "backbone" in the original's sense: not the projections of its levels, which are new in every detector

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ..files import annotate_oserror, atomic_write
+from ..utils.io import annotate_oserror, atomic_write
 from ..visualization import plot_training_curves
 
 

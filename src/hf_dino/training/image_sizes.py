@@ -6,8 +6,8 @@ from collections.abc import Iterable
 import torch
 from transformers import PreTrainedModel
 
-from ..errors import InputError
 from ..evaluation.detections import eval_mode
+from ..utils.errors import InputError
 
 
 @torch.no_grad()

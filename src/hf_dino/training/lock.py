@@ -12,9 +12,9 @@ from typing import IO
 
 from accelerate import Accelerator
 
-from ..errors import InputError
+from ..utils.distributed import all_gather_unique
+from ..utils.errors import InputError
 from .checkpoint import get_last_checkpoint, prepare_checkpoints
-from .processes import all_gather_unique
 
 
 fcntl: ModuleType | None

@@ -11,10 +11,9 @@ from accelerate import Accelerator
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from ..errors import summarize_list
-from ..sharding import SHARDED_DISTRIBUTED_TYPES
+from ..utils.distributed import SHARDED_DISTRIBUTED_TYPES, all_gather_unique, all_reduce_max, all_reduce_mean
+from ..utils.errors import summarize_list
 from .diagnosis import RandomState, find_first_nonfinite
-from .processes import all_gather_unique, all_reduce_max, all_reduce_mean
 
 
 # With a GradScaler, which halves its scale each time: more in a row than this are no matter of the scale.

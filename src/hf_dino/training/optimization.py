@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..errors import InputError
+from ..utils.errors import InputError
 from .freezing import BACKBONE
 
 

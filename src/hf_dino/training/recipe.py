@@ -11,8 +11,8 @@ from typing import Any
 
 import yaml
 
-from ..errors import InputError
-from ..files import read_text
+from ..utils.errors import InputError
+from ..utils.io import read_text
 
 
 def parse_args_with_recipe(parser: argparse.ArgumentParser, words: Sequence[str]) -> argparse.Namespace:

@@ -10,7 +10,7 @@ from typing import NoReturn
 from accelerate import Accelerator
 
 from ..data.batching import STOP_SIGNALS
-from .processes import all_reduce_max
+from ..utils.distributed import all_reduce_max
 
 
 # One press of Ctrl-C comes twice: from the terminal, and from the launcher, which passes it on.

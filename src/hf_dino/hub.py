@@ -5,6 +5,7 @@ import logging
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +13,17 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoConfig, AutoImageProcessor, BaseImageProcessor
+from torchvision.models import get_model
+from transformers import AutoConfig, AutoImageProcessor, BaseImageProcessor, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from .arguments import check_config_field
 from .configuration_dino_detr import UNUSED_LABEL, DinoDetrConfig
 from .data.dataset import contiguous_id2label
-from .errors import InputError, summarize_list
-from .files import read_text
 from .image_processing_dino_detr import DinoDetrImageProcessor, DinoDetrImageProcessorPil
 from .modeling_dino_detr import DinoDetrForObjectDetection
+from .utils.arguments import check_config_field
+from .utils.errors import InputError, summarize_list
+from .utils.io import read_text
 
 
 logger = logging.getLogger(__name__)
@@ -265,3 +267,80 @@ def _one_error(source: str | Path, problem: str) -> Iterator[None]:
         reason = str(error.__cause__ if isinstance(error, StrictDataclassError) else error).strip()
         first_line = reason.partition("\n")[0]
         raise InputError(f"{source}: {problem} ({first_line})") from error
+
+
+_TORCHVISION = "torchvision/"
+_NEW = "hidden_states_norms."
+
+# torchvision's names of a ResNet's parts and transformers' names; torchvision counts most of them from 1
+_RESNET_NAMES = (
+    (r"^conv1\.", "embedder.embedder.convolution."),
+    (r"^bn1\.", "embedder.embedder.normalization."),
+    (r"\.downsample\.0\.", ".shortcut.convolution."),
+    (r"\.downsample\.1\.", ".shortcut.normalization."),
+    *((rf"^layer{stage + 1}\.", f"encoder.stages.{stage}.layers.") for stage in range(4)),
+    *((rf"\.conv{index + 1}\.", f".layer.{index}.convolution.") for index in range(3)),
+    *((rf"\.bn{index + 1}\.", f".layer.{index}.normalization.") for index in range(3)),
+)
+
+
+def load_backbone_weights(model: DinoDetrForObjectDetection, name: str) -> None:
+    """Replace the random weights of a detector's backbone.
+
+    Args:
+        model (`DinoDetrForObjectDetection`): Its `config.backbone_config` is of the architecture of the weights.
+        name (`str`): `torchvision/resnet50` and the like for ImageNet weights of torchvision, IMAGENET1K_V1, which the
+            authors of DINO started their ResNets from. Or the Hub name or folder of a backbone or a classifier of
+            transformers, such as `microsoft/swin-large-patch4-window12-384-in22k`, their Swin-L.
+
+    Raises:
+        InputError: If there are no such weights, or they do not fit.
+    """
+    body = model.model.backbone.body
+    read = _read_torchvision if name.startswith(_TORCHVISION) else _read_transformers
+    try:
+        body.load_state_dict(read(name, body))
+    except (OSError, ValueError, RuntimeError) as error:
+        reason = " ".join(str(error).split())
+        raise InputError(
+            f"{name}: cannot be loaded as the weights of the backbone that the configuration describes, a "
+            f"{body.config.model_type} ({reason[:300]})"
+        ) from None
+
+
+def _read_torchvision(name: str, body: PreTrainedModel) -> Mapping[str, torch.Tensor]:
+    weights = get_model(name.removeprefix(_TORCHVISION), weights="IMAGENET1K_V1").state_dict()
+    return {_resnet_name(key): tensor for key, tensor in weights.items() if not key.startswith("fc.")}
+
+
+def _resnet_name(key: str) -> str:
+    for pattern, replacement in _RESNET_NAMES:
+        key = re.sub(pattern, replacement, key)
+    return key
+
+
+def _read_transformers(name: str, body: PreTrainedModel) -> Mapping[str, torch.Tensor]:
+    backbone, info = type(body).from_pretrained(name, config=deepcopy(body.config), output_loading_info=True)
+    # a classifier has no norms of the single stages; these start as they would in a new detector
+    if missing := [key for key in info["missing_keys"] if not key.startswith(_NEW)]:
+        raise ValueError(f"the weights lack {missing[0]}")
+    return backbone.state_dict()
+
+
+def save_detector(folder: Path, model: PreTrainedModel, processor: BaseImageProcessor, card: str) -> None:
+    """Write weights, configuration, image processor, model code and model card.
+
+    Files of these names are replaced one by one: give a folder that nobody reads yet, and rename it when it is whole.
+
+    Args:
+        folder (`Path`): Made if it does not exist.
+        model (`PreTrainedModel`): A `DinoDetrForObjectDetection`.
+        processor (`BaseImageProcessor`): Its image processor.
+        card (`str`): Its model card, from [`~model_card.converted_card`] or [`~model_card.finetuned_card`].
+    """
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    readme = folder / "README.md"
+    readme.write_text(card, encoding="utf-8")
+    for weights in folder.glob("*.safetensors"):
+        weights.chmod(readme.stat().st_mode)  # safetensors lets only the owner read what it writes

@@ -8,9 +8,9 @@ from collections.abc import Callable, Sequence
 from difflib import get_close_matches
 from typing import Any
 
-from .configuration_dino_detr import DinoDetrConfig
+from ..configuration_dino_detr import DinoDetrConfig
+from ..image_processing_dino_detr import LONGEST_EDGE, SHORTEST_EDGE
 from .errors import InputError
-from .image_processing_dino_detr import LONGEST_EDGE, SHORTEST_EDGE
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter):
