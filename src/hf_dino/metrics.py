@@ -1,4 +1,4 @@
-"""The names of COCO's numbers."""
+"""Names of the COCO metrics, without the packages that compute them."""
 
 METRIC_NAMES = {
     "ap": "AP@[.50:.95]",
@@ -14,4 +14,4 @@ METRIC_NAMES = {
     "ar_medium": "AR medium",
     "ar_large": "AR large",
 }
-"""What files call COCO's summary numbers, and what people do; in pycocotools' order, each a fraction of 1."""
+"""Key and display name of the twelve COCO metrics, each in [0, 1], in pycocotools' order."""
