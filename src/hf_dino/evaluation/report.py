@@ -103,6 +103,7 @@ def write_report(
             curves=_plot_curves(scores.precision),
             confusion=_plot_confusion(names, analysis.confusion, shown),
             num_shown=len(shown),
+            max_classes=_MAX_CLASSES,
             confusions=_confusions(names, analysis.confusion),
             worst_images=_worst_images(data, analysis.worst_images),
             details={**details, "versions": _versions()},
@@ -212,7 +213,7 @@ def _worst_images(data: DetectionSplit, worst: Sequence[ImageErrors]) -> Iterato
 
 
 def _draw(image: Image.Image, data: DetectionSplit, errors: ImageErrors) -> Image.Image:
-    """Draw objects on the left and detections on the right, with the errors in brackets."""
+    """Draw objects on the left and detections on the right, with the errors in parentheses."""
     record, detections = data.images[errors.image_index], errors.detections
     object_marks = np.select(
         [~errors.is_detected, record.iscrowd == 1], [" (false negative)", " (crowd)"], ""
