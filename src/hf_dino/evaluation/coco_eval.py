@@ -5,14 +5,14 @@ import importlib
 import io
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from pycocotools.cocoeval import COCOeval, Params
 
 from ..data.dataset import DetectionSplit
 from ..data.objects import to_annotation_array
-from ..metrics import METRIC_NAMES
+from ..model_card import METRIC_NAMES
 from ..utils.errors import InputError, summarize_list
 
 
@@ -24,20 +24,6 @@ ENGINES = {
     "faster-coco-eval": (("faster_coco_eval", "COCO"), ("faster_coco_eval", "COCOeval_faster")),
 }
 """Packages that can compute the metrics, each with module and name of its dataset class and its evaluation class."""
-
-
-class Curves(NamedTuple):
-    """Output of COCO's evaluation; -1 where there is no object.
-
-    Attributes:
-        precision (`np.ndarray` of shape `(10, 101, num_categories, 4, 3)`): The highest precision at this recall or
-            a higher one, by IoU threshold (.5 to .95), recall (0 to 1), category (in ascending order of id), object
-            size (all, small, medium, large) and maximum number of detections per image and category (1, 10, 100).
-        recall (`np.ndarray` of shape `(10, num_categories, 4, 3)`): The highest recall reached.
-    """
-
-    precision: np.ndarray
-    recall: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -78,7 +64,7 @@ def evaluate_coco(data: DetectionSplit, detections: np.ndarray, engine: str = "p
     _check_image_ids(data, detections)
     curves = _compute_curves(data, detections, engine)
     metrics, table = _summarize(curves)
-    precision = curves.precision[..., 0, -1]
+    precision = curves["precision"][..., 0, -1]
     average_precision = precision.mean(axis=(0, 1)).tolist()
     return CocoScores(metrics, dict(zip(data.categories.values(), average_precision, strict=True)), table, precision)
 
@@ -125,12 +111,16 @@ def group_rows(ids: np.ndarray, keys: Iterable[int]) -> list[np.ndarray]:
     return [order[start:end] for start, end in zip(starts, ends)]
 
 
-def _compute_curves(data: DetectionSplit, detections: np.ndarray, engine: str) -> Curves:
-    """Evaluate one category at a time, which bounds the memory.
+def _compute_curves(data: DetectionSplit, detections: np.ndarray, engine: str) -> dict[str, np.ndarray]:
+    """Return `precision` and `recall` as `COCOeval.eval` has them: -1 where there is no object.
 
-    The result equals that of evaluating all categories at once, since categories are independent of each other, and
-    a category is independent of images without an object or a detection of it. pycocotools needs several kB per
-    image, category and object size; they are freed after each category.
+    Precision, of shape `(10, 101, num_categories, 4, 3)`, is by IoU threshold (.5 to .95), recall (0 to 1), category
+    (by ascending id), object size (all, small, medium, large) and maximum number of detections per image and category
+    (1, 10, 100); recall, of shape `(10, num_categories, 4, 3)`, is the highest one reached.
+
+    One category is evaluated at a time, which bounds the memory: pycocotools needs several kB per image, category and
+    object size. The result is the same, since categories are independent of each other, and a category is independent
+    of images without an object or a detection of it.
     """
     parameters = Params(iouType="bbox")
     by_recall = (len(parameters.iouThrs), len(parameters.recThrs), len(data.categories))
@@ -143,7 +133,7 @@ def _compute_curves(data: DetectionSplit, detections: np.ndarray, engine: str) -
         if len(object_rows):  # a category without objects stays -1
             measured = _evaluate_category(objects[object_rows], detections[detection_rows], engine)
             precision[:, :, index], recall[:, index] = measured["precision"][:, :, 0], measured["recall"][:, 0]
-    return Curves(precision, recall)
+    return {"precision": precision, "recall": recall}
 
 
 def _evaluate_category(objects: np.ndarray, detections: np.ndarray, engine: str) -> Mapping[str, np.ndarray]:
@@ -180,10 +170,10 @@ def _make_coco(coco_class: Any, image_ids: list[int], records: np.ndarray, **mor
     return coco
 
 
-def _summarize(curves: Curves) -> tuple[dict[str, float], str]:
+def _summarize(curves: dict[str, np.ndarray]) -> tuple[dict[str, float], str]:
     """Compute the twelve metrics and the table that pycocotools prints of them."""
     evaluation = COCOeval(iouType="bbox")
-    evaluation.eval = curves._asdict()
+    evaluation.eval = curves
     with contextlib.redirect_stdout(io.StringIO()) as table:
         evaluation.summarize()
     values = [float(value) for value in evaluation.stats]

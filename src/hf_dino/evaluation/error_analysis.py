@@ -38,16 +38,7 @@ OUTCOMES = {
 }
 """Possible outcomes of matching. The first that applies to a detection is its outcome."""
 
-(
-    TRUE_POSITIVE,
-    IGNORED,
-    DUPLICATE,
-    CLASSIFICATION,
-    LOCALIZATION,
-    CLASSIFICATION_AND_LOCALIZATION,
-    BACKGROUND,
-    MISSED,
-) = range(len(OUTCOMES))
+TRUE_POSITIVE, IGNORED, DUPLICATE, CLASSIFICATION, LOCALIZATION, BOTH, BACKGROUND, MISSED = range(len(OUTCOMES))
 
 
 class OperatingPoint(NamedTuple):
@@ -202,7 +193,7 @@ def best_f1_threshold(scores: np.ndarray, correct: np.ndarray, num_objects: int)
 
 def _best_threshold(objects: np.ndarray, detections: np.ndarray, outcome: np.ndarray) -> OperatingPoint:
     counted = outcome != IGNORED
-    num_objects = np.count_nonzero(objects["iscrowd"] == 0)
+    num_objects = int(np.count_nonzero(objects["iscrowd"] == 0))
     return best_f1_threshold(detections["score"][counted], outcome[counted] == TRUE_POSITIVE, num_objects)
 
 
@@ -232,7 +223,7 @@ def _match_image(objects: np.ndarray, detections: np.ndarray) -> tuple[np.ndarra
         DUPLICATE: foreground & same_class,
         CLASSIFICATION: foreground & ~same_class,
         LOCALIZATION: nearby & same_class,
-        CLASSIFICATION_AND_LOCALIZATION: nearby & ~same_class,
+        BOTH: nearby & ~same_class,
         BACKGROUND: np.zeros(shape, dtype=bool),
     }
     # one more column, after the objects, to which background applies

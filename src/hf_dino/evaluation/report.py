@@ -19,7 +19,7 @@ from PIL import Image
 from ..data.boxes import xywh_to_xyxy
 from ..data.dataset import DetectionDataset, DetectionSplit
 from ..data.objects import to_annotation_array
-from ..metrics import METRIC_NAMES
+from ..model_card import METRIC_NAMES
 from ..utils.io import open_new_text_file
 from ..visualization import draw_detections, hstack_images
 from .coco_eval import CocoScores
@@ -40,15 +40,9 @@ _CURVES = (
 
 
 class CategoryRow(NamedTuple):
-    """A row of the table of classes. Without objects, `ap` and `ap50` are -1 and `curves` is empty.
+    """A row of the table of classes; `curves` are points of SVG polylines and their colors.
 
-    Attributes:
-        name (`str`): The category's name.
-        num_objects (`int`): Number of objects without crowd regions.
-        ap (`float`): Average precision.
-        ap50 (`float`): Average precision at an IoU of .5.
-        best (`OperatingPoint`): The score threshold with the highest F1.
-        curves (`list[tuple[str, str]]`): Points of an SVG polyline, and color, of each precision-recall curve.
+    Without objects, `ap` and `ap50` are -1 and `curves` is empty.
     """
 
     name: str

@@ -27,9 +27,9 @@ def summarize_list(items: Iterable[object], limit: int = 5) -> str:
 
     ```
     """
-    items = [str(item) for item in items]
-    more = f" and {len(items) - limit} more" if len(items) > limit else ""
-    return ", ".join(items[:limit]) + more
+    texts = [str(item) for item in items]
+    more = f" and {len(texts) - limit} more" if len(texts) > limit else ""
+    return ", ".join(texts[:limit]) + more
 
 
 def run_cli(main: Callable[[], int | None]) -> NoReturn:
