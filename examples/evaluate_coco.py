@@ -8,7 +8,6 @@ class, precision over recall, kinds of mistakes, which classes are taken for whi
 
 Categories are matched to the model's classes by name. Images are batched with others of the same resized size only,
 so the result does not depend on the batch size. `accelerate launch` shares the images out to several processes.
-Detections are kept in temporary files while the model runs; `TMPDIR` says where.
 """
 
 import argparse

@@ -326,7 +326,7 @@ def test_evaluate_gives_what_training_measured(finished, examples, shapes, tmp_p
         assert one.keys() == other.keys()
         assert all(one[name] == pytest.approx(other[name], abs=1e-6) for name in one if name != "ap_per_category")
     assert {"image_id", "category_id", "bbox", "score"} == set(json.loads(detections.read_text())[0])
-    with pytest.raises(InputError, match=r"numbers\.json: exists already"):
+    with pytest.raises(InputError, match=r"numbers\.json: already exists"):
         examples["evaluate_coco"].main(command)
     with pytest.raises(SystemExit):
         examples["evaluate_coco"].main([*command, "--batch-size=0"])
@@ -345,7 +345,7 @@ def test_predict_draws_one_image_and_a_folder(finished, examples, shapes, tmp_pa
     assert f"{image}: " in capsys.readouterr().out
 
     for arguments, message in (
-        ([str(image), f"--output={tmp_path / 'drawn.jpg'}"], r"drawn\.jpg: exists already"),
+        ([str(image), f"--output={tmp_path / 'drawn.jpg'}"], r"drawn\.jpg: already exists"),
         ([str(image), f"--output={tmp_path / 'drawn.xyz'}"], r"images of kind '\.xyz' cannot be written"),
         ([str(tmp_path / "gone.png"), f"--output={tmp_path / 'a.png'}"], r"gone\.png: there is no such"),
         ([str(image), f"--output={tmp_path / 'a.psd'}"], r"images of kind '\.psd' cannot be written"),

@@ -25,7 +25,7 @@ from ..configuration_dino_detr import DinoDetrConfig
 from ..data.dataset import DetectionSplit
 from ..utils.distributed import SHARDED_DISTRIBUTED_TYPES, all_gather_unique, all_reduce_max
 from ..utils.errors import InputError
-from ..utils.io import fsync_tree, read_text, sync, write_json
+from ..utils.io import fsync, fsync_tree, read_text, write_json
 
 
 logger = logging.getLogger(__name__)
@@ -303,7 +303,7 @@ def save_checkpoint(accelerator: Accelerator, folder: Path, state: TrainingState
             if is_new:
                 fsync_tree(temporary)
                 temporary.rename(path)
-                sync(folder)
+                fsync(folder)
         except OSError as error:
             failure = str(error)
     _stop_if(failure, accelerator, temporary)

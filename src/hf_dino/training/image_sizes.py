@@ -6,7 +6,7 @@ from collections.abc import Iterable
 import torch
 from transformers import PreTrainedModel
 
-from ..evaluation.detections import eval_mode
+from ..evaluation.predictions import eval_mode
 from ..utils.errors import InputError
 
 
