@@ -403,7 +403,7 @@ def test_a_folder_that_holds_no_dino_is_named(examples, shapes, tmp_path):
     with pytest.raises(InputError, match=r"it has no config\.json"):
         examples["predict"].main([f"--model={shapes}", image, output])
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "detr"}))
-    with pytest.raises(InputError, match="holds a model of type 'detr', not 'dino_detr'"):
+    with pytest.raises(InputError, match="contains a model of type 'detr', not 'dino_detr'"):
         examples["predict"].main([f"--model={tmp_path}", image, output])
 
 

@@ -1,14 +1,12 @@
 """Arguments of the command lines that need more than a type."""
 
 import argparse
-import dataclasses
 import json
 import math
 from collections.abc import Callable, Sequence
-from difflib import get_close_matches
 from typing import Any
 
-from ..configuration_dino_detr import DinoDetrConfig
+from ..hub import check_config_field
 from ..image_processing_dino_detr import LONGEST_EDGE, SHORTEST_EDGE
 from .errors import InputError
 
@@ -93,19 +91,6 @@ def config_field(text: str) -> tuple[str, Any]:
         return name, json.loads(value)
     except json.JSONDecodeError:
         return name, value
-
-
-def check_config_field(name: str) -> None:
-    """See that there is such a field: a configuration takes any keyword, and a misspelt one would train another model.
-
-    Raises:
-        InputError: If [`DinoDetrConfig`] has no field of this name; the message says which one may be meant.
-    """
-    fields = [field.name for field in dataclasses.fields(DinoDetrConfig)]
-    if name not in fields:
-        close = get_close_matches(name, fields, n=1)
-        hint = f"did you mean {close[0]}?" if close else "python -m pydoc hf_dino.DinoDetrConfig lists them"
-        raise InputError(f"DinoDetrConfig has no field {name!r}; {hint}")
 
 
 def parse_size(words: Sequence[str]) -> dict[str, int]:
