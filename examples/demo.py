@@ -19,11 +19,11 @@ from hf_dino.data import read_coco, read_image
 from hf_dino.data.boxes import xywh_to_xyxy
 from hf_dino.data.shapes import generate_shapes
 from hf_dino.hub import load_model_and_processor
+from hf_dino.inference import detect_objects
 from hf_dino.training import get_last_checkpoint
 from hf_dino.utils.arguments import HelpFormatter
 from hf_dino.utils.errors import run_cli
 from hf_dino.visualization import check_drawing_dependencies, draw_detections, hstack_images, save_image
-from predict import detect
 
 
 CONFIG = Path(__file__).parent / "configs" / "tiny.json"
@@ -81,7 +81,7 @@ def draw_test_image(data: Path, model: Path, target: Path) -> None:
     test = read_coco(data / "test", data / "test.json")
     fullest = max(test.images, key=lambda image: len(image.boxes))
     image = read_image(fullest.path)
-    found = detect(*load_model_and_processor(str(model)), image, threshold=0.3)
+    found = detect_objects(*load_model_and_processor(str(model)), image, threshold=0.3)
     boxes, names, scores = ([detection[key] for detection in found] for key in ("box", "name", "score"))
     left = draw_detections(image, boxes, names, scores, test.categories.values())
     names = [test.categories[category_id] for category_id in fullest.category_ids]

@@ -101,7 +101,7 @@ from hf_dino.training import (
     should_stop_early,
     with_effective_batch,
 )
-from hf_dino.utils.arguments import HelpFormatter, at_least, config_field, number_between, parse_size
+from hf_dino.utils.arguments import HelpFormatter, at_least, number_between, parse_config_override, parse_image_size
 from hf_dino.utils.errors import run_cli
 
 
@@ -410,7 +410,7 @@ def make_detector(
     args: argparse.Namespace, train: DetectionSplit, *, is_new: bool
 ) -> tuple[DinoDetrForObjectDetection, BaseImageProcessor]:
     """Make the model for the classes of the data, and say what of it is to be trained."""
-    size = parse_size(args.image_size) if args.image_size else None
+    size = parse_image_size(" ".join(args.image_size)) if args.image_size else None
     fields = dict(args.config_override)
     if args.model:
         model, processor = load_pretrained_for_categories(args.model, train.categories, size, fields)
@@ -475,7 +475,7 @@ def add_model(part: argparse._ArgumentGroup) -> None:
     backbone = "train from scratch, but a backbone that was pre-trained: torchvision/resnet50, or a folder or Hub name"
     part.add_argument("--backbone-weights", metavar="NAME", help=backbone)
     part.add_argument(
-        "--config-override", type=config_field, nargs="+", action="extend", default=[], metavar="FIELD=VALUE",
+        "--config-override", type=parse_config_override, nargs="+", action="extend", default=[], metavar="FIELD=VALUE",
         help="fields of DinoDetrConfig that are to differ",
     )  # fmt: skip
     part.add_argument("--freeze", nargs="*", metavar="STAGE", help="stem, backbone, backbone.stage1 ..., encoder, "

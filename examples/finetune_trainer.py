@@ -35,7 +35,7 @@ from hf_dino.training import (
     get_param_groups,
     read_and_check,
 )
-from hf_dino.utils.arguments import parse_size
+from hf_dino.utils.arguments import parse_image_size
 from hf_dino.utils.errors import run_cli
 
 
@@ -162,7 +162,7 @@ def main(argv: list[str] | None = None) -> None:
     options, training = parse_arguments(words)
     checkpoint = find_checkpoint(training.resume_from_checkpoint, Path(training.output_dir))
     data = read_and_check(partial(read_data, options.data, splits=("train", "validation")))
-    size = parse_size(options.image_size) if options.image_size else None
+    size = parse_image_size(" ".join(options.image_size)) if options.image_size else None
 
     set_seed(training.seed)
     model, processor = load_pretrained_for_categories(options.model, data["train"].categories, size)

@@ -17,6 +17,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoImageProcessor, AutoModelForObjectDetection
 
+from command_line import hf_dino
 from hf_dino.data import InputError
 from hf_dino.data.shapes import generate_shapes
 from jobs import kill_once_there
@@ -50,7 +51,7 @@ TINY = {
 @pytest.fixture(scope="module")
 def examples():
     sys.path.insert(0, str(ROOT / "examples"))
-    yield {name: importlib.import_module(name) for name in ("finetune_coco", "evaluate_coco", "predict")}
+    yield {name: importlib.import_module(name) for name in ("finetune_coco",)}
     sys.path.remove(str(ROOT / "examples"))
 
 
@@ -308,17 +309,9 @@ def test_wrong_arguments(examples, capsys, arguments, message):
 def test_evaluate_gives_what_training_measured(finished, examples, shapes, tmp_path, capsys):
     files = ["--images", str(shapes / "test"), "--annotations", str(shapes / "test.json")]
     numbers, detections = tmp_path / "numbers.json", tmp_path / "detections.json"
-    command = [
-        "--model",
-        str(finished),
-        *files,
-        "--num-workers=0",
-        "--json",
-        str(numbers),
-        "--detections",
-        str(detections),
-    ]
-    examples["evaluate_coco"].main([*command, "--batch-size=3"])
+    command = ["evaluate", "--model_name_or_path", finished, *files, "--dataloader_num_workers=0"]
+    command += ["--metrics_json", numbers, "--results_json", detections]
+    assert hf_dino([*command, "--per_device_eval_batch_size=3"]) == 0
     assert "Average Precision" in capsys.readouterr().out
     measured = json.loads((finished / "metrics.json").read_text())["test"]
     written = json.loads(numbers.read_text())
@@ -327,18 +320,18 @@ def test_evaluate_gives_what_training_measured(finished, examples, shapes, tmp_p
         assert all(one[name] == pytest.approx(other[name], abs=1e-6) for name in one if name != "ap_per_category")
     assert {"image_id", "category_id", "bbox", "score"} == set(json.loads(detections.read_text())[0])
     with pytest.raises(InputError, match=r"numbers\.json: exists already"):
-        examples["evaluate_coco"].main(command)
-    with pytest.raises(SystemExit):
-        examples["evaluate_coco"].main([*command, "--batch-size=0"])
-    assert "argument --batch-size: must be at least 1, got 0" in capsys.readouterr().err
+        hf_dino(command)
+    assert hf_dino([*command, "--per_device_eval_batch_size=0"]) == 2
+    assert "Invalid value for '--per_device_eval_batch_size'" in capsys.readouterr().err
 
 
 def test_predict_draws_one_image_and_a_folder(finished, examples, shapes, tmp_path, capsys):
-    predict, model = examples["predict"].main, f"--model={finished}"
+    predict = ["predict", f"--model_name_or_path={finished}"]
     image = sorted((shapes / "test").iterdir())[0]
-    predict([model, str(image), f"--output={tmp_path / 'drawn.jpg'}", "--threshold=0"])
+    assert hf_dino([*predict, image, f"--output={tmp_path / 'drawn.jpg'}", "--threshold=0"]) == 0
     assert Image.open(tmp_path / "drawn.jpg").format == "JPEG"
-    predict([model, str(shapes / "test"), f"--output={tmp_path / 'drawn'}", f"--json={tmp_path / 'found.json'}"])
+    options = [f"--output={tmp_path / 'drawn'}", f"--detections_json={tmp_path / 'found.json'}"]
+    assert hf_dino([*predict, shapes / "test", *options]) == 0
     assert len(list((tmp_path / "drawn").iterdir())) == 4
     found = json.loads((tmp_path / "found.json").read_text())
     assert str(image) in found
@@ -349,13 +342,16 @@ def test_predict_draws_one_image_and_a_folder(finished, examples, shapes, tmp_pa
         ([str(image), f"--output={tmp_path / 'drawn.xyz'}"], r"images of kind '\.xyz' cannot be written"),
         ([str(tmp_path / "gone.png"), f"--output={tmp_path / 'a.png'}"], r"gone\.png: there is no such"),
         ([str(image), f"--output={tmp_path / 'a.psd'}"], r"images of kind '\.psd' cannot be written"),
-        ([str(image), f"--output={tmp_path / 'a.png'}", f"--json={tmp_path / 'a.png'}"], "is given for two outputs"),
+        (
+            [str(image), f"--output={tmp_path / 'a.png'}", f"--detections_json={tmp_path / 'a.png'}"],
+            "is given for two outputs",
+        ),
         ([str(image), f"--output={tmp_path / 'a.png'}", "--device=quantum"], "--device quantum: cannot be used"),
         ([str(shapes / "train"), str(image), f"--output={tmp_path / 'b'}"], "several images would be drawn into"),
         ([str(shapes / "train"), f"--output={tmp_path / 'one.png'}"], "is the name of one image, but 10 are to be"),
     ):
         with pytest.raises(InputError, match=message):
-            predict([model, *arguments])
+            hf_dino([*predict, *arguments])
 
 
 def test_an_image_that_cannot_be_read_costs_none_of_the_others(finished, examples, shapes, tmp_path):
@@ -365,7 +361,9 @@ def test_an_image_that_cannot_be_read_costs_none_of_the_others(finished, example
     first.write_text("no image")
     second.write_bytes(second.read_bytes()[:-100])
     with pytest.raises(InputError, match=rf"2 of 4 images cannot be read:\n{first}: .*\n{second}: "):
-        examples["predict"].main([f"--model={finished}", str(images), f"--output={drawn}", f"--json={found}"])
+        hf_dino(
+            ["predict", f"--model_name_or_path={finished}", images, f"--output={drawn}", f"--detections_json={found}"]
+        )
     assert json.loads(found.read_text()).keys() == {str(image) for image in others}
     assert {path.stem for path in drawn.iterdir()} == {image.stem for image in others}
 
@@ -375,36 +373,30 @@ def test_an_image_that_is_not_there_is_missed_before_the_model_detects(examples,
     image = min((data / "val").iterdir())
     image.unlink()
     with pytest.raises(InputError, match=image.name):
-        examples["evaluate_coco"].main(["--model=nothing", f"--data={data}"])
+        hf_dino(["evaluate", "--model_name_or_path=nothing", f"--dataset={data}"])
 
 
 @pytest.mark.parametrize("name", ["supervision", "matplotlib"])
 def test_a_library_for_drawing_is_missed_before_the_work(examples, shapes, tmp_path, monkeypatch, name):
     monkeypatch.setitem(sys.modules, name, None)
+    model = [f"--model_name_or_path={tmp_path}"]
     message = rf"needs {name}: pip install 'hf-dino\[train\]'"
     with pytest.raises(ImportError, match=message):
-        examples["predict"].main([f"--model={tmp_path}", str(shapes / "test"), f"--output={tmp_path / 'drawn'}"])
+        hf_dino(["predict", *model, shapes / "test", f"--output={tmp_path / 'drawn'}"])
     with pytest.raises(ImportError, match=message):
-        examples["evaluate_coco"].main([f"--model={tmp_path}", f"--data={shapes}", f"--report={tmp_path / 'a.html'}"])
+        hf_dino(["evaluate", *model, f"--dataset={shapes}", f"--report_html={tmp_path / 'a.html'}"])
     with pytest.raises(ImportError, match=message):
         importlib.import_module("demo").main([f"--output={tmp_path / 'demo'}"])
     assert not (tmp_path / "demo").exists()
 
 
-@pytest.mark.parametrize(("name", "default"), [("evaluate_coco", "for each process (8)"), ("predict", "counts (0.3)")])
-def test_help_says_defaults(examples, capsys, name, default):
-    with pytest.raises(SystemExit):
-        examples[name].main(["--help"])
-    assert default in " ".join(capsys.readouterr().out.split())
-
-
 def test_a_folder_that_holds_no_dino_is_named(examples, shapes, tmp_path):
     image, output = str(sorted((shapes / "test").iterdir())[0]), f"--output={tmp_path / 'a.png'}"
     with pytest.raises(InputError, match=r"it has no config\.json"):
-        examples["predict"].main([f"--model={shapes}", image, output])
+        hf_dino(["predict", f"--model_name_or_path={shapes}", image, output])
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "detr"}))
     with pytest.raises(InputError, match="holds a model of type 'detr', not 'dino_detr'"):
-        examples["predict"].main([f"--model={tmp_path}", image, output])
+        hf_dino(["predict", f"--model_name_or_path={tmp_path}", image, output])
 
 
 @pytest.mark.skipif(not TINY_COCO.exists(), reason="needs ../shared/data/tiny_coco")

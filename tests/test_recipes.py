@@ -9,7 +9,7 @@ import pytest
 from hf_dino import DinoDetrConfig
 from hf_dino.data import AUGMENTATIONS, InputError
 from hf_dino.training.recipe import parse_args_with_recipe
-from hf_dino.utils.arguments import at_least, config_field, number_between
+from hf_dino.utils.arguments import at_least, number_between, parse_config_override
 
 
 RECIPES = Path(__file__).parents[1] / "examples" / "recipes"
@@ -24,7 +24,7 @@ def make_parser():
     start.add_argument("--model")
     start.add_argument("--config", type=Path)
     parser.add_argument("--backbone-weights")
-    parser.add_argument("--config-override", type=config_field, nargs="+", action="extend", default=[])
+    parser.add_argument("--config-override", type=parse_config_override, nargs="+", action="extend", default=[])
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--data")
     parser.add_argument("--augmentation", default="dino")

@@ -6,6 +6,7 @@ Importing the package registers its classes, so `AutoModelForObjectDetection`, `
 
 import sys
 from importlib import import_module
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -43,8 +44,16 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
 
 
-# Importing torch and transformers takes seconds. A program that imports this package needs them anyway, but the commands
-# `hf-dino` and `python -m hf_dino` answer `--help` without them and register the classes when they load a model.
-# While Python looks for the module that `-m` runs, `sys.argv[0]` is "-m".
-if sys.argv[0] != "-m" and Path(sys.argv[0]).name not in ("hf-dino", "hf-dino.exe"):
+def _is_command_line() -> bool:
+    """Return whether this process runs `hf-dino` or `python -m hf_dino`."""
+    if (
+        sys.argv[0] == "-m"
+    ):  # while Python looks for the module that it was told to run, and imports the packages above
+        return ("-m", __name__) in pairwise(sys.orig_argv)
+    return Path(sys.argv[0]).name in ("hf-dino", "hf-dino.exe")
+
+
+# A program that imports this package finds its classes registered. The command line alone is spared the seconds that
+# torch and transformers take to import: it answers `--help` without them, and registers the classes when it uses one.
+if not _is_command_line():
     import_module(".registration", __name__)

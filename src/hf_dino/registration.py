@@ -1,4 +1,12 @@
-"""Register DINO with the auto classes of transformers: `AutoModelForObjectDetection`, `AutoImageProcessor`, `pipeline`."""
+"""Register DINO with the auto classes of transformers.
+
+Example:
+```python
+>>> AutoConfig.for_model("dino_detr", num_queries=300).num_queries
+300
+
+```
+"""
 
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForObjectDetection
 from transformers.models.auto.modeling_auto import MODEL_FOR_OBJECT_DETECTION_MAPPING_NAMES
@@ -26,5 +34,5 @@ AutoImageProcessor.register(
     image_processor_classes={"torchvision": DinoDetrImageProcessor, "pil": DinoDetrImageProcessorPil},
     exist_ok=True,
 )
-# `pipeline` checks this table of names instead of the registry, and would log that DINO is not supported.
+# `pipeline` looks up this table of names instead of the registry, and would log that DINO is not supported.
 MODEL_FOR_OBJECT_DETECTION_MAPPING_NAMES.setdefault(DinoDetrConfig.model_type, DinoDetrForObjectDetection.__name__)

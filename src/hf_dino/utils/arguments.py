@@ -4,7 +4,7 @@ import argparse
 import dataclasses
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from difflib import get_close_matches
 from typing import Any
 
@@ -47,7 +47,6 @@ def number_between(
     """Make the `type` of an argument that is a number from `lowest`, or just above it, to `highest`.
 
     Example:
-
     ```python
     >>> number_between(0, 1)("0.5")
     0.5
@@ -69,15 +68,14 @@ def number_between(
     return number
 
 
-def config_field(text: str) -> tuple[str, Any]:
+def parse_config_override(text: str) -> tuple[str, Any]:
     """Read `FIELD=VALUE`, a field of [`DinoDetrConfig`] and its value as JSON, or as it is if it is no JSON.
 
     Which values are legal, the configuration itself says.
 
     Example:
-
     ```python
-    >>> dict(map(config_field, ["box_noise_scale=1.0", "denoising=plain"]))
+    >>> dict(map(parse_config_override, ["box_noise_scale=1.0", "denoising=plain"]))
     {'box_noise_scale': 1.0, 'denoising': 'plain'}
 
     ```
@@ -108,38 +106,36 @@ def check_config_field(name: str) -> None:
         raise InputError(f"DinoDetrConfig has no field {name!r}; {hint}")
 
 
-def parse_size(words: Sequence[str]) -> dict[str, int]:
-    """Read the size that an image processor is to give to images.
+def parse_image_size(text: str) -> dict[str, int]:
+    """Parse the size that an image processor resizes images to.
 
     Args:
-        words (`Sequence[str]`): The words of `--image-size`, in pixels: shortest edge and longest edge, or the
-            shortest alone for a longest in the original's proportion, or `HEIGHTxWIDTH` for exactly that.
+        text (`str`): `SHORTEST,LONGEST` edge, or `SHORTEST` edge alone for a longest edge in the proportion of the
+            official implementation, or `HEIGHTxWIDTH` for exactly that size, in pixels.
 
     Returns:
         `dict[str, int]`: `shortest_edge` and `longest_edge`, or `height` and `width`.
 
     Raises:
-        InputError: If the words are something else, not positive, or in the wrong order.
+        InputError: If the text is something else, a number is not positive, or the longest edge is the shorter one.
 
     Example:
-
     ```python
-    >>> parse_size(["800"]), parse_size(["480x640"])
+    >>> parse_image_size("800"), parse_image_size("480x640")
     ({'shortest_edge': 800, 'longest_edge': 1333}, {'height': 480, 'width': 640})
 
     ```
     """
-    given = " ".join(words)
     try:
-        if "x" in given:
-            height, width = map(int, given.split("x"))
+        if "x" in text:
+            height, width = map(int, text.split("x"))
             size = {"height": height, "width": width}
         else:
-            shortest, *longest = map(int, words)
+            shortest, *longest = map(int, text.replace(",", " ").split())
             (longest_edge,) = longest or [round(shortest * LONGEST_EDGE / SHORTEST_EDGE)]
             size = {"shortest_edge": shortest, "longest_edge": longest_edge}
     except ValueError:
-        raise InputError(f"--image-size {given}: expected SHORTEST, SHORTEST LONGEST or HEIGHTxWIDTH") from None
+        raise InputError(f"image_size {text}: expected SHORTEST, SHORTEST,LONGEST or HEIGHTxWIDTH") from None
     if min(size.values()) < 1 or size.get("shortest_edge", 0) > size.get("longest_edge", 0):
-        raise InputError(f"--image-size {given}: must be positive, and LONGEST not less than SHORTEST")
+        raise InputError(f"image_size {text}: must be positive, and LONGEST at least SHORTEST")
     return size
