@@ -1,6 +1,5 @@
 """Tell which kernels would be used on this machine and why: `python -m hf_dino.kernels [--build]`."""
 
-import argparse
 import json
 import sys
 from contextlib import suppress
@@ -12,15 +11,13 @@ from ..kernels import default_builder, find_prebuilt, impossible, load, mode
 from .compilers import KernelError, find_compiler
 
 
-def main() -> int:
-    """Report on each type of device; 1 if one that is required or was to be built has no kernel."""
-    parser = argparse.ArgumentParser(prog="python -m hf_dino.kernels", description=__doc__)
-    parser.add_argument("--build", action="store_true", help="compile now what is not compiled yet, and load it")
-    build = parser.parse_args().build
-    try:
-        mode()
-    except ValueError as error:
-        parser.error(str(error))
+def report_kernels(build: bool) -> int:
+    """Report on each type of device; 1 if one that is required or was to be built has no kernel.
+
+    Raises:
+        ValueError: If the environment variable `HF_DINO_KERNELS` has an unknown value.
+    """
+    mode()
     print_line("PyTorch", f"{torch.__version__}, {f'CUDA {torch.version.cuda}' if torch.version.cuda else 'no CUDA'}")
     print_line("HF_DINO_KERNELS", mode())
     print_line("sources", default_builder().sources)
@@ -83,4 +80,6 @@ def print_line(name: str, text: object) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    from ..cli import main
+
+    main(["kernels", *sys.argv[1:]])
