@@ -7,10 +7,14 @@ import json
 import math
 from collections.abc import Callable
 from dataclasses import MISSING, dataclass, field, fields
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from .utils.errors import InputError
+from .utils.io import read_text
 
 
 SPLIT_PREFIXES = {"train": "train", "val": "validation", "test": "test"}
@@ -172,7 +176,7 @@ class FineTuningArguments:
     augmentation: str = _option(
         "dino",
         _text,
-        "Augmentation of the training images: dino, dino-large, flip, photometric, none, or FILE.py:NAME.",
+        "Augmentation of training images: dino, dino-large, flip, photometric, none, or FILE.py:FUNCTION.",
     )
     group_by_aspect_ratio: bool = _option(
         False, _flag, "Put images of similar shape into the same micro-batch of a step, for less padding."
@@ -274,8 +278,7 @@ class FineTuningArguments:
                 self.model_name_or_path and self.backbone_weights
             ),
             f"--lr_scheduler_type {self.lr_scheduler_type} has no milestones; remove --lr_milestones or give it no "
-            "value": self.lr_scheduler_type != "multi_step"
-            and self.lr_milestones not in ([], default_of("lr_milestones")),
+            "value": self.lr_scheduler_type != "multi_step" and self.lr_milestones not in ([], [11 / 12]),
             "give either --dataset or the files of each split, not both": bool(
                 self.dataset and any(map(any, has_files.values()))
             ),
@@ -297,6 +300,11 @@ def parse_option(name: str, value: Any) -> Any:
     Raises:
         InputError: If the value cannot be used.
     """
+    if name not in OPTIONS:
+        close = get_close_matches(name, OPTIONS, n=1)
+        raise InputError(f"option {name} not found; {f'did you mean {close[0]}?' if close else 'see --help'}")
+    if value is None:
+        raise InputError(f"{name}: has no value; remove the line to use the default")
     try:
         return OPTIONS[name].metadata["parse"](value)
     except ValueError as error:
@@ -348,3 +356,32 @@ RESUME_IGNORED_ARGS = {
     *(f"{prefix}_{kind}" for prefix in SPLIT_PREFIXES for kind in ("images", "annotations")),
 }  # fmt: skip
 """Options that may differ when a run is resumed: where files are, how fast they are read, and how long the run is."""
+
+
+def read_recipe(path: Path) -> dict[str, Any]:
+    """Read a recipe: a YAML file with one entry per option, its name with dashes or underscores.
+
+    Args:
+        path (`Path`): The file. A list is the value of an option that takes several, `true` and `false` of a flag, and
+            a mapping of `config_overrides`.
+
+    Returns:
+        `dict[str, Any]`: Values for [`FineTuningArguments`].
+
+    Raises:
+        InputError: If the file cannot be read, or an entry is unknown, duplicated or has an invalid value.
+    """
+    text = read_text(path)
+    try:
+        entries, tree = yaml.safe_load(text), yaml.compose(text, yaml.SafeLoader)
+    except yaml.YAMLError as error:
+        raise InputError(f"{path}: is not valid YAML ({' '.join(str(error).split())})") from None
+    if not isinstance(entries, dict):
+        raise InputError(f"{path}: must have lines such as `num_train_epochs: 12`, got {type(entries).__name__}")
+    names = [key.value.replace("-", "_") for key, _ in tree.value]  # YAML keeps the last of duplicate entries
+    if duplicates := {name for name in names if names.count(name) > 1}:
+        raise InputError(f"{path}: {', '.join(sorted(duplicates))} is duplicated")
+    try:
+        return {name: parse_option(name, value) for name, value in zip(names, entries.values(), strict=True)}
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None

@@ -9,12 +9,13 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from ..utils.errors import run_cli
-from . import kernels
+from . import kernels, train
 from .options import Command, make_app
 
 
 app = make_app("Train, evaluate and run DINO object detectors.")
 app.command(cls=Command)(kernels.kernels)
+app.command(cls=train.TrainCommand)(train.train)
 app.callback()(lambda: None)  # a group of commands, even while there is one only
 
 

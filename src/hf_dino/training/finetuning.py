@@ -396,10 +396,9 @@ class FineTuner:
     def command(self) -> str:
         """The shell command that repeats the run, with the precision that accelerate may have been configured to."""
         precision = self.arguments.mixed_precision or self.accelerator.mixed_precision
-        arguments = dataclasses.replace(self.arguments, mixed_precision=None if precision == "no" else precision)
-        return training_command(
-            "-m", ["hf_dino", "train", *reproduction_argv(arguments)], self.accelerator.num_processes
-        )
+        arguments = dataclasses.replace(self.arguments, mixed_precision=precision if precision != "no" else None)
+        words = ["hf_dino", "train", *reproduction_argv(arguments)]
+        return training_command("-m", words, self.accelerator.num_processes)
 
 
 def _is_multiple(step: int, interval: int | None) -> bool:

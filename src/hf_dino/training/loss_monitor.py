@@ -47,6 +47,9 @@ class RandomState:
             torch.cuda.set_rng_state(self.cuda)
 
 
+_Batch = tuple[Mapping[str, Any], RandomState]
+
+
 class LossMonitor:
     """Collect the losses since the last row of the history, averaged over the processes.
 
@@ -79,7 +82,7 @@ class LossMonitor:
         self.max_nonfinite = 0 if accelerator.scaler is None else MAX_CONSECUTIVE_NONFINITE
         self._num_nonfinite = 0  # consecutive steps up to now
         self._names: list[str] = []
-        self._batches: list[tuple[Mapping[str, Any], RandomState]] = []  # of this step
+        self._batches: list[_Batch] = []  # of this step
         self._losses: list[torch.Tensor] = []  # of this step, on the device
         self._rows: list[dict[str, float]] = []
 
@@ -152,13 +155,7 @@ class LossMonitor:
         width = len(self._names)
         return values[0], [dict(zip(self._names, values[i : i + width])) for i in range(1, len(values), width)]
 
-    def _stop(
-        self,
-        step: int,
-        norm: float,
-        rows: list[dict[str, float]],
-        batches: list[tuple[Mapping[str, Any], RandomState]],
-    ) -> NoReturn:
+    def _stop(self, step: int, norm: float, rows: list[dict[str, float]], batches: list[_Batch]) -> NoReturn:
         """Save the state, find the cause, and raise one error with the findings of all processes."""
         _, random_state = batches[0]
         random_state.restore()

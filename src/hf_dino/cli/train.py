@@ -1,0 +1,104 @@
+"""`hf-dino train`: fine-tune DINO, with the fields of `FineTuningArguments` as options."""
+
+import inspect
+import logging
+from collections.abc import Iterator
+from dataclasses import MISSING, Field
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ..training_arguments import OPTIONS, FineTuningArguments, parse_option, read_recipe
+from .options import Command
+
+
+SEVERAL = {f"--{name}" for name, field in OPTIONS.items() if field.metadata["metavar"]}
+"""Options with several values, or with none for an empty list."""
+
+
+class TrainCommand(Command):
+    """A command that accepts several values after an option: `--freeze stem encoder`."""
+
+    def parse_args(self, ctx: typer.Context, args: list[str]) -> list[str]:
+        """Parse the command line after writing such an option once per value, which is the form of typer."""
+        return super().parse_args(ctx, list(_repeat_options(args)))
+
+
+def _repeat_options(args: list[str]) -> Iterator[str]:
+    starts = [index for index, word in enumerate(args) if word.startswith("--")]
+    groups = [args[start:stop] for start, stop in zip([0, *starts], [*starts, len(args)])]
+    for name, *values in filter(None, groups):
+        if f"--{name[2:].replace('-', '_')}" in SEVERAL:
+            yield from (word for value in values or [""] for word in (name, value))
+        else:
+            yield from (name, *values)
+
+
+def train(recipe: Path | None = None, **options: Any) -> None:
+    """Fine-tune DINO on a dataset, or train it from scratch.
+
+    The dataset is a directory in the format of COCO, Pascal VOC, YOLO or Hugging Face datasets, or on the Hub, with a
+    train and a validation split. The defaults are the official recipe for COCO. `accelerate launch -m hf_dino train`
+    runs it on several GPUs. Ctrl-C, SIGTERM and SIGUSR1 stop it after the current step, with a checkpoint.
+    """
+    arguments = make_arguments(recipe, options)
+
+    import transformers
+    from rich.logging import RichHandler
+
+    from ..training import FineTuner, make_accelerator
+
+    accelerator = make_accelerator(arguments)
+    level = logging.WARNING if accelerator.is_main_process else logging.ERROR
+    logging.basicConfig(level=level, format="%(message)s", handlers=[RichHandler(show_path=False)])
+    transformers.utils.logging.disable_progress_bar()  # FineTuner has its own
+    FineTuner(arguments, accelerator).train()
+
+
+def make_arguments(recipe: Path | None, options: dict[str, Any]) -> FineTuningArguments:
+    """Combine a recipe with the options of the command line, which take precedence.
+
+    Args:
+        recipe (`Path`, *optional*): The recipe.
+        options (`dict[str, Any]`): Text by the name of the option; `None` or an empty list if it was not given.
+    """
+    given = {name: parse_option(name, value) for name, value in options.items() if value not in (None, [])}
+    values = read_recipe(recipe) if recipe else {}
+    overrides = values.get("config_overrides", {}) | given.get("config_overrides", {})
+    return FineTuningArguments(**values | given | {"config_overrides": overrides})
+
+
+METAVARS = {int: "INTEGER", int | None: "INTEGER", float: "NUMBER", float | None: "NUMBER"}
+
+
+def _parameter(field: Field) -> inspect.Parameter:
+    """Make the typer option of a field of `FineTuningArguments`."""
+    is_flag, several, default = field.type is bool, field.metadata["metavar"], field.default
+    option = typer.Option(
+        f"--{field.name}/--no_{field.name}" if is_flag else f"--{field.name}",
+        help=field.metadata["help"] + ("" if is_flag or default in (None, MISSING) else f" Default: {default}."),
+        metavar=several or METAVARS.get(field.type),
+    )
+    kind: Any = bool if is_flag else list[str] if several else str
+    is_required = default is MISSING and field.default_factory is MISSING
+    return inspect.Parameter(
+        field.name,
+        inspect.Parameter.KEYWORD_ONLY,
+        default=... if is_required else None,
+        annotation=Annotated[kind | None, option],
+    )
+
+
+_RECIPE = inspect.Parameter(
+    "recipe",
+    inspect.Parameter.KEYWORD_ONLY,
+    default=None,
+    annotation=Annotated[
+        Path | None,
+        typer.Option(help="YAML file with any of these options; those of the command line take precedence."),
+    ],
+)
+_PARAMETERS = [_RECIPE, *map(_parameter, OPTIONS.values())]
+train.__signature__ = inspect.Signature(_PARAMETERS)  # type: ignore[attr-defined]
+train.__annotations__ = {each.name: each.annotation for each in _PARAMETERS}
