@@ -27,14 +27,8 @@ from hf_dino.data import DetectionDataset, InputError, read_data
 from hf_dino.evaluation import METRICS, evaluate_model
 from hf_dino.hub import load_pretrained_for_categories
 from hf_dino.model_card import finetuned_card, training_command
-from hf_dino.training import (
-    PROCESS_GROUP_TIMEOUT,
-    build_training_pipeline,
-    effective_batch,
-    freeze,
-    get_param_groups,
-    read_and_check,
-)
+from hf_dino.training import PROCESS_GROUP_TIMEOUT, build_training_pipeline, freeze, get_param_groups, read_and_check
+from hf_dino.training import batch as effective_batch
 from hf_dino.utils.arguments import parse_image_size
 from hf_dino.utils.errors import run_cli
 
@@ -162,7 +156,7 @@ def main(argv: list[str] | None = None) -> None:
     options, training = parse_arguments(words)
     checkpoint = find_checkpoint(training.resume_from_checkpoint, Path(training.output_dir))
     data = read_and_check(partial(read_data, options.data, splits=("train", "validation")))
-    size = parse_image_size(" ".join(options.image_size)) if options.image_size else None
+    size = parse_image_size(options.image_size) if options.image_size else None
 
     set_seed(training.seed)
     model, processor = load_pretrained_for_categories(options.model, data["train"].categories, size)

@@ -20,9 +20,9 @@ from hf_dino.training import (
     resolve_resume_checkpoint,
     save_checkpoint,
 )
+from hf_dino.training.checkpoint import lock_output_dir
 from hf_dino.training.ema import ExponentialMovingAverage
-from hf_dino.training.history import RunHistory
-from hf_dino.training.lock import lock_output_dir
+from hf_dino.training.logging import RunHistory
 from hf_dino.training.signals import StopSignals
 
 

@@ -29,10 +29,15 @@ from hf_dino.training import (
     save_checkpoint,
 )
 from hf_dino.training import checkpoint as checkpoint_module
-from hf_dino.training import lock as lock_module
-from hf_dino.training.checkpoint import check_disk_space, data_fingerprint, file_fingerprint, save_emergency_checkpoint
+from hf_dino.training import checkpoint as lock_module
+from hf_dino.training.checkpoint import (
+    check_disk_space,
+    data_fingerprint,
+    file_fingerprint,
+    lock_output_dir,
+    save_emergency_checkpoint,
+)
 from hf_dino.training.ema import ExponentialMovingAverage
-from hf_dino.training.lock import lock_output_dir
 from hf_dino.utils.io import atomic_update_directory, write_json
 
 

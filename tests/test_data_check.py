@@ -219,7 +219,7 @@ def test_errors_of_other_formats_do_not_hide_each_other(tmp_path, capsys, files,
 
 def test_augmented_samples_are_drawn(tmp_path):
     write_shapes(tmp_path / "shapes")
-    words = ["data", "augment", tmp_path / "shapes", "--image_size=64,100", "--num_images=2", "--num_views=2"]
+    words = ["data", "augment", tmp_path / "shapes", "--image_size", 64, 100, "--num_images=2", "--num_views=2"]
     assert hf_dino([*words, "--augmentation", "dino", "--output", str(tmp_path / "a.png")]) == 0
     with Image.open(tmp_path / "a.png") as drawn:
         assert drawn.width == 3 * 488 + 8

@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from conftest import TINY_SWIN, make_labels, tiny_model
 from hf_dino.data.batching import TrainingBatchSampler
-from hf_dino.training.effective_batch import effective_batch, with_effective_batch
+from hf_dino.training.batch import effective_batch, with_effective_batch
 from hf_dino.training.ema import ExponentialMovingAverage
 from hf_dino.utils.distributed import summon_full_params
 

@@ -249,7 +249,7 @@ def test_wrong_input_is_heard_of_before_anything_is_written(example, arguments, 
         (f"--resume_from_checkpoint={tmp_path}", "holds no checkpoint to resume from; start without"),
         (f"--data={tmp_path / 'gone'}", "gone: there is no such folder"),
         (f"--model={tmp_path}", r"it has no config\.json"),
-        ("--image_size=big", "image_size big: expected SHORTEST"),
+        ("--image_size=big", "--image_size big: expected SHORTEST"),
         ("--augmentation=hard", "unknown augmentation 'hard'"),
     ):
         with pytest.raises(InputError, match=message):

@@ -12,9 +12,7 @@ from PIL import Image
 from rich.console import Console
 
 from hf_dino.training import TrainingState
-from hf_dino.training.history import RunHistory
-from hf_dino.training.progress import TrainingProgress, peak_memory
-from hf_dino.training.tracking import init_tracking
+from hf_dino.training.logging import RunHistory, TrainingProgress, init_tracking, peak_memory
 
 
 ROWS = [
@@ -123,7 +121,7 @@ def test_progress_says_what_is_measured(is_terminal):
 
 def test_evaluations_do_not_count_as_slow_training(monkeypatch):
     clock = [0.0]
-    monkeypatch.setattr("hf_dino.training.progress.time.monotonic", lambda: clock[0])
+    monkeypatch.setattr("hf_dino.training.logging.time.monotonic", lambda: clock[0])
     progress = TrainingProgress(100, 0, enabled=False, step_size=6)
     for _ in range(2):
         clock[0] += 1
@@ -188,5 +186,5 @@ def test_a_run_has_its_folders_name_and_one_identity_in_every_tracker(tmp_path):
 
 @pytest.mark.parametrize(("gib", "said"), [(0.05, "51 MiB"), (0.25, "0.2 GiB"), (12.0, "12.0 GiB")])
 def test_little_memory_is_more_than_none(monkeypatch, gib, said):
-    monkeypatch.setattr("hf_dino.training.progress.peak_memory", lambda: gib)
+    monkeypatch.setattr("hf_dino.training.logging.peak_memory", lambda: gib)
     assert f"  {said}" in shown(is_terminal=False)[0]

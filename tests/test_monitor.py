@@ -9,8 +9,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from conftest import make_labels, tiny_model
-from hf_dino.training.diagnosis import RandomState, find_first_nonfinite
-from hf_dino.training.monitor import LossMonitor
+from hf_dino.training.loss_monitor import LossMonitor, RandomState, find_first_nonfinite
 
 
 INF, NAN = float("inf"), float("nan")

@@ -9,11 +9,12 @@ from torch import nn
 from conftest import TINY_RESNET, TINY_SWIN, make_labels, tiny_config, tiny_model
 from hf_dino import DinoDetrForObjectDetection
 from hf_dino.data import InputError
-from hf_dino.training.freezing import freezable_stages, freeze
-from hf_dino.training.optimization import (
+from hf_dino.training.optim import (
     SCHEDULES,
     compile_layers,
     enable_gradient_checkpointing,
+    freezable_stages,
+    freeze,
     get_lr_multiplier,
     get_milestones,
     get_param_groups,

@@ -71,7 +71,7 @@ def rank(module: str) -> int:
     name = module.split(".")[0]
     files = {
         "__init__": "core", "hub": "data", "model_card": "data", "visualization": "utils",
-        "registration": "core", "auto": "core", "__main__": "cli",
+        "registration": "core", "training_arguments": "training", "auto": "core", "__main__": "cli",
     }  # fmt: skip
     name = "core" if name.endswith("_dino_detr") else files.get(name, name)
     return RANKS.index(name)

@@ -10,11 +10,12 @@ from typing import Annotated, NoReturn
 import typer
 
 from ..utils.errors import run_cli
-from . import data, evaluate, predict
+from . import data, evaluate, predict, train
 from .options import Command, make_app
 
 
 app = make_app("Train, evaluate and run DINO object detectors.")
+app.command(cls=Command)(train.train)
 app.command(cls=Command)(evaluate.evaluate)
 app.command(cls=Command)(predict.predict)
 app.add_typer(data.app, name="data")

@@ -140,12 +140,13 @@ def augment(
         ),
     ] = "dino",
     image_size: Annotated[
-        str,
+        list[str],
         typer.Option(
             metavar="PIXELS",
-            help="Size of images in training: SHORTEST edge, SHORTEST,LONGEST edge, or HEIGHTxWIDTH, in pixels.",
+            help="Size of images in training in pixels: shortest edge, shortest and longest edge, or HEIGHTxWIDTH.",
+            show_default="800 1333",
         ),
-    ] = "800,1333",
+    ] = ["800", "1333"],  # noqa: B006
     num_images: Annotated[int, typer.Option(min=1, help="Number of images, each in a row of its own.")] = 4,
     num_views: Annotated[int, typer.Option(min=1, help="Number of augmented copies of each image.")] = 3,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the augmentation, as in training.")] = 0,

@@ -3,6 +3,7 @@
 import logging
 import shlex
 from collections import defaultdict
+from collections.abc import Container, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -24,9 +25,10 @@ AnnotationsOption = Annotated[
 
 
 class Command(TyperCommand):
-    """A command whose options are spelled with underscores, as in transformers, and listed in groups.
+    """A command with the conventions of transformers' scripts.
 
-    The group of an option is its `rich_help_panel`.
+    Options are spelled with underscores. An option that is a list takes several values, as in `--freeze stem encoder`,
+    or none for an empty list. Help lists the options by their `rich_help_panel`.
     """
 
     def __init__(self, *args: Any, **kwargs: Any):
@@ -35,9 +37,10 @@ class Command(TyperCommand):
             parameter.opts = [_underscored(option) for option in parameter.opts]
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Keep the arguments for [`command_line`], which parsing consumes."""
-        ctx.meta[__name__] = list(args)
-        return super().parse_args(ctx, args)
+        """Parse the arguments after writing each option that is a list once per value, as typer expects it."""
+        ctx.meta[__name__] = list(args)  # parsing consumes them
+        lists = {option for each in self.params if getattr(each, "multiple", False) for option in each.opts}
+        return super().parse_args(ctx, list(_repeat_options(args, lists)))
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
         """Write the help of each group of options."""
@@ -52,6 +55,27 @@ class Command(TyperCommand):
 
 def _underscored(option: str) -> str:
     return option[:2] + option[2:].replace("-", "_")
+
+
+def _repeat_options(arguments: Sequence[str], repeated: Container[str]) -> Iterator[str]:
+    """Write `--option a b` as `--option a --option b` for the options in `repeated`.
+
+    Example:
+
+    ```python
+    >>> list(_repeat_options(["mine", "--freeze", "stem", "encoder", "--seed", "1"], {"--freeze"}))
+    ['mine', '--freeze', 'stem', '--freeze', 'encoder', '--seed', '1']
+
+    ```
+    """
+    starts = [index for index, argument in enumerate(arguments) if argument.startswith("--")]
+    yield from arguments[: min(starts, default=None)]
+    for start, stop in zip(starts, [*starts[1:], len(arguments)]):
+        option, *values = arguments[start:stop]
+        if _underscored(option) in repeated:
+            yield from (word for value in values or [""] for word in (option, value))
+        else:
+            yield from (option, *values)
 
 
 def command_line(context: typer.Context) -> str:
