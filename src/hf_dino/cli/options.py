@@ -45,7 +45,7 @@ class Command(TyperCommand):
     def format_options(self, ctx: Any, formatter: Any) -> None:
         """Write the help of each group of options."""
         groups: dict[str, list[tuple[str, str]]] = defaultdict(list)
-        for parameter in self.get_params(ctx):
+        for parameter in sorted(self.get_params(ctx), key=lambda parameter: parameter.param_type_name):
             group = getattr(parameter, "rich_help_panel", None) or f"{parameter.param_type_name.title()}s"
             groups[group] += filter(None, [parameter.get_help_record(ctx)])
         for group, records in groups.items():
