@@ -27,7 +27,7 @@ from evaluation_problems import generate
 from hf_dino.data import DetectionSplit
 from hf_dino.data.objects import to_annotation_array
 from hf_dino.evaluation import DETECTION_DTYPE, ENGINES, METRICS, evaluate_coco
-from hf_dino.evaluation.detections import sort_by_image
+from hf_dino.evaluation.predictions import sort_by_image
 from machine import write_result
 from turns import Contender, take_turns
 
@@ -37,7 +37,7 @@ def make_ours(folder: Path, engine: str) -> Callable[[], None]:
 
     def run() -> None:
         data = pickle.loads((folder / "data.pickle").read_bytes())
-        detections = sort_by_image([np.memmap(folder / "detections", DETECTION_DTYPE, mode="r")])
+        detections = sort_by_image(np.fromfile(folder / "detections", DETECTION_DTYPE))
         scores = evaluate_coco(data, detections, engine)
         (folder / f"{engine}.json").write_text(json.dumps(list(scores.metrics.values())))
 

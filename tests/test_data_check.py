@@ -153,7 +153,7 @@ def test_command_line_on_good_data(tmp_path, capsys):
         pixels = np.asarray(drawn.convert("RGB"))
     assert pixels.shape[1] > 2 * 480
     assert len(np.unique(pixels.reshape(-1, 3), axis=0)) > 1000
-    with pytest.raises(InputError, match=r"sheet\.png: exists already"):
+    with pytest.raises(InputError, match=r"sheet\.png: already exists"):
         hf_dino(["data", "check", str(tmp_path / "shapes"), "--preview", str(sheet)])
 
 
@@ -239,7 +239,7 @@ def test_a_sheet_is_a_new_image_of_a_known_format(tmp_path):
     assert list(tmp_path.iterdir()) == []
     draw_image_grid([sample], tmp_path / "a.png")
     before = (tmp_path / "a.png").read_bytes()
-    with pytest.raises(InputError, match="exists already"):
+    with pytest.raises(InputError, match="already exists"):
         draw_image_grid([sample], tmp_path / "a.png")
     assert (tmp_path / "a.png").read_bytes() == before
 

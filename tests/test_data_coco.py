@@ -124,7 +124,7 @@ def test_annotation_of_an_unknown_image(tmp_path):
 
 def test_unreadable_files(tmp_path):
     images, file = write_coco(tmp_path, [])
-    with pytest.raises(InputError, match=r"gone\.json: there is no such file"):
+    with pytest.raises(InputError, match=r"gone\.json: file not found"):
         read_coco(images, tmp_path / "gone.json")
     with pytest.raises(InputError, match="cannot be read"):
         read_coco(images, tmp_path)

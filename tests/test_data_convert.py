@@ -328,7 +328,7 @@ def test_command_line(tmp_path, capsys):
         (lambda source: (source / "train" / "2.png").unlink(), "out", "1 of the images in"),
         (lambda source: (source / "train" / "2.png").write_bytes(b"no"), "out", "2.png: cannot be read as an image"),
         (lambda source: draw(source / "train" / "2.png", (41, 60)), "out", "2.png: the annotations say 60 x 40"),
-        (lambda source: None, "source", "exists already"),
+        (lambda source: None, "source", "already exists"),
         (lambda source: None, "source/train.json", "is not changed"),
         (lambda source: None, "source/out", "is not changed"),
     ],

@@ -1,4 +1,4 @@
-"""What a user can repair ends a command as one line; what we have to repair keeps its traceback."""
+"""User errors end a command with one line; bugs keep their traceback."""
 
 import weakref
 
@@ -8,28 +8,28 @@ from hf_dino.utils.errors import InputError, run_cli
 
 
 @pytest.mark.parametrize("status", [None, 0, 1])
-def test_a_command_ends_with_the_status_of_its_main(status):
+def test_a_command_exits_with_the_status_of_main(status):
     with pytest.raises(SystemExit) as end:
         run_cli(lambda: status)
     assert end.value.code == status
 
 
 @pytest.mark.parametrize("kind", [InputError, ImportError, OSError, FloatingPointError])
-def test_what_a_user_can_repair_is_one_line(kind):
+def test_user_errors_are_one_line(kind):
     def main():
-        raise kind("no such thing")
+        raise kind("file not found")
 
-    with pytest.raises(SystemExit, match=r"^error: no such thing$"):
+    with pytest.raises(SystemExit, match=r"^error: file not found$"):
         run_cli(main)
 
 
-def test_what_was_at_work_is_let_go_at_once():
-    """Processes that read images ahead would end seconds later, each."""
+def test_objects_in_the_traceback_are_freed():
+    """DataLoader workers would delay the exit by seconds."""
     held = []
 
     def main():
-        reader = set()
-        held.append(weakref.ref(reader))
+        loader = set()
+        held.append(weakref.ref(loader))
         raise InputError("a broken image")
 
     with pytest.raises(SystemExit) as end:
@@ -37,6 +37,6 @@ def test_what_was_at_work_is_let_go_at_once():
     assert held[0]() is None, end
 
 
-def test_other_errors_are_ours():
+def test_other_errors_keep_their_traceback():
     with pytest.raises(ZeroDivisionError):
         run_cli(lambda: 1 // 0)

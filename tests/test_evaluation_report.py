@@ -1,4 +1,4 @@
-"""The report is one file that needs nothing else, says what was measured, and takes every name as text."""
+"""The report is one self-contained file, has all results, and escapes every name."""
 
 import base64
 import io
@@ -15,7 +15,7 @@ from command_line import hf_dino
 from conftest import tiny_model
 from hf_dino import DinoDetrImageProcessor
 from hf_dino.data import InputError, read_coco
-from hf_dino.evaluation import KINDS, analyze_errors, detections_from_results, evaluate_coco, report
+from hf_dino.evaluation import OUTCOMES, analyze_errors, detections_from_results, evaluate_coco, report
 from hf_dino.evaluation.report import write_report
 
 
@@ -30,7 +30,7 @@ BOX = [10, 10, 40, 20]
 
 
 class Page(HTMLParser):
-    """Elements and text of a page whose elements must all be closed."""
+    """Collect elements and text of a page, and check that every element is closed."""
 
     def __init__(self, text):
         super().__init__()
@@ -56,7 +56,7 @@ class Page(HTMLParser):
 
 def images_in(page):
     sources = [value for name, value in page.attributes if name == "src"]
-    assert all(source.startswith("data:image/") for source in sources), "nothing is fetched"
+    assert all(source.startswith("data:image/") for source in sources), "images are embedded"
     return [Image.open(io.BytesIO(base64.b64decode(source.partition(",")[2]))) for source in sources]
 
 
@@ -80,19 +80,19 @@ RESULTS = [
 ]
 
 
-def test_everything_is_in_it(data, tmp_path):
+def test_the_report_has_all_results(data, tmp_path):
     text, scores, analysis = make_report(tmp_path / "new" / "report.html", data, RESULTS, command="evaluate <it>")
     page = Page(text)
     words = " ".join(" ".join(page.words).split())
     for name in HOSTILE.values():
-        assert name.strip()[:59] in words, "a name is text"
+        assert name.strip()[:59] in words, "names are text"
         assert ("title", name) in page.attributes
     for value in scores.metrics.values():
         assert ("–" if value < 0 else f"{value:.3f}") in words
-    for kind, meaning in KINDS.items():
-        assert f"{kind} {analysis.counts[kind]} {meaning}" in words
-    assert "3 images, 2 objects, 1 crowd regions" in words
-    assert f"{HOSTILE[7]} {HOSTILE[3]} 1 1" in words, "one object of one was taken for the other"
+    for outcome, description in OUTCOMES.items():
+        assert f"{outcome} {analysis.counts[outcome]} {description}" in words
+    assert "3 images with 2 objects and 1 crowd regions" in words
+    assert f"{HOSTILE[7]} {HOSTILE[3]} 1 1" in words, "one object of one was predicted as the other class"
     assert "evaluate <it>" in words
     assert "torch" in words
     assert "b" not in page.elements[page.elements.index("table") :], "no name has become an element"
@@ -104,25 +104,25 @@ def test_images(data, tmp_path):
     text, _, analysis = make_report(tmp_path / "report.html", data, RESULTS)
     curves, confusion, *worst = images_in(Page(text))
     assert (curves.format, confusion.format) == ("PNG", "PNG")
-    assert len(worst) == len(analysis.worst) == 2
+    assert len(worst) == len(analysis.worst_images) == 2
     for image in worst:
         assert image.format == "JPEG"
         assert max(image.size) <= 1600
         assert np.asarray(image).std() > 10
 
 
-def test_nothing_detected_and_nothing_there(data, tmp_path):
+def test_no_detections_and_no_objects(data, tmp_path):
     text, *_ = make_report(tmp_path / "nothing.html", data, [])
-    assert "2 not found" in text
+    assert "false negative: 2" in text
     empty = read_coco(*write_coco(tmp_path / "empty", []))
     text, *_ = make_report(tmp_path / "empty.html", empty, [])
-    assert "No image has a mistake." in text
+    assert "No image has an error." in text
     assert len(images_in(Page(text))) == 2
 
 
 def test_many_classes(tmp_path, monkeypatch):
-    """Those that never occur are not in the matrix, and of the others not more than can be read."""
-    monkeypatch.setattr(report, "_MOST_CLASSES", 20)
+    """The matrix leaves out classes that never occur, and has no more of the others than are legible."""
+    monkeypatch.setattr(report, "_MAX_CLASSES", 20)
     categories = {number: f"class {number}" for number in range(1, 41)}
     objects = [annotation(1, number, BOX) for number in range(11, 41)]
     data = read_coco(*write_coco(tmp_path, objects, categories=categories))
@@ -134,22 +134,22 @@ def test_many_classes(tmp_path, monkeypatch):
     assert 400 < max(images_in(page)[1].size) < 1000
 
 
-def test_nothing_is_overwritten(data, tmp_path):
+def test_an_existing_file_is_not_overwritten(data, tmp_path):
     path = tmp_path / "report.html"
     path.write_text("mine")
-    with pytest.raises(InputError, match=r"report\.html: exists already"):
+    with pytest.raises(InputError, match=r"report\.html: already exists"):
         make_report(path, data, RESULTS)
     assert path.read_text() == "mine"
 
 
-def test_an_image_that_is_gone_leaves_no_half_report(data, tmp_path):
+def test_a_missing_image_leaves_no_partial_report(data, tmp_path):
     data.images[0].path.unlink()
     with pytest.raises(InputError, match=r"1\.png"):
         make_report(tmp_path / "report.html", data, RESULTS)
     assert not list(tmp_path.glob("*report*"))
 
 
-def test_the_command_writes_everything_and_replaces_nothing(data, tmp_path, capsys):
+def test_the_command_writes_all_files_and_overwrites_none(data, tmp_path, capsys):
     tiny_model(id2label=dict(enumerate(HOSTILE.values()))).save_pretrained(tmp_path / "model")
     DinoDetrImageProcessor(size={"shortest_edge": 64, "longest_edge": 107}).save_pretrained(tmp_path / "model")
     files = [f"--images={tmp_path / 'images'}", f"--annotations={tmp_path / 'annotations.json'}"]
@@ -166,7 +166,7 @@ def test_the_command_writes_everything_and_replaces_nothing(data, tmp_path, caps
     words = " ".join(Page(outputs["report_html"].read_text(encoding="utf-8")).words)
     assert f"hf-dino evaluate --model_name_or_path={tmp_path / 'model'}" in words
     for name, path in outputs.items():
-        with pytest.raises(InputError, match="exists already"):
+        with pytest.raises(InputError, match="already exists"):
             hf_dino([*command, f"--{name}={path}"])
     assert hf_dino([*command, "--coco_backend=other"]) == 2
 

@@ -1,4 +1,4 @@
-"""COCO's numbers are pycocotools' own, by either engine, and are the same in whatever order detections come."""
+"""COCO metrics equal those of pycocotools with either engine, whatever the order of the detections."""
 
 import contextlib
 import io
@@ -12,7 +12,7 @@ from pycocotools.cocoeval import COCOeval
 
 from coco_files import annotation, write_coco
 from hf_dino.data import InputError, read_coco
-from hf_dino.evaluation import ENGINES, METRICS, check_engine, detections_from_results, evaluate_coco, scores
+from hf_dino.evaluation import ENGINES, METRICS, check_engine, coco_eval, detections_from_results, evaluate_coco
 
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
@@ -44,7 +44,7 @@ def data(tmp_path):
 
 
 def by_pycocotools(data, detections):
-    """The straight way: everything at once, detections loaded by pycocotools from a list of dicts."""
+    """Evaluate all categories at once; pycocotools loads the detections from a list of dicts."""
     objects = [(image, row) for image in data.images for row in range(len(image.boxes))]
     truth = COCO()
     truth.dataset = {
@@ -111,7 +111,7 @@ def test_equal_on_real_annotations(engine, shared, split):
     assert list(measured.values()) == pytest.approx(expected.tolist(), abs=1e-12, rel=0)
 
 
-def test_the_order_of_images_does_not_count(engine):
+def test_the_order_of_images_does_not_matter(engine):
     data, detections = generate(num_images=30, num_detections=20, num_categories=4, decimals=2)
     images = np.split(detections, 30)
     shuffled = np.concatenate([images[index] for index in np.random.default_rng(0).permutation(30)])
@@ -144,8 +144,8 @@ def test_no_detections_and_no_objects(data, tmp_path, engine):
         assert evaluate_coco(empty, detections, engine).metrics["ap"] == -1
 
 
-def test_annotation_id_zero_counts(tmp_path, engine):
-    """For pycocotools id 0 means "no match"."""
+def test_annotation_id_zero_can_be_matched(tmp_path, engine):
+    """Pycocotools takes id 0 for "no match"."""
     data = read_coco(*write_coco(tmp_path, [annotation(1, 3, BOXES[1], id=0)], sizes=[(40, 80)]))
     assert evaluate_coco(data, detections_from_results(RESULTS[:1]), engine).metrics["ap"] == pytest.approx(1)
 
@@ -159,16 +159,16 @@ def test_crowds_are_ignored_rather_than_missed(tmp_path, engine):
     ] == pytest.approx(1)
 
 
-def test_unknown_categories_do_not_count_and_unknown_images_are_an_error(data, engine):
+def test_unknown_categories_are_ignored_and_unknown_images_are_an_error(data, engine):
     more = detections_from_results([*RESULTS, {**RESULTS[0], "category_id": 99, "score": 1.0}])
     assert evaluate_coco(data, more, engine).metrics["ap"] == pytest.approx(1)
-    with pytest.raises(InputError, match=r"annotations\.json: has no images with the ids 77, which detections name"):
+    with pytest.raises(InputError, match=r"annotations\.json: image ids not found: 77; detections refer to them"):
         evaluate_coco(data, detections_from_results([{**RESULTS[0], "image_id": 77}]), engine)
 
 
-def test_an_engine_that_is_not_there(monkeypatch):
+def test_an_unavailable_engine_is_an_error(monkeypatch):
     with pytest.raises(InputError, match="must be one of pycocotools, faster-coco-eval; got 'fastest'"):
         check_engine("fastest")
-    monkeypatch.setitem(scores.ENGINES, "faster-coco-eval", (("no_such_package", "COCO"),) * 2)
+    monkeypatch.setitem(coco_eval.ENGINES, "faster-coco-eval", (("no_such_package", "COCO"),) * 2)
     with pytest.raises(InputError, match=r"No module named 'no_such_package'.*pip install faster-coco-eval"):
         check_engine("faster-coco-eval")

@@ -319,7 +319,7 @@ def test_evaluate_gives_what_training_measured(finished, examples, shapes, tmp_p
         assert one.keys() == other.keys()
         assert all(one[name] == pytest.approx(other[name], abs=1e-6) for name in one if name != "ap_per_category")
     assert {"image_id", "category_id", "bbox", "score"} == set(json.loads(detections.read_text())[0])
-    with pytest.raises(InputError, match=r"numbers\.json: exists already"):
+    with pytest.raises(InputError, match=r"numbers\.json: already exists"):
         hf_dino(command)
     assert hf_dino([*command, "--per_device_eval_batch_size=0"]) == 2
     assert "Invalid value for '--per_device_eval_batch_size'" in capsys.readouterr().err
@@ -338,7 +338,7 @@ def test_predict_draws_one_image_and_a_folder(finished, examples, shapes, tmp_pa
     assert f"{image}: " in capsys.readouterr().out
 
     for arguments, message in (
-        ([str(image), f"--output={tmp_path / 'drawn.jpg'}"], r"drawn\.jpg: exists already"),
+        ([str(image), f"--output={tmp_path / 'drawn.jpg'}"], r"drawn\.jpg: already exists"),
         ([str(image), f"--output={tmp_path / 'drawn.xyz'}"], r"images of kind '\.xyz' cannot be written"),
         ([str(tmp_path / "gone.png"), f"--output={tmp_path / 'a.png'}"], r"gone\.png: there is no such"),
         ([str(image), f"--output={tmp_path / 'a.psd'}"], r"images of kind '\.psd' cannot be written"),

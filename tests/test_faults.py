@@ -23,7 +23,7 @@ from torch import nn
 
 import small_training
 from hf_dino.data import InputError
-from hf_dino.evaluation.detections import DETECTION_DTYPE, sort_by_image
+from hf_dino.evaluation import DETECTION_DTYPE, write_coco_results
 from hf_dino.training import TrainingState, get_last_checkpoint, load_checkpoint, load_training_state, save_checkpoint
 from hf_dino.utils.io import atomic_directory, atomic_update_directory, write_json
 
@@ -304,7 +304,7 @@ def test_a_launcher_passes_signals_on_and_the_run_goes_on(tmp_path):
     assert (tmp_path / "weights_1.pt").exists()
 
 
-def test_an_error_of_a_full_disk_names_the_file(small_disk, monkeypatch):
+def test_an_error_of_a_full_disk_names_the_file(small_disk):
     path = small_disk / "numbers.json"
     with pytest.raises(OSError, match=r"No space left on device: '.*numbers\.json'"):
         write_json(path, list(range(100_000)))
@@ -315,7 +315,7 @@ def test_an_error_of_a_full_disk_names_the_file(small_disk, monkeypatch):
         ):
             (temporary / "weights").write_bytes(bytes(500_000))
         shutil.rmtree(small_disk / "model", ignore_errors=True)
-    monkeypatch.setattr("tempfile.tempdir", str(small_disk))
-    with pytest.raises(OSError, match=f"No space left on device: '{small_disk}'"):
-        sort_by_image([np.zeros(100_000, DETECTION_DTYPE)])
+    path = small_disk / "results.json"
+    with pytest.raises(OSError, match=r"No space left on device: '.*results\.json'"):
+        write_coco_results(path, np.zeros(10_000, DETECTION_DTYPE))
     assert not list(small_disk.iterdir())

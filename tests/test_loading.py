@@ -231,5 +231,5 @@ def test_wrong_config_files(tmp_path, content, message):
     file.write_text(content)
     with pytest.raises(InputError, match=rf"wrong\.json: {message}"):
         build_model_and_processor(file, CATEGORIES)
-    with pytest.raises(InputError, match=r"gone\.json: there is no such file"):
+    with pytest.raises(InputError, match=r"gone\.json: file not found"):
         build_model_and_processor(tmp_path / "gone.json", CATEGORIES)

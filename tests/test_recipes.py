@@ -140,7 +140,7 @@ def test_an_error_names_the_file_and_what_to_do(tmp_path, recipe):
 
 
 def test_a_recipe_that_is_not_there():
-    with pytest.raises(InputError, match=r"nowhere\.yaml: there is no such file"):
+    with pytest.raises(InputError, match=r"nowhere\.yaml: file not found"):
         parse_args_with_recipe(make_parser(), ["--recipe", "nowhere.yaml"])
 
 

@@ -1,4 +1,4 @@
-"""Images for people: what is drawn where, at any size and in any mode."""
+"""Drawing works at any image size and in any mode, and files are written atomically."""
 
 import sys
 
@@ -22,7 +22,7 @@ pytest.importorskip("matplotlib")
 
 
 def changed(image: Image.Image, drawn: Image.Image) -> np.ndarray:
-    """Which pixels differ, `(height, width)`."""
+    """Return a mask of the pixels that differ, `(height, width)`."""
     return (np.asarray(image.convert("RGB"), int) != np.asarray(drawn, int)).any(axis=-1)
 
 
@@ -36,11 +36,11 @@ def test_box_is_drawn_at_its_corners():
     assert mask[400, 200]
     assert not mask[300, 200]
     assert not mask[450:].any()
-    assert not changed(image, Image.new("RGB", (640, 480), "white")).any()  # the image itself is as it was
+    assert not changed(image, Image.new("RGB", (640, 480), "white")).any()  # the image itself is unchanged
 
 
 @pytest.mark.parametrize("size", [(40, 30), (160, 160), (640, 480), (3000, 200)])
-def test_name_takes_a_legible_share_of_any_image(size):
+def test_labels_are_legible_at_any_image_size(size):
     image = Image.new("RGB", size, "white")
     drawn = draw_detections(image, [[size[0] // 4, size[1] // 2, size[0] // 2, size[1] - 2]], ["zebra"], [0.9])
     assert max(drawn.size) >= 480
@@ -49,13 +49,13 @@ def test_name_takes_a_legible_share_of_any_image(size):
 
 
 @pytest.mark.parametrize("mode", ["L", "P", "CMYK", "RGBA", "1"])
-def test_every_mode_can_be_drawn_into(mode):
+def test_images_of_every_mode(mode):
     drawn = draw_detections(Image.new("RGB", (500, 400), "white").convert(mode), [[10, 50, 100, 200]], ["cat"])
     assert drawn.mode == "RGB"
 
 
 @pytest.mark.parametrize("boxes", [[], torch.zeros(0, 4), np.zeros((0, 4))])
-def test_nothing_found_is_drawn_as_it_is(boxes):
+def test_without_boxes_the_image_is_unchanged(boxes):
     image = Image.new("RGB", (500, 400), "red")
     assert not changed(image, draw_detections(image, boxes, [], [])).any()
 
@@ -67,20 +67,20 @@ def test_name_has_one_color_in_all_images():
     assert first.getpixel((100, 280)) == second.getpixel((100, 280)) != second.getpixel((300, 140))
 
 
-def test_names_may_be_of_other_scripts():
+def test_names_in_other_scripts():
     image = Image.new("RGB", (500, 400), "white")
     one, other = (draw_detections(image, [[100, 200, 300, 300]], [name]) for name in ("кот", "пёс"))
     assert changed(one, other).any()
 
 
 @pytest.mark.parametrize(("names", "scores"), [(["cat", "dog"], None), (["cat"], [0.1, 0.2])])
-def test_unequal_numbers_are_an_error(names, scores):
-    with pytest.raises(ValueError, match=r"equally many, got 1 boxes"):
+def test_different_lengths_are_an_error(names, scores):
+    with pytest.raises(ValueError, match=r"must have the same length, got 1 boxes"):
         draw_detections(Image.new("RGB", (64, 64)), [[0, 0, 9, 9]], names, scores)
 
 
 @pytest.mark.parametrize("module", ["supervision", "matplotlib"])
-def test_absent_libraries_are_a_clear_error(monkeypatch, tmp_path, module):
+def test_missing_packages_are_a_clear_error(monkeypatch, tmp_path, module):
     monkeypatch.setitem(sys.modules, module, None)
     message = rf"needs {module}: pip install 'hf-dino\[train\]'"
     with pytest.raises(ImportError, match=message):
@@ -93,12 +93,12 @@ def test_absent_libraries_are_a_clear_error(monkeypatch, tmp_path, module):
 
 
 @pytest.mark.parametrize("suffix", [".fits", ".cur", ".mpg", ".psd", ".xbm", ".xyz", ""])
-def test_kinds_of_images_that_cannot_be_written(tmp_path, suffix):
+def test_image_formats_that_cannot_be_written_are_an_error(tmp_path, suffix):
     with pytest.raises(InputError, match=f"images of kind '{suffix}' cannot be written; use .png or .jpg"):
         check_drawing_dependencies(tmp_path / "a.png", tmp_path / f"a{suffix}")
 
 
-def test_an_image_is_written_whole_or_not_at_all(tmp_path):
+def test_images_are_written_atomically(tmp_path):
     for name in ("a.png", "a.JPG"):
         check_drawing_dependencies(tmp_path / name)
         save_image(Image.new("RGB", (20, 30)), tmp_path / name)
@@ -111,14 +111,14 @@ def test_an_image_is_written_whole_or_not_at_all(tmp_path):
 
 def test_side_by_side_shows_both_images_at_one_height():
     left, right = Image.new("RGB", (300, 200), "red"), Image.new("L", (50, 100), 0)
-    sheet = hstack_images(left, right, ("truth", "predicted"))
-    pixels = np.asarray(sheet)
+    canvas = hstack_images(left, right, ("truth", "predicted"))
+    pixels = np.asarray(canvas)
     assert (pixels == [255, 0, 0]).all(axis=-1).sum() == 300 * 200
     assert ((pixels == 0).all(axis=-1).any(axis=1)).sum() >= 200
-    assert sheet.height < 300
+    assert canvas.height < 300
 
 
-def test_long_caption_is_not_cut():
+def test_long_captions_are_not_truncated():
     image = Image.new("RGB", (60, 60), "red")
     assert hstack_images(image, image, ("a caption much wider than its image", "b")).width > 300
 
@@ -131,7 +131,7 @@ HISTORY = [
 
 
 @pytest.mark.parametrize("history", [HISTORY, [], [{"step": 1, "loss": 1.0}]])
-def test_curves_are_drawn_and_nothing_is_left_beside_them(tmp_path, history):
+def test_curves_are_plotted_and_no_temporary_file_is_left(tmp_path, history):
     path = tmp_path / "new" / "curves.png"
     plot_training_curves(history, path)
     assert Image.open(path).width > 500

@@ -1,4 +1,4 @@
-"""Images for people: detections drawn into an image, two images side by side, training curves."""
+"""Draw detections, put two images side by side, and plot training curves."""
 
 import io
 import os
@@ -16,10 +16,10 @@ from .utils.errors import InputError
 from .utils.io import atomic_write
 
 
-# Pixels. An image whose longer side is below this is enlarged before it is drawn into, or names would hide it.
-SMALLEST_LONGER_SIDE = 480
+# Pixels. An image whose longer side is shorter than this is enlarged, since labels would cover most of it.
+MIN_LONGEST_EDGE = 480
 
-# Dark enough for white text and apart in hue, so that neighbors differ also in print.
+# dark enough for white text, with hues that differ in print too
 _COLORS = (
     "#c1121f",
     "#0353a4",
@@ -37,19 +37,19 @@ _COLORS = (
 
 
 def check_drawing_dependencies(*paths: Path) -> None:
-    """See, before the work is done, that images can be drawn into and written.
+    """Check that detections can be drawn and images can be written, before the model runs.
 
     Args:
-        paths (`Path`): The files to be written, whose suffixes give the formats.
+        paths (`Path`): The image files to be written; their suffixes determine the formats.
 
     Raises:
-        InputError: If Pillow writes no images of a suffix.
+        InputError: If Pillow cannot write a format.
         ImportError: If supervision or matplotlib is not installed.
     """
     for path in paths:
-        kind = Image.registered_extensions().get(path.suffix.lower())
-        try:  # there are kinds that Pillow only reads, or writes with another library, or in gray only
-            Image.new("RGB", (8, 8)).save(io.BytesIO(), kind)
+        image_format = Image.registered_extensions().get(path.suffix.lower())
+        try:  # Pillow can only read some formats, and writes others only in grayscale or with another library
+            Image.new("RGB", (8, 8)).save(io.BytesIO(), image_format)
         except (KeyError, ValueError, OSError):
             raise InputError(f"{path}: images of kind {path.suffix!r} cannot be written; use .png or .jpg") from None
     _supervision()
@@ -57,7 +57,7 @@ def check_drawing_dependencies(*paths: Path) -> None:
 
 
 def save_image(image: Image.Image, path: Path) -> None:
-    """Write an image, or leave what was there if it cannot be finished."""
+    """Write an image atomically. After an error, the previous file is still there."""
     with atomic_write(path) as temporary:
         image.save(temporary)
 
@@ -69,25 +69,25 @@ def draw_detections(
     scores: Sequence[float] | None = None,
     classes: Iterable[str] = (),
 ) -> Image.Image:
-    """Draw boxes with their names into a copy of an image.
+    """Draw labeled boxes on a copy of an image.
 
-    Lines and text grow with the image. One name has one color in every image.
+    Line width and font size are proportional to the image. A name has the same color in every image.
 
     Args:
         image (`PIL.Image.Image`): The image, in any mode.
         boxes (tensor, array or list of shape `(num_boxes, 4)`): x0, y0, x1, y1 in pixels of `image`.
-        names (`list[str]` of length `num_boxes`): What to write at each box.
-        scores (`list[float]` of length `num_boxes`, *optional*): Written behind the names. Boxes of higher score are
-            drawn above those of lower score.
-        classes (`Iterable[str]`, *optional*): All names that there are, which makes the colors of the first twelve
-            differ. Other names may share one.
+        names (`list[str]` of length `num_boxes`): Label of each box.
+        scores (`list[float]` of length `num_boxes`, *optional*): Appended to the labels. Boxes with higher scores are
+            drawn over those with lower scores.
+        classes (`Iterable[str]`, *optional*): All possible names. The first twelve get different colors; other names
+            may share one.
 
     Returns:
-        `PIL.Image.Image`: An RGB image, larger than `image` by a factor of `ceil(480 / longer side)`.
+        `PIL.Image.Image`: An RGB image, enlarged by a factor of `ceil(480 / longest edge)` if that is more than 1.
 
     Raises:
-        ValueError: If boxes, names and scores differ in number.
-        ImportError: If supervision is not installed.
+        ValueError: If boxes, names and scores differ in length.
+        ImportError: If supervision or matplotlib is not installed.
 
     Example:
 
@@ -100,53 +100,48 @@ def draw_detections(
 
     ```
     """
-    supervision = _supervision()
-    corners = np.asarray([[float(value) for value in box] for box in boxes], dtype=np.float32).reshape(-1, 4)
-    if len(names) != len(corners) or (scores is not None and len(scores) != len(corners)):
-        counts = f"{len(corners)} boxes, {len(names)} names" + ("" if scores is None else f", {len(scores)} scores")
-        raise ValueError(f"boxes, names and scores must be equally many, got {counts}")
+    boxes = np.asarray([[float(value) for value in box] for box in boxes], dtype=np.float32).reshape(-1, 4)
+    if len(names) != len(boxes) or (scores is not None and len(scores) != len(boxes)):
+        counts = f"{len(boxes)} boxes, {len(names)} names" + ("" if scores is None else f", {len(scores)} scores")
+        raise ValueError(f"boxes, names and scores must have the same length, got {counts}")
 
-    enlargement = max(1, -(-SMALLEST_LONGER_SIDE // max(image.size)))
-    drawn = image.convert("RGB")
-    if enlargement > 1:
-        drawn = drawn.resize((image.width * enlargement, image.height * enlargement), Image.Resampling.BICUBIC)
-    if not len(corners):
-        return drawn
-
-    weakest_first = np.argsort([float(score) for score in scores]) if scores is not None else np.arange(len(corners))
-    text = [
-        names[index] if scores is None else f"{names[index]} {float(scores[index]):.2f}" for index in weakest_first
-    ]
+    scale = max(1, -(-MIN_LONGEST_EDGE // max(image.size)))
+    resized = image.convert("RGB").resize((image.width * scale, image.height * scale), Image.Resampling.BICUBIC)
+    order = np.arange(len(boxes)) if scores is None else np.argsort([float(score) for score in scores])
+    labels = [names[index] if scores is None else f"{names[index]} {float(scores[index]):.2f}" for index in order]
     numbers = {name: number for number, name in enumerate(classes)}
-    colors = [numbers.get(name, zlib.crc32(name.encode())) % len(_COLORS) for name in names]
-    detections = supervision.Detections(
-        xyxy=corners[weakest_first] * enlargement, class_id=np.array(colors)[weakest_first]
-    )
+    colors = [numbers.get(names[index], zlib.crc32(names[index].encode())) % len(_COLORS) for index in order]
+    return _annotate(resized, boxes[order] * scale, labels, colors)
+
+
+def _annotate(image: Image.Image, boxes: np.ndarray, labels: Sequence[str], colors: Sequence[int]) -> Image.Image:
+    """Draw boxes (x0, y0, x1, y1) with their labels in the given indices of `_COLORS`, in this order."""
+    supervision = _supervision()
+    detections = supervision.Detections(xyxy=boxes, class_id=np.array(colors))
     palette = supervision.ColorPalette.from_hex(list(_COLORS))
-    longer_side = max(drawn.size)
-    font_size = max(12, round(longer_side / 50))
-    drawn = supervision.BoxAnnotator(color=palette, thickness=max(2, round(longer_side / 400))).annotate(
-        drawn, detections
-    )
-    return supervision.RichLabelAnnotator(
+    longest_edge = max(image.size)
+    font_size = max(12, round(longest_edge / 50))
+    box_annotator = supervision.BoxAnnotator(color=palette, thickness=max(2, round(longest_edge / 400)))
+    label_annotator = supervision.RichLabelAnnotator(
         color=palette,
         font_path=_font_path(),
         font_size=font_size,
         text_padding=max(2, font_size // 5),
-        smart_position=len(corners) <= 100,  # moves names apart, in time that grows with the square of their number
-    ).annotate(drawn, detections, labels=text)
+        smart_position=len(boxes) <= 100,  # moves labels apart, in time quadratic in their number
+    )
+    return label_annotator.annotate(box_annotator.annotate(image, detections), detections, labels=list(labels))
 
 
 def hstack_images(left: Image.Image, right: Image.Image, captions: tuple[str, str]) -> Image.Image:
-    """Put two images beside each other on white, each with its caption above it.
+    """Put two images side by side on a white background, each below its caption.
 
     Args:
-        left (`PIL.Image.Image`): Gives the height.
-        right (`PIL.Image.Image`): Scaled to that height.
-        captions (`tuple[str, str]`): Of the left and of the right image, one line each.
+        left (`PIL.Image.Image`): The left image.
+        right (`PIL.Image.Image`): The right image, which is resized to the height of the left one.
+        captions (`tuple[str, str]`): Captions of the left and the right image, one line each.
 
     Raises:
-        ImportError: If matplotlib, whose font is used, is not installed.
+        ImportError: If matplotlib, which provides the font, is not installed.
     """
     if right.height != left.height:
         width = max(1, round(right.width * left.height / right.height))
@@ -154,25 +149,25 @@ def hstack_images(left: Image.Image, right: Image.Image, captions: tuple[str, st
     font = ImageFont.truetype(_font_path(), max(14, round(max(left.size) / 36)))
     gap = max(8, left.width // 60)
     widths = [max(image.width, round(font.getlength(caption))) for image, caption in zip((left, right), captions)]
-    bar = round(2 * font.size)
+    caption_height = round(2 * font.size)
 
-    sheet = Image.new("RGB", (sum(widths) + 3 * gap, left.height + bar + gap), "white")
-    draw = ImageDraw.Draw(sheet)
+    canvas = Image.new("RGB", (sum(widths) + 3 * gap, left.height + caption_height + gap), "white")
+    draw = ImageDraw.Draw(canvas)
     x = gap
     for image, caption, width in zip((left, right), captions, widths):
-        draw.text((x, bar / 2), caption, fill="black", font=font, anchor="lm")
-        sheet.paste(image.convert("RGB"), (x, bar))
+        draw.text((x, caption_height / 2), caption, fill="black", font=font, anchor="lm")
+        canvas.paste(image.convert("RGB"), (x, caption_height))
         x += width + gap
-    return sheet
+    return canvas
 
 
 def plot_training_curves(history: Sequence[Mapping[str, float]], path: str | os.PathLike) -> None:
-    """Plot loss and average precision over a training into an image file.
+    """Plot training loss and average precision by step and write the plot to an image file.
 
     Args:
-        history (`list[dict[str, float]]`): Rows with `"step"`, the horizontal axis, and any of `"loss"`, `"ap"` and
-            `"ap50"` (fractions of 1).
-        path (`str` or `os.PathLike`): The file, whose suffix gives the format. Replaced in one step.
+        history (`list[dict[str, float]]`): Rows with `"step"` and any of `"loss"`, `"ap"` and `"ap50"`; average
+            precision is in [0, 1].
+        path (`str` or `os.PathLike`): The file; its suffix determines the format. Written atomically.
 
     Raises:
         ImportError: If matplotlib is not installed.
@@ -183,7 +178,7 @@ def plot_training_curves(history: Sequence[Mapping[str, float]], path: str | os.
     from matplotlib.ticker import MaxNLocator
 
     figure = Figure(figsize=(10, 4), layout="constrained")
-    FigureCanvasAgg(figure)  # draws into memory: works without a display and leaves pyplot's global state alone
+    FigureCanvasAgg(figure)  # draws in memory, so it needs no display and does not touch pyplot's global state
     loss_axes, precision_axes = figure.subplots(1, 2)
     _plot(loss_axes, history, {"loss": ("training loss", "#44515c")})
     _plot(precision_axes, history, {"ap50": ("AP50", "#b5530a"), "ap": ("AP@[.50:.95]", "#0353a4")})
@@ -214,6 +209,6 @@ def _supervision() -> ModuleType:
 
 
 def _font_path() -> str:
-    """A font that comes with matplotlib and knows more than Pillow's own: Greek, Cyrillic, signs such as ≥."""
+    """Return matplotlib's font, which has more characters than Pillow's: Greek, Cyrillic, symbols such as ≥."""
     matplotlib = import_extra("matplotlib", "train", "drawing text")
     return str(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf")

@@ -1,12 +1,16 @@
-"""Detections of a model on a dataset, COCO's numbers, and what goes wrong: gathered, scored, sorted and reported."""
+"""Evaluate a model: collect its detections on a dataset, compute COCO metrics, analyze errors, write a report."""
 
 try:
     from ..data.objects import ANNOTATION_DTYPE
-    from .analysis import KINDS, Analysis, ImageErrors, OperatingPoint, analyze_errors
-    from .detections import collect_detections, write_coco_results
-    from .records import DETECTION_DTYPE, detections_from_results
-    from .run import evaluate_model
-    from .scores import ENGINES, METRICS, CocoScores, check_engine, evaluate_coco
+    from .coco_eval import ENGINES, METRICS, CocoScores, check_engine, evaluate_coco
+    from .error_analysis import ERROR_TYPES, OUTCOMES, ErrorAnalysis, ImageErrors, OperatingPoint, analyze_errors
+    from .predictions import (
+        DETECTION_DTYPE,
+        collect_detections,
+        detections_from_results,
+        evaluate_model,
+        write_coco_results,
+    )
 except ImportError as error:
     raise ImportError(f"evaluation needs {error.name}: pip install 'hf-dino[train]'") from error
 
@@ -15,10 +19,11 @@ __all__ = [
     "ANNOTATION_DTYPE",
     "DETECTION_DTYPE",
     "ENGINES",
-    "KINDS",
+    "ERROR_TYPES",
     "METRICS",
-    "Analysis",
+    "OUTCOMES",
     "CocoScores",
+    "ErrorAnalysis",
     "ImageErrors",
     "OperatingPoint",
     "analyze_errors",

@@ -1,4 +1,4 @@
-"""An evaluation as one HTML file that needs neither network nor JavaScript: numbers, curves, mistakes, images."""
+"""Write an evaluation as a single HTML file that needs neither network nor JavaScript."""
 
 import base64
 import io
@@ -19,29 +19,31 @@ from PIL import Image
 from ..data.boxes import xywh_to_xyxy
 from ..data.dataset import DetectionDataset, DetectionSplit
 from ..data.objects import to_annotation_array
-from ..metrics import METRIC_NAMES
+from ..model_card import METRIC_NAMES
 from ..utils.io import open_new_text_file
 from ..visualization import draw_detections, hstack_images
-from .analysis import KINDS, Analysis, ImageErrors, OperatingPoint
-from .scores import CocoScores
+from .coco_eval import CocoScores
+from .error_analysis import ERROR_TYPES, OUTCOMES, ErrorAnalysis, ImageErrors, OperatingPoint
 
 
 _TEMPLATE = Path(__file__).with_name("report.html")
 _PACKAGES = ("hf_dino", "torch", "transformers", "pycocotools")
-_WIDEST = 1600  # pixels of the two images beside each other
-_MOST_CLASSES = 80  # in the confusion matrix: more could not be read
-_MOST_CONFUSIONS = 20
-# rows of `CocoScores.precision`: label, IoU thresholds, color
+_MAX_IMAGE_SIZE = 1600  # pixels, of objects and detections next to each other
+_MAX_CLASSES = 80  # of the confusion matrix; more would be illegible
+_MAX_CONFUSIONS = 20
+# label, rows of `CocoScores.precision` (IoU thresholds), color
 _CURVES = (
     ("IoU .50", slice(0, 1), "#b5530a"),
     ("IoU .75", slice(5, 6), "#2b7a0b"),
     ("mean of IoU .50 to .95", slice(None), "#0353a4"),
 )
-_COMPLAINTS = ("duplicate", "wrong class", "badly placed", "wrong class and place", "background")
 
 
 class CategoryRow(NamedTuple):
-    """What the table says of one category: AP and AP50 are -1, and `curves` empty, where there is no object."""
+    """A row of the table of classes; `curves` are points of SVG polylines and their colors.
+
+    Without objects, `ap` and `ap50` are -1 and `curves` is empty.
+    """
 
     name: str
     num_objects: int
@@ -55,7 +57,7 @@ def write_report(
     path: Path,
     data: DetectionSplit,
     scores: CocoScores,
-    analysis: Analysis,
+    analysis: ErrorAnalysis,
     *,
     title: str,
     details: Mapping[str, str],
@@ -63,17 +65,18 @@ def write_report(
     """Write the report.
 
     Args:
-        path (`Path`): A new file, which appears once it is whole.
-        data (`DetectionSplit`): The dataset, of which the worst images are read.
+        path (`Path`): Must not exist. It appears once it is complete.
+        data (`DetectionSplit`): The dataset. The images with the most errors are read.
         scores (`CocoScores`): From [`evaluate_coco`].
-        analysis (`Analysis`): From [`analyze`], of the same detections.
-        title (`str`): Names the model and the data.
-        details (`dict[str, str]`): How it was made, such as model, data and command; versions are added.
+        analysis (`ErrorAnalysis`): From [`analyze_errors`], of the same detections.
+        title (`str`): Names the model and the dataset.
+        details (`dict[str, str]`): How the report was made, such as model, dataset and command; package versions are
+            added.
 
     Raises:
-        InputError: If the file exists.
+        InputError: If the file exists or an image cannot be read.
     """
-    # names come from files of others: a class called "<b>" is text
+    # category names are not trusted: "<b>" is text
     environment = Environment(autoescape=True, undefined=StrictUndefined)
     environment.filters["shorten"] = partial(_shorten, limit=60)
     template = environment.from_string(_TEMPLATE.read_text("utf-8"))
@@ -88,21 +91,22 @@ def write_report(
             num_crowds=int(to_annotation_array(data)["iscrowd"].sum()),
             threshold=analysis.threshold,
             counts=analysis.counts,
-            kinds=KINDS,
+            outcomes=OUTCOMES,
             categories=_category_rows(names, scores, analysis),
             legend=[(label, color) for label, _, color in _CURVES],
             curves=_plot_curves(scores.precision),
             confusion=_plot_confusion(names, analysis.confusion, shown),
-            num_in_matrix=len(shown),
+            num_shown=len(shown),
+            max_classes=_MAX_CLASSES,
             confusions=_confusions(names, analysis.confusion),
-            worst=_worst_images(data, analysis.worst),
+            worst_images=_worst_images(data, analysis.worst_images),
             details={**details, "versions": _versions()},
         )
         file.writelines(stream)
 
 
-def _category_rows(names: Sequence[str], scores: CocoScores, analysis: Analysis) -> list[CategoryRow]:
-    """The categories with objects, the lowest average precision first, then those without."""
+def _category_rows(names: Sequence[str], scores: CocoScores, analysis: ErrorAnalysis) -> list[CategoryRow]:
+    """Sort categories by ascending average precision, those without objects last."""
     ap50 = scores.precision[0].mean(axis=0).tolist()
     rows = [
         CategoryRow(
@@ -110,31 +114,31 @@ def _category_rows(names: Sequence[str], scores: CocoScores, analysis: Analysis)
             int(analysis.confusion[index].sum()),
             scores.ap_per_category[name],
             ap50[index],
-            analysis.best[name],
-            [(_points(values), color) for values, color in _curves_of(scores.precision[:, :, [index]])],
+            analysis.best_thresholds[name],
+            [(_polyline(curve), color) for curve, color in _mean_curves(scores.precision[:, :, [index]])],
         )
         for index, name in enumerate(names)
     ]
     return sorted(rows, key=lambda row: (row.ap < 0, row.ap))
 
 
-def _curves_of(precision: np.ndarray) -> Iterator[tuple[np.ndarray, str]]:
-    """Precision at 101 recalls, averaged over the categories that have objects; none if no category has."""
+def _mean_curves(precision: np.ndarray) -> Iterator[tuple[np.ndarray, str]]:
+    """Yield precision at 101 recalls, averaged over the categories with objects, and color of each of `_CURVES`."""
     known = precision[:, :, precision[0, 0] >= 0]
     if known.size:
         yield from ((known[thresholds].mean(axis=(0, 2)), color) for _, thresholds, color in _CURVES)
 
 
-def _points(values: np.ndarray) -> str:
-    """A curve in a square of 100 x 100, for SVG, whose second axis points downwards."""
-    return " ".join(f"{recall},{100 * (1 - value):.1f}" for recall, value in enumerate(values))
+def _polyline(curve: np.ndarray) -> str:
+    """Return a curve's SVG points in a square of 100 x 100, whose y axis points down."""
+    return " ".join(f"{recall},{100 * (1 - precision):.1f}" for recall, precision in enumerate(curve))
 
 
 def _plot_curves(precision: np.ndarray) -> str:
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.subplots()
-    for (label, *_), (values, color) in zip(_CURVES, _curves_of(precision)):
-        axes.plot(np.linspace(0, 1, len(values)), values, label=f"{label}: {values.mean():.3f}", color=color)
+    for (label, *_), (curve, color) in zip(_CURVES, _mean_curves(precision)):
+        axes.plot(np.linspace(0, 1, len(curve)), curve, label=f"{label}: {curve.mean():.3f}", color=color)
     axes.set(xlabel="recall", ylabel="precision", xlim=(0, 1), ylim=(0, 1.02))
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
@@ -144,29 +148,29 @@ def _plot_curves(precision: np.ndarray) -> str:
 
 
 def _classes_to_show(confusion: np.ndarray) -> np.ndarray:
-    """Classes that occur, among the objects or the detections; if these are very many, those with most objects."""
+    """Return indices of the classes that have objects or detections, at most `_MAX_CLASSES` with the most objects."""
     num_objects = confusion.sum(axis=1)[:-1]
     occurring = np.flatnonzero(num_objects + confusion.sum(axis=0)[:-1])
-    return np.sort(occurring[np.argsort(-num_objects[occurring], kind="stable")[:_MOST_CLASSES]])
+    return np.sort(occurring[np.argsort(-num_objects[occurring], kind="stable")[:_MAX_CLASSES]])
 
 
 def _plot_confusion(names: Sequence[str], confusion: np.ndarray, shown: np.ndarray) -> str:
-    """Draw the rows as shares, with numbers where they can be read."""
+    """Plot the matrix with each row divided by its sum, and with counts if there are few classes."""
     rows = np.append(shown, len(names))
     counts = confusion[np.ix_(rows, rows)]
     shares = counts / np.maximum(confusion[rows].sum(axis=1, keepdims=True), 1)
-    readable = len(rows) <= 16
-    side = max(4.0, 2 + (0.5 if readable else 0.17) * len(rows))
+    has_counts = len(rows) <= 16
+    side = max(4.0, 2 + (0.5 if has_counts else 0.17) * len(rows))
     figure = Figure(figsize=(side, side), layout="constrained")
     axes = figure.subplots()
     axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
     labels = [_shorten(names[index]) for index in shown]
-    for axis, nothing in ((axes.xaxis, "not found"), (axes.yaxis, "no object")):
-        # parse_math: a name may hold dollar signs
-        axis.set_ticks(range(len(rows)), [*labels, nothing], fontsize=8, parse_math=False)
+    for axis, last in ((axes.xaxis, "false negative"), (axes.yaxis, "no object")):
+        # without parse_math, a name with dollar signs would be an error
+        axis.set_ticks(range(len(rows)), [*labels, last], fontsize=8, parse_math=False)
     axes.tick_params(axis="x", labelrotation=90)
-    axes.set(xlabel="taken for", ylabel="object")
-    for (row, column), count in np.ndenumerate(counts) if readable else ():
+    axes.set(xlabel="predicted class", ylabel="class of the object")
+    for (row, column), count in np.ndenumerate(counts) if has_counts else ():
         color = "white" if shares[row, column] > 0.5 else "black"
         axes.text(column, row, str(count), ha="center", va="center", fontsize=8, color=color)
     return _png(figure)
@@ -178,49 +182,54 @@ def _shorten(name: str, limit: int = 24) -> str:
 
 
 def _confusions(names: Sequence[str], confusion: np.ndarray) -> list[tuple[str, str, int, int]]:
-    """Object, what it was taken for, how often, and of how many: the most frequent first."""
-    between = confusion[:-1, :-1] * (1 - np.eye(len(names), dtype=np.int64))
+    """Return class, predicted class, count and number of objects of the class, by descending count."""
+    errors = confusion[:-1, :-1] * (1 - np.eye(len(names), dtype=np.int64))
     totals = confusion.sum(axis=1)
-    most = np.argsort(-between, axis=None, kind="stable")[:_MOST_CONFUSIONS]
-    pairs = [(int(row), int(column)) for row, column in zip(*np.unravel_index(most, between.shape))]
-    return [(names[i], names[j], int(between[i, j]), int(totals[i])) for i, j in pairs if between[i, j]]
+    most = np.argsort(-errors, axis=None, kind="stable")[:_MAX_CONFUSIONS]
+    pairs = [(int(row), int(column)) for row, column in zip(*np.unravel_index(most, errors.shape))]
+    return [(names[i], names[j], int(errors[i, j]), int(totals[i])) for i, j in pairs if errors[i, j]]
 
 
 def _worst_images(data: DetectionSplit, worst: Sequence[ImageErrors]) -> Iterator[dict[str, Any]]:
-    """One after the other, as the template asks for them: images are large."""
+    """Yield one image at a time, as the template asks for it, since images are large."""
     dataset = DetectionDataset(data)
-    for mistakes in worst:
-        counts = {kind: mistakes.kinds.count(kind) for kind in _COMPLAINTS} | {
-            "not found": int(np.count_nonzero(~mistakes.found))
+    for errors in worst:
+        counts = {error: errors.outcomes.count(error) for error in ERROR_TYPES} | {
+            "false negative": int(np.count_nonzero(~errors.is_detected))
         }
-        record = data.images[mistakes.index]
-        image: Image.Image = dataset[mistakes.index]["image"]
+        record = data.images[errors.image_index]
+        image: Image.Image = dataset[errors.image_index]["image"]
         yield {
             "name": f"{record.path} (id {record.image_id})",
-            "mistakes": ", ".join(f"{count} {kind}" for kind, count in counts.items() if count),
-            "source": _jpeg(_draw(image, data, mistakes)),
+            "errors": ", ".join(f"{error}: {count}" for error, count in counts.items() if count),
+            "source": _jpeg(_draw(image, data, errors)),
         }
 
 
-def _draw(image: Image.Image, data: DetectionSplit, mistakes: ImageErrors) -> Image.Image:
-    """Objects on the left, detections on the right, the mistakes named on both sides."""
-    record, detections = data.images[mistakes.index], mistakes.detections
-    crowds = np.where(record.iscrowd == 1, " (crowd)", "")
-    marks = np.where(mistakes.found, crowds, " (not found)").tolist()
-    objects = [data.categories[category_id] for category_id in record.category_ids.tolist()]
-    found = [data.categories[category_id] for category_id in detections["category_id"].tolist()]
-    kinds = ["" if kind == "correct" else f" ({kind})" for kind in mistakes.kinds]
-    truth = draw_detections(image, xywh_to_xyxy(record.boxes), _labels(objects, marks))
-    answer = draw_detections(
-        image, xywh_to_xyxy(detections["bbox"]), _labels(found, kinds), detections["score"].tolist()
+def _draw(image: Image.Image, data: DetectionSplit, errors: ImageErrors) -> Image.Image:
+    """Draw objects on the left and detections on the right, with the errors in parentheses."""
+    record, detections = data.images[errors.image_index], errors.detections
+    object_marks = np.select(
+        [~errors.is_detected, record.iscrowd == 1], [" (false negative)", " (crowd)"], ""
+    ).tolist()
+    detection_marks = ["" if outcome == "true positive" else f" ({outcome})" for outcome in errors.outcomes]
+    objects = draw_detections(
+        image, xywh_to_xyxy(record.boxes), _labels(data, record.category_ids.tolist(), object_marks)
     )
-    both = hstack_images(truth, answer, (f"{len(objects)} objects", f"{len(found)} detections"))
-    both.thumbnail((_WIDEST, _WIDEST))
+    predictions = draw_detections(
+        image,
+        xywh_to_xyxy(detections["bbox"]),
+        _labels(data, detections["category_id"].tolist(), detection_marks),
+        detections["score"].tolist(),
+    )
+    captions = (f"ground truth: {len(object_marks)} objects", f"predicted: {len(detections)} detections")
+    both = hstack_images(objects, predictions, captions)
+    both.thumbnail((_MAX_IMAGE_SIZE, _MAX_IMAGE_SIZE))
     return both
 
 
-def _labels(names: Sequence[str], marks: Sequence[str]) -> list[str]:
-    return [f"{_shorten(name)}{mark}" for name, mark in zip(names, marks, strict=True)]
+def _labels(data: DetectionSplit, category_ids: Sequence[int], marks: Sequence[str]) -> list[str]:
+    return [f"{_shorten(data.categories[category_id])}{mark}" for category_id, mark in zip(category_ids, marks)]
 
 
 def _versions() -> str:
@@ -235,10 +244,10 @@ def _version(name: str) -> str:
 
 
 def _png(figure: Figure) -> str:
-    FigureCanvasAgg(figure)  # draws into memory: works without a display and leaves pyplot's global state alone
+    FigureCanvasAgg(figure)  # draws in memory, so it needs no display and does not touch pyplot's global state
     buffer = io.BytesIO()
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph .* missing")  # its font lacks many scripts; the tables show all names
+        warnings.filterwarnings("ignore", "Glyph .* missing")  # the font lacks many scripts; the tables show all names
         figure.savefig(buffer, format="png", dpi=110)
     return _data_url(buffer, "png")
 
@@ -249,5 +258,5 @@ def _jpeg(image: Image.Image) -> str:
     return _data_url(buffer, "jpeg")
 
 
-def _data_url(buffer: io.BytesIO, kind: str) -> str:
-    return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"
+def _data_url(buffer: io.BytesIO, image_format: str) -> str:
+    return f"data:image/{image_format};base64,{base64.b64encode(buffer.getvalue()).decode()}"

@@ -31,6 +31,7 @@ from pathlib import Path
 
 import torch
 
+from ..utils.io import write_json
 from .compilers import (
     CPP_FLAGS,
     CUDA_FLAGS,
@@ -333,8 +334,3 @@ def digest_of(sources: Path) -> str:
 def short_hash(content: object) -> str:
     """Eight letters, enough to tell the entries of one cache apart."""
     return hashlib.sha256(repr(content).encode()).hexdigest()[:8]
-
-
-def write_json(path: Path, content: dict[str, object]) -> None:
-    """Write a JSON file that people can read."""
-    path.write_text(json.dumps(content, indent=2) + "\n")

@@ -31,7 +31,7 @@ from ..configuration_dino_detr import DinoDetrConfig
 from ..data.dataset import DetectionSplit
 from ..utils.distributed import SHARDED_DISTRIBUTED_TYPES, all_gather_unique, all_reduce_max
 from ..utils.errors import InputError
-from ..utils.io import fsync_tree, read_text, sync, write_json
+from ..utils.io import fsync, fsync_tree, read_text, write_json
 
 
 fcntl: ModuleType | None
@@ -410,7 +410,7 @@ def save_checkpoint(accelerator: Accelerator, folder: Path, state: TrainingState
             if is_new:
                 fsync_tree(temporary)
                 temporary.rename(path)
-                sync(folder)
+                fsync(folder)
         except OSError as error:
             failure = str(error)
     _raise_if_not_written(failure, accelerator, temporary)

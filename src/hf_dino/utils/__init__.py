@@ -1,1 +1,1 @@
-"""What every room of the package uses: errors, files, arguments, processes."""
+"""Utilities without knowledge of models or datasets: errors, files, command-line arguments, processes."""

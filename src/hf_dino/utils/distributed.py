@@ -1,4 +1,4 @@
-"""Models whose weights, or what belongs to them, several processes share out among them (PyTorch's FSDP2)."""
+"""Distributed training: parameters sharded over processes (PyTorch's FSDP2), and collectives for small values."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -14,22 +14,22 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 
 SHARDED_DISTRIBUTED_TYPES = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
-"""Ways in which no process may have the whole model: its layers are run, and its checkpoints written, together."""
+"""Accelerate's ways to shard a model. All processes must run its layers and write its checkpoints together."""
 
 
 @contextmanager
 def summon_full_params(model: nn.Module) -> Iterator[None]:
-    """Let every process have all weights while the context lasts, to run the model without the other processes.
+    """Gather the full parameters in every process, so that each can run the model on its own within the context.
 
-    A sharded model gathers its weights at each call, in all processes at once: those that evaluate more images than
-    the others would wait for ever. Any other model is whole already.
+    A sharded model gathers its parameters at each call, in all processes at once, so a process that evaluates more
+    images than the others would wait indefinitely. A model that is not sharded is left as it is.
 
     Args:
-        model (`nn.Module`): Prepared by `accelerator` or not. All processes enter and leave the context together.
+        model (`nn.Module`): Prepared by Accelerate or not. All processes must enter and leave the context together.
     """
     units = [module for module in model.modules() if isinstance(module, FSDPModule)]
-    # torch has a public way to set whether a unit keeps its weights after a forward, and none to ask; a unit whose
-    # weights are all those of units within it has no group
+    # torch can set, but not return, whether a unit reshards after a forward, hence the private attributes; a unit
+    # without parameters of its own has no group
     groups = [group for unit in units if (group := unit._get_fsdp_state()._fsdp_param_group)]
     settings = [group.post_forward_mesh_info for group in groups]
     for unit in units:
@@ -45,47 +45,47 @@ def summon_full_params(model: nn.Module) -> Iterator[None]:
 
 
 def to_local(tensor: torch.Tensor) -> torch.Tensor:
-    """This process's part of a tensor that processes share out, in the same memory; else the tensor itself."""
+    """Return this process's shard of a sharded tensor, without a copy; any other tensor is returned as it is."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def to_full_tensor(tensor: torch.Tensor) -> torch.Tensor:
-    """The whole of a tensor on the CPU if processes share it out, who all call this; else the tensor itself."""
+    """Gather a sharded tensor on the CPU, which all processes must do; any other tensor is returned as it is."""
     return tensor.full_tensor().cpu() if isinstance(tensor, DTensor) else tensor
 
 
-def distribute_like(whole: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
-    """This process's part of a tensor that all have, if `other` is shared out; else the tensor itself."""
+def distribute_like(tensor: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    """Shard a tensor that every process has as `other` is sharded; if it is not sharded, return the tensor."""
     if not isinstance(other, DTensor):
-        return whole
-    options: dict[str, Any] = {"src_data_rank": None}  # nobody sends what everybody has
-    return distribute_tensor(whole.to(other.device), other.device_mesh, other.placements, **options)
+        return tensor
+    options: dict[str, Any] = {"src_data_rank": None}  # every process has the full tensor, so there is no broadcast
+    return distribute_tensor(tensor.to(other.device), other.device_mesh, other.placements, **options)
 
 
 PROCESS_GROUP_TIMEOUT = InitProcessGroupKwargs(timeout=timedelta(hours=6))
-"""For `Accelerator`: the others wait while the main process downloads a dataset or looks at it; NCCL's 10 minutes
-would end them."""
+"""Keyword handler for `Accelerator`. The other processes wait while the main process downloads and checks a dataset,
+which may take longer than NCCL's default timeout of 10 minutes."""
 
 
 def all_reduce_max(accelerator: Accelerator, number: int) -> int:
-    """Give every process the highest of the numbers that they come with; all have to call it."""
+    """Return the maximum over all processes, which must all call this."""
     if accelerator.num_processes == 1:
         return number
-    highest = torch.tensor(number, device=accelerator.device)
-    torch.distributed.all_reduce(highest, op=torch.distributed.ReduceOp.MAX)
-    return int(highest)
+    maximum = torch.tensor(number, device=accelerator.device)
+    torch.distributed.all_reduce(maximum, op=torch.distributed.ReduceOp.MAX)
+    return int(maximum)
 
 
-def all_reduce_mean(accelerator: Accelerator, numbers: Mapping[str, float]) -> dict[str, float]:
-    """Average over the processes numbers that each has under the same names; all have to call it."""
+def all_reduce_mean(accelerator: Accelerator, values: Mapping[str, float]) -> dict[str, float]:
+    """Return the mean of each value over all processes, which must all call this with the same keys."""
     if accelerator.num_processes == 1:
-        return dict(numbers)
-    values = torch.tensor(list(numbers.values()), device=accelerator.device)
-    torch.distributed.all_reduce(values)
-    return dict(zip(numbers, (values / accelerator.num_processes).tolist(), strict=True))
+        return dict(values)
+    sums = torch.tensor(list(values.values()), device=accelerator.device)
+    torch.distributed.all_reduce(sums)
+    return dict(zip(values, (sums / accelerator.num_processes).tolist(), strict=True))
 
 
 def all_gather_unique(text: str) -> list[str]:
-    """Give every process the different texts that they come with, but the empty ones; all have to call it."""
+    """Return the distinct non-empty texts of all processes, which must all call this."""
     texts: list[Any] = gather_object([text])
-    return [each for each in dict.fromkeys(texts) if each]
+    return [text for text in dict.fromkeys(texts) if text]

@@ -1,4 +1,4 @@
-"""The error for input that a user can repair, words for it, and the end that it makes of a command."""
+"""User errors: the exception, helpers for its message, and how a command reports it."""
 
 import traceback
 from collections.abc import Callable, Iterable
@@ -6,31 +6,40 @@ from typing import NoReturn
 
 
 class InputError(ValueError):
-    """A file or a value given by the user cannot be used; the message says what was got and what to do.
+    """Raised for a file or value given by the user that cannot be used. The message says what was got and what to do.
 
-    Command line programs print it as one line, while any other exception keeps its traceback.
+    Commands print it as one line; any other unexpected exception keeps its traceback.
     """
 
     def __str__(self) -> str:
-        """The message alone: a process that reads images sends it with the traceback in front."""
+        """Return the message alone: an error raised in a DataLoader worker arrives with its traceback in front."""
         return super().__str__().rpartition(f"{__name__}.{type(self).__name__}: ")[-1].strip()
 
 
-def summarize_list(items: Iterable[str], limit: int = 5) -> str:
-    """Name the first few and say how many more there are."""
-    items = [str(item) for item in items]
-    more = f" and {len(items) - limit} more" if len(items) > limit else ""
-    return ", ".join(items[:limit]) + more
+def summarize_list(items: Iterable[object], limit: int = 5) -> str:
+    """Join the first items by commas and add how many more there are.
+
+    Example:
+
+    ```python
+    >>> summarize_list("abcdef", limit=3)
+    'a, b, c and 3 more'
+
+    ```
+    """
+    texts = [str(item) for item in items]
+    more = f" and {len(texts) - limit} more" if len(texts) > limit else ""
+    return ", ".join(texts[:limit]) + more
 
 
 def run_cli(main: Callable[[], int | None]) -> NoReturn:
-    """End the process with the exit status that `main` returns; a user's mistake ends it with one line.
+    """Run a command and exit with the status that `main` returns; report errors that are not bugs as one line.
 
-    So does what is no mistake of ours either: a library that is not installed, a full disk, a loss that is not finite.
+    These are user errors, missing packages, I/O errors and non-finite losses.
     """
     try:
         status = main()
     except (InputError, ImportError, OSError, FloatingPointError) as error:
-        traceback.clear_frames(error.__traceback__)  # what reads images ahead for them ends now, not at its own pace
+        traceback.clear_frames(error.__traceback__)  # frees DataLoaders, whose workers would delay the exit
         raise SystemExit(f"error: {error}") from None
     raise SystemExit(status)

@@ -1,4 +1,7 @@
-"""Write so that a reader, a process that dies half-way or a power cut never meets half a file or half a folder."""
+"""Read text files, and write files and directories atomically.
+
+After an error, a killed process or a power cut, a file or directory is complete, as it was before, or absent.
+"""
 
 import json
 import os
@@ -11,13 +14,13 @@ from typing import Any, TextIO
 from .errors import InputError
 
 
-def sync(path: Path) -> None:
-    """Wait until a file's content, or which names are in a folder, would outlive a power cut."""
+def fsync(path: Path) -> None:
+    """Flush a file, or the list of names in a directory, to the disk, so that it survives a power cut."""
     if not path.is_dir():
         with path.open("r+b") as file:
             os.fsync(file.fileno())
         return
-    with suppress(OSError):  # not every system can do this for a folder
+    with suppress(OSError):  # not every system can flush a directory
         descriptor = os.open(path, os.O_RDONLY)
         try:
             os.fsync(descriptor)
@@ -26,14 +29,14 @@ def sync(path: Path) -> None:
 
 
 def fsync_tree(folder: Path) -> None:
-    """Do the same for everything in a folder, and for the folder itself."""
+    """Flush a directory and everything in it to the disk."""
     for path in (*folder.rglob("*"), folder):
-        sync(path)
+        fsync(path)
 
 
 @contextmanager
 def annotate_oserror(path: Path) -> Iterator[None]:
-    """Let an error of the system that names no file, as of a full disk, name this file or folder."""
+    """Add `path` to an `OSError` that names no file, such as that of a full disk."""
     try:
         yield
     except OSError as error:
@@ -44,65 +47,65 @@ def annotate_oserror(path: Path) -> Iterator[None]:
 
 @contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
-    """Give the path of a file to write, which takes the place of `path` once it is whole, or not at all.
+    """Write a file atomically: yield a temporary path and rename it to `path` at the end. After an error, delete it.
 
     Args:
-        path (`Path`): May exist; its folder is made. The temporary file has the same suffix.
+        path (`Path`): May exist. Its directory is created. The temporary file has the same suffix.
     """
     temporary = path.with_name(f".{path.stem}.part{path.suffix}")
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         with annotate_oserror(path):
             yield temporary
-            sync(temporary)
+            fsync(temporary)
             temporary.replace(path)
-            sync(path.parent)
+            fsync(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
 
 
 @contextmanager
 def atomic_update_directory(folder: Path, last: str) -> Iterator[Path]:
-    """Give a temporary folder whose files are moved into `folder` once all are written, replacing files of that name.
+    """Yield a temporary directory and move its files into `folder` at the end, replacing files of the same name.
 
     Args:
-        folder (`Path`): May hold other files, which stay.
-        last (`str`): The file that is moved last, without which nobody takes the folder for complete.
+        folder (`Path`): May contain other files, which are kept.
+        last (`str`): The file that is deleted first and moved last: `folder` is complete exactly when it exists.
     """
-    with _part_of(folder, folder / ".files.part") as temporary:
+    with _temporary_directory(folder / ".files.part", folder) as temporary:
         yield temporary
         fsync_tree(temporary)
         (folder / last).unlink(missing_ok=True)
         for path in sorted(temporary.iterdir(), key=lambda path: path.name == last):
             path.replace(folder / path.name)
-        sync(folder)
+        fsync(folder)
 
 
 @contextmanager
 def atomic_directory(folder: Path) -> Iterator[Path]:
-    """Give a temporary folder, which gets the name `folder` once everything is written; after an error there is none.
+    """Write a directory atomically: yield a temporary one and rename it to `folder` at the end, or delete it.
 
     Args:
-        folder (`Path`): Does not exist or is empty; the folder above it is made.
+        folder (`Path`): Must not exist, or be empty. Its parent is created.
 
     Raises:
-        InputError: If it exists and is not an empty folder.
+        InputError: If it exists and is not an empty directory.
     """
-    folder = folder.resolve()  # so that `.` has a name too
+    folder = folder.resolve()  # so that `.` has a name
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
-        raise _exists(folder)
-    with _part_of(folder, folder.with_name(f".{folder.name}.part")) as temporary:
+        raise _already_exists(folder)
+    with _temporary_directory(folder.with_name(f".{folder.name}.part"), folder) as temporary:
         yield temporary
         fsync_tree(temporary)
         with suppress(FileNotFoundError):
-            folder.rmdir()  # an empty one is replaced on POSIX, but not on Windows
+            folder.rmdir()  # POSIX replaces an empty directory, Windows does not
         temporary.replace(folder)
-        sync(folder.parent)
+        fsync(folder.parent)
 
 
 @contextmanager
-def _part_of(folder: Path, temporary: Path) -> Iterator[Path]:
-    """Make an empty `temporary` folder and remove what is left of it in the end; a full disk names `folder`."""
+def _temporary_directory(temporary: Path, folder: Path) -> Iterator[Path]:
+    """Create an empty directory and delete what is left of it at the end. Errors of a full disk name `folder`."""
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         with annotate_oserror(folder):
@@ -113,34 +116,34 @@ def _part_of(folder: Path, temporary: Path) -> Iterator[Path]:
 
 
 def ensure_new_files(*paths: Path | None) -> None:
-    """See, before the work is done, that it can be written: to files that are new, differ, and have a folder.
+    """Check output files before the work that they are for: all must be new and different. Create their directories.
 
     Args:
-        paths (`Path`, *optional*): The files; None for those that are not wanted. Their folders are made.
+        paths (`Path`, *optional*): The files; `None` for those that are not wanted.
 
     Raises:
-        InputError: If one exists, or is given twice.
+        InputError: If a file exists or is given twice.
     """
     given = [path for path in paths if path is not None]
     for path in given:
         if path.exists():
-            raise _exists(path)
+            raise _already_exists(path)
         if given.count(path) > 1:
-            raise InputError(f"{path}: is given for two outputs; give each its own name")
+            raise InputError(f"{path}: is given for two outputs; use a different path for each")
     for folder in {path.parent for path in given}:
         folder.mkdir(parents=True, exist_ok=True)
 
 
-def _exists(path: Path) -> InputError:
-    return InputError(f"{path}: exists already; give another name or remove it")
+def _already_exists(path: Path) -> InputError:
+    return InputError(f"{path}: already exists; use a different path or remove it")
 
 
 @contextmanager
 def open_new_text_file(path: Path) -> Iterator[TextIO]:
-    """Open a file that gets the name `path` once it is whole; after an error there is none.
+    """Open a text file that appears at `path` once it is complete. After an error there is none.
 
     Raises:
-        InputError: If `path` exists: nothing is replaced.
+        InputError: If `path` exists.
     """
     ensure_new_files(path)
     with atomic_write(path) as temporary, temporary.open("w", encoding="utf-8") as file:
@@ -148,31 +151,34 @@ def open_new_text_file(path: Path) -> Iterator[TextIO]:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write `content` as JSON, or leave the file that was there."""
+    """Write `content` as JSON. After an error, the previous file is still there."""
     with atomic_write(path) as temporary:
         temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def read_text(path: Path) -> str:
-    """Read a text file in UTF-8, with or without the byte order mark that Windows likes to write.
+    """Read a text file in UTF-8, with or without a byte order mark.
 
     Raises:
-        InputError: If there is no such file, or it cannot be read, or is in another encoding.
+        InputError: If the file is not found, cannot be read, or is not in UTF-8.
     """
     try:
         return path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
-        raise InputError(f"{path}: there is no such file") from None
+        raise InputError(f"{path}: file not found") from None
     except UnicodeDecodeError as error:
         raise InputError(
-            f"{path}: is not in UTF-8 ({error.reason} at byte {error.start}); save it again with the encoding UTF-8, "
-            "which every editor offers"
+            f"{path}: is not in UTF-8 ({error.reason} at byte {error.start}); save it again with the encoding UTF-8"
         ) from None
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror})") from None
 
 
 def read_lines(path: Path) -> list[str]:
-    """Read the lines of a text file as [`read_text`] does, without empty ones and blanks at their ends."""
-    # not splitlines, which also splits at signs that a name may hold
+    """Read the lines of a text file in UTF-8, without surrounding whitespace, and without empty lines.
+
+    Raises:
+        InputError: As [`read_text`].
+    """
+    # not splitlines, which also splits at characters that a name may contain
     return [line.strip() for line in read_text(path).split("\n") if line.strip()]

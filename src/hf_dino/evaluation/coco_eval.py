@@ -1,0 +1,180 @@
+"""COCO average precision and recall, computed by pycocotools or faster-coco-eval, one category at a time."""
+
+import contextlib
+import importlib
+import io
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from pycocotools.cocoeval import COCOeval, Params
+
+from ..data.dataset import DetectionSplit
+from ..data.objects import to_annotation_array
+from ..model_card import METRIC_NAMES
+from ..utils.errors import InputError, summarize_list
+
+
+METRICS = tuple(METRIC_NAMES)
+"""Keys of the twelve COCO metrics, in the order in which pycocotools computes them."""
+
+ENGINES = {
+    "pycocotools": (("pycocotools.coco", "COCO"), ("pycocotools.cocoeval", "COCOeval")),
+    "faster-coco-eval": (("faster_coco_eval", "COCO"), ("faster_coco_eval", "COCOeval_faster")),
+}
+"""Packages that can compute the metrics, each with module and name of its dataset class and its evaluation class."""
+
+
+@dataclass(frozen=True)
+class CocoScores:
+    """COCO metrics of a set of detections.
+
+    Attributes:
+        metrics (`dict[str, float]`): The twelve values of [`METRICS`], in [0, 1]; -1 where there is no object.
+        ap_per_category (`dict[str, float]`): Average precision by category name; -1 for a category without objects.
+        table (`str`): The twelve lines that pycocotools prints.
+        precision (`np.ndarray` of shape `(10, 101, num_categories)`): Precision by IoU threshold (.5 to .95), recall
+            (0 to 1) and category, for objects of all sizes; -1 for a category without objects.
+    """
+
+    metrics: dict[str, float]
+    ap_per_category: dict[str, float]
+    table: str
+    precision: np.ndarray = field(repr=False, compare=False)
+
+
+def evaluate_coco(data: DetectionSplit, detections: np.ndarray, engine: str = "pycocotools") -> CocoScores:
+    """Compute the COCO metrics of detections on a dataset.
+
+    Args:
+        data (`DetectionSplit`): The dataset. Crowd regions (`iscrowd`) are ignored, not missed.
+        detections (`np.ndarray`): Of dtype [`DETECTION_DTYPE`], from [`collect_detections`] or
+            [`detections_from_results`], with images in any order. An empty array scores 0. Detections of unknown
+            categories are ignored.
+        engine (`str`, *optional*, defaults to `"pycocotools"`): One of [`ENGINES`].
+
+    Returns:
+        `CocoScores`: Metrics, printable table, and precision per category.
+
+    Raises:
+        InputError: If a detection's image is not in the dataset, or the engine is not available.
+    """
+    check_engine(engine)
+    _check_image_ids(data, detections)
+    curves = _compute_curves(data, detections, engine)
+    metrics, table = _summarize(curves)
+    precision = curves["precision"][..., 0, -1]
+    average_precision = precision.mean(axis=(0, 1)).tolist()
+    return CocoScores(metrics, dict(zip(data.categories.values(), average_precision, strict=True)), table, precision)
+
+
+def check_engine(engine: str) -> None:
+    """Check that an engine can be used, before the model runs.
+
+    Raises:
+        InputError: If it is unknown or not installed; the message says what to do.
+    """
+    if engine not in ENGINES:
+        raise InputError(f"the evaluation engine must be one of {summarize_list(ENGINES)}; got {engine!r}")
+    try:
+        _load(engine)
+    except ImportError as error:
+        raise InputError(f"the engine {engine} cannot be used ({error}): pip install {engine}") from None
+
+
+def _load(engine: str) -> tuple[Any, Any]:
+    """Import an engine's dataset class and evaluation class."""
+    dataset, evaluation = (getattr(importlib.import_module(module), name) for module, name in ENGINES[engine])
+    return dataset, evaluation
+
+
+def _check_image_ids(data: DetectionSplit, detections: np.ndarray) -> None:
+    unknown = np.setdiff1d(detections["image_id"], [image.image_id for image in data.images])
+    if len(unknown):
+        raise InputError(f"{data.source}: image ids not found: {summarize_list(unknown)}; detections refer to them")
+
+
+def group_rows(ids: np.ndarray, keys: Iterable[int]) -> list[np.ndarray]:
+    """Return for each key the indices of the rows with this id, in ascending order.
+
+    Example:
+
+    ```python
+    >>> [rows.tolist() for rows in group_rows(np.array([7, 3, 7]), [3, 5, 7])]
+    [[1], [], [0, 2]]
+
+    ```
+    """
+    order, keys = np.argsort(ids, kind="stable"), np.fromiter(keys, dtype=np.int64)
+    starts, ends = (np.searchsorted(ids, keys, side, sorter=order) for side in ("left", "right"))
+    return [order[start:end] for start, end in zip(starts, ends)]
+
+
+def _compute_curves(data: DetectionSplit, detections: np.ndarray, engine: str) -> dict[str, np.ndarray]:
+    """Return `precision` and `recall` as `COCOeval.eval` has them: -1 where there is no object.
+
+    Precision, of shape `(10, 101, num_categories, 4, 3)`, is by IoU threshold (.5 to .95), recall (0 to 1), category
+    (by ascending id), object size (all, small, medium, large) and maximum number of detections per image and category
+    (1, 10, 100); recall, of shape `(10, num_categories, 4, 3)`, is the highest one reached.
+
+    One category is evaluated at a time, which bounds the memory: pycocotools needs several kB per image, category and
+    object size. The result is the same, since categories are independent of each other, and a category is independent
+    of images without an object or a detection of it.
+    """
+    parameters = Params(iouType="bbox")
+    by_recall = (len(parameters.iouThrs), len(parameters.recThrs), len(data.categories))
+    by_limit = (len(parameters.areaRng), len(parameters.maxDets))
+    precision, recall = np.full(by_recall + by_limit, -1.0), np.full(by_recall[::2] + by_limit, -1.0)
+
+    objects = to_annotation_array(data)
+    rows = (group_rows(records["category_id"], data.categories) for records in (objects, detections))
+    for index, (object_rows, detection_rows) in enumerate(zip(*rows)):
+        if len(object_rows):  # a category without objects stays -1
+            measured = _evaluate_category(objects[object_rows], detections[detection_rows], engine)
+            precision[:, :, index], recall[:, index] = measured["precision"][:, :, 0], measured["recall"][:, 0]
+    return {"precision": precision, "recall": recall}
+
+
+def _evaluate_category(objects: np.ndarray, detections: np.ndarray, engine: str) -> Mapping[str, np.ndarray]:
+    """Run an engine on the objects and detections of one category."""
+    coco_class, evaluation_class = _load(engine)
+    image_ids = np.union1d(objects["image_id"], detections["image_id"]).tolist()
+    areas = detections["bbox"][:, 2] * detections["bbox"][:, 3]
+    ground_truth = _make_coco(coco_class, image_ids, objects)
+    predicted = _make_coco(
+        coco_class, image_ids, detections, area=areas, iscrowd=np.zeros(len(detections), dtype=np.int64)
+    )
+    # both engines may print their progress
+    with contextlib.redirect_stdout(io.StringIO()):
+        evaluation = evaluation_class(ground_truth, predicted, "bbox")
+        evaluation.evaluate()
+        evaluation.accumulate()
+    return evaluation.eval
+
+
+def _make_coco(coco_class: Any, image_ids: list[int], records: np.ndarray, **more: np.ndarray) -> Any:
+    """Make an engine's dataset with one category and one annotation per record."""
+    columns = {name: records[name].tolist() for name in records.dtype.names or ()}
+    columns |= {name: values.tolist() for name, values in more.items()}
+    # numbered from 1, whatever the annotation file has: pycocotools takes a match with annotation 0 for no match
+    columns["id"] = range(1, len(records) + 1)
+    coco = coco_class()
+    coco.dataset = {
+        "images": [{"id": image_id} for image_id in image_ids],
+        "categories": [{"id": category_id} for category_id in set(columns["category_id"])],
+        "annotations": [dict(zip(columns, values)) for values in zip(*columns.values())],
+    }
+    with contextlib.redirect_stdout(io.StringIO()):
+        coco.createIndex()
+    return coco
+
+
+def _summarize(curves: dict[str, np.ndarray]) -> tuple[dict[str, float], str]:
+    """Compute the twelve metrics and the table that pycocotools prints of them."""
+    evaluation = COCOeval(iouType="bbox")
+    evaluation.eval = curves
+    with contextlib.redirect_stdout(io.StringIO()) as table:
+        evaluation.summarize()
+    values = [float(value) for value in evaluation.stats]
+    return dict(zip(METRICS, values, strict=True)), table.getvalue().rstrip()

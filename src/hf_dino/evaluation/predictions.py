@@ -1,0 +1,186 @@
+"""Run a model over a dataset, gather its detections from all processes, and score them."""
+
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list, gather_object, send_to_device
+from torch import nn
+from transformers import BaseImageProcessor
+
+from ..data.batching import evaluation_loader
+from ..data.boxes import xyxy_to_xywh
+from ..data.dataset import DetectionSplit, label_of_category
+from ..utils.distributed import summon_full_params
+from ..utils.io import open_new_text_file
+from .coco_eval import CocoScores, check_engine, evaluate_coco
+
+
+DETECTION_DTYPE = np.dtype([("image_id", "<i8"), ("category_id", "<i8"), ("bbox", "<f8", 4), ("score", "<f8")])
+"""One detection: COCO image id and category id, box as x, y, width, height in pixels of the original image, and score
+in [0, 1]. The fields are as wide as JSON numbers, so COCO results keep every digit. A detection takes 56 bytes."""
+
+
+def evaluate_model(
+    model: nn.Module,
+    processor: BaseImageProcessor,
+    data: DetectionSplit,
+    accelerator: Accelerator,
+    *,
+    batch_size: int,
+    num_workers: int = 0,
+    on_batch: Callable[[int], None] = lambda num_images: None,
+    engine: str = "pycocotools",
+) -> tuple[CocoScores, np.ndarray]:
+    """Run a model over a dataset and compute its COCO metrics. All processes must call it and get the same result.
+
+    Categories are matched to the model's classes by name. A batch only has images of one resized size, so the result
+    does not depend on the batch size. The main process computes the metrics.
+
+    Args:
+        model (`nn.Module`): A detection model, prepared by `accelerator` or not.
+        processor (`BaseImageProcessor`): The model's image processor.
+        data (`DetectionSplit`): The dataset.
+        accelerator (`Accelerator`): Provides the device and this process's share of the images.
+        batch_size (`int`): Maximum number of images in a batch, per process.
+        num_workers (`int`, *optional*, defaults to 0): DataLoader workers, per process.
+        on_batch (`Callable[[int], None]`, *optional*): Called after each batch of this process with its number of
+            images.
+        engine (`str`, *optional*, defaults to `"pycocotools"`): Computes the metrics; one of [`ENGINES`].
+
+    Returns:
+        `tuple[CocoScores, np.ndarray]`: The metrics, and the detections as [`collect_detections`] returns them.
+
+    Raises:
+        InputError: If a category that has objects is not among the model's classes, or the engine is not available.
+    """
+    check_engine(engine)
+    labels = label_of_category(data, accelerator.unwrap_model(model).config.id2label)
+    loader = evaluation_loader(
+        data,
+        processor,
+        batch_size=batch_size,
+        rank=accelerator.process_index,
+        world_size=accelerator.num_processes,
+        num_workers=num_workers,
+    )
+    label_to_category_id = {label: category_id for category_id, label in labels.items()}
+    detections = collect_detections(model, loader, processor, label_to_category_id, accelerator, on_batch)
+    scores = [evaluate_coco(data, detections, engine)] if accelerator.is_main_process else [None]
+    return broadcast_object_list(scores)[0], detections
+
+
+@torch.no_grad()
+def collect_detections(
+    model: nn.Module,
+    loader: Iterable[dict[str, Any]],
+    processor: BaseImageProcessor,
+    label_to_category_id: Mapping[int, int],
+    accelerator: Accelerator,
+    on_batch: Callable[[int], None] = lambda num_images: None,
+) -> np.ndarray:
+    """Run a model over a dataset and return the detections of all processes. All processes must call it.
+
+    The processes only communicate before the first and after the last image, so their shares may differ in length
+    and no image is evaluated twice. Each process holds all detections in memory: 80 MiB for the 5,000 images of COCO
+    val2017 with 300 detections each. The model's training mode is restored.
+
+    Args:
+        model (`nn.Module`): A detection model, prepared by `accelerator` or not.
+        loader (`Iterable[dict]`): From [`evaluation_loader`], this process's share; not prepared by `accelerator`.
+        processor (`BaseImageProcessor`): The model's image processor.
+        label_to_category_id (`Mapping[int, int]`): Maps the model's labels to COCO category ids. Detections of other
+            labels are dropped.
+        accelerator (`Accelerator`): Provides the device.
+        on_batch (`Callable[[int], None]`, *optional*): Called after each batch with its number of images.
+
+    Returns:
+        `np.ndarray` of shape `(num_detections,)` and dtype [`DETECTION_DTYPE`]: The `config.num_select` detections
+        with the highest scores of each image, by ascending image id; those of one image by descending score.
+    """
+    # DistributedDataParallel's forward would wait for the other processes
+    network = accelerator.unwrap_model(model)
+    own = [np.empty(0, DETECTION_DTYPE)]
+    with eval_mode(network), summon_full_params(network):
+        for batch in loader:
+            tensors = {name: batch[name] for name in ("pixel_values", "pixel_mask")}
+            outputs = network(**send_to_device(tensors, accelerator.device, non_blocking=True))
+            results = processor.post_process_object_detection(
+                outputs, threshold=0.0, target_sizes=batch["target_sizes"], top_k=network.config.num_select
+            )
+            for image_id, result in zip(batch["image_ids"], results, strict=True):
+                own.append(_to_detections(image_id, result, label_to_category_id))
+            on_batch(len(batch["image_ids"]))
+    return sort_by_image(np.concatenate(gather_object([np.concatenate(own)])))
+
+
+@contextmanager
+def eval_mode(network: nn.Module) -> Iterator[None]:
+    """Put a model into evaluation mode, and back into its previous mode at the end, also after an error."""
+    was_training = network.training
+    network.eval()
+    try:
+        yield
+    finally:
+        network.train(was_training)
+
+
+def sort_by_image(detections: np.ndarray) -> np.ndarray:
+    """Sort detections by ascending image id and keep the order of those of one image."""
+    return detections[np.argsort(detections["image_id"], kind="stable")]
+
+
+def _to_detections(
+    image_id: int, result: Mapping[str, torch.Tensor], label_to_category_id: Mapping[int, int]
+) -> np.ndarray:
+    """Convert the post-processed output of one image, whose boxes are corners in pixels."""
+    labels = result["labels"].tolist()
+    kept = [index for index, label in enumerate(labels) if label in label_to_category_id]
+    detections = np.empty(len(kept), DETECTION_DTYPE)
+    detections["image_id"] = image_id
+    detections["category_id"] = [label_to_category_id[labels[index]] for index in kept]
+    detections["bbox"] = xyxy_to_xywh(result["boxes"].float().cpu()[kept].numpy())
+    detections["score"] = result["scores"].float().cpu()[kept].numpy()
+    return detections
+
+
+def write_coco_results(path: Path, detections: np.ndarray) -> None:
+    """Write detections as COCO results: a JSON list of `image_id`, `category_id`, `bbox` and `score`, all digits kept.
+
+    Args:
+        path (`Path`): Must not exist. It appears once it is complete.
+        detections (`np.ndarray`): Of dtype [`DETECTION_DTYPE`].
+
+    Raises:
+        InputError: If the file exists.
+    """
+    fields = DETECTION_DTYPE.names or ()
+    with open_new_text_file(path) as file:
+        file.write("[")
+        for number, detection in enumerate(detections):
+            result = {field: detection[field].tolist() for field in fields}
+            file.write(("," if number else "") + "\n" + json.dumps(result))
+        file.write("\n]\n")
+
+
+def detections_from_results(results: Iterable[Mapping[str, Any]]) -> np.ndarray:
+    """Convert COCO results, as read from JSON, to an array of dtype [`DETECTION_DTYPE`].
+
+    Example:
+
+    ```python
+    >>> detections = detections_from_results(
+    ...     [{"image_id": 1, "category_id": 3, "bbox": [10, 10, 40, 20], "score": 0.9}]
+    ... )
+    >>> detections["bbox"].tolist(), detections["score"].tolist()
+    ([[10.0, 10.0, 40.0, 20.0]], [0.9])
+
+    ```
+    """
+    fields = DETECTION_DTYPE.names or ()
+    return np.array([tuple(result[field] for field in fields) for result in results], dtype=DETECTION_DTYPE)
