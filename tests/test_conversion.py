@@ -1,21 +1,35 @@
-"""Official checkpoints become model folders: completely, or not at all and with a reason."""
+"""Official checkpoints are converted completely, or not at all and with a reason."""
 
 import argparse
+import contextlib
 import gzip
+import importlib
 import json
 import os
 import pickle
 import re
 import signal
+import subprocess
+import sys
+import types
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoImageProcessor, AutoModelForObjectDetection
+from transformers import AutoImageProcessor, AutoModelForObjectDetection, ConvNextConfig
 
 import convert_original
-import key_tables
-from convert_original import ConversionError, config_from_args, convert_state_dict
+from hf_dino.conversion import convert_checkpoint, key_tables
+from hf_dino.conversion.checkpoint import load_checkpoint, official_settings, official_state_dict, sha256
+from hf_dino.conversion.convert import (
+    config_and_processor,
+    config_from_args,
+    convert_state_dict,
+    evaluation_size,
+    write_folder,
+)
+from hf_dino.conversion.published import checkpoint_table, find_published_checkpoint
+from hf_dino.utils.errors import InputError, run_cli
 
 
 ROOT = Path(__file__).parents[1]
@@ -26,12 +40,12 @@ VARIANTS = ("r50_4scale", "r50_5scale", "swinl_4scale", "swinl_5scale")
 
 
 def manifest(variant: str) -> dict:
-    """Settings, and shape and dtype by key, of an official model."""
+    """Read the settings, and shape and dtype by key, of an official model."""
     return json.loads(gzip.decompress((FIXTURES / f"official_{variant}.json.gz").read_bytes()))
 
 
 def hollow(manifest: dict) -> dict[str, torch.Tensor]:
-    """The tensors of a manifest, all zero and without memory."""
+    """Return the tensors of a manifest, all zero and without memory."""
     return {
         key: torch.zeros((), dtype=getattr(torch, dtype)).expand(shape)
         for key, (shape, dtype) in manifest["state_dict"].items()
@@ -52,7 +66,7 @@ SMALL_SETTINGS = {
 
 
 def small_checkpoint(num_classes: int = 5, **settings) -> dict:
-    """What the official code would save for a ResNet-50 with a narrow transformer of one and two layers."""
+    """Return what the official code would save for a ResNet-50 with a narrow transformer of one and two layers."""
     full = manifest("r50_4scale")
     generator = torch.Generator().manual_seed(0)
     values: dict[str, torch.Tensor] = {}
@@ -88,8 +102,8 @@ def small_file(tmp_path_factory) -> Path:
 
 
 def converted(checkpoint: dict) -> dict[str, torch.Tensor]:
-    config = config_from_args(convert_original.official_settings(checkpoint))
-    return convert_state_dict(convert_original.official_state_dict(checkpoint), config)
+    config = config_from_args(official_settings(checkpoint))
+    return convert_state_dict(official_state_dict(checkpoint), config)
 
 
 # Keys
@@ -154,38 +168,38 @@ def test_prefix_of_distributed_training_is_stripped(small):
 
 def test_key_with_and_without_prefix_is_an_error(small):
     small["model"]["module.label_enc.weight"] = small["model"]["label_enc.weight"]
-    with pytest.raises(ConversionError, match=r"label_enc\.weight twice"):
+    with pytest.raises(InputError, match=r"label_enc\.weight is duplicated"):
         converted(small)
 
 
 def test_missing_tensor_is_listed(small):
     del small["model"]["transformer.level_embed"], small["model"]["transformer.enc_output.bias"]
-    with pytest.raises(ConversionError, match=r"does not fill.*level_embed, model\.query_selection\.enc_output\.bias"):
+    with pytest.raises(InputError, match=r"does not fill.*level_embed, model\.query_selection\.enc_output\.bias"):
         converted(small)
 
 
 def test_unknown_tensor_is_listed(small):
     small["model"]["transformer.extra.weight"] = torch.zeros(1)
-    with pytest.raises(ConversionError, match=r"no place in the model: transformer\.extra\.weight"):
+    with pytest.raises(InputError, match=r"without a place in the model: transformer\.extra\.weight"):
         converted(small)
 
 
 def test_layer_beyond_the_settings_is_listed(small):
     small["args"].dec_layers = 1
-    with pytest.raises(ConversionError, match=r"no place in the model: model\.decoder\.layers\.1\."):
+    with pytest.raises(InputError, match=r"without a place in the model: model\.decoder\.layers\.1\."):
         converted(small)
 
 
 def test_wrong_shape_is_listed(small):
     small["args"].num_queries = 13
-    with pytest.raises(ConversionError, match=r"content_queries\.weight \(12, 32\), not \(13, 32\)"):
+    with pytest.raises(InputError, match=r"content_queries\.weight \(12, 32\), not \(13, 32\)"):
         converted(small)
 
 
 def test_copy_that_differs_is_listed(small):
     for key in ("class_embed.1.bias", "transformer.decoder.class_embed.1.bias"):
         small["model"][key] = small["model"]["class_embed.0.bias"] + 1
-    with pytest.raises(ConversionError, match=r"another one: class_embed\.1\.bias \(= class_embed\.0\.bias\)"):
+    with pytest.raises(InputError, match=r"another one: class_embed\.1\.bias \(= class_embed\.0\.bias\)"):
         converted(small)
 
 
@@ -227,6 +241,46 @@ def test_pure_query_selection_has_no_content_queries():
     assert "model.query_selection.content_queries.weight" not in converted(checkpoint)
 
 
+STRATEGIES = [
+    {"denoising": denoising, "query_selection": selection, "box_refinement": refinement, "share_decoder_heads": shared}
+    for denoising in ("contrastive", "plain", "none")
+    for selection in ("mixed", "pure", "static")
+    for refinement in ("look_forward_twice", "look_forward_once")
+    for shared in (True, False)
+]
+
+
+@pytest.mark.parametrize("strategies", STRATEGIES, ids=lambda strategies: " ".join(map(str, strategies.values())))
+def test_every_combination_of_strategies_converts(strategies):
+    checkpoint = small_checkpoint()
+    if strategies["query_selection"] == "static":
+        without(checkpoint, r"transformer\.enc_out")
+        checkpoint["model"]["transformer.refpoint_embed.weight"] = torch.rand(12, 4)
+    if strategies["query_selection"] == "pure":
+        without(checkpoint, r"transformer\.tgt_embed")
+    config = config_from_args(official_settings(checkpoint))
+    for name, value in strategies.items():
+        setattr(config, name, value)
+    state_dict = convert_state_dict(official_state_dict(checkpoint), config)
+    assert ("model.denoising.label_embed.weight" in state_dict) is (strategies["denoising"] != "none")
+    assert ("class_embed.1.weight" in state_dict) is not strategies["share_decoder_heads"]
+
+
+def test_a_configuration_with_another_backbone_is_one_error(small):
+    config = config_from_args(official_settings(small))
+    config.backbone_config = ConvNextConfig(out_indices=[2, 3, 4])
+    with pytest.raises(InputError, match="one of the backbones resnet, swin, not convnext"):
+        convert_state_dict(official_state_dict(small), config)
+
+
+@pytest.mark.parametrize("value", [None, "plain", [], -1, 0, 2.5])
+def test_any_value_of_any_setting_is_converted_or_one_error(small, value):
+    for name in official_settings(small):
+        with contextlib.suppress(InputError):
+            config, _ = config_and_processor(official_settings(small) | {name: value})
+            convert_state_dict(official_state_dict(small), config)
+
+
 def test_single_stage_model_has_learned_anchors():
     checkpoint = small_checkpoint(two_stage_type="no")
     without(checkpoint, r"transformer\.enc_out")
@@ -252,7 +306,7 @@ def test_separate_heads_stay_separate():
     assert torch.equal(converted(checkpoint)["class_embed.1.bias"], bias)
 
 
-def test_settings_that_old_files_lack_have_the_original_default(small):
+def test_settings_that_old_files_lack_have_the_official_default(small):
     for name in key_tables.DEFAULT_OF_SETTING:
         delattr(small["args"], name)
     assert converted(small)
@@ -274,25 +328,63 @@ def test_settings_that_old_files_lack_have_the_original_default(small):
     ],
 )
 def test_setting_that_the_model_cannot_express_is_named(name, value):
-    with pytest.raises(ConversionError, match=rf"{name}={re.escape(repr(value))}"):
+    with pytest.raises(InputError, match=rf"{name}={re.escape(repr(value))}"):
         config_from_args(manifest("r50_4scale")["args"] | {name: value})
 
 
 def test_missing_setting_is_named():
     args = manifest("r50_4scale")["args"]
     del args["hidden_dim"]
-    with pytest.raises(ConversionError, match="lack 'hidden_dim'"):
+    with pytest.raises(InputError, match="lack 'hidden_dim'"):
         config_from_args(args)
 
 
 def test_image_size_follows_the_settings():
     args = manifest("r50_4scale")["args"]
-    assert convert_original.evaluation_size(args) == {"shortest_edge": 800, "longest_edge": 1333}
-    enlarged = convert_original.evaluation_size(args | {"data_aug_scale_overlap": 1.5})
+    assert evaluation_size(args) == {"shortest_edge": 800, "longest_edge": 1333}
+    enlarged = evaluation_size(args | {"data_aug_scale_overlap": 1.5})
     assert enlarged == {"shortest_edge": 1200, "longest_edge": 1999}
 
 
 # Files that are something else
+
+FORMATS = {
+    "dab_deformable_detr_r50": "a DAB-DETR or DN-DETR checkpoint",
+    "deformable_detr": "a Deformable DETR checkpoint",
+    "deformable_detr_refine": "a Deformable DETR checkpoint",
+    "deformable_detr_two_stage": "a Deformable DETR checkpoint",
+    "detrex_dino_r50_4scale": "a detrex checkpoint",
+    "detrex_dino_swin_large_384_4scale": "a detrex checkpoint",
+    "dn_deformable_detr_r50": "a DAB-DETR or DN-DETR checkpoint",
+    "mmdet_dino_4scale_r50": "an MMDetection 3 checkpoint",
+    "mmdet_dino_5scale_swin_l": "an MMDetection 3 checkpoint",
+}
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_files_of_other_code_are_recognized(shared, name, monkeypatch, tmp_path):
+    if not (shared / "formats").is_dir():
+        pytest.skip("needs the folder ../shared/formats with the file formats of other code")
+    monkeypatch.syspath_prepend(shared / "formats")
+    formats = importlib.import_module("synthesize_formats")
+    monkeypatch.setattr(formats, "state_dict", lambda name, num_classes: hollow(formats.manifest_of(name)))
+    content = formats.checkpoint(name)
+    torch.save(content, tmp_path / "other.pth", _use_new_zipfile_serialization="state_dict" not in content)
+    with pytest.raises(InputError, match=f"shows that this is {FORMATS[name]}; use ") as error:
+        convert_checkpoint(tmp_path / "other.pth", tmp_path / "model")
+    assert len(str(error.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_types_of_another_package_are_recognized_without_running_them(tmp_path, monkeypatch, zipped):
+    module = types.ModuleType("mmengine.logging")
+    module.HistoryBuffer = type("HistoryBuffer", (), {"__module__": "mmengine.logging"})
+    monkeypatch.setitem(sys.modules, "mmengine", types.ModuleType("mmengine"))
+    monkeypatch.setitem(sys.modules, "mmengine.logging", module)
+    content = {"message_hub": module.HistoryBuffer(), "state_dict": {}}
+    torch.save(content, tmp_path / "epoch_12.pth", _use_new_zipfile_serialization=zipped)
+    with pytest.raises(InputError, match="types of mmengine show that this is an MMDetection 3 checkpoint"):
+        load_checkpoint(tmp_path / "epoch_12.pth")
 
 
 @pytest.mark.parametrize(
@@ -300,40 +392,41 @@ def test_image_size_follows_the_settings():
     [
         ({"model": {"neck.convs.0.conv.weight": 0}}, "detrex"),
         ({"state_dict": {"bbox_head.cls_branches.0.weight": 0}, "meta": {}}, "MMDetection 3"),
+        ({"state_dict": {"neck.convs.0.conv.weight": 0, "bbox_head.reg_branches.0.0.bias": 0}}, "MMDetection 3"),
         ({"state_dict": {"bbox_head.transformer.level_embeds": 0}}, "MMDetection 2"),
         ({"model": {"query_embed.weight": 0, "input_proj.weight": 0}}, "a DETR"),
         ({"model": {"query_embed.weight": 0, "transformer.reference_points.weight": 0}}, "Deformable DETR"),
         ({"student": {}, "teacher": {}}, "self-supervised"),
         ({"model.encoder.layers.0.fc1.weight": 0}, "transformers"),
-        ({"weights": {}}, "should hold 'model' and 'args'"),
+        ({"weights": {}}, "should contain 'model' and 'args'"),
     ],
 )
 def test_other_models_are_recognized(content, name):
-    with pytest.raises(ConversionError, match=name):
-        convert_original.official_state_dict(content)
+    with pytest.raises(InputError, match=name):
+        official_state_dict(content)
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"args": "resnet50"}, "settings .* are a str, not a Namespace or a dict"),
-        ({"model": {"bbox_embed.0": 5}}, "'model' holds a int as 'bbox_embed.0', not a tensor"),
-        ({"args": small_checkpoint(nheads=5)["args"]}, "settings .* make no DINO: d_model must be a multiple"),
-        ({"args": small_checkpoint(hidden_dim=None)["args"]}, "settings .* make no DINO: .*'d_model' expected int"),
-        ({"args": small_checkpoint(dn_number=None)["args"]}, "settings .* make no DINO"),
+        ({"model": {"bbox_embed.0": 5}}, "'model' contains a int as 'bbox_embed.0', not a tensor"),
+        ({"args": small_checkpoint(nheads=5)["args"]}, "settings .* not describe a DINO .*d_model must be a multiple"),
+        ({"args": small_checkpoint(hidden_dim=None)["args"]}, "settings .* not describe a DINO .*'d_model' expected int"),
+        ({"args": small_checkpoint(dn_number=None)["args"]}, "settings .* not describe a DINO model"),
+        ({"args": small_checkpoint(data_aug_scales=800)["args"]}, "settings .* not describe a DINO model"),
     ],
 )
-def test_content_of_another_kind_is_an_error(tmp_path, capsys, change, message):
+def test_content_of_another_kind_is_an_error(tmp_path, change, message):
     torch.save(small_checkpoint() | change, tmp_path / "odd.pth")
-    arguments = [f"--checkpoint={tmp_path / 'odd.pth'}", f"--output={tmp_path / 'model'}"]
-    assert convert_original.main(arguments) == 1
-    assert re.search(message, capsys.readouterr().err)
+    with pytest.raises(InputError, match=message):
+        convert_checkpoint(tmp_path / "odd.pth", tmp_path / "model")
     assert not (tmp_path / "model").exists()
 
 
 def test_checkpoint_without_settings_is_an_error(small):
     del small["args"]
-    with pytest.raises(ConversionError, match="no settings"):
+    with pytest.raises(InputError, match="no settings"):
         converted(small)
 
 
@@ -343,21 +436,21 @@ def test_truncated_file_is_an_error(tmp_path, share, zipped):
     path = tmp_path / "cut.pth"
     torch.save({"model": {"weight": torch.rand(2000)}}, path, _use_new_zipfile_serialization=zipped)
     path.write_bytes(path.read_bytes()[: int(share * path.stat().st_size)])
-    with pytest.raises(ConversionError, match=r"cut\.pth is damaged or incomplete"):
-        convert_original.load_checkpoint(path)
+    with pytest.raises(InputError, match=r"cut\.pth is damaged or incomplete"):
+        load_checkpoint(path)
 
 
 @pytest.mark.parametrize("content", [b"", b"<!DOCTYPE html><html>quota exceeded</html>"])
 def test_file_that_is_no_checkpoint_is_an_error(tmp_path, content):
     path = tmp_path / "page.pth"
     path.write_bytes(content)
-    with pytest.raises(ConversionError, match="not a PyTorch checkpoint"):
-        convert_original.load_checkpoint(path)
+    with pytest.raises(InputError, match="not a PyTorch checkpoint"):
+        load_checkpoint(path)
 
 
 def test_missing_file_is_an_error(tmp_path):
-    with pytest.raises(ConversionError, match="is not a file"):
-        convert_original.load_checkpoint(tmp_path / "none.pth")
+    with pytest.raises(InputError, match="is not a file"):
+        load_checkpoint(tmp_path / "none.pth")
 
 
 class Evil:
@@ -375,10 +468,10 @@ def test_pickled_code_runs_only_when_trusted(tmp_path, caplog, zipped):
     path, trace = tmp_path / "evil.pth", tmp_path / "trace"
     content = {"model": {}, "args": argparse.Namespace(harmless=Evil(trace))}
     torch.save(content, path, _use_new_zipfile_serialization=zipped)
-    with pytest.raises(ConversionError, match=r"pickled together with (_?io)\.open.*--trust-pickle"):
-        convert_original.load_checkpoint(path)
+    with pytest.raises(InputError, match=r"pickled together with (_?io)\.open.*--trust_pickle"):
+        load_checkpoint(path)
     assert not trace.exists()
-    convert_original.load_checkpoint(path, trust_pickle=True)
+    load_checkpoint(path, trust_pickle=True)
     assert trace.exists()
     assert "may run code" in caplog.text
 
@@ -386,8 +479,8 @@ def test_pickled_code_runs_only_when_trusted(tmp_path, caplog, zipped):
 def test_trusted_pickle_of_missing_code_is_an_error(tmp_path):
     path = tmp_path / "old.pth"
     path.write_bytes(pickle.dumps(0).replace(b"K\x00", b"cnot_a_module\nThing\n"))
-    with pytest.raises(ConversionError, match=r"cannot be imported here.*not_a_module"):
-        convert_original.load_checkpoint(path, trust_pickle=True)
+    with pytest.raises(InputError, match=r"cannot be imported here.*not_a_module"):
+        load_checkpoint(path, trust_pickle=True)
 
 
 # Folders
@@ -396,7 +489,7 @@ def test_trusted_pickle_of_missing_code_is_an_error(tmp_path):
 @pytest.fixture(scope="module")
 def folder(small_file, tmp_path_factory) -> Path:
     output = tmp_path_factory.mktemp("converted") / "deep" / "model"
-    assert convert_original.main(["--checkpoint", str(small_file), "--output", str(output)]) == 0
+    convert_checkpoint(small_file, output)
     return output
 
 
@@ -409,42 +502,59 @@ def test_folder_loads_with_the_weights_of_the_file(folder, small_file):
 
 def test_folder_has_card_code_and_nothing_beside_it(folder, small_file):
     card = (folder / "README.md").read_text(encoding="utf-8")
-    assert convert_original.sha256(small_file) in card
+    assert sha256(small_file) in card
     assert small_file.name in card
     assert (folder / "modeling_dino_detr.py").is_file()
     assert [entry.name for entry in folder.parent.iterdir()] == [folder.name]
     assert {file.stat().st_mode for file in folder.iterdir()} == {(folder / "README.md").stat().st_mode}
 
 
-def run(*arguments, **settings) -> int:
-    return convert_original.main([str(argument) for argument in arguments], **settings)
+def run(*arguments) -> str | None:
+    """Run the command, and return the line that it prints instead of a traceback."""
+    with pytest.raises(SystemExit) as end:
+        run_cli(lambda: convert_original.main([str(argument) for argument in arguments]))
+    return end.value.code
 
 
-def test_folder_that_is_not_empty_is_refused_before_anything_is_read(tmp_path, capsys):
+@pytest.mark.parametrize("options", [("--output_dir", "--use_ema"), ("--output-dir", "--use-ema")])
+def test_options_have_dashes_or_underscores(tmp_path, options, monkeypatch):
+    given = {}
+    monkeypatch.setattr(
+        "hf_dino.conversion.convert_checkpoint", lambda *paths, **flags: given.update(flags, paths=paths), raising=False
+    )
+    output, use_ema = options
+    assert run("--checkpoint=some-file.pth", output, tmp_path / "a-model", use_ema) is None
+    assert given.pop("paths") == (Path("some-file.pth"), tmp_path / "a-model")
+    assert given == {"use_ema": True, "trust_pickle": False, "overwrite": False}
+
+
+def test_script_prints_one_line_for_an_error(tmp_path):
+    script = ROOT / "conversion" / "convert_original.py"
+    command = [sys.executable, script, "--checkpoint", tmp_path / "none.pth", "--output_dir", tmp_path / "model"]
+    ended = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT / "src")})
+    assert ended.returncode == 1
+    assert ended.stderr == f"error: --checkpoint {tmp_path / 'none.pth'} is not a file\n"
+
+
+def test_folder_that_is_not_empty_is_refused_before_anything_is_read(tmp_path):
     (tmp_path / "mine.txt").write_text("mine")
-    assert run("--checkpoint", "no such file", "--output", tmp_path) == 1
-    assert "is not empty" in capsys.readouterr().err
+    assert "is not empty" in run("--checkpoint", "no such file", "--output_dir", tmp_path)
     assert [entry.name for entry in tmp_path.iterdir()] == ["mine.txt"]
 
 
-@pytest.fixture
-def quick(monkeypatch) -> None:
-    """Write small stand-ins for model and processor."""
+class Quick:
+    """Writes a small stand-in for a model or an image processor."""
 
-    class Quick:
-        def save_pretrained(self, path):
-            path.mkdir(exist_ok=True)
-            (path / "config.json").write_text("new")
-
-    monkeypatch.setattr(convert_original, "Quick", Quick, raising=False)
+    def save_pretrained(self, path: Path) -> None:
+        path.mkdir(exist_ok=True)
+        (path / "config.json").write_text("new")
 
 
 def write(output: Path) -> None:
-    quick = convert_original.Quick()
-    convert_original.write_folder(quick, quick, "card", output)
+    write_folder(Quick(), Quick(), "card", output)
 
 
-def test_overwrite_replaces_what_a_conversion_wrote(tmp_path, quick):
+def test_overwrite_replaces_what_a_conversion_wrote(tmp_path):
     output = tmp_path / "model"
     output.mkdir()
     (output / "config.json").write_text("old")
@@ -453,7 +563,7 @@ def test_overwrite_replaces_what_a_conversion_wrote(tmp_path, quick):
     assert [entry.name for entry in tmp_path.iterdir()] == ["model"]
 
 
-def test_overwrite_keeps_what_no_conversion_writes(tmp_path, quick, caplog):
+def test_overwrite_keeps_what_no_conversion_writes(tmp_path, caplog):
     output = tmp_path / "model"
     output.mkdir()
     (output / "thesis.tex").write_text("years of work")
@@ -463,11 +573,11 @@ def test_overwrite_keeps_what_no_conversion_writes(tmp_path, quick, caplog):
     assert (output / "config.json").read_text() == "new"
 
 
-def test_failure_leaves_what_was_there(tmp_path, quick, monkeypatch):
+def test_failure_leaves_what_was_there(tmp_path, monkeypatch):
     output = tmp_path / "model"
     output.mkdir()
     (output / "config.json").write_text("old")
-    monkeypatch.setattr(convert_original.Path, "write_text", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr(Path, "write_text", lambda *_, **__: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         write(output)
     assert [entry.name for entry in tmp_path.iterdir()] == ["model"]
@@ -475,7 +585,7 @@ def test_failure_leaves_what_was_there(tmp_path, quick, monkeypatch):
 
 
 class Killed:
-    """Dies half-way through writing, as for want of memory."""
+    """Dies half-way through writing, as if out of memory."""
 
     def save_pretrained(self, path: Path):
         path.mkdir(exist_ok=True)
@@ -487,22 +597,21 @@ class Killed:
 def test_killed_process_leaves_no_folder(tmp_path):
     child = os.fork()
     if child == 0:
-        convert_original.write_folder(Killed(), Killed(), "card", tmp_path / "model")
+        write_folder(Killed(), Killed(), "card", tmp_path / "model")
         os._exit(0)
     _, status = os.waitpid(child, 0)
     assert os.WTERMSIG(status) == signal.SIGKILL
     assert not (tmp_path / "model").exists()
 
 
-def test_moving_average_is_taken_when_asked_for(small):
+def test_ema_weights_are_converted_on_request(small):
     small["ema_model"] = {f"module.{key}": value + 1 for key, value in small["model"].items()}
-    source = convert_original.official_state_dict(small, "ema_model")
+    source = official_state_dict(small, "ema_model")
     assert torch.equal(source["transformer.level_embed"], small["model"]["transformer.level_embed"] + 1)
 
 
-def test_file_without_moving_average_is_an_error(small_file, tmp_path, capsys):
-    assert run("--checkpoint", small_file, "--output", tmp_path / "model", "--use-ema") == 1
-    assert "no 'ema_model'" in capsys.readouterr().err
+def test_file_without_ema_weights_is_an_error(small_file, tmp_path):
+    assert "no 'ema_model'" in run("--checkpoint", small_file, "--output_dir", tmp_path / "model", "--use_ema")
     assert not (tmp_path / "model").exists()
 
 
@@ -511,11 +620,11 @@ def test_file_without_moving_average_is_an_error(small_file, tmp_path, capsys):
 
 def test_published_file_is_recognized_by_its_hash():
     digest = key_tables.PUBLISHED["checkpoint0011_5scale.pth"].sha256
-    assert convert_original.published_checkpoint("renamed.pth", digest, {}, None).box_ap == 0.494
+    assert find_published_checkpoint("renamed.pth", digest, {}, None).box_ap == 0.494
 
 
 def test_namesake_with_another_hash_is_not_credited(caplog):
-    assert convert_original.published_checkpoint("checkpoint0011_4scale.pth", "0" * 64, {}, 12) is None
+    assert find_published_checkpoint("checkpoint0011_4scale.pth", "0" * 64, {}, 12) is None
     assert "not its content" in caplog.text
 
 
@@ -523,7 +632,7 @@ SWIN_LARGE = {"backbone": "swin_L_384_22k", "num_feature_levels": 4, "num_classe
 
 
 def test_published_file_without_known_hash_is_recognized_by_all_that_its_name_says():
-    found = convert_original.published_checkpoint("checkpoint0029_4scale_swin.pth", "0" * 64, SWIN_LARGE, 30)
+    found = find_published_checkpoint("checkpoint0029_4scale_swin.pth", "0" * 64, SWIN_LARGE, 30)
     assert found.box_ap == 0.580
 
 
@@ -533,7 +642,7 @@ def test_published_file_without_known_hash_is_recognized_by_all_that_its_name_sa
 )
 def test_namesake_that_does_not_fit_is_not_credited(settings, epochs, caplog):
     name = "checkpoint0029_4scale_swin.pth"
-    assert convert_original.published_checkpoint(name, "0" * 64, SWIN_LARGE | settings, epochs) is None
+    assert find_published_checkpoint(name, "0" * 64, SWIN_LARGE | settings, epochs) is None
     assert "91 classes, 30 epochs" in caplog.text
 
 
@@ -542,3 +651,17 @@ def test_card_of_an_own_file_claims_nothing(folder):
     assert "official checkpoint" not in card
     assert "license:" not in card
     assert "12 epochs" in card
+
+
+def test_readme_lists_the_published_files():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    [table] = re.findall(r"<!-- checkpoints -->\n(.*?)\n<!-- /checkpoints -->", readme, flags=re.DOTALL)
+    assert table.strip() == checkpoint_table(), "paste what `python -m hf_dino.conversion.published` prints"
+
+
+def test_the_list_of_published_files_is_complete():
+    table = checkpoint_table()
+    for name, published in key_tables.PUBLISHED.items():
+        assert f"| `{name}` |" in table
+        assert f"| {100 * published.box_ap:.1f} |" in table
+    assert "published by the authors, not measured here" in table

@@ -11,13 +11,13 @@ from coco_files import annotation, write_coco
 from hf_dino.data import (
     DetectionDataset,
     InputError,
-    contiguous_id2label,
     label_of_category,
     make_augmentation,
     read_coco,
     read_data,
 )
 from hf_dino.data.shapes import generate_shapes
+from hf_dino.hub import contiguous_id2label
 
 
 def read(folder, annotations=(), **options):

@@ -1,11 +1,13 @@
-"""Open a trained DINO with its image processor, or make a new one, or say plainly why that cannot be done."""
+"""Load, build and save models together with their image processors, with one clear error for everything unusable."""
 
+import dataclasses
 import json
 import logging
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from copy import deepcopy
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +20,8 @@ from transformers import AutoConfig, AutoImageProcessor, BaseImageProcessor, Pre
 from transformers.utils import logging as transformers_logging
 
 from .configuration_dino_detr import UNUSED_LABEL, DinoDetrConfig
-from .data.dataset import contiguous_id2label
 from .image_processing_dino_detr import DinoDetrImageProcessor, DinoDetrImageProcessorPil
 from .registration import DinoDetrForObjectDetection  # with the auto classes, which then load DINO models
-from .utils.arguments import check_config_field
 from .utils.errors import InputError, summarize_list
 from .utils.io import read_text
 
@@ -36,14 +36,14 @@ def load_model_and_processor(model: str, backend: str | None = None) -> Detector
 
     Args:
         model (`str`): A folder written by `save_pretrained`, or a name on the Hub.
-        backend (`str`, *optional*): The image processor's, `"torchvision"` or `"pil"`, which resizes exactly as the
-            original does. By default the best that is installed.
+        backend (`str`, *optional*): Backend of the image processor: `"torchvision"`, or `"pil"`, which resizes exactly
+            as the official implementation. By default the best that is installed.
 
     Returns:
         `tuple[DinoDetrForObjectDetection, BaseImageProcessor]`.
 
     Raises:
-        InputError: If there is no model, one of another kind, or only a part of one.
+        InputError: If the model is not found, has another type or is incomplete.
     """
     config = load_config(model)
     return _load_weights(model, config.id2label, {}), _load_processor(model, {"backend": backend})
@@ -55,32 +55,32 @@ def load_pretrained_for_categories(
     size: Mapping[str, int] | None = None,
     overrides: Mapping[str, Any] | None = None,
 ) -> Detector:
-    """Load a model to be trained further, with the classes of a dataset.
+    """Load a model for fine-tuning on the classes of a dataset, in float32.
 
-    A model that has these very classes keeps its heads and the numbers of its labels. Otherwise classes are numbered
-    as the dataset has them: those that the model knows by the same name, whatever their case and whether words are
-    joined by spaces, hyphens or underscores, keep what class heads and label embedding learned of them, and others
-    start anew. All else is kept, in float32 whatever it was saved in. One line of the log tells which is which.
+    A model that already has exactly these classes is loaded unchanged, including its label ids. Otherwise labels follow
+    the dataset: classes that the model has under the same name keep their rows of the class heads and the label
+    embedding, and the rows of all other classes are reinitialized. Names match regardless of case and of spaces,
+    hyphens and underscores. All other weights are kept. The copied and the new classes are logged.
 
     Args:
         model (`str`): A folder written by `save_pretrained`, or a name on the Hub.
-        categories (`Mapping[int, str]`): The dataset's, names by category id.
-        size (`Mapping[str, int]`, *optional*): Of images, for the image processor; by default as it was.
-        overrides (`Mapping[str, Any]`, *optional*): Fields of [`DinoDetrConfig`] that are to differ.
+        categories (`Mapping[int, str]`): Names of the dataset's classes by category id.
+        size (`Mapping[str, int]`, *optional*): Image size for the image processor; by default unchanged.
+        overrides (`Mapping[str, Any]`, *optional*): Fields of [`DinoDetrConfig`] to change.
 
     Raises:
-        InputError: If there is no model, one of another kind, or only a part of one, or a field has an illegal value.
+        InputError: If the model is not found, has another type or is incomplete, or a field has an illegal value.
     """
     config = load_config(model)
     processor = _load_processor(model, {"size": size})
-    # steps as small as training's get lost in 16 bits, which a model may have been saved in
+    # updates as small as those of training are lost in half precision, in which a model may have been saved
     overrides = {**(overrides or {}), "dtype": torch.float32}
     if set(config.id2label.values()) - {UNUSED_LABEL} == set(categories.values()):
         return _load_weights(model, config.id2label, overrides), processor
     id2label = contiguous_id2label(categories)
-    detector = _load_weights(model, id2label, overrides, num_labels_before=config.num_labels)
-    detector.reset_class_heads()  # as many classes may be other ones
-    known = _labels_before(id2label, config.id2label)
+    detector = _load_weights(model, id2label, overrides, old_num_labels=config.num_labels)
+    detector.reset_class_heads()  # an equal number of classes may be other classes, whose weights were loaded
+    known = _map_labels(id2label, config.id2label)
     if known:
         _copy_classes(_load_weights(model, config.id2label, overrides), detector, known)
     copied = [id2label[label] for label in known]
@@ -94,15 +94,29 @@ def load_pretrained_for_categories(
     return detector, processor
 
 
-def _labels_before(id2label: Mapping[int, str], id2label_before: Mapping[int, str]) -> dict[int, int]:
-    """Labels to the labels that classes of the same name had, of those that there were."""
-    before = {name: label for label, name in id2label_before.items() if name != UNUSED_LABEL}
-    before_by_words = {_words(name): label for name, label in before.items()}
-    found = {label: before.get(name, before_by_words.get(_words(name))) for label, name in id2label.items()}
-    return {label: label_before for label, label_before in found.items() if label_before is not None}
+def contiguous_id2label(categories: Mapping[int, str]) -> dict[int, str]:
+    """Number the categories of a dataset from 0, in ascending order of category id.
+
+    Example:
+
+    ```python
+    >>> contiguous_id2label({7: "cat", 3: "dog"})
+    {0: 'dog', 1: 'cat'}
+
+    ```
+    """
+    return {label: categories[category_id] for label, category_id in enumerate(sorted(categories))}
 
 
-def _words(name: str) -> str:
+def _map_labels(id2label: Mapping[int, str], old_id2label: Mapping[int, str]) -> dict[int, int]:
+    """Map new labels to the old labels of the same name, an exactly equal name first."""
+    exact = {name: label for label, name in old_id2label.items() if name != UNUSED_LABEL}
+    normalized = {_normalize_name(name): label for name, label in exact.items()}
+    old = {label: exact.get(name, normalized.get(_normalize_name(name))) for label, name in id2label.items()}
+    return {label: old_label for label, old_label in old.items() if old_label is not None}
+
+
+def _normalize_name(name: str) -> str:
     return re.sub(r"[\s_-]+", " ", name).strip().casefold()
 
 
@@ -110,7 +124,7 @@ def _words(name: str) -> str:
 def _copy_classes(
     source: DinoDetrForObjectDetection, target: DinoDetrForObjectDetection, labels_of_source: Mapping[int, int]
 ) -> None:
-    """Copy the rows of classes, given by label of the target to label of the source."""
+    """Copy rows of all layers with one row per class; `labels_of_source` maps labels of `target` to labels of `source`."""
     labels, from_labels = list(labels_of_source), list(labels_of_source.values())
     for layer, source_layer in zip(target.class_specific_layers(), source.class_specific_layers(), strict=True):
         for parameter, source_parameter in zip(layer.parameters(), source_layer.parameters(), strict=True):
@@ -123,25 +137,27 @@ def build_model_and_processor(
     size: Mapping[str, int] | None = None,
     overrides: Mapping[str, Any] | None = None,
 ) -> Detector:
-    """Make a model with random weights for the classes of a dataset.
+    """Build a model with random weights for the classes of a dataset.
 
     Args:
-        config (`Path`, *optional*): JSON file, see [`read_config`]; by default DINO with a ResNet-50 and 4 levels.
-        categories (`Mapping[int, str]`): The dataset's, names by category id.
-        size (`Mapping[str, int]`, *optional*): Of images, for the image processor; by default the original's.
-        overrides (`Mapping[str, Any]`, *optional*): Fields of [`DinoDetrConfig`] that are to differ from the file's.
+        config (`Path`, *optional*): JSON file, see [`read_config`]; by default DINO with a ResNet-50 and 4 feature
+            levels.
+        categories (`Mapping[int, str]`): Names of the dataset's classes by category id.
+        size (`Mapping[str, int]`, *optional*): Image size for the image processor; by default that of the official
+            implementation.
+        overrides (`Mapping[str, Any]`, *optional*): Fields of [`DinoDetrConfig`] that take precedence over the file.
 
     Raises:
-        InputError: If the file cannot be read, or names an unknown field or an illegal value.
+        InputError: If the file cannot be read, or has an unknown field or an illegal value.
     """
     fields = read_config(config, contiguous_id2label(categories), overrides)
-    with _one_error(config or "--config-override", "is no configuration of a DINO"):
+    with _as_input_error(config or _OVERRIDES, "is not a configuration of a DINO model"):
         model = DinoDetrForObjectDetection(fields)
-    return model, DinoDetrImageProcessor(**_given({"size": size}))
+    return model, DinoDetrImageProcessor(**_drop_none({"size": size}))
 
 
 def warn_if_batch_norms_frozen(model: DinoDetrForObjectDetection) -> None:
-    """Log that batch norms which nobody trained are not to be trained either, if it is so."""
+    """Warn if randomly initialized batch norms are frozen."""
     if model.config.freeze_backbone_batch_norms and any(
         isinstance(layer, nn.BatchNorm2d) for layer in model.modules()
     ):
@@ -149,48 +165,49 @@ def warn_if_batch_norms_frozen(model: DinoDetrForObjectDetection) -> None:
 
 
 def load_config(model: str) -> DinoDetrConfig:
-    """Read a model's configuration.
+    """Read the configuration of a model.
 
     Args:
         model (`str`): A folder written by `save_pretrained`, or a name on the Hub.
 
     Raises:
-        InputError: If there is no model, or one of another kind.
+        InputError: If the model is not found or has another type.
     """
-    is_here = Path(model).exists()
-    if is_here and not (Path(model) / "config.json").is_file():
-        raise InputError(f"{model}: is no folder with a model in it (it has no config.json)")
-    with _one_error(model, "has no usable config.json" if is_here else "is neither a folder nor a model of the Hub"):
+    is_local = Path(model).exists()
+    if is_local and not (Path(model) / "config.json").is_file():
+        raise InputError(f"{model}: is not a model folder (it has no config.json)")
+    problem = "has no usable config.json" if is_local else "is neither a folder nor a model on the Hub"
+    with _as_input_error(model, problem):
         config = AutoConfig.from_pretrained(model)
     if not isinstance(config, DinoDetrConfig):
-        raise InputError(f"{model}: holds a model of type {config.model_type!r}, not {DinoDetrConfig.model_type!r}")
+        raise InputError(f"{model}: contains a model of type {config.model_type!r}, not {DinoDetrConfig.model_type!r}")
     return config
 
 
 def read_config(
     path: Path | None, id2label: dict[int, str], overrides: Mapping[str, Any] | None = None
 ) -> DinoDetrConfig:
-    """Make the configuration of a new model from a JSON file with fields of [`DinoDetrConfig`].
+    """Read the configuration of a new model from a JSON file with fields of [`DinoDetrConfig`].
 
     Args:
-        path (`Path`, *optional*): The file. Fields that it leaves out have their defaults.
-        id2label (`dict[int, str]`): The classes, which no file can know before the dataset does.
-        overrides (`Mapping[str, Any]`, *optional*): Fields that are to differ from the file's.
+        path (`Path`, *optional*): The file. Fields that it omits have their defaults.
+        id2label (`dict[int, str]`): Class names by label, which take precedence over the file.
+        overrides (`Mapping[str, Any]`, *optional*): Fields that take precedence over the file.
 
     Raises:
-        InputError: If the file cannot be read, or names an unknown field or an illegal value.
+        InputError: If the file cannot be read, or has an unknown field or an illegal value.
     """
     fields = _read_fields(path) if path else {}
-    with _one_error(path or "--config-override", "is no configuration of a DINO"):
+    with _as_input_error(path or _OVERRIDES, "is not a configuration of a DINO model"):
         return DinoDetrConfig(**{**fields, **(overrides or {}), "id2label": id2label})
 
 
 def _read_fields(path: Path) -> dict[str, Any]:
     text = read_text(path)
-    with _one_error(path, "cannot be read as JSON"):
+    with _as_input_error(path, "cannot be read as JSON"):
         fields = json.loads(text)
     if not isinstance(fields, dict):
-        raise InputError(f"{path}: must hold an object with fields of DinoDetrConfig, got {type(fields).__name__}")
+        raise InputError(f"{path}: must contain an object with fields of DinoDetrConfig, got {type(fields).__name__}")
     for name in fields.keys() - {"model_type"}:
         try:
             check_config_field(name)
@@ -199,9 +216,22 @@ def _read_fields(path: Path) -> dict[str, Any]:
     return fields
 
 
+def check_config_field(name: str) -> None:
+    """Check that [`DinoDetrConfig`] has a field, because it accepts any keyword, misspelled ones included.
+
+    Raises:
+        InputError: If there is no field of this name; the message suggests a similar one.
+    """
+    fields = [field.name for field in dataclasses.fields(DinoDetrConfig)]
+    if name not in fields:
+        close = get_close_matches(name, fields, n=1)
+        hint = f"did you mean {close[0]}?" if close else "python -m pydoc hf_dino.DinoDetrConfig lists them"
+        raise InputError(f"DinoDetrConfig has no field {name!r}; {hint}")
+
+
 def _load_processor(model: str, options: Mapping[str, Any]) -> BaseImageProcessor:
-    with _one_error(model, "has no usable image processor, preprocessor_config.json"):
-        processor = AutoImageProcessor.from_pretrained(model, **_given(options))
+    with _as_input_error(model, "has no usable image processor, preprocessor_config.json"):
+        processor = AutoImageProcessor.from_pretrained(model, **_drop_none(options))
         if not isinstance(processor, DinoDetrImageProcessor | DinoDetrImageProcessorPil):
             raise TypeError(f"it is a {type(processor).__name__}, not a {DinoDetrImageProcessor.__name__}")
         _check_size(dict(processor.size))
@@ -214,25 +244,25 @@ def _check_size(size: Mapping[str, int]) -> None:
 
 
 def _load_weights(
-    model: str, id2label: dict[int, str], overrides: Mapping[str, Any], num_labels_before: int | None = None
+    model: str, id2label: dict[int, str], overrides: Mapping[str, Any], old_num_labels: int | None = None
 ) -> DinoDetrForObjectDetection:
-    """Load every weight; those with a row per class may have had another number of rows before."""
-    with _one_error(model, "has no usable weights"), _without_report():
+    """Load all weights. Those with one row per class may have been saved with `old_num_labels` rows."""
+    with _as_input_error(model, "has no usable weights"), _quiet_transformers():
         detector, info = DinoDetrForObjectDetection.from_pretrained(
             model, id2label=id2label, ignore_mismatched_sizes=True, output_loading_info=True, **overrides
         )
-    wrong = [name for name, saved, _ in info["mismatched_keys"] if saved[0] != num_labels_before]
+    wrong = [name for name, saved, _ in info["mismatched_keys"] if saved[0] != old_num_labels]
     if incomplete := sorted({*wrong, *info["missing_keys"]}):
         raise InputError(
-            f"{model}: its weights are not those of a whole detector, {len(incomplete)} are missing or of another "
-            f"shape than config.json says, such as {incomplete[0]}"
+            f"{model}: its weights are not those of a complete detector; {len(incomplete)} are missing or do not have "
+            f"the shape that follows from config.json, such as {incomplete[0]}"
         )
     return detector
 
 
 @contextmanager
-def _without_report() -> Iterator[None]:
-    """Keep transformers from listing the weights that do not fit: what matters of it, one line or an error says."""
+def _quiet_transformers() -> Iterator[None]:
+    """Keep transformers from listing weights that do not fit; the caller checks them and raises an error."""
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()
     try:
@@ -241,11 +271,13 @@ def _without_report() -> Iterator[None]:
         transformers_logging.set_verbosity(verbosity)
 
 
-def _given(options: Mapping[str, Any]) -> dict[str, Any]:
+def _drop_none(options: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in options.items() if value is not None}
 
 
-_ERRORS_OF_LIBRARIES = (
+_OVERRIDES = "--config_overrides"
+
+_LIBRARY_ERRORS = (
     OSError,
     TypeError,
     ValueError,
@@ -258,43 +290,52 @@ _ERRORS_OF_LIBRARIES = (
 
 
 @contextmanager
-def _one_error(source: str | Path, problem: str) -> Iterator[None]:
-    """Turn the errors of several libraries into one line that names the source."""
+def _as_input_error(source: str | Path, problem: str) -> Iterator[None]:
+    """Convert errors of several libraries to an `InputError` of one line that names the source."""
     try:
         yield
-    except _ERRORS_OF_LIBRARIES as error:
-        # a strict dataclass names the field and leaves the reason to the next line
+    except _LIBRARY_ERRORS as error:
+        # the message of a strict dataclass names the field and gives the reason only in its cause
         reason = str(error.__cause__ if isinstance(error, StrictDataclassError) else error).strip()
         first_line = reason.partition("\n")[0]
         raise InputError(f"{source}: {problem} ({first_line})") from error
 
 
 _TORCHVISION = "torchvision/"
-_NEW = "hidden_states_norms."
+_NORM = "weight|bias|running_mean|running_var|num_batches_tracked"
 
-# torchvision's names of a ResNet's parts and transformers' names; torchvision counts most of them from 1
-_RESNET_NAMES = (
-    (r"^conv1\.", "embedder.embedder.convolution."),
-    (r"^bn1\.", "embedder.embedder.normalization."),
-    (r"\.downsample\.0\.", ".shortcut.convolution."),
-    (r"\.downsample\.1\.", ".shortcut.normalization."),
-    *((rf"^layer{stage + 1}\.", f"encoder.stages.{stage}.layers.") for stage in range(4)),
-    *((rf"\.conv{index + 1}\.", f".layer.{index}.convolution.") for index in range(3)),
-    *((rf"\.bn{index + 1}\.", f".layer.{index}.normalization.") for index in range(3)),
+TORCHVISION_RESNET_KEYS = (
+    (r"conv1\.weight", "embedder.embedder.convolution.weight"),
+    (rf"bn1\.({_NORM})", r"embedder.embedder.normalization.\1"),
+    *(
+        (rf"layer{stage + 1}\.(\d+)\.{source}", rf"encoder.stages.{stage}.layers.\1.{target}")
+        for stage in range(4)
+        for source, target in (
+            (r"downsample\.0\.weight", "shortcut.convolution.weight"),
+            (rf"downsample\.1\.({_NORM})", r"shortcut.normalization.\2"),
+            *((rf"conv{index + 1}\.weight", f"layer.{index}.convolution.weight") for index in range(3)),
+            *((rf"bn{index + 1}\.({_NORM})", rf"layer.{index}.normalization.\2") for index in range(3)),
+        )
+    ),
 )
+"""Regular expressions that match whole keys of a ResNet of torchvision, and the keys of transformers.
+
+torchvision counts stages, convolutions and norms from 1, transformers from 0.
+"""
 
 
 def load_backbone_weights(model: DinoDetrForObjectDetection, name: str) -> None:
-    """Replace the random weights of a detector's backbone.
+    """Load pre-trained weights into the backbone of a detector.
 
     Args:
-        model (`DinoDetrForObjectDetection`): Its `config.backbone_config` is of the architecture of the weights.
-        name (`str`): `torchvision/resnet50` and the like for ImageNet weights of torchvision, IMAGENET1K_V1, which the
-            authors of DINO started their ResNets from. Or the Hub name or folder of a backbone or a classifier of
-            transformers, such as `microsoft/swin-large-patch4-window12-384-in22k`, their Swin-L.
+        model (`DinoDetrForObjectDetection`): The detector; its `config.backbone_config` describes the architecture of
+            the weights.
+        name (`str`): `torchvision/resnet50` and the like for the ImageNet weights of torchvision (IMAGENET1K_V1), from
+            which the authors of DINO trained their ResNets. Or the Hub name or folder of a backbone or classifier of
+            transformers, such as `microsoft/swin-large-patch4-window12-384-in22k`, the authors' Swin-L.
 
     Raises:
-        InputError: If there are no such weights, or they do not fit.
+        InputError: If the weights are not found or do not fit.
     """
     body = model.model.backbone.body
     read = _read_torchvision if name.startswith(_TORCHVISION) else _read_transformers
@@ -310,19 +351,18 @@ def load_backbone_weights(model: DinoDetrForObjectDetection, name: str) -> None:
 
 def _read_torchvision(name: str, body: PreTrainedModel) -> Mapping[str, torch.Tensor]:
     weights = get_model(name.removeprefix(_TORCHVISION), weights="IMAGENET1K_V1").state_dict()
-    return {_resnet_name(key): tensor for key, tensor in weights.items() if not key.startswith("fc.")}
+    return {_resnet_key(key): tensor for key, tensor in weights.items() if not key.startswith("fc.")}
 
 
-def _resnet_name(key: str) -> str:
-    for pattern, replacement in _RESNET_NAMES:
-        key = re.sub(pattern, replacement, key)
-    return key
+def _resnet_key(key: str) -> str:
+    matches = ((re.fullmatch(source, key), target) for source, target in TORCHVISION_RESNET_KEYS)
+    return next((match.expand(target) for match, target in matches if match), key)
 
 
 def _read_transformers(name: str, body: PreTrainedModel) -> Mapping[str, torch.Tensor]:
     backbone, info = type(body).from_pretrained(name, config=deepcopy(body.config), output_loading_info=True)
-    # a classifier has no norms of the single stages; these start as they would in a new detector
-    if missing := [key for key in info["missing_keys"] if not key.startswith(_NEW)]:
+    # a classifier has no norms for the features of single stages; these keep their initial values
+    if missing := [key for key in info["missing_keys"] if not key.startswith("hidden_states_norms.")]:
         raise ValueError(f"the weights lack {missing[0]}")
     return backbone.state_dict()
 
@@ -330,10 +370,10 @@ def _read_transformers(name: str, body: PreTrainedModel) -> Mapping[str, torch.T
 def save_detector(folder: Path, model: PreTrainedModel, processor: BaseImageProcessor, card: str) -> None:
     """Write weights, configuration, image processor, model code and model card.
 
-    Files of these names are replaced one by one: give a folder that nobody reads yet, and rename it when it is whole.
+    Files are replaced one by one, not atomically: pass a temporary folder and rename it afterwards.
 
     Args:
-        folder (`Path`): Made if it does not exist.
+        folder (`Path`): Created if it does not exist.
         model (`PreTrainedModel`): A `DinoDetrForObjectDetection`.
         processor (`BaseImageProcessor`): Its image processor.
         card (`str`): Its model card, from [`~model_card.converted_card`] or [`~model_card.finetuned_card`].
@@ -343,4 +383,4 @@ def save_detector(folder: Path, model: PreTrainedModel, processor: BaseImageProc
     readme = folder / "README.md"
     readme.write_text(card, encoding="utf-8")
     for weights in folder.glob("*.safetensors"):
-        weights.chmod(readme.stat().st_mode)  # safetensors lets only the owner read what it writes
+        weights.chmod(readme.stat().st_mode)  # safetensors makes its files readable only for their owner

@@ -82,7 +82,7 @@ def _list(parse: Callable[[Any], Any]) -> Callable[[Any], list[Any]]:
 
 def _overrides(value: Any) -> dict[str, Any]:
     """Read fields of [`DinoDetrConfig`] from a mapping, or from `FIELD=VALUE` with the value as JSON or plain text."""
-    from .utils.arguments import check_config_field  # imports transformers, which `--help` does not wait for
+    from .hub import check_config_field  # imports transformers, which `--help` does not wait for
 
     pairs = value.items() if isinstance(value, dict) else map(_split_override, _list(_text)(value))
     overrides = dict(pairs)

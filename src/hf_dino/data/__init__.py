@@ -22,7 +22,6 @@ from .dataset import (
     DetectionDataset,
     DetectionSplit,
     clip_boxes,
-    contiguous_id2label,
     label_of_category,
 )
 from .formats import read_data
@@ -47,7 +46,6 @@ __all__ = [
     "TrainingCollator",
     "check_data",
     "clip_boxes",
-    "contiguous_id2label",
     "convert_data",
     "evaluation_loader",
     "get_processed_shape",

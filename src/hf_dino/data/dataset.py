@@ -320,20 +320,6 @@ def clip_boxes(boxes: np.ndarray, height: int, width: int) -> np.ndarray:
     return np.concatenate([top_left, bottom_right - top_left], axis=1)
 
 
-def contiguous_id2label(categories: Mapping[int, str]) -> dict[int, str]:
-    """Number a dataset's categories from 0, in rising order of category id: the classes of a fresh model.
-
-    Example:
-
-    ```python
-    >>> contiguous_id2label({7: "cat", 3: "dog"})
-    {0: 'dog', 1: 'cat'}
-
-    ```
-    """
-    return {label: categories[category_id] for label, category_id in enumerate(sorted(categories))}
-
-
 def label_of_category(data: DetectionSplit, id2label: Mapping[int, str]) -> dict[int, int]:
     """Map a dataset's category ids to a model's labels by name, whatever numbers either side uses.
 

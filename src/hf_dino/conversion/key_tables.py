@@ -1,12 +1,14 @@
-"""How an official DINO checkpoint is read: settings, keys and published results, all as data.
+"""Settings, keys and published results of the official DINO checkpoints, all as data.
 
-Every line that is not a plain renaming says why. The official code is IDEA-Research/DINO, commit faa8520.
+Every line that does more than rename gives a reason. The official implementation is IDEA-Research/DINO, commit faa8520.
 """
 
 from dataclasses import dataclass
 from typing import Any
 
-from hf_dino import DinoDetrConfig
+from ..configuration_dino_detr import DinoDetrConfig
+from ..hub import TORCHVISION_RESNET_KEYS
+from ..utils.errors import InputError
 
 
 # Field of DinoDetrConfig -> name of the setting in the file's own `args`.
@@ -40,7 +42,7 @@ SETTING_OF_FIELD = {
     "num_select": "num_select",
 }
 
-# What the official code assumes of files that are older than the setting (its `try: args.x except:` blocks).
+# Values that the official code assumes for files older than the setting (its `try: args.x except:` blocks).
 DEFAULT_OF_SETTING = {
     "dec_pred_class_embed_share": True,
     "dec_pred_bbox_embed_share": True,
@@ -77,6 +79,12 @@ SUPPORTED_VALUES = {
     "interm_loss_coef": (1.0,),
 }
 
+# Pairs of settings for which the model has one field.
+EQUAL_SETTINGS = (
+    ("pe_temperatureH", "pe_temperatureW"),
+    ("dec_pred_class_embed_share", "dec_pred_bbox_embed_share"),
+)
+
 BACKBONES: dict[str, dict[str, Any]] = {
     "resnet50": {"model_type": "resnet", "depths": [3, 4, 6, 3]},
     "resnet101": {"model_type": "resnet", "depths": [3, 4, 23, 3]},
@@ -88,7 +96,7 @@ BACKBONES: dict[str, dict[str, Any]] = {
             "depths": [2, 2, middle, 2],
             "num_heads": [width // 32 * 2**stage for stage in range(4)],
             "window_size": window,
-            "drop_path_rate": 0.2,  # no setting of the files, but the default of the official SwinTransformer
+            "drop_path_rate": 0.2,  # not among the settings, but the default of the official SwinTransformer
         }
         for letter, image_size, data, width, middle, window in (
             ("T", 224, "1k", 96, 6, 7),
@@ -103,15 +111,15 @@ BACKBONES: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Rule:
-    r"""What becomes of the official tensors whose key matches a pattern.
+    r"""Rename, split or drop the official tensors whose key matches a pattern.
 
     Args:
-        source (`str`): Regular expression that the whole official key matches.
-        targets (`str`): Our keys, `\1` standing for the first group of `source`. None: the tensor is left out.
-            Several: it is cut along its first axis into as many equal parts, in this order.
-        reason (`str`): Why, for everything but a plain renaming.
-        equals (`str`, *optional*): The official key of which the tensor must be an exact copy.
-        first_rows (`bool`, *optional*, defaults to `False`): Keep the first `num_labels` rows only.
+        source (`str`): Regular expression that matches the whole official key.
+        targets (`tuple[str, ...]`): Our keys, in which `\1` is the first group of `source`. If empty, the tensor is
+            dropped. If there are several, it is split along its first axis into as many equal parts, in this order.
+        reason (`str`): Reason for the rule, unless it only renames.
+        equals (`str`, *optional*): Official key of which the tensor must be an exact copy.
+        first_rows (`bool`, *optional*, defaults to `False`): Keep only the first `num_labels` rows.
     """
 
     source: str
@@ -123,7 +131,7 @@ class Rule:
 
 @dataclass(frozen=True)
 class Fill:
-    """Our keys that the official file has no counterpart of, and the number that stands in them."""
+    """Fill our keys that match `target`, which have no counterpart in the official file, with a constant."""
 
     target: str
     value: int
@@ -135,39 +143,13 @@ def _renamed(*pairs: tuple[str, str]) -> tuple[Rule, ...]:
 
 
 def _modules(source: str, target: str, *names: tuple[str, str], leaf: str = "weight|bias") -> tuple[Rule, ...]:
-    """Rename modules of one parent that holds one index, parameters included."""
+    """Rename modules, with their parameters, of a parent whose key ends in an index."""
     return tuple(Rule(rf"{source}\.(\d+)\.{old}\.({leaf})", (rf"{target}.\1.{new}.\2",)) for old, new in names)
 
 
-_NORM = "weight|bias|running_mean|running_var"
 _BODY = "model.backbone.body"
 
-RESNET = (
-    *_renamed(
-        (r"backbone\.0\.body\.conv1\.weight", rf"{_BODY}.embedder.embedder.convolution.weight"),
-        (rf"backbone\.0\.body\.bn1\.({_NORM})", rf"{_BODY}.embedder.embedder.normalization.\1"),
-    ),
-    *(
-        rule
-        for stage in range(4)  # the official code counts stages and convolutions from 1
-        for rule in (
-            *_modules(
-                rf"backbone\.0\.body\.layer{stage + 1}",
-                rf"{_BODY}.encoder.stages.{stage}.layers",
-                *((f"conv{index + 1}", f"layer.{index}.convolution") for index in range(3)),
-                (r"downsample\.0", "shortcut.convolution"),
-                leaf="weight",
-            ),
-            *_modules(
-                rf"backbone\.0\.body\.layer{stage + 1}",
-                rf"{_BODY}.encoder.stages.{stage}.layers",
-                *((f"bn{index + 1}", f"layer.{index}.normalization") for index in range(3)),
-                (r"downsample\.1", "shortcut.normalization"),
-                leaf=_NORM,
-            ),
-        )
-    ),
-)
+RESNET = _renamed(*((rf"backbone\.0\.body\.{source}", f"{_BODY}.{target}") for source, target in TORCHVISION_RESNET_KEYS))
 
 _BLOCK = r"backbone\.0\.layers\.(\d+)\.blocks\.(\d+)"
 _OUR_BLOCK = rf"{_BODY}.swin.encoder.layers.\1.blocks.\2"
@@ -195,11 +177,11 @@ SWIN = (
     Rule(
         rf"{_BLOCK}\.attn\.qkv\.(weight|bias)",
         tuple(rf"{_OUR_BLOCK}.attention.{part}_proj.\3" for part in "qkv"),
-        reason="query, key and value are one projection in the original",
+        reason="query, key and value are one projection in the official implementation",
     ),
     Rule(
         rf"{_BLOCK}\.(attn\.relative_position_index|attn_mask)",
-        reason="follows from the window size, and is computed where it is needed",
+        reason="computed from the window size when needed",
     ),
 )
 
@@ -247,7 +229,7 @@ DECODER = (
         r"transformer\.decoder\.layers",
         "model.decoder.layers",
         (r"self_attn\.out_proj", "self_attn.o_proj"),
-        # Numbered in the order of their definition, not of their use: self-attention comes first and has the second.
+        # numbered in the order of their definition, not of their use: norm2 belongs to self-attention, which runs first
         ("norm2", "self_attn_layer_norm"),
         ("norm1", "encoder_attn_layer_norm"),
         ("norm3", "final_layer_norm"),
@@ -256,7 +238,7 @@ DECODER = (
     ),
     Rule(
         r"transformer\.decoder\.((?:class|bbox)_embed\..+)",
-        reason="the decoder holds a second reference to the heads",
+        reason="the official decoder has a second reference to the heads",
         equals=r"\1",
     ),
 )
@@ -269,7 +251,7 @@ HEADS = {
         ),
         Rule(
             r"(class|bbox)_embed\.[1-9]\d*\.(.+)",
-            reason="all decoder layers share one head, of which the file holds a copy per layer",
+            reason="all decoder layers share one head, and the file contains a copy of it per layer",
             equals=r"\1_embed.0.\2",
         ),
     ),
@@ -297,16 +279,18 @@ QUERY_SELECTION = {
     ),
 }
 
-DENOISING = {
-    "contrastive": (
-        Rule(
-            r"label_enc\.weight",
-            ("model.denoising.label_embed.weight",),
-            reason="one row per class is ever looked up; the original has one more (dn_labelbook_size + 1)",
-            first_rows=True,
-        ),
+_LABEL_EMBEDDING = (
+    Rule(
+        r"label_enc\.weight",
+        ("model.denoising.label_embed.weight",),
+        reason="only one row per class is ever used; the official implementation has dn_labelbook_size + 1",
+        first_rows=True,
     ),
-    "none": (Rule(r"label_enc\.weight", reason="nothing looks up labels when there is no denoising"),),
+)
+DENOISING = {
+    "contrastive": _LABEL_EMBEDDING,
+    "plain": _LABEL_EMBEDDING,
+    "none": (Rule(r"label_enc\.weight", reason="labels are embedded only for denoising"),),
 }
 
 FILLS = {
@@ -314,7 +298,7 @@ FILLS = {
         Fill(
             r".+\.num_batches_tracked",
             0,
-            "the original's frozen batch norm does not count, and a frozen one never reads it",
+            "the official frozen batch norm has no counter, and a frozen one never reads it",
         ),
     ),
     "swin": (
@@ -322,7 +306,7 @@ FILLS = {
         Fill(r".+\.swin\.layernorm\.bias", 0, "the result of this norm is not used"),
     ),
 }
-ONE_LEVEL_FILLS = (Fill(r"model\.backbone\.level_embed", 0, "a single level needs no embedding in the original"),)
+ONE_LEVEL_FILLS = (Fill(r"model\.backbone\.level_embed", 0, "the official implementation has no embedding for a single level"),)
 
 
 BACKBONE_RULES = {"resnet": RESNET, "swin": SWIN}
@@ -333,9 +317,16 @@ def _backbone_type(config: DinoDetrConfig) -> str:
 
 
 def rules_for(config: DinoDetrConfig) -> tuple[Rule, ...]:
-    """All rules for an official checkpoint of these settings; no official key matches two of them."""
+    """Return all rules for an official checkpoint with these settings; no official key matches two of them.
+
+    Raises:
+        InputError: If the configuration has a backbone that no official checkpoint has.
+    """
+    backbone = _backbone_type(config)
+    if backbone not in BACKBONE_RULES:
+        raise InputError(f"official checkpoints have one of the backbones {', '.join(BACKBONE_RULES)}, not {backbone}")
     return (
-        *BACKBONE_RULES[_backbone_type(config)],
+        *BACKBONE_RULES[backbone],
         *NECK,
         *ENCODER,
         *DECODER,
@@ -346,37 +337,62 @@ def rules_for(config: DinoDetrConfig) -> tuple[Rule, ...]:
 
 
 def fills_for(config: DinoDetrConfig) -> tuple[Fill, ...]:
-    """What stands in our tensors that have no counterpart in an official checkpoint of these settings."""
+    """Return the fills of our tensors that have no counterpart in an official checkpoint with these settings."""
     return FILLS[_backbone_type(config)] + (ONE_LEVEL_FILLS if config.num_feature_levels == 1 else ())
 
 
-# Recognized by one key that no official DINO file has; first match wins, for descendants of DETR keep its names.
+_MMDETECTION_2 = "an MMDetection 2, EasyCV or Co-DETR checkpoint; use it with the code that wrote it"
+_MMDETECTION_3 = (
+    "an MMDetection 3 checkpoint; use it with MMDetection, or convert the checkpoint that IDEA-Research/DINO published"
+)
+_DETREX = "a detrex checkpoint; use it with detrex, or convert the checkpoint that IDEA-Research/DINO published"
+
+# Checkpoints of other code, recognized by one key that no official DINO file has. The first match wins, because
+# descendants of DETR keep its names, and detrex and MMDetection name their neck alike.
 OTHER_MODELS = (
-    (r"neck\.convs\.\d+\.conv\.weight", "a detrex checkpoint"),
-    (r"(bbox_head|query_head)\.transformer\..+", "an MMDetection 2, EasyCV or Co-DETR checkpoint"),
-    (r"(bbox_head\.cls_branches|memory_trans_fc)\..+", "an MMDetection 3 checkpoint"),
-    (r"sem_seg_head\..+", "a MaskDINO or Mask2Former checkpoint"),
+    (r"(bbox_head|query_head)\.transformer\..+", _MMDETECTION_2),
+    (r"(bbox_head|roi_head|rpn_head|memory_trans_fc|dn_query_generator)\..+", _MMDETECTION_3),
+    (r"neck\.convs\.\d+\.conv\.weight", _DETREX),
+    (r"sem_seg_head\..+", "a MaskDINO or Mask2Former checkpoint; use it with the code that wrote it"),
     (
         r"(model\.)?(encoder|decoder)\.layers\.\d+\.(fc1|mlp\.fc1|self_attn\.q_proj)\.weight|model\.backbone\..+",
         "a transformers checkpoint, which from_pretrained loads without conversion",
     ),
-    (r"transformer\.(reference_points|pos_trans)\..+", "a Deformable DETR checkpoint"),
-    (r"refpoint_embed\.weight", "a DAB-DETR or DN-DETR checkpoint"),
-    (r"query_embed\.weight", "a DETR or Conditional DETR checkpoint"),
+    (
+        r"transformer\.(reference_points|pos_trans)\..+",
+        "a Deformable DETR checkpoint; use DeformableDetrForObjectDetection of transformers",
+    ),
+    (r"refpoint_embed\.weight", "a DAB-DETR or DN-DETR checkpoint; use it with the code that wrote it"),
+    (
+        r"query_embed\.weight",
+        "a DETR or Conditional DETR checkpoint; use DetrForObjectDetection or ConditionalDetrForObjectDetection of "
+        "transformers",
+    ),
     (
         r"(student|teacher|(layers\.\d+\.)?blocks\.\d+\.attn\.qkv\.weight)",
-        "a vision backbone, such as those of the self-supervised method that is also called DINO, or of Swin",
+        "a vision backbone, such as those of the self-supervised method that is also called DINO, or of Swin; "
+        "only detectors can be converted",
     ),
-    (r"(layer\d+\.\d+\.conv1|stages\.\d+\.\d+\.dwconv)\.weight", "a classification backbone (ResNet, ConvNeXt)"),
+    (
+        r"(layer\d+\.\d+\.conv1|stages\.\d+\.\d+\.dwconv)\.weight",
+        "a classification backbone (ResNet, ConvNeXt); only detectors can be converted",
+    ),
 )
+
+# Packages whose types are pickled into checkpoints of other code.
+OTHER_PACKAGES = {"mmengine": _MMDETECTION_3, "mmcv": _MMDETECTION_2, "detectron2": _DETREX}
 
 
 @dataclass(frozen=True)
 class PublishedCheckpoint:
-    """A file that the authors of DINO released. AP is on COCO val2017, from the README of IDEA-Research/DINO.
+    """A file that the authors of DINO released.
 
-    The README gives numbers per model and epochs but not per file: which file they belong to follows from the epoch in
-    its name. A hash is given where one is publicly known.
+    Args:
+        backbone (`str`): Key of [`BACKBONES`].
+        num_feature_levels (`int`): Feature levels that the transformer reads.
+        box_ap (`float`): AP on COCO val2017, as a fraction of 1. The README of IDEA-Research/DINO lists it by model
+            and number of epochs; the file follows from the epoch in its name.
+        sha256 (`str`, *optional*): Hash of the file, where one is publicly known.
     """
 
     backbone: str
@@ -404,7 +420,7 @@ PUBLISHED = {
     ),
 }
 
-# The 80 categories of COCO detection by their raw ids; the ids in between were never used.
+# The 80 categories of COCO detection by their original category ids; the ids in between were never used.
 COCO_NUM_LABELS = 91
 COCO_NAMES = {
     1: "person",
