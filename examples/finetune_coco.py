@@ -253,9 +253,9 @@ class FineTuning:
             epoch=epoch,
             rank=self.accelerator.process_index,
             world_size=self.accelerator.num_processes,
-            accumulation=self.args.gradient_accumulation,
+            gradient_accumulation_steps=self.args.gradient_accumulation,
             first_step=first_step,
-            shape_of=predict_batch_shapes(images, self.inputs.collate) if self.args.bucketing else None,
+            get_shape=predict_batch_shapes(images, self.inputs.collate) if self.args.bucketing else None,
         )
         loader = training_loader(images, self.inputs.collate, sampler, num_workers=self.args.num_workers)
         return with_effective_batch(loader, self.accelerator)

@@ -7,8 +7,7 @@ import numpy as np
 import pytest
 
 from coco_files import annotation, write_coco
-from hf_dino.data import read_coco
-from hf_dino.data.objects import to_annotation_array
+from hf_dino.data import read_coco, to_annotation_array
 from hf_dino.evaluation import KINDS, analyze_errors, detections_from_results, evaluate_coco
 from hf_dino.evaluation.analysis import CORRECT, IGNORED, best_f1_threshold, match_detections
 from hf_dino.evaluation.records import group_rows

@@ -12,16 +12,13 @@ from typing import Any
 
 from ..image_processing_dino_detr import LONGEST_EDGE, SHORTEST_EDGE
 from ..utils.arguments import HelpFormatter, at_least, parse_size
-from ..utils.errors import InputError, run_cli
+from ..utils.errors import InputError, import_extra, run_cli
 from .augmentation import AUGMENTATIONS, make_augmentation
 from .check import SIZES, DataReport, check_data
-from .coco import read_coco_file
-from .convert import TARGETS, convert_data
+from .convert import WRITERS, convert_data
 from .dataset import DetectionSplit, ErrorHandler, raise_input_error
-from .extras import import_extra
-from .formats import read_data
-from .sheet import choose_augmented, choose_samples, draw_image_grid, require_new
-from .splits import split_from_name
+from .preview import draw_image_grid, ensure_can_draw, sample_augmented, sample_images
+from .readers import read_coco_file, read_data, split_from_name
 
 
 _MOST_LINES = 20  # of errors, and of warnings
@@ -89,7 +86,7 @@ def _add_convert(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--format",
         required=True,
-        choices=TARGETS,
+        choices=WRITERS,
         help="boxes stay as they are in coco, move by less than a hundred-thousandth of the image's side in yolo, "
         "and to whole pixels in voc; only coco holds crowd regions and areas",
     )
@@ -98,7 +95,7 @@ def _add_convert(command: argparse.ArgumentParser) -> None:
 def check(options: argparse.Namespace) -> int:
     """Print the report and draw the sheet."""
     if options.sheet:
-        require_new(options.sheet)
+        ensure_can_draw(options.sheet)
     rich = import_extra("rich.progress", "train", "the report")
     errors: list[str] = []
     splits = _read(options, errors.append)
@@ -116,18 +113,18 @@ def check(options: argparse.Namespace) -> int:
     report = DataReport(errors + found.errors, warnings, found.counts)
     print_report(report)
     if options.sheet:
-        draw_image_grid(choose_samples(splits, options.num_images), options.sheet)
+        draw_image_grid(sample_images(splits, options.num_images), options.sheet)
         print(f"sheet: {options.sheet}")
     return 1 if report.errors else 0
 
 
 def augment(options: argparse.Namespace) -> int:
     """Draw images as they are and as epochs of training see them."""
-    require_new(options.output)
+    ensure_can_draw(options.output)
     augmentation = make_augmentation(options.augmentation, parse_size(options.image_size))
     data = next(iter(_read(options, raise_input_error).values()))
     views, count, seed = options.num_views, options.num_images, options.seed
-    draw_image_grid(choose_augmented(data, augmentation, count, views, seed), options.output, columns=1 + views)
+    draw_image_grid(sample_augmented(data, augmentation, count, views, seed), options.output, columns=1 + views)
     print(f"sheet: {options.output}")
     return 0
 
@@ -154,8 +151,8 @@ def _read(options: argparse.Namespace, on_error: ErrorHandler) -> dict[str, Dete
     return read_data(
         options.source,
         streaming=options.streaming,
-        limit=options.limit,
-        cache=options.cache,
+        max_samples=options.limit,
+        cache_dir=options.cache,
         on_error=on_error,
     )
 
@@ -168,7 +165,13 @@ def print_report(report: DataReport) -> None:
         _table(
             ("split", *columns),
             {
-                split: (each.images, each.without_objects, each.objects, each.crowds, *each.sizes.values())
+                split: (
+                    each.num_images,
+                    each.num_empty_images,
+                    each.num_objects,
+                    each.num_crowds,
+                    *each.sizes.values(),
+                )
                 for split, each in report.counts.items()
             },
         )

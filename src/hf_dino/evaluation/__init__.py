@@ -1,7 +1,7 @@
 """Detections of a model on a dataset, COCO's numbers, and what goes wrong: gathered, scored, sorted and reported."""
 
 try:
-    from ..data.objects import ANNOTATION_DTYPE
+    from ..data.dataset import ANNOTATION_DTYPE
     from .analysis import KINDS, Analysis, ImageErrors, OperatingPoint, analyze_errors
     from .detections import collect_detections, write_coco_results
     from .records import DETECTION_DTYPE, detections_from_results

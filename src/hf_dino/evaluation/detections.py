@@ -17,7 +17,7 @@ from accelerate.utils import send_to_device
 from torch import nn
 from transformers import BaseImageProcessor
 
-from ..data.boxes import xyxy_to_xywh
+from ..data.dataset import xyxy_to_xywh
 from ..utils.distributed import summon_full_params
 from ..utils.io import annotate_oserror, open_new_text_file
 from .records import DETECTION_DTYPE

@@ -8,8 +8,8 @@ from accelerate.utils import broadcast_object_list
 from torch import nn
 from transformers import BaseImageProcessor
 
-from ..data.batching import evaluation_loader
 from ..data.dataset import DetectionSplit, label_of_category
+from ..data.loaders import evaluation_loader
 from .detections import collect_detections
 from .scores import CocoScores, check_engine, evaluate_coco
 

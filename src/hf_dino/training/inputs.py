@@ -10,9 +10,9 @@ from accelerate.utils import broadcast_object_list
 from transformers import BaseImageProcessor, PreTrainedModel
 
 from ..data.augmentation import Augmentation, make_augmentation
-from ..data.batching import TrainingCollator, get_processed_shape
 from ..data.check import check_data
 from ..data.dataset import DetectionSplit, label_of_category
+from ..data.loaders import TrainingCollator, get_processed_shape
 from .image_sizes import check_min_image_size
 
 
@@ -81,7 +81,7 @@ def build_training_pipeline(
     labels = {split: label_of_category(each, model.config.id2label) for split, each in data.items()}
     chosen = make_augmentation(augmentation, dict(processor.size))
     processor.size = dict(chosen.evaluation_size)
-    shape_of = {split: partial(get_processed_shape, processor) for split in data} | {"train": chosen.smallest_shape}
+    shape_of = {split: partial(get_processed_shape, processor) for split in data} | {"train": chosen.min_output_shape}
     check_min_image_size(
         model,
         (shape_of[split](image.height, image.width) for split, each in data.items() for image in each.images),

@@ -1,7 +1,10 @@
 """The error for input that a user can repair, words for it, and the end that it makes of a command."""
 
+import importlib
 import traceback
+import warnings
 from collections.abc import Callable, Iterable
+from types import ModuleType
 from typing import NoReturn
 
 
@@ -34,3 +37,18 @@ def run_cli(main: Callable[[], int | None]) -> NoReturn:
         traceback.clear_frames(error.__traceback__)  # what reads images ahead for them ends now, not at its own pace
         raise SystemExit(f"error: {error}") from None
     raise SystemExit(status)
+
+
+def import_extra(module: str, extra: str, purpose: str) -> ModuleType:
+    """Import `module`, an optional dependency that `pip install 'hf-dino[extra]'` installs.
+
+    Raises:
+        ImportError: If it is not installed. The message states what it is needed for and how to install it.
+    """
+    try:
+        with warnings.catch_warnings():
+            # supervision warns on import that OpenCV is missing, and uses numpy instead
+            warnings.filterwarnings("ignore", message="OpenCV", category=UserWarning)
+            return importlib.import_module(module)
+    except ImportError as error:
+        raise ImportError(f"{purpose} needs {module.split('.')[0]}: pip install 'hf-dino[{extra}]'") from error
