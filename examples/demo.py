@@ -15,8 +15,7 @@ import time
 from pathlib import Path
 
 import finetune_coco
-from hf_dino.data import read_coco, read_image
-from hf_dino.data.boxes import xywh_to_xyxy
+from hf_dino.data import read_coco, read_image, xywh_to_xyxy
 from hf_dino.data.shapes import generate_shapes
 from hf_dino.hub import load_model_and_processor
 from hf_dino.inference import detect_objects

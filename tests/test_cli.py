@@ -15,7 +15,7 @@ from conftest import tiny_model
 from hf_dino import DinoDetrImageProcessor
 from hf_dino.cli import data, evaluate
 from hf_dino.data import AUGMENTATIONS, SPLITS
-from hf_dino.data.convert import TARGETS
+from hf_dino.data.convert import WRITERS
 from hf_dino.evaluation import ENGINES
 
 
@@ -141,7 +141,7 @@ def test_choices_are_those_of_the_library():
 
     assert choices(evaluate.evaluate, "split") == SPLITS
     assert choices(evaluate.evaluate, "coco_backend") == tuple(ENGINES)
-    assert choices(data.convert, "format") == tuple(TARGETS)
+    assert choices(data.convert, "format") == tuple(WRITERS)
     (help,) = get_type_hints(data.augment, include_extras=True)["augmentation"].__metadata__
     assert [name for name in AUGMENTATIONS if name not in help.help] == []
 

@@ -12,7 +12,7 @@ from coco_files import annotation, write_coco
 from command_line import hf_dino
 from data_formats import coco_text, draw, voc_xml, write, write_shapes
 from hf_dino.data import InputError, check_data, read_coco, read_data
-from hf_dino.data.sheet import Sample, draw_image_grid
+from hf_dino.data.preview import Sample, draw_image_grid
 
 
 def data(folder, annotations=(), **options):

@@ -5,10 +5,10 @@ import importlib.util
 from pathlib import Path
 
 import pytest
+from hf_dino.training.recipe import parse_args_with_recipe
 
 from hf_dino import DinoDetrConfig
 from hf_dino.data import AUGMENTATIONS, InputError
-from hf_dino.training.recipe import parse_args_with_recipe
 from hf_dino.utils.arguments import at_least, number_between, parse_config_override
 
 

@@ -59,13 +59,16 @@ class _Source:
 
     def read(self, on_error: Any) -> dict[str, "DetectionSplit"]:
         """Read the dataset and pass each error in it to `on_error`."""
-        from ..data.coco import read_coco_file
-        from ..data.formats import read_data
-        from ..data.splits import split_from_name
+        from ..data.readers import read_coco_file, read_data, split_from_name
 
         if self.dataset is not None:
-            options = {"streaming": self.streaming, "limit": self.max_samples, "cache": self.cache_dir}
-            return read_data(self.dataset, on_error=on_error, **options)
+            return read_data(
+                self.dataset,
+                streaming=self.streaming,
+                max_samples=self.max_samples,
+                cache_dir=self.cache_dir,
+                on_error=on_error,
+            )
         assert self.images is not None and self.annotations is not None
         split = split_from_name(self.annotations.stem) or "train"
         return {split: read_coco_file([self.images], self.annotations, on_error)}
@@ -102,10 +105,10 @@ def check(
     _log_to_terminal()
 
     from ..data import DataReport, check_data
-    from ..data.sheet import choose_samples, draw_image_grid, require_new
+    from ..data.preview import draw_image_grid, ensure_can_draw, sample_images
 
     if preview:
-        require_new(preview)
+        ensure_can_draw(preview)
     errors: list[str] = []
     splits = source.read(errors.append)
     with _progress("images", sum(len(split.images) for split in splits.values())) as advance:
@@ -118,7 +121,7 @@ def check(
     report = DataReport(errors + found.errors, found.warnings + missing, found.counts)
     print_report(report)
     if preview:
-        draw_image_grid(choose_samples(splits, num_images), preview)
+        draw_image_grid(sample_images(splits, num_images), preview)
         print(f"preview: {preview}")
     raise typer.Exit(1 if report.errors else 0)
 
@@ -162,13 +165,13 @@ def augment(
 
     from ..data import make_augmentation
     from ..data.dataset import raise_input_error
-    from ..data.sheet import choose_augmented, draw_image_grid, require_new
+    from ..data.preview import draw_image_grid, ensure_can_draw, sample_augmented
     from ..utils.arguments import parse_image_size
 
-    require_new(output)
+    ensure_can_draw(output)
     transform = make_augmentation(augmentation, parse_image_size(image_size))
     split = next(iter(source.read(raise_input_error).values()))
-    draw_image_grid(choose_augmented(split, transform, num_images, num_views, seed), output, columns=1 + num_views)
+    draw_image_grid(sample_augmented(split, transform, num_images, num_views, seed), output, columns=1 + num_views)
     print(f"preview: {output}")
 
 
@@ -240,7 +243,7 @@ def print_report(report: "DataReport") -> None:
     console = Console()
     columns = ("images", "without objects", "objects", "crowds", *SIZES)
     counts = {
-        split: (each.images, each.without_objects, each.objects, each.crowds, *each.sizes.values())
+        split: (each.num_images, each.num_empty_images, each.num_objects, each.num_crowds, *each.sizes.values())
         for split, each in report.counts.items()
     }
     console.print(_table(("split", *columns), counts))

@@ -14,9 +14,9 @@ from accelerate.utils import broadcast_object_list
 from transformers import BaseImageProcessor, PreTrainedModel
 
 from ..data.augmentation import Augmentation, make_augmentation
-from ..data.batching import TrainingCollator, get_processed_shape
 from ..data.check import check_data
 from ..data.dataset import DetectionSplit, label_of_category
+from ..data.loaders import TrainingCollator, get_processed_shape
 from ..denoising_dino_detr import DinoDetrEffectiveBatch
 from ..evaluation.detections import eval_mode
 from ..utils.errors import InputError
@@ -87,7 +87,7 @@ def build_training_pipeline(
     labels = {name: label_of_category(split, model.config.id2label) for name, split in data.items()}
     chosen = make_augmentation(augmentation, dict(processor.size))
     processor.size = dict(chosen.evaluation_size)
-    shape_of = {name: partial(get_processed_shape, processor) for name in data} | {"train": chosen.smallest_shape}
+    shape_of = {name: partial(get_processed_shape, processor) for name in data} | {"train": chosen.min_output_shape}
     check_min_image_size(
         model,
         (shape_of[name](image.height, image.width) for name, split in data.items() for image in split.images),

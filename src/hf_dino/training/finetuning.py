@@ -250,9 +250,9 @@ class FineTuner:
             epoch=epoch,
             rank=accelerator.process_index,
             world_size=accelerator.num_processes,
-            accumulation=args.gradient_accumulation_steps,
+            gradient_accumulation_steps=args.gradient_accumulation_steps,
             first_step=first_step,
-            shape_of=predict_batch_shapes(dataset, collate) if args.group_by_aspect_ratio else None,
+            get_shape=predict_batch_shapes(dataset, collate) if args.group_by_aspect_ratio else None,
         )
         loader = training_loader(dataset, collate, sampler, num_workers=args.dataloader_num_workers)
         return with_effective_batch(loader, accelerator)
