@@ -22,7 +22,6 @@ import json
 import multiprocessing
 import os
 import re
-import sys
 from collections.abc import Iterable
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -33,12 +32,9 @@ import torch
 import machine
 from forward import SHAPE
 from hf_dino import DinoDetrConfig, DinoDetrForObjectDetection
+from hf_dino.conversion.key_tables import BACKBONES
 from hf_dino.training import enable_gradient_checkpointing, freeze
 from training_step import random_batch
-
-
-sys.path.append(str(Path(__file__).parents[1] / "conversion"))
-from key_tables import BACKBONES
 
 
 GIB = 2**30

@@ -26,7 +26,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--checkpoint", type=Path, required=True, help="checkpoint that the official code wrote")
     parser.add_argument("--output_dir", type=Path, required=True, help="folder to write the model to")
     parser.add_argument("--use_ema", action="store_true", help="convert the EMA weights (`ema_model`)")
-    parser.add_argument("--overwrite_output_dir", action="store_true", help="replace an output folder that has content")
+    parser.add_argument(
+        "--overwrite_output_dir", action="store_true", help="replace an output folder that is not empty"
+    )
     parser.add_argument(
         "--trust_pickle",
         action="store_true",

@@ -1,7 +1,7 @@
-"""Weights, images and objects from which the official code computed the figures in `fixtures`.
+"""Generate the weights, images and objects from which the official code computed the values in `fixtures`.
 
-The weights of a key are a fixed function of the key, so no file of weights is needed to compare with the original
-(IDEA-Research/DINO, commit faa8520) number by number.
+Weights are a fixed function of their key, so that results can be compared with the official implementation
+(IDEA-Research/DINO, commit faa8520) without a file of weights.
 """
 
 import gzip
@@ -15,23 +15,26 @@ import numpy as np
 import torch
 
 
-# Part of the key, or of its last name -> scale of the normal distribution of a matrix.
+# Part of the key of a matrix -> scale of its normal distribution.
 MATRIX_SCALES = {"relative_position_bias_table": 0.2, "label_enc": 0.5, "tgt_embed": 0.5, "level_embed": 0.5}
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A gzipped JSON file. `official_<variant>.json.gz` has `args`, and in `state_dict` a shape and a dtype by key."""
+    """Read a gzipped JSON file.
+
+    `official_<variant>.json.gz` contains `args`, and in `state_dict` the shape and dtype of each key.
+    """
     return json.loads(gzip.decompress(path.read_bytes()))
 
 
 def state_dict(manifest: dict[str, Any], num_classes: int | None = None) -> dict[str, torch.Tensor]:
-    """A state dict with the keys of an official checkpoint, trained for `num_classes` if that is given."""
+    """Generate a state dict with the keys of an official checkpoint, with another number of classes if it is given."""
     trained_classes = manifest["args"]["num_classes"]
     num_classes = num_classes or trained_classes
     tensors = {}
     for key, (shape, dtype) in manifest["state_dict"].items():
         if dtype != "float32":
-            tensors[key] = torch.zeros(shape, dtype=getattr(torch, dtype))  # Swin's index, which conversion leaves out
+            tensors[key] = torch.zeros(shape, dtype=getattr(torch, dtype))  # Swin's index, which the conversion drops
             continue
         if "class_embed" in key:
             shape = [num_classes if length == trained_classes else length for length in shape]
@@ -42,14 +45,14 @@ def state_dict(manifest: dict[str, Any], num_classes: int | None = None) -> dict
 
 
 def first_copy(key: str) -> str:
-    """Heads are shared between decoder layers and stored under several keys; this is the one that stands for all."""
+    """Return the first key of a tensor: heads are shared by the decoder layers and stored under several keys."""
     return re.sub(r"^(?:transformer\.decoder\.)?(class_embed|bbox_embed)\.\d+", r"\1.0", key)
 
 
 def weight(key: str, shape: tuple[int, ...]) -> np.ndarray:
-    """Normal numbers seeded by the key, scaled and shifted so that all layers of the network have a say."""
+    """Sample normal values seeded by the key, scaled and shifted so that all layers affect the result."""
     seed = int.from_bytes(hashlib.sha256(key.encode()).digest()[:4], "little")
-    normal = np.random.RandomState(seed).standard_normal(shape).astype(np.float32)  # the stream it was
+    normal = np.random.RandomState(seed).standard_normal(shape).astype(np.float32)  # as recorded
     name = key.rpartition(".")[-1]
     if name == "running_var":
         return 1 + 0.1 * np.abs(normal)
@@ -67,12 +70,16 @@ def weight(key: str, shape: tuple[int, ...]) -> np.ndarray:
 
 
 def images(seed: int, sizes: list[tuple[int, int]]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Waves and noise of these (height, width), padded together.
+    """Generate images of waves and noise, padded to a batch.
+
+    Args:
+        seed (`int`): Seed of the noise.
+        sizes (`list[tuple[int, int]]`): (height, width) of each image.
 
     Returns:
-        Pixels, `(batch_size, 3, height, width)` float64, and mask, `(batch_size, height, width)`, 1 is image.
+        Pixels, `(batch_size, 3, height, width)` float64, and mask, `(batch_size, height, width)`, 1 on the image.
     """
-    random = np.random.RandomState(seed)  # the stream it was
+    random = np.random.RandomState(seed)  # as recorded
     height, width = (max(side) for side in zip(*sizes))
     pixels = torch.zeros(len(sizes), 3, height, width, dtype=torch.float64)
     mask = torch.zeros(len(sizes), height, width, dtype=torch.int64)
@@ -86,8 +93,8 @@ def images(seed: int, sizes: list[tuple[int, int]]) -> tuple[torch.Tensor, torch
 
 
 def objects(seed: int, counts: list[int], num_classes: int) -> list[dict[str, torch.Tensor]]:
-    """Labels of images with so many objects each."""
-    random = np.random.RandomState(seed)  # the stream it was
+    """Sample labels for a batch of images, with the given number of objects in each."""
+    random = np.random.RandomState(seed)  # as recorded
     labels = []
     for count in counts:
         centers, sides = random.uniform(0.2, 0.8, (count, 2)), random.uniform(0.05, 0.35, (count, 2))

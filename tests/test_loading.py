@@ -1,4 +1,4 @@
-"""What cannot be loaded, or only in part, is one error that names it."""
+"""Models load completely, with the classes of the dataset, or fail with one error that names the reason."""
 
 import json
 import shutil
@@ -57,17 +57,17 @@ DAMAGES = {
     "no config": (lambda folder: (folder / "config.json").unlink(), r".*it has no config\.json"),
     "another model": (
         lambda folder: (folder / "config.json").write_text('{"model_type": "detr"}'),
-        "holds a model of type 'detr', not 'dino_detr'",
+        "contains a model of type 'detr', not 'dino_detr'",
     ),
     "truncated weights": (lambda folder: truncate(folder / "model.safetensors"), "has no usable weights"),
     "no weights": (lambda folder: (folder / "model.safetensors").unlink(), "has no usable weights .*no file named"),
     "weights of another size": (
         lambda folder: edit(folder / "config.json", d_model=64),
-        "its weights are not those of a whole detector, .* are missing or of another shape",
+        "its weights are not those of a complete detector; .* are missing or do not have the shape",
     ),
     "no heads": (
         lambda folder: DinoDetrModel(tiny_config()).save_pretrained(folder),
-        r"its weights are not those of a whole detector, 2 are missing .* such as class_embed\.0\.bias",
+        r"its weights are not those of a complete detector; 2 are missing .* such as class_embed\.0\.bias",
     ),
     "no processor": (lambda folder: (folder / "preprocessor_config.json").unlink(), "has no usable image processor"),
     "truncated processor": (
@@ -101,7 +101,7 @@ def test_a_damaged_model_is_one_error(copied, damage, load):
     assert len(str(error.value).splitlines()) == 1
 
 
-def test_a_model_with_these_classes_is_kept_whole(saved):
+def test_a_model_with_these_classes_is_loaded_unchanged(saved):
     before, processor = load_model_and_processor(str(saved))
     assert not before.training
     assert processor.size["shortest_edge"] == 800
@@ -112,7 +112,7 @@ def test_a_model_with_these_classes_is_kept_whole(saved):
 
 
 @pytest.mark.parametrize("names", [CATEGORIES, {1: "another"}], ids=["the same classes", "others"])
-def test_what_was_saved_in_16_bits_is_trained_in_32(saved, tmp_path, names):
+def test_a_model_saved_in_half_precision_is_trained_in_float32(saved, tmp_path, names):
     model, processor = load_model_and_processor(str(saved))
     model.to(torch.bfloat16).save_pretrained(tmp_path)
     processor.save_pretrained(tmp_path)
@@ -132,7 +132,7 @@ CLASS_TENSORS = {
 
 
 @pytest.mark.parametrize("count", [1, 5], ids=["fewer classes", "as many other classes"])
-def test_other_classes_start_anew_and_all_else_is_kept(saved, count):
+def test_other_classes_are_reinitialized_and_all_else_is_kept(saved, count):
     before = load_model_and_processor(str(saved))[0].state_dict()
     names = {label: f"thing {label}" for label in range(count)}
     model, _ = load_pretrained_for_categories(str(saved), names)
@@ -178,7 +178,7 @@ def test_rows_of_classes_of_the_same_name_are_copied(tmp_path, caplog, overrides
     assert f"classes copied: {', '.join(copied)}; new: {', '.join(new)}" in caplog.text
 
 
-def test_an_exact_name_goes_before_one_that_is_only_alike(tmp_path, caplog):
+def test_an_exact_name_is_preferred_to_a_similar_one(tmp_path, caplog):
     folder = saved_with(tmp_path, ["Cup", "cup", "CUP"])
     before, _ = load_model_and_processor(folder)
     after, _ = load_pretrained_for_categories(folder, {1: "cup"})
@@ -195,7 +195,7 @@ def test_rows_without_a_name_are_never_copied(tmp_path, caplog):
     assert "classes copied: none; new: n/a, N/A" in caplog.text
 
 
-def test_a_new_model_has_the_classes_of_the_data(tmp_path, caplog):
+def test_a_new_model_has_the_classes_of_the_dataset(tmp_path, caplog):
     fields = tiny_config().to_diff_dict()
     file = tmp_path / "config.json"
     file.write_text(json.dumps({name: fields[name] for name in ("backbone_config", "d_model", "num_queries")}))
@@ -207,7 +207,7 @@ def test_a_new_model_has_the_classes_of_the_data(tmp_path, caplog):
     assert "training from scratch with frozen batch norms" in caplog.text
 
 
-def test_fields_that_are_to_differ(saved, tmp_path):
+def test_overrides_take_precedence(saved, tmp_path):
     model, _ = load_pretrained_for_categories(str(saved), CATEGORIES, overrides={"box_noise_scale": 0.25})
     assert model.config.box_noise_scale == 0.25
     file = tmp_path / "config.json"
@@ -220,10 +220,10 @@ def test_fields_that_are_to_differ(saved, tmp_path):
     ("content", "message"),
     [
         ("{", "cannot be read as JSON"),
-        ("[]", "must hold an object with fields of DinoDetrConfig, got list"),
+        ("[]", "must contain an object with fields of DinoDetrConfig, got list"),
         ('{"num_querys": 5}', "DinoDetrConfig has no field 'num_querys'; did you mean num_queries"),
-        ('{"num_feature_levels": 9}', "is no configuration of a DINO .*num_feature_levels"),
-        ('{"d_model": "x"}', "is no configuration of a DINO .*Field 'd_model' expected int, got str"),
+        ('{"num_feature_levels": 9}', "is not a configuration of a DINO model .*num_feature_levels"),
+        ('{"d_model": "x"}', "is not a configuration of a DINO model .*Field 'd_model' expected int, got str"),
     ],
 )
 def test_wrong_config_files(tmp_path, content, message):

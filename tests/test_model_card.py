@@ -1,4 +1,4 @@
-"""Model cards: valid metadata, and measured numbers apart from quoted ones."""
+"""Model cards have valid metadata, keep measured and quoted results apart, and show no local paths."""
 
 import pytest
 from huggingface_hub import ModelCard
@@ -43,7 +43,7 @@ def test_published_file_is_called_official():
     assert (data["license"], data["datasets"]) == ("apache-2.0", ["detection-datasets/coco"])
     assert "the official checkpoint `checkpoint.pth` of [IDEA-Research/DINO]" in card.text
     assert "released by IDEA-Research under Apache-2.0" in card.text
-    assert "taken for COCO" not in card.text
+    assert "assumed to be COCO" not in card.text
 
 
 def test_unknown_file_is_called_nothing_that_it_may_not_be():
@@ -54,7 +54,7 @@ def test_unknown_file_is_called_nothing_that_it_may_not_be():
     assert "`checkpoint.pth`, a checkpoint in the format of [IDEA-Research/DINO]" in card.text
     assert "add the license that applies to the weights" in card.text
     assert "No published result is known" in card.text
-    assert "91 classes are taken for COCO's" in card.text
+    assert "91 classes are assumed to be COCO's" in card.text
 
 
 @pytest.mark.parametrize(("backbone", "words"), [(None, False), (SWIN_LARGE, True)], ids=["resnet", "swin"])
@@ -65,13 +65,13 @@ def test_license_of_swin_is_named_where_there_is_a_swin(backbone, words):
 
 def test_unused_and_unnamed_labels_are_explained():
     gaps = DinoDetrConfig(id2label={0: "N/A", 1: "cat", 2: "N/A"})
-    assert "ids 0, 2 stand for nothing" in converted(gaps).text
+    assert "of which 1 are used; 0, 2 are unused" in converted(gaps).text
     unnamed = DinoDetrConfig(id2label={0: "class_0", 1: "class_1"})
-    assert "does not hold their names" in converted(unnamed).text
+    assert "does not contain their names" in converted(unnamed).text
     assert "class 0, class 1" in converted(tiny_config()).text
 
 
-def test_moving_average_is_named():
+def test_ema_weights_are_named():
     assert "ema_model" in converted(DinoDetrConfig(), weights="ema_model").text
 
 
@@ -121,6 +121,38 @@ def test_the_command_is_the_one_that_starts_as_many_processes():
     assert training_command("train.py", ["--data", "my data"], num_processes=1) == "python train.py --data 'my data'"
     several = training_command("train.py", ["--data=mine"], num_processes=2)
     assert several == "accelerate launch --multi_gpu --num_processes 2 train.py --data=mine"
+
+
+@pytest.mark.parametrize(
+    ("argument", "shown"),
+    [
+        ("HERE/data/coco", "data/coco"),
+        ("--data=HERE/data=2/my coco", "'--data=data=2/my coco'"),
+        ("HERE", "."),
+        ("ABOVE/other/coco", "path/to/coco"),
+        ("--output_dir=ABOVE/it's mine/run", "--output_dir=path/to/run"),
+        ("ABOVE/augmentations.py:strong", "path/to/augmentations.py:strong"),
+        (
+            'backbone_config={"name": "ABOVE/swin", "depth": 2}',
+            '\'backbone_config={"name": "path/to/swin", "depth": 2}\'',
+        ),
+        ("data/coco", "data/coco"),
+        ("./data", "./data"),
+        ("../data", "../data"),
+        ("someone/dino-r50", "someone/dino-r50"),
+        ("https://example.com/a/b", "https://example.com/a/b"),
+        ("1e-4", "1e-4"),
+        ("num_queries=300", "num_queries=300"),
+    ],
+)
+def test_the_command_shows_no_folders_of_its_author(tmp_path, monkeypatch, argument, shown):
+    here = tmp_path / "project"
+    here.mkdir()
+    monkeypatch.chdir(here)
+    argument = argument.replace("HERE", str(here)).replace("ABOVE", str(tmp_path))
+    command = training_command(str(here / "train.py"), ["--option", argument], num_processes=1)
+    assert command == f"python train.py --option {shown}"
+    assert str(tmp_path) not in finetuned(tiny_config(), command=command).content
 
 
 @pytest.mark.parametrize("size", [SIZE, {"height": 192, "width": 256}])

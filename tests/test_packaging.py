@@ -1,4 +1,4 @@
-"""Packaging: metadata, dependencies with reasons, and a set-up command that explains and repairs its failures."""
+"""Packaging: metadata, dependencies with reasons, and a setup command that explains and repairs its failures."""
 
 import ast
 import os
@@ -38,7 +38,7 @@ def only_command(folder: Path, name: str, script: str) -> None:
 
 @pytest.fixture
 def checkout(tmp_path: Path) -> Path:
-    """The two files that setting up reads, and programs that would install but do nothing."""
+    """Copy the two files that the setup command reads."""
     folder = tmp_path / "checkout"
     (folder / "tools").mkdir(parents=True)
     shutil.copy(ROOT / "tools" / "setup.sh", folder / "tools")
@@ -48,7 +48,7 @@ def checkout(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def bin_folder(tmp_path: Path) -> Path:
-    """The only folder on the PATH: the tools of any POSIX system, a Python that installs nothing, and no uv."""
+    """Make the only folder on the PATH: the tools of any POSIX system, a Python that installs nothing, and no uv."""
     folder = tmp_path / "bin"
     folder.mkdir()
     for tool in ("sh", "cat", "cksum", "dirname", "fold", "mkdir", "mv", "rm", "touch", "cp", "chmod"):
@@ -87,18 +87,18 @@ def test_every_dependency_has_a_reason() -> None:
     assert not [line for line in lines if not re.search(r'",\s+# \S', line)]
 
 
-# what is imported by another name than it is installed by
+# packages that are imported under another name than that of the distribution
 DISTRIBUTIONS = {"PIL": "pillow", "yaml": "pyyaml"}
 
 
 def requirements(section: str) -> set[str]:
-    """Names of the packages in one list of the project file."""
+    """Return the names of the packages in one list of the project file."""
     lines = PYPROJECT.split(f"\n{section} = [\n")[1].split("\n]")[0]
     return set(re.findall(r'^ +"([\w.-]+)[<>=]', lines, re.MULTILINE))
 
 
 def imported_packages(*patterns: str) -> set[str]:
-    """Names of the packages of others that Python files import, at their head or anywhere in them."""
+    """Return the names of third-party packages that Python files import, at the top or anywhere else."""
     names, own = set(), {path.stem for pattern in patterns for path in ROOT.glob(pattern)} | {"hf_dino"}
     for path in (path for pattern in patterns for path in ROOT.glob(pattern)):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
@@ -110,7 +110,7 @@ def imported_packages(*patterns: str) -> set[str]:
 
 
 def extras_imported() -> dict[str, set[str]]:
-    """Names of the packages that `import_extra` imports when they are needed, by the extra that is to bring them."""
+    """Return the names of the packages that `import_extra` imports on demand, by the extra that installs them."""
     packages: dict[str, set[str]] = {}
     for path in ROOT.glob("src/**/*.py"):
         for call in re.findall(r'import_extra\("([\w.]+)", "([\w-]+)"', path.read_text(encoding="utf-8")):
@@ -127,7 +127,17 @@ def test_what_is_imported_is_declared_and_nothing_else() -> None:
 
 
 def test_model_and_conversion_need_no_extra() -> None:
-    assert imported_packages("src/hf_dino/*_dino_detr.py", "conversion/*.py") <= requirements("dependencies")
+    """The package can be imported and checkpoints converted where only the dependencies are installed."""
+    # without what torch and huggingface_hub require themselves
+    packages = requirements("train") - {"pyyaml", "jinja2"} | {"datasets", "timm"}
+    script = (
+        f"import sys\nsys.modules |= dict.fromkeys({sorted(packages)})\n"
+        "from hf_dino.conversion import convert_checkpoint\nimport hf_dino.hub, hf_dino.model_card\n"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True, env={**os.environ, "PYTHONPATH": str(ROOT / "src")})
+    assert imported_packages("src/hf_dino/*_dino_detr.py", "src/hf_dino/conversion/*.py") <= requirements(
+        "dependencies"
+    )
 
 
 def test_supported_versions() -> None:

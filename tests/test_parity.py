@@ -5,7 +5,6 @@ queries, of the logits every seventh class; `official_<case>.loss.json.gz` the l
 parameter that the original trains, in training mode with noise scales of 0.
 """
 
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -15,11 +14,7 @@ import torch
 import official_weights
 from conftest import FIXTURES, PROCESSORS
 from hf_dino import DinoDetrForObjectDetection, DinoDetrImageProcessor
-
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "conversion"))
-
-from convert_original import config_from_args, convert_state_dict
+from hf_dino.conversion.convert import config_from_args, convert_state_dict
 
 
 # The original computes position embeddings in float32 even here, which limits the agreement.

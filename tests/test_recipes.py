@@ -218,7 +218,7 @@ def test_published_settings(name):
 
 
 def test_swin_of_the_recipes_is_the_original_one():
-    from key_tables import BACKBONES  # of the conversion of the published checkpoints
+    from hf_dino.conversion.key_tables import BACKBONES
 
     for levels in "45":
         backbone = dict(read(f"coco-swin-l-{levels}scale-12ep").config_override)["backbone_config"]

@@ -57,10 +57,11 @@ def load_pretrained_for_categories(
 ) -> Detector:
     """Load a model for fine-tuning on the classes of a dataset, in float32.
 
-    A model that already has exactly these classes is loaded unchanged, including its label ids. Otherwise labels follow
-    the dataset: classes that the model has under the same name keep their rows of the class heads and the label
-    embedding, and the rows of all other classes are reinitialized. Names match regardless of case and of spaces,
-    hyphens and underscores. All other weights are kept. The copied and the new classes are logged.
+    A model that already has exactly these classes is loaded unchanged, including its label ids. Otherwise the classes
+    are numbered from 0 in ascending order of category id. Classes that the model has under the same name keep their
+    rows of the class heads and the label embedding; the rows of all others are reinitialized. Names match regardless
+    of case and of spaces, hyphens and underscores. All other weights are kept. The copied and the new classes are
+    logged.
 
     Args:
         model (`str`): A folder written by `save_pretrained`, or a name on the Hub.
@@ -95,7 +96,7 @@ def load_pretrained_for_categories(
 
 
 def contiguous_id2label(categories: Mapping[int, str]) -> dict[int, str]:
-    """Number the categories of a dataset from 0, in ascending order of category id.
+    """Assign labels from 0 to the categories of a dataset, in ascending order of category id.
 
     Example:
 
@@ -124,7 +125,10 @@ def _normalize_name(name: str) -> str:
 def _copy_classes(
     source: DinoDetrForObjectDetection, target: DinoDetrForObjectDetection, labels_of_source: Mapping[int, int]
 ) -> None:
-    """Copy rows of all layers with one row per class; `labels_of_source` maps labels of `target` to labels of `source`."""
+    """Copy rows of all layers that have one row per class.
+
+    `labels_of_source` maps labels of `target` to labels of `source`.
+    """
     labels, from_labels = list(labels_of_source), list(labels_of_source.values())
     for layer, source_layer in zip(target.class_specific_layers(), source.class_specific_layers(), strict=True):
         for parameter, source_parameter in zip(layer.parameters(), source_layer.parameters(), strict=True):

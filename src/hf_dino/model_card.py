@@ -1,6 +1,6 @@
-"""Model cards: what a model folder's README says about a converted or a fine-tuned model.
+"""Write model cards (the README.md of a model folder) of converted and fine-tuned models.
 
-Measured and quoted numbers never mix: only measured ones enter the card's `model-index`, which leaderboards read.
+Only measured results enter the card's `model-index`, which leaderboards read. Published ones are quoted in the text.
 """
 
 import math
@@ -46,22 +46,22 @@ def converted_card(
     published_ap: float | None = None,
     published_hash_known: bool = False,
 ) -> str:
-    """Write the card of a model converted from a checkpoint of the official code.
+    """Write the card of a model converted from a checkpoint in the official format.
 
-    Only a published file is called official, is said to be trained on COCO, and has the authors' license.
+    Only for a published file does the card say that it is official and trained on COCO, and name the authors' license.
 
     Args:
         config (`DinoDetrConfig`): The model's configuration.
         checkpoint (`str`): Name of the file.
         sha256 (`str`): Hash of the file, in hexadecimal.
-        weights (`str`): Which of the file's weights: `"model"` or `"ema_model"`.
-        size (`dict[str, int]`): The image processor's size, in pixels.
-        coco (`bool`, *optional*, defaults to `False`): Whether labels were taken for COCO's category ids.
-        epochs (`int`, *optional*): Epochs trained, if the file says so.
-        published_ap (`float`, *optional*): What the authors published for this file, a fraction of 1. `None`: the
-            file was not recognized as published.
-        published_hash_known (`bool`, *optional*, defaults to `False`): Whether the file was recognized by its hash and
-            not only by its name and settings.
+        weights (`str`): The weights that were converted: `"model"`, or `"ema_model"` for the EMA weights.
+        size (`dict[str, int]`): Size of the image processor, in pixels.
+        coco (`bool`, *optional*, defaults to `False`): Whether labels are assumed to be COCO's category ids.
+        epochs (`int`, *optional*): Number of epochs trained, if the file contains it.
+        published_ap (`float`, *optional*): AP that the authors published for this file, as a fraction of 1. `None` if
+            the file was not recognized as a published one.
+        published_hash_known (`bool`, *optional*, defaults to `False`): Whether the file was recognized by its hash,
+            rather than by its name and settings.
 
     Returns:
         `str`: Markdown with a metadata block, to be saved as `README.md`.
@@ -77,14 +77,14 @@ def converted_card(
     title = f"DINO, {_backbone_name(config)}, {config.num_feature_levels} feature levels"
     origin = f"the official checkpoint `{checkpoint}`" if published else f"`{checkpoint}`"
     kind = " of " if published else ", a checkpoint in the format of "
-    moving = " (the moving average of the weights, `ema_model`)" if weights == "ema_model" else ""
-    trained = f" The file says that it was trained for {epochs} epochs." if epochs else ""
+    ema = " (its EMA weights, `ema_model`)" if weights == "ema_model" else ""
+    trained = f" According to the file, it was trained for {epochs} epochs." if epochs else ""
     sections = [
         f"# {title}",
         _DESCRIPTION,
-        f"Converted from {origin}{moving}{kind}[IDEA-Research/DINO](https://github.com/IDEA-Research/DINO), "
-        f"SHA-256 `{sha256}`.{trained} All settings were read from the file. The conversion renames and cuts tensors "
-        f"and changes no number in them.",
+        f"Converted from {origin}{ema}{kind}[IDEA-Research/DINO](https://github.com/IDEA-Research/DINO), "
+        f"SHA-256 `{sha256}`.{trained} All settings were read from the file. The conversion renames and splits "
+        f"tensors and does not change their values.",
         _usage(),
         _preprocessing(size),
         _labels(config) + (_NAMES_OF_COCO if coco and not published else ""),
@@ -96,26 +96,39 @@ def converted_card(
     return _card(data, sections)
 
 
-def training_command(script: str, words: Sequence[str], num_processes: int) -> str:
-    """Write down how to train again.
+def training_command(script: str, argv: Sequence[str], num_processes: int) -> str:
+    """Return the shell command that repeats a training run, without absolute paths of the machine.
+
+    Absolute paths below the current folder become relative to it. Of any other only the last component is kept, as
+    `path/to/NAME`, which has to be replaced before the command is repeated.
 
     Args:
         script (`str`): Path of the script.
-        words (`Sequence[str]`): Its command line.
-        num_processes (`int`): That took part.
+        argv (`Sequence[str]`): Its arguments.
+        num_processes (`int`): Number of processes of the run.
 
     Example:
 
     ```python
     >>> training_command("train.py", ["--data", "my data"], num_processes=1)
     "python train.py --data 'my data'"
-    >>> training_command("train.py", ["--data", "mine"], num_processes=4)
-    'accelerate launch --multi_gpu --num_processes 4 train.py --data mine'
+    >>> training_command("train.py", ["--data", "/home/me/mine"], num_processes=4)
+    'accelerate launch --multi_gpu --num_processes 4 train.py --data path/to/mine'
 
     ```
     """
     several = ["accelerate", "launch", "--multi_gpu", "--num_processes", str(num_processes)]  # on CPUs too
-    return shlex.join([*(several if num_processes > 1 else ["python"]), script, *words])
+    launcher = several if num_processes > 1 else ["python"]
+    return shlex.join([*launcher, *(_ABSOLUTE_PATH.sub(_shorten_path, argument) for argument in (script, *argv))])
+
+
+# a slash that neither continues a relative path nor belongs to a URL, and all up to the end of a JSON string
+_ABSOLUTE_PATH = re.compile(r'(?<![\w./~-])/(?!/)[^"]*')
+
+
+def _shorten_path(match: re.Match[str]) -> str:
+    path = Path(match[0])
+    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else f"path/to/{path.name}"
 
 
 def finetuned_card(
@@ -133,16 +146,16 @@ def finetuned_card(
 
     Args:
         config (`DinoDetrConfig`): The model's configuration.
-        metrics (`dict[str, float]`): What was measured, as fractions of 1; see `METRIC_NAMES` for the usual names.
-            Empty if nothing was. Values that are negative or not finite (pycocotools' way to say "no such objects")
-            are left out.
-        dataset (`str`): Name of the training data, for people.
-        command (`str`): The command that trained the model.
-        base_model (`str`, *optional*): What training started from: a Hub id or a folder. `None`: random
-            weights, but perhaps the backbone's.
-        backbone (`str`, *optional*): What the backbone alone started from: a name for [`load_backbone_weights`].
-        split (`str`, *optional*): Which part of the data was measured on.
-        size (`dict[str, int]`, *optional*): The image processor's size, in pixels.
+        metrics (`dict[str, float]`): Measured metrics, as fractions of 1, with keys of `METRIC_NAMES`; may be empty.
+            Negative and non-finite values, which pycocotools returns where there are no such objects, are omitted.
+        dataset (`str`): Display name of the training dataset.
+        command (`str`): The command that trained the model, from [`training_command`].
+        base_model (`str`, *optional*): Hub id or folder of the model that was fine-tuned. `None` if training started
+            from random weights, except perhaps the backbone's.
+        backbone (`str`, *optional*): Pre-trained weights of the backbone alone, as named for
+            [`~hub.load_backbone_weights`].
+        split (`str`, *optional*): Split of the dataset on which the metrics were measured.
+        size (`dict[str, int]`, *optional*): Size of the image processor, in pixels.
 
     Returns:
         `str`: Markdown with a metadata block, to be saved as `README.md`.
@@ -226,34 +239,34 @@ folder = "path/or/hub-id"
 model = AutoModelForObjectDetection.from_pretrained(folder).eval()
 processor = AutoImageProcessor.from_pretrained(folder)
 
-image = ImageOps.exif_transpose(Image.open("image.jpg"))  # upright, as it was taken
+image = ImageOps.exif_transpose(Image.open("image.jpg"))  # apply the EXIF orientation
 with torch.no_grad():
     outputs = model(**processor(images=image, return_tensors="pt"))
-[found] = processor.post_process_object_detection(
+[detections] = processor.post_process_object_detection(
     outputs, threshold=0.3, target_sizes=[(image.height, image.width)]
 )
-for score, label, box in zip(found["scores"], found["labels"], found["boxes"]):
+for score, label, box in zip(detections["scores"], detections["labels"], detections["boxes"]):
     print(f"{model.config.id2label[label.item()]} {score:.2f}", box.tolist())  # x0, y0, x1, y1 in pixels
 ```
 
-The folder carries the model code, so it also works where hf_dino is not installed but torch, torchvision,
-transformers, scipy, pillow and numpy are: leave out `import hf_dino` and pass `trust_remote_code=True` to both
-`from_pretrained`, after reading that code. `pipeline("object-detection", model=folder)` works with either."""
+The folder contains the model code, so hf_dino need not be installed (torch, torchvision, transformers, scipy, pillow
+and numpy must be): omit `import hf_dino` and, after reading that code, pass `trust_remote_code=True` to both calls of
+`from_pretrained`. `pipeline("object-detection", model=folder)` works either way."""
 
 
 def _preprocessing(size: Mapping[str, int]) -> str:
     if "shortest_edge" in size:
         resized = (
-            f"resized so that its shorter side has {size['shortest_edge']} pixels, or fewer where the longer one "
-            f"would exceed {size['longest_edge']}"
+            f"so that the shorter side has {size['shortest_edge']} pixels, or fewer if the longer side would exceed "
+            f"{size['longest_edge']}"
         )
     else:
-        resized = f"resized to {size['height']} x {size['width']} pixels (height x width), whatever its shape"
+        resized = f"to {size['height']} x {size['width']} pixels (height x width), regardless of the aspect ratio"
     return (
-        f"## Preprocessing\n\nDone by the image processor: an image is {resized}, and normalized with the mean and "
-        f"standard deviation of ImageNet. Images of different sizes are padded right and below to a batch, with a "
-        f"`pixel_mask` of 1 where there is image. Boxes are fractions of the image without its padding. "
-        f"`from_pretrained(folder, backend='pil')` resizes with Pillow, as the original does."
+        f"## Preprocessing\n\nThe image processor resizes images {resized}, and normalizes them with the mean and "
+        f"standard deviation of ImageNet. Images of different sizes are padded at the right and at the bottom to form "
+        f"a batch, with a `pixel_mask` that is 1 on the image. Boxes are fractions of the image without its padding. "
+        f"`from_pretrained(folder, backend='pil')` resizes with Pillow, like the official implementation."
     )
 
 
@@ -263,13 +276,13 @@ def _labels(config: DinoDetrConfig) -> str:
     text = f"## Labels\n\n{len(names)} labels, named in `config.id2label`."
     if unused:
         return text + (
-            f" A label is the dataset's own category id, so {len(names) - len(unused)} of them stand for something; "
-            f"ids {', '.join(unused)} stand for nothing and are named `{UNUSED_LABEL}`."
+            f" Labels are the original category ids of the dataset, of which {len(names) - len(unused)} are used; "
+            f"{', '.join(unused)} are unused and named `{UNUSED_LABEL}`."
         )
     if names == [f"class_{label}" for label in range(len(names))]:
         return text + (
-            " The checkpoint does not hold their names: give them as `id2label` to `from_pretrained`. The official "
-            "code uses the dataset's own category ids as labels, so label 0 often stands for nothing."
+            " The checkpoint does not contain their names: pass them as `id2label` to `from_pretrained`. The official "
+            "implementation uses the original category ids of the dataset as labels, so label 0 is often unused."
         )
     return text + f" {', '.join(names[:30])}{' ...' if len(names) > 30 else ''}."
 
@@ -279,7 +292,7 @@ def _published(box_ap: float | None, hash_known: bool) -> str:
     if box_ap is None:
         return head + "No published result is known for this file, and none was measured during the conversion."
     recognized = (
-        "its SHA-256" if hash_known else "its name, settings and epoch; a hash of the original is not publicly known"
+        "its SHA-256" if hash_known else "its name, settings and epoch; the hash of the file is not publicly known"
     )
     return head + (
         f"| data | metric | value | source |\n|---|---|---|---|\n"
@@ -301,19 +314,20 @@ def _measured(measured: Mapping[str, float], dataset: str, split: str | None) ->
 
 _LIMITS = """## Limits
 
-Scores are not calibrated probabilities. Objects, viewpoints and places that the training data lack are found less well
-or not at all, and the errors are not spread evenly over people and regions: measure on your own data before relying on
-the model, above all where people are concerned. At most `num_queries` objects per image can be found."""
+Scores are not calibrated probabilities. Objects, viewpoints and scenes that are missing from the training data are
+detected less reliably or not at all, and errors are not distributed evenly over people and regions: evaluate on your
+own data before relying on the model, above all where people are concerned. At most `num_queries` objects per image can
+be detected."""
 
 
 _NAMES_OF_COCO = (
-    " The checkpoint does not hold their names: 91 classes are taken for COCO's. If they are others, give their names "
-    "as `id2label` to `from_pretrained`."
+    " The checkpoint does not contain their names: 91 classes are assumed to be COCO's. If they are others, pass "
+    "their names as `id2label` to `from_pretrained`."
 )
 
 _LICENSE = (
-    "## License\n\nThe model code is Apache-2.0. The weights follow from the training data and the model they started "
-    "from: add the license that applies to the weights."
+    "## License\n\nThe model code is Apache-2.0. The license of the weights depends on the training data and on the "
+    "pre-trained weights: add the license that applies to the weights."
 )
 
 
@@ -344,7 +358,7 @@ _SWIN_NAMES = {(96, 6): "Swin-T", (96, 18): "Swin-S", (128, 18): "Swin-B", (192,
 
 
 def _backbone_name(config: DinoDetrConfig) -> str:
-    """A name for people: the usual one where there is one, otherwise the type of the backbone."""
+    """Return the display name of a backbone: the usual one if it has one, otherwise its type."""
     backbone: Any = config.backbone_config
     if backbone.model_type == "resnet" and backbone.layer_type == "bottleneck":
         return _RESNET_NAMES.get(tuple(backbone.depths), "ResNet")

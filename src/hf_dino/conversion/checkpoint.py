@@ -89,8 +89,8 @@ def _explain_unpickling_error(path: Path, zipped: bool, error: pickle.Unpickling
         description = OTHER_PACKAGES[package]
         return f"not an official DINO checkpoint: the pickled types of {package} show that this is {description}"
     return (
-        f"{path.name} is pickled together with {summarize_list(sorted(types)) or 'unknown objects'}, and reading these "
-        f"could run any code. If you wrote the file yourself or trust its author, repeat with --trust_pickle"
+        f"{path.name} is pickled together with {summarize_list(sorted(types)) or 'unknown objects'}, and reading "
+        f"these could run any code. If you wrote the file yourself or trust its author, repeat with --trust_pickle"
     )
 
 

@@ -149,7 +149,7 @@ def config_from_args(args: Mapping[str, Any]) -> DinoDetrConfig:
     )
 
 
-_REQUIRED = {
+REQUIRED_SETTINGS = {
     *SETTING_OF_FIELD.values(),
     *SUPPORTED_VALUES,
     *(name for pair in EQUAL_SETTINGS for name in pair),
@@ -159,7 +159,7 @@ _REQUIRED = {
 
 def check_settings(settings: Mapping[str, Any]) -> None:
     """Check that the settings of the official code are complete and that the model can express their values."""
-    if missing := sorted(_REQUIRED - settings.keys()):
+    if missing := sorted(REQUIRED_SETTINGS - settings.keys()):
         raise InputError(
             f"the file's settings lack {summarize_list(map(repr, missing))}, which every official configuration sets"
         )
@@ -239,8 +239,8 @@ def _apply_rules(
             problems["tensors of the file without a place in the model"].append(key)
             continue
         match, rule = matches[0]
-        if rule.equals and not _same(tensor, source.get(match.expand(rule.equals))):
-            problems["tensors of the file that should equal another one"].append(f"{key} (= {match.expand(rule.equals)})")
+        if rule.equals and not _same(tensor, source.get(other := match.expand(rule.equals))):
+            problems["tensors of the file that should equal another one"].append(f"{key} (= {other})")
         for target, part in zip((match.expand(target) for target in rule.targets), _split(tensor, rule, config)):
             if target in converted:
                 problems["tensors of the model that are filled twice"].append(f"{target} (from {key})")

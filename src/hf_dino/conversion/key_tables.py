@@ -1,6 +1,7 @@
 """Settings, keys and published results of the official DINO checkpoints, all as data.
 
-Every line that does more than rename gives a reason. The official implementation is IDEA-Research/DINO, commit faa8520.
+Every line that does more than rename gives a reason. The official implementation is IDEA-Research/DINO, commit
+faa8520.
 """
 
 from dataclasses import dataclass
@@ -149,7 +150,9 @@ def _modules(source: str, target: str, *names: tuple[str, str], leaf: str = "wei
 
 _BODY = "model.backbone.body"
 
-RESNET = _renamed(*((rf"backbone\.0\.body\.{source}", f"{_BODY}.{target}") for source, target in TORCHVISION_RESNET_KEYS))
+RESNET = _renamed(
+    *((rf"backbone\.0\.body\.{source}", f"{_BODY}.{target}") for source, target in TORCHVISION_RESNET_KEYS)
+)
 
 _BLOCK = r"backbone\.0\.layers\.(\d+)\.blocks\.(\d+)"
 _OUR_BLOCK = rf"{_BODY}.swin.encoder.layers.\1.blocks.\2"
@@ -229,7 +232,7 @@ DECODER = (
         r"transformer\.decoder\.layers",
         "model.decoder.layers",
         (r"self_attn\.out_proj", "self_attn.o_proj"),
-        # numbered in the order of their definition, not of their use: norm2 belongs to self-attention, which runs first
+        # numbered in the order of their definition, not of their use: self-attention runs first and has norm2
         ("norm2", "self_attn_layer_norm"),
         ("norm1", "encoder_attn_layer_norm"),
         ("norm3", "final_layer_norm"),
@@ -306,7 +309,7 @@ FILLS = {
         Fill(r".+\.swin\.layernorm\.bias", 0, "the result of this norm is not used"),
     ),
 }
-ONE_LEVEL_FILLS = (Fill(r"model\.backbone\.level_embed", 0, "the official implementation has no embedding for a single level"),)
+ONE_LEVEL_FILLS = (Fill(r"model\.backbone\.level_embed", 0, "the official code does not embed a single level"),)
 
 
 BACKBONE_RULES = {"resnet": RESNET, "swin": SWIN}
