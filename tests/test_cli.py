@@ -21,7 +21,8 @@ from hf_dino.evaluation import ENGINES
 
 ROOT = Path(__file__).parents[1]
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-COMMANDS = ["", "evaluate", "predict", "kernels", "data", "data check", "data augment", "data convert"]
+COMMANDS = ["", "train", "evaluate", "predict", "convert", "kernels"]
+COMMANDS += ["data", "data check", "data augment", "data convert"]
 IMPORTED = "import atexit, sys; atexit.register(lambda: print(*sys.modules, file=sys.stderr));"
 
 

@@ -386,7 +386,7 @@ def test_a_library_for_drawing_is_missed_before_the_work(examples, shapes, tmp_p
     with pytest.raises(ImportError, match=message):
         hf_dino(["evaluate", *model, f"--dataset={shapes}", f"--report_html={tmp_path / 'a.html'}"])
     with pytest.raises(ImportError, match=message):
-        importlib.import_module("demo").main([f"--output={tmp_path / 'demo'}"])
+        importlib.import_module("demo").main(tmp_path / "demo")
     assert not (tmp_path / "demo").exists()
 
 

@@ -4,7 +4,9 @@ Each command is a function that declares its options and calls the library. To k
 package import only the standard library, typer and each other; a command imports everything else when it runs.
 """
 
+import logging
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Annotated, NoReturn
 
 import typer
@@ -19,6 +21,38 @@ app.command(cls=Command)(train.train)
 app.command(cls=Command)(evaluate.evaluate)
 app.command(cls=Command)(predict.predict)
 app.add_typer(data.app, name="data")
+
+
+@app.command(cls=Command)
+def convert(
+    checkpoint: Annotated[
+        Path, typer.Option(metavar="FILE", help="Checkpoint that the official implementation wrote.")
+    ],
+    output_dir: Annotated[Path, typer.Option(metavar="DIRECTORY", help="Directory to write the model to.")],
+    use_ema: Annotated[
+        bool, typer.Option("--use_ema", help="Convert the EMA weights of the checkpoint instead of the trained ones.")
+    ] = False,
+    overwrite_output_dir: Annotated[
+        bool, typer.Option("--overwrite_output_dir", help="Replace an --output_dir that is not empty.")
+    ] = False,
+    trust_pickle: Annotated[
+        bool,
+        typer.Option(
+            "--trust_pickle",
+            help="Read a checkpoint whose settings contain objects of other code. This RUNS CODE FROM THE FILE.",
+        ),
+    ] = False,
+) -> None:
+    """Convert an official checkpoint to a model directory.
+
+    The directory contains the model, its image processor, a model card and the code of the model.
+    """
+    from ..conversion import convert_checkpoint
+
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
+    convert_checkpoint(
+        checkpoint, output_dir, use_ema=use_ema, trust_pickle=trust_pickle, overwrite=overwrite_output_dir
+    )
 
 
 @app.command(cls=Command)

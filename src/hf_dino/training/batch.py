@@ -18,7 +18,7 @@ from ..data.check import check_data
 from ..data.dataset import DetectionSplit, label_of_category
 from ..data.loaders import TrainingCollator, get_processed_shape
 from ..denoising_dino_detr import DinoDetrEffectiveBatch
-from ..evaluation.detections import eval_mode
+from ..evaluation.predictions import eval_mode
 from ..utils.errors import InputError
 
 
