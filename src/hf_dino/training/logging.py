@@ -17,7 +17,7 @@ from rich.console import RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.text import Text
 
-from ..utils.io import annotate_oserror, atomic_write, sync
+from ..utils.io import annotate_oserror, atomic_write, fsync
 from ..visualization import plot_training_curves
 from .checkpoint import TrainingState
 
@@ -188,7 +188,7 @@ class RunHistory:
         """Write the file to the disk, before a checkpoint that relies on its rows."""
         if self.enabled:
             with _warn_only():
-                sync(self.path)
+                fsync(self.path)
 
     def plot(self) -> None:
         """Plot losses and average precision into `curves.png`."""
