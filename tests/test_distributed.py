@@ -126,7 +126,7 @@ def train_with_average(network, first=0, last=4, calls=1):
         learn(network.train(), (3, 1, 1, 3), first, last)
         optimizer.step()
         average.update()
-    with average.applied(), summon_full_params(network), torch.no_grad():
+    with average.average_parameters(), summon_full_params(network), torch.no_grad():
         for _ in range(calls):
             logits = network.eval()(torch.ones(1, 3, 96, 128)).logits
     state = average.state_dict()

@@ -18,8 +18,15 @@ def train(recipe: Path | None = None, **options: Any) -> None:
     train and a validation split. The defaults are the official recipe for COCO. `accelerate launch -m hf_dino train`
     runs it on several GPUs. Ctrl-C, SIGTERM and SIGUSR1 stop it after the current step, with a checkpoint.
     """
-    arguments = make_arguments(recipe, options)
+    run(make_arguments(recipe, options))
 
+
+def run(arguments: FineTuningArguments) -> None:
+    """Train, with warnings and errors on the terminal.
+
+    Args:
+        arguments (`FineTuningArguments`): The options of the run.
+    """
     import transformers
     from rich.logging import RichHandler
 
