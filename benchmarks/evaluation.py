@@ -24,8 +24,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from evaluation_problems import generate
-from hf_dino.data import DetectionSplit
-from hf_dino.data.objects import to_annotation_array
+from hf_dino.data import DetectionSplit, to_annotation_array
 from hf_dino.evaluation import DETECTION_DTYPE, ENGINES, METRICS, evaluate_coco
 from hf_dino.evaluation.predictions import sort_by_image
 from machine import write_result

@@ -26,15 +26,7 @@ from torch.overrides import TorchFunctionMode
 
 from forward import make_ours, make_transformers
 from hf_dino import DinoDetrImageProcessor, loss_dino_detr
-from hf_dino.data import (
-    AnnotatedImage,
-    DetectionDataset,
-    DetectionSplit,
-    TrainingBatchSampler,
-    TrainingCollator,
-    make_augmentation,
-    training_loader,
-)
+from hf_dino.data import AnnotatedImage, DetectionDataset, DetectionSplit, TrainingBatchSampler, TrainingCollator, make_augmentation, training_loader
 from machine import write_result
 from turns import take_turns
 

@@ -1,93 +1,89 @@
-"""The whole way in a few minutes on a CPU: make a dataset, train a small DINO on it, measure it, use it.
+"""Generate a dataset, train a small DINO on it, evaluate it and detect objects with it, in minutes on a CPU.
 
-    python examples/demo.py [--output runs/demo]
+    python examples/demo.py --output_dir runs/demo
 
-1. Draws the `shapes` dataset: circles, squares, triangles, stars and crosses among clutter, in COCO's format.
-2. Trains a small DINO from scratch through `examples/finetune_coco.py`, exactly as a user would on their own images.
-3. Loads the saved model again and draws what it finds in a test image, beside the truth.
+1. Generate the `shapes` dataset: circles, squares, triangles, stars and crosses among clutter, in COCO format.
+2. Train a small DINO from scratch, as `hf-dino train` does.
+3. Load the saved model and draw its detections in a test image next to the ground truth.
 
-Started again after being stopped, it goes on where it was.
+Started again after an interruption, the training resumes.
 """
 
-import argparse
 import json
 import time
 from pathlib import Path
+from typing import Annotated
 
-import finetune_coco
-from hf_dino.data import read_coco, read_image
-from hf_dino.data.boxes import xywh_to_xyxy
+import typer
+
+from hf_dino.data import read_coco, read_image, xywh_to_xyxy
 from hf_dino.data.shapes import generate_shapes
 from hf_dino.hub import load_model_and_processor
-from hf_dino.training import get_last_checkpoint
-from hf_dino.utils.arguments import HelpFormatter
+from hf_dino.inference import detect_objects
+from hf_dino.training import FineTuner, FineTuningArguments, get_last_checkpoint
 from hf_dino.utils.errors import run_cli
 from hf_dino.visualization import check_drawing_dependencies, draw_detections, hstack_images, save_image
-from predict import detect
 
 
-CONFIG = Path(__file__).parent / "configs" / "tiny.json"
-# Chosen once on the validation images; the test images were never looked at for it.
-RECIPE = [
-    "--image-size=160x160",
-    "--augmentation=flip",
-    "--batch-size=8",
-    "--epochs=1000",
-    "--max-steps=1100",
-    "--learning-rate=4e-4",
-    "--backbone-lr-factor=1",
-    "--lr-drop=0.82",
-    "--eval-every=1",
-    "--num-workers=1",
-]
 EXPECTED_AP = 0.60
+OUTPUT = Path("runs/demo")
 
 
-def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
-    parser.add_argument("--output", type=Path, default=Path("runs/demo"), help="folder for data, model and images")
-    output = parser.parse_args(argv).output
-    data, model = output / "shapes", output / "model"
+def main(output_dir: Annotated[Path, typer.Option("--output_dir", help="Directory to write to.")] = OUTPUT) -> None:
+    """Generate a dataset, train a small DINO on it, evaluate it and detect objects with it."""
+    dataset, model = output_dir / "shapes", output_dir / "model"
     check_drawing_dependencies()
 
     started = time.monotonic()
-    print(f"1. The shapes dataset, in {data}")
-    generate_shapes(data)
+    print(f"1. The shapes dataset, in {dataset}")
+    generate_shapes(dataset)
 
     print(f"2. Training a small DINO from scratch, into {model}")
     if not (model / "config.json").is_file():
-        finetune_coco.main([*training_arguments(data, model), *RECIPE])
+        FineTuner(training_arguments(dataset, model)).train()
     ap = json.loads((model / "metrics.json").read_text())["test"]["ap"]
 
-    print("3. The saved model, on a test image that it has never seen")
-    drawn = output / "detections.png"
-    draw_test_image(data, model, drawn)
+    print("3. The saved model, on a test image")
+    drawing = output_dir / "detections.png"
+    draw_test_image(dataset, model, drawing)
     minutes = (time.monotonic() - started) / 60
-    print(f"test AP {ap:.3f} after {minutes:.1f} minutes; model card {model / 'README.md'}, detections {drawn}")
+    print(f"test AP {ap:.3f} after {minutes:.1f} minutes; model card {model / 'README.md'}, detections {drawing}")
     if ap < EXPECTED_AP:
         raise SystemExit(f"error: AP on the test images is {ap:.3f}, but {EXPECTED_AP:.2f} was expected")
 
 
-def training_arguments(data: Path, model: Path) -> list[str]:
-    """What a user would write to train on their own images."""
-    arguments = ["--config", str(CONFIG), "--output", str(model)]
-    for split in ("train", "val", "test"):
-        arguments += [f"--{split}-images", str(data / split), f"--{split}-annotations", str(data / f"{split}.json")]
-    return arguments + (["--resume"] if get_last_checkpoint(model / "checkpoints") else [])
+def training_arguments(dataset: Path, model: Path) -> FineTuningArguments:
+    """Return a recipe that was tuned on the validation images alone."""
+    return FineTuningArguments(
+        config_name=Path(__file__).parent / "configs" / "tiny.json",
+        dataset=str(dataset),
+        output_dir=model,
+        resume_from_checkpoint=get_last_checkpoint(model / "checkpoints") is not None,
+        image_size=["160x160"],
+        augmentation="flip",
+        global_batch_size=8,
+        num_train_epochs=1000,
+        max_train_steps=1100,
+        learning_rate=4e-4,
+        backbone_lr_multiplier=1.0,
+        lr_milestones=[0.82],
+        eval_epochs=1,
+        dataloader_num_workers=1,
+    )
 
 
 def draw_test_image(data: Path, model: Path, target: Path) -> None:
-    """Draw the test image with most objects: what the model finds, beside what is there."""
+    """Draw the test image with the most objects: detections on the left, ground truth on the right."""
     test = read_coco(data / "test", data / "test.json")
-    fullest = max(test.images, key=lambda image: len(image.boxes))
-    image = read_image(fullest.path)
-    found = detect(*load_model_and_processor(str(model)), image, threshold=0.3)
+    densest = max(test.images, key=lambda image: len(image.boxes))
+    image = read_image(densest.path)
+    found = detect_objects(*load_model_and_processor(str(model)), image, threshold=0.3)
     boxes, names, scores = ([detection[key] for detection in found] for key in ("box", "name", "score"))
     left = draw_detections(image, boxes, names, scores, test.categories.values())
-    names = [test.categories[category_id] for category_id in fullest.category_ids]
-    right = draw_detections(image, xywh_to_xyxy(fullest.boxes), names, classes=test.categories.values())
-    save_image(hstack_images(left, right, ("found", "truth")), target)
+    names = [test.categories[category_id] for category_id in densest.category_ids]
+    right = draw_detections(image, xywh_to_xyxy(densest.boxes), names, classes=test.categories.values())
+    save_image(hstack_images(left, right, ("detections", "ground truth")), target)
 
 
 if __name__ == "__main__":
-    run_cli(main)
+    run_cli(lambda: typer.run(main))

@@ -18,3 +18,7 @@ def kill_once_there(job: subprocess.Popen, path: Path) -> None:
         process.kill()
     os.killpg(job.pid, signal.SIGKILL)
     job.wait()
+
+
+class Killed(BaseException):
+    """Ends a run in this process where a signal would have killed it; no handler of errors catches it."""

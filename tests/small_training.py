@@ -1,6 +1,6 @@
-"""A training small enough to be killed many times, with all that a checkpoint has to bring back.
+"""A training small enough to be killed many times, with everything that a checkpoint has to restore.
 
-Dropout draws random numbers, each process its own; there is an average of the weights and one "evaluation" per epoch.
+Dropout samples random numbers, different ones on each process; there are EMA weights and one "evaluation" per epoch.
 """
 
 import os
@@ -20,9 +20,9 @@ from hf_dino.training import (
     resolve_resume_checkpoint,
     save_checkpoint,
 )
+from hf_dino.training.checkpoint import lock_output_dir
 from hf_dino.training.ema import ExponentialMovingAverage
-from hf_dino.training.history import RunHistory
-from hf_dino.training.lock import lock_output_dir
+from hf_dino.training.logging import RunHistory
 from hf_dino.training.signals import StopSignals
 
 
@@ -35,7 +35,7 @@ def network():
 
 
 def train(output: Path, *, after_step=lambda step: None) -> Path:
-    """Train, or go on if there is something to go on with, and return the file of the final weights."""
+    """Train, or resume if there is something to resume, and return the file of the final weights."""
     torch.set_num_threads(1)
     accelerator = Accelerator(cpu=True)
     checkpoints = output / "checkpoints"
@@ -50,7 +50,7 @@ def train(output: Path, *, after_step=lambda step: None) -> Path:
     with lock_output_dir(accelerator, checkpoints, start, overwrite=False), StopSignals(accelerator) as signals:
         if start:
             load_checkpoint(accelerator, start)
-        history = RunHistory(output, state.history, accelerator.is_main_process)
+        history = RunHistory(output, state, enabled=accelerator.is_main_process)
         while state.step < STEPS:
             images = torch.randn(8, 4, generator=torch.Generator().manual_seed(state.step))
             loss = model(images).square().mean()
@@ -61,14 +61,14 @@ def train(output: Path, *, after_step=lambda step: None) -> Path:
             state.step += 1
             history.add({"step": state.step, "loss": loss.item()})
             if state.step % EPOCH == 0:
-                state.best_step, state.best_ap = state.step, 0.1 * state.step
-                history.add({"step": state.step, "ap": state.best_ap})
+                history.add({"step": state.step, "ap": 0.1 * state.step})
+                state.add_evaluation(0.1 * state.step)
             if state.step % SAVE_EVERY == 0:
                 save_checkpoint(accelerator, checkpoints, state)
             after_step(state.step)
             if signals.should_stop():
                 save_checkpoint(accelerator, checkpoints, state)
-                signals.leave(f"stopped after step {state.step}; go on with --resume")
+                signals.exit(f"stopped after step {state.step}")
         load_checkpoint(accelerator, checkpoint_path(checkpoints, state.export_step))
     weights = output / f"weights_{accelerator.process_index}.pt"
     torch.save({"model": model.state_dict(), "average": average.state_dict()}, weights)

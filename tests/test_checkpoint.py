@@ -29,10 +29,14 @@ from hf_dino.training import (
     save_checkpoint,
 )
 from hf_dino.training import checkpoint as checkpoint_module
-from hf_dino.training import lock as lock_module
-from hf_dino.training.checkpoint import check_disk_space, data_fingerprint, file_fingerprint, save_emergency_checkpoint
+from hf_dino.training.checkpoint import (
+    check_disk_space,
+    data_fingerprint,
+    file_fingerprint,
+    lock_output_dir,
+    save_emergency_checkpoint,
+)
 from hf_dino.training.ema import ExponentialMovingAverage
-from hf_dino.training.lock import lock_output_dir
 from hf_dino.utils.io import atomic_update_directory, write_json
 
 
@@ -77,7 +81,7 @@ def everything(accelerator, model, optimizer, average):
 
 def test_everything_that_the_next_step_depends_on_comes_back(tmp_path):
     accelerator, model, optimizer, average = make_run(with_scaler=True)
-    state = TrainingState({"seed": 1}, step=7, history=[{"step": 7, "loss": 0.1 + 0.2}], best_step=7, best_ap=1 / 3)
+    state = TrainingState({"seed": 1}, step=7, validation_ap=[1 / 3], best_step=7, best_ap=1 / 3)
     save_checkpoint(accelerator, tmp_path, state)
     before = everything(accelerator, model, optimizer, average)
     numbers = draws()
@@ -115,10 +119,12 @@ def test_checkpoints_keep_the_latest_and_the_best(tmp_path):
 
 
 def test_a_step_is_evaluated_once():
-    state = TrainingState({}, step=4, history=[{"step": 2, "ap": 0.1}, {"step": 4, "loss": 1.0}])
-    assert not state.evaluated
-    state.history.append({"step": 4, "ap": 0.1})
-    assert state.evaluated
+    state = TrainingState({}, step=4, validation_ap=[0.1], evaluated_step=2, best_step=2, best_ap=0.1)
+    assert not state.is_evaluated
+    state.add_evaluation(0.1)
+    assert state.is_evaluated
+    assert (state.validation_ap, state.best_step) == ([0.1, 0.1], 2), "the first of the best"
+    assert not TrainingState({}).is_evaluated
 
 
 def test_nothing_but_checkpoints_is_deleted(tmp_path):
@@ -190,7 +196,7 @@ def test_a_run_goes_on_with_its_own_settings_only(tmp_path):
     save_checkpoint(accelerator, tmp_path, TrainingState({"seed": 1, "size": (3, 4)}))
     (path,) = tmp_path.iterdir()
     assert load_training_state(path, {"seed": 1, "size": (3, 4)}).step == 0
-    with pytest.raises(InputError, match=r"settings that it began with \(seed: 1 before, 2 now\)"):
+    with pytest.raises(InputError, match=r"settings it was started with \(seed: 1 before, 2 now\)"):
         load_training_state(path, {"seed": 2, "size": (3, 4)})
     assert get_last_checkpoint(tmp_path / "gone") is None
 
@@ -224,7 +230,7 @@ def test_random_numbers_that_cannot_be_read_are_heard_of(tmp_path, caplog):
     shutil.copy(file, checkpoint / "random_states_1.pkl")
     load_checkpoint(accelerator, checkpoint)
     assert "written by 2 processes" in caplog.text
-    assert "the run goes on with other random numbers" in caplog.text
+    assert "the run resumes with different random numbers" in caplog.text
     (checkpoint / "random_states_1.pkl").unlink()
     caplog.clear()
     load_checkpoint(accelerator, checkpoint)
@@ -250,7 +256,7 @@ def test_too_small_a_disk_is_heard_of_before_the_first_step(tmp_path, monkeypatc
         monkeypatch.setattr(shutil, "disk_usage", lambda folder, free=free: Usage(free))
         caplog.clear()
         if error:
-            with pytest.raises(InputError, match=r"2 are needed at the same time, and .* free; make space or give"):
+            with pytest.raises(InputError, match=r"2 are needed at the same time, and .* free; free disk space or"):
                 check_disk_space(tmp_path, model, optimizer)
         else:
             check_disk_space(tmp_path / "new" / "run", model, optimizer)
@@ -278,24 +284,24 @@ def test_a_spoilt_state_does_not_replace_a_good_one(tmp_path, spoilt):
     told = save_emergency_checkpoint(accelerator, model, optimizer, tmp_path, state)
     if spoilt == "nothing":
         assert [path.name for path in tmp_path.iterdir()] == ["step_00000002"]
-        assert told == f"The state before this step is kept in {tmp_path / 'step_00000002'}"
+        assert told == f"The state before this step is saved in {tmp_path / 'step_00000002'}"
     else:
         assert get_last_checkpoint(tmp_path).name == "step_00000001"
         assert get_last_checkpoint(tmp_path / "failed").name == "step_00000002"
-        assert "--resume goes on from step_00000001" in told
+        assert "--resume_from_checkpoint resumes from step_00000001" in told
 
 
 def test_where_a_run_starts(tmp_path, caplog):
     output, checkpoints = tmp_path / "run", tmp_path / "run" / "checkpoints"
-    with pytest.raises(InputError, match="holds no checkpoint to resume from"):
+    with pytest.raises(InputError, match="has no checkpoint to resume from"):
         resolve_resume_checkpoint(output, checkpoints, resume=True, overwrite=False)
     checkpoints.mkdir(parents=True)  # killed before the first checkpoint
     assert resolve_resume_checkpoint(output, checkpoints, resume=True, overwrite=False) is None
-    assert "begins anew" in caplog.text
+    assert "is restarted" in caplog.text
     with pytest.raises(InputError, match="is not empty"):
         resolve_resume_checkpoint(output, checkpoints, resume=False, overwrite=False)
     (output / "config.json").touch()  # a model that somebody may want to keep
-    with pytest.raises(InputError, match="holds no checkpoint to resume from"):
+    with pytest.raises(InputError, match="has no checkpoint to resume from"):
         resolve_resume_checkpoint(output, checkpoints, resume=True, overwrite=False)
 
 
@@ -371,7 +377,7 @@ def test_files_arrive_together_and_others_stay(tmp_path):
 def test_overwrite_leaves_somebody_elses_folder_alone(tmp_path, content):
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "config.json").write_text(content)
-    with pytest.raises(InputError, match="holds no run or model that --overwrite could replace"):
+    with pytest.raises(InputError, match="contains no run or model that --overwrite_output_dir could replace"):
         resolve_resume_checkpoint(tmp_path, tmp_path / "checkpoints", resume=False, overwrite=True)
     (tmp_path / "config.json").write_text('{"model_type": "dino_detr"}')
     assert resolve_resume_checkpoint(tmp_path, tmp_path / "checkpoints", resume=False, overwrite=True) is None
@@ -389,14 +395,14 @@ def test_where_all_write_together_the_one_that_cannot_does_not_wait_for_the_othe
 
 def test_a_folder_that_a_network_disk_shows_late_is_waited_for(tmp_path, monkeypatch):
     accelerator, *_ = make_run()
-    monkeypatch.setattr(lock_module, "_lock", lambda folder: nullcontext())
-    monkeypatch.setattr(lock_module, "_MEMORY_OF_NETWORK_DISKS", 0.2)
+    monkeypatch.setattr(checkpoint_module, "_lock", lambda folder: nullcontext())
+    monkeypatch.setattr(checkpoint_module, "_NETWORK_DISK_DELAY", 0.2)
     with (
-        pytest.raises(InputError, match="is not seen by"),
+        pytest.raises(InputError, match=r"not found on .*; use an --output_dir on a shared disk"),
         lock_output_dir(accelerator, tmp_path, None, overwrite=False),
     ):
         pass
-    monkeypatch.setattr(lock_module, "_MEMORY_OF_NETWORK_DISKS", 60)
-    Timer(0.3, (tmp_path / lock_module._LOCK_FILE).touch).start()
+    monkeypatch.setattr(checkpoint_module, "_NETWORK_DISK_DELAY", 60)
+    Timer(0.3, (tmp_path / checkpoint_module._LOCK_FILE).touch).start()
     with lock_output_dir(accelerator, tmp_path, None, overwrite=False):
         pass

@@ -8,7 +8,6 @@ import json
 import os
 import pickle
 import re
-import runpy
 import signal
 import subprocess
 import sys
@@ -19,6 +18,7 @@ import pytest
 import torch
 from transformers import AutoImageProcessor, AutoModelForObjectDetection, ConvNextConfig
 
+from command_line import hf_dino
 from hf_dino import conversion
 from hf_dino.conversion import convert_checkpoint, key_tables
 from hf_dino.conversion.checkpoint import load_checkpoint, official_settings, official_state_dict, sha256
@@ -31,7 +31,7 @@ from hf_dino.conversion.convert import (
     write_folder,
 )
 from hf_dino.conversion.published import checkpoint_table, find_published_checkpoint
-from hf_dino.utils.errors import InputError, run_cli
+from hf_dino.utils.errors import InputError
 
 
 ROOT = Path(__file__).parents[1]
@@ -513,19 +513,12 @@ def test_folder_has_card_code_and_nothing_beside_it(folder, small_file):
     assert {file.stat().st_mode for file in folder.iterdir()} == {(folder / "README.md").stat().st_mode}
 
 
-def run(*arguments) -> str | None:
-    """Run the command, and return the line that it prints instead of a traceback."""
-    with pytest.raises(SystemExit) as end:
-        run_cli(lambda: runpy.run_path(str(SCRIPT))["main"]([str(argument) for argument in arguments]))
-    return end.value.code
-
-
 @pytest.mark.parametrize("options", [("--output_dir", "--use_ema"), ("--output-dir", "--use-ema")])
 def test_options_have_dashes_or_underscores(tmp_path, options, monkeypatch):
     given = {}
     monkeypatch.setattr(conversion, "convert_checkpoint", lambda *paths, **flags: given.update(flags, paths=paths))
     output, use_ema = options
-    assert run("--checkpoint=some-file.pth", output, tmp_path / "a-model", use_ema) is None
+    assert hf_dino(["convert", "--checkpoint=some-file.pth", output, tmp_path / "a-model", use_ema]) == 0
     assert given.pop("paths") == (Path("some-file.pth"), tmp_path / "a-model")
     assert given == {"use_ema": True, "trust_pickle": False, "overwrite": False}
 
@@ -541,7 +534,8 @@ def test_script_prints_one_line_for_an_error(tmp_path):
 
 def test_folder_that_is_not_empty_is_refused_before_anything_is_read(tmp_path):
     (tmp_path / "mine.txt").write_text("mine")
-    assert "is not empty" in run("--checkpoint", "no such file", "--output_dir", tmp_path)
+    with pytest.raises(InputError, match="is not empty"):
+        hf_dino(["convert", "--checkpoint", "no such file", "--output_dir", tmp_path])
     assert [entry.name for entry in tmp_path.iterdir()] == ["mine.txt"]
 
 
@@ -614,7 +608,8 @@ def test_ema_weights_are_converted_on_request(small):
 
 
 def test_file_without_ema_weights_is_an_error(small_file, tmp_path):
-    assert "no 'ema_model'" in run("--checkpoint", small_file, "--output_dir", tmp_path / "model", "--use_ema")
+    with pytest.raises(InputError, match="no 'ema_model'"):
+        hf_dino(["convert", "--checkpoint", small_file, "--output_dir", tmp_path / "model", "--use_ema"])
     assert not (tmp_path / "model").exists()
 
 

@@ -105,7 +105,7 @@ def test_none_leaves_everything_as_it_is():
     result = augmentation(image, boxes, areas)
     assert (result.image, result.boxes, result.areas) == (image, boxes, areas)
     assert result.objects.tolist() == [0, 1]
-    assert augmentation.shape(30, 40, boxes) == (30, 40)
+    assert augmentation.output_shape(30, 40, boxes) == (30, 40)
     assert torch.equal(torch.get_rng_state(), numbers), "no random number is drawn"
 
 
@@ -189,7 +189,7 @@ def test_shapes_are_foretold_without_pixels(name):
     boxes = torch.tensor([[3.0, 4.0, 20.0, 10.0]])
     for image_id, (height, width) in enumerate([(48, 64), (64, 48), (30, 100), (50, 50)] * 4):
         with seed_per_image(0, 1, image_id):
-            foretold = augmentation.shape(height, width, boxes)
+            foretold = augmentation.output_shape(height, width, boxes)
         with seed_per_image(0, 1, image_id):
             image = augment(augmentation, Image.new("RGB", (width, height)), boxes.tolist()).image
         assert foretold == (image.height, image.width)
@@ -238,9 +238,9 @@ def test_own_function_of_a_file(tmp_path):
     result = augment(augmentation, Image.new("RGB", (40, 30)), [[4, 6, 10, 5]])
     assert result.image.size == (30, 40)
     assert result.boxes.tolist() == [[6, 26, 5, 10]], "x, y, width, height again"
-    assert augmentation.shape(30, 40, torch.zeros(0, 4)) == (30, 40), "what a user does is not foretold"
+    assert augmentation.output_shape(30, 40, torch.zeros(0, 4)) == (30, 40), "what a user does is not foretold"
     assert augmentation.evaluation_size == OWN_SIZE
-    assert augmentation.smallest_shape(30, 60) == (30, 60), "resized, whatever is cut away"
+    assert augmentation.min_output_shape(30, 60) == (30, 60), "resized, whatever is cut away"
 
 
 def test_own_function_of_a_module(tmp_path, monkeypatch):
@@ -276,7 +276,7 @@ def test_own_function_may_say_at_what_size_to_evaluate(tmp_path):
     """
     augmentation = own_augmentation(tmp_path, body)
     assert augmentation.evaluation_size == {"shortest_edge": 80, "longest_edge": 120}
-    assert augmentation.smallest_shape(30, 30) == (80, 80)
+    assert augmentation.min_output_shape(30, 30) == (80, 80)
 
 
 def test_own_augmentation_travels_to_another_process(tmp_path):
@@ -300,10 +300,10 @@ CLASS = """
         def __call__(self, image, boxes, areas):
             return image.crop((0, 0, 20 + int({number} * 5), 10)), boxes[:1], areas[:1], torch.arange(len(boxes))[:1]
 
-        def shape(self, height, width, boxes):
+        def output_shape(self, height, width, boxes):
             return 10, 20
 
-        def smallest_shape(self, height, width):
+        def min_output_shape(self, height, width):
             return 10, 20
 
     def make(size):
@@ -316,17 +316,21 @@ def test_own_class_may_replace_methods(tmp_path):
     for each in (augmentation, pickle.loads(pickle.dumps(augmentation))):
         result = augment(each, Image.new("RGB", (40, 30)), [[1, 2, 3, 4], [5, 6, 7, 8]])
         assert (result.image.size, result.boxes.tolist(), result.objects.tolist()) == ((20, 10), [[1, 2, 3, 4]], [0])
-        assert each.shape(30, 40, torch.zeros(0, 4)) == each.smallest_shape(30, 40) == (10, 20)
+        assert each.output_shape(30, 40, torch.zeros(0, 4)) == each.min_output_shape(30, 40) == (10, 20)
         assert (each.resizes, each.evaluation_size) == (True, OWN_SIZE)
     with pytest.raises(InputError, match="another image or other boxes each time"):
         own_augmentation(tmp_path, CLASS.format(number="random.random()"))
 
 
 def test_own_class_that_only_augments_does_not_foretell_the_shape(tmp_path):
-    body = CLASS.format(number="0").replace("def shape", "def other").replace("def smallest_shape", "def another")
+    body = (
+        CLASS.format(number="0")
+        .replace("def output_shape", "def other")
+        .replace("def min_output_shape", "def another")
+    )
     augmentation = own_augmentation(tmp_path, body)
-    assert augmentation.shape(30, 40, torch.zeros(0, 4)) == (30, 40)
-    assert augmentation.smallest_shape(30, 60) == (30, 60)
+    assert augmentation.output_shape(30, 40, torch.zeros(0, 4)) == (30, 40)
+    assert augmentation.min_output_shape(30, 60) == (30, 60)
 
 
 WRONG = {
@@ -367,12 +371,12 @@ def test_own_function_that_is_not_there(tmp_path):
 def test_no_image_is_smaller_than_foretold(name, shape):
     size = {"shortest_edge": 80, "longest_edge": 133}
     augmentation = make_augmentation(name, size)
-    least = augmentation.smallest_shape(*shape)
+    least = augmentation.min_output_shape(*shape)
     if name == "flip":
         assert least == get_size_with_aspect_ratio(*shape, *size.values())
         return
     torch.manual_seed(0)
-    areas = {math.prod(augmentation.shape(*shape, torch.zeros(0, 4))) for _ in range(300)}
+    areas = {math.prod(augmentation.output_shape(*shape, torch.zeros(0, 4))) for _ in range(300)}
     assert math.prod(least) <= min(areas) <= 1.3 * math.prod(least)
 
 

@@ -17,11 +17,11 @@ from hf_dino.data import (
     TrainingBatchSampler,
     TrainingCollator,
     make_augmentation,
+    predict_batch_shapes,
     read_coco,
     steps_per_epoch,
     training_loader,
 )
-from hf_dino.data.batching import predict_batch_shapes
 
 
 def batches(length, step_size, **options):
@@ -47,7 +47,8 @@ def test_order_depends_on_seed_and_epoch_only():
 def test_every_step_sees_the_same_images_however_it_is_shared_out(world_size, accumulation):
     whole = batches(11, 4)
     shares = [
-        batches(11, 4, rank=rank, world_size=world_size, accumulation=accumulation) for rank in range(world_size)
+        batches(11, 4, rank=rank, world_size=world_size, gradient_accumulation_steps=accumulation)
+        for rank in range(world_size)
     ]
     for step, images in enumerate(whole):
         parts = [share[step * accumulation : (step + 1) * accumulation] for share in shares]
@@ -55,7 +56,10 @@ def test_every_step_sees_the_same_images_however_it_is_shared_out(world_size, ac
 
 
 def test_resuming_leaves_out_the_steps_that_are_done():
-    assert batches(10, 4, first_step=2, accumulation=2) == batches(10, 4, accumulation=2)[4:]
+    assert (
+        batches(10, 4, first_step=2, gradient_accumulation_steps=2)
+        == batches(10, 4, gradient_accumulation_steps=2)[4:]
+    )
 
 
 def test_fewer_images_than_a_step_needs():
@@ -68,7 +72,7 @@ def test_uneven_shares_are_an_error():
     with pytest.raises(
         InputError, match=r"a batch of 6 .* 2 processes x 2 accumulated batches; choose a multiple of 4"
     ):
-        batches(10, 6, world_size=2, accumulation=2)
+        batches(10, 6, world_size=2, gradient_accumulation_steps=2)
 
 
 SHAPES = [(int(height), int(width)) for height, width in np.random.default_rng(0).integers(20, 90, (50, 2))]
@@ -84,7 +88,7 @@ def padded(batches):
 @pytest.mark.parametrize(("world_size", "accumulation"), [(1, 1), (2, 1), (1, 2), (2, 2), (4, 1)])
 def test_like_shapes_change_who_sees_an_image_but_not_when(length, step_size, world_size, accumulation):
     whole = batches(length, step_size)
-    parts = {"world_size": world_size, "accumulation": accumulation, "shape_of": SHAPES.__getitem__}
+    parts = {"world_size": world_size, "gradient_accumulation_steps": accumulation, "get_shape": SHAPES.__getitem__}
     shares = [batches(length, step_size, rank=rank, **parts) for rank in range(world_size)]
     for step, images in enumerate(whole):
         mine = [share[step * accumulation : (step + 1) * accumulation] for share in shares]
@@ -95,8 +99,8 @@ def test_like_shapes_change_who_sees_an_image_but_not_when(length, step_size, wo
 
 
 def test_like_shapes_save_padding():
-    options = {"accumulation": 8, "epoch": 3}
-    before, after = (batches(48, 16, **options, **more) for more in ({}, {"shape_of": SHAPES.__getitem__}))
+    options = {"gradient_accumulation_steps": 8, "epoch": 3}
+    before, after = (batches(48, 16, **options, **more) for more in ({}, {"get_shape": SHAPES.__getitem__}))
     assert padded(before) > 1.4
     assert padded(after) < 1.25
     # tall before wide, and of each kind neighbors are the ones of like length
@@ -105,9 +109,12 @@ def test_like_shapes_save_padding():
 
 
 def test_processes_get_like_shapes_at_the_same_time():
-    shares = [batches(48, 16, rank=rank, world_size=2, accumulation=4, shape_of=SHAPES.__getitem__) for rank in (0, 1)]
+    shares = [
+        batches(48, 16, rank=rank, world_size=2, gradient_accumulation_steps=4, get_shape=SHAPES.__getitem__)
+        for rank in (0, 1)
+    ]
     together = [[*mine, *other] for mine, other in zip(*shares)]
-    assert padded(together) < padded(batches(48, 16, accumulation=4)), "even over the processes"
+    assert padded(together) < padded(batches(48, 16, gradient_accumulation_steps=4)), "even over the processes"
 
 
 @pytest.mark.parametrize("name", ["dino", "photometric", "flip", "none"])
@@ -120,9 +127,9 @@ def test_shapes_are_those_that_batches_have(tmp_path, name, size):
     data = read_coco(*write_coco(tmp_path, objects, sizes=sizes))
     for epoch in range(3):
         images = DetectionDataset(data, augmentation, seed=5, epoch=epoch)
-        shape_of = predict_batch_shapes(images, collate)
+        get_shape = predict_batch_shapes(images, collate)
         for index in range(len(sizes)):
-            assert collate([images[index]])["pixel_values"].shape[-2:] == shape_of(index)
+            assert collate([images[index]])["pixel_values"].shape[-2:] == get_shape(index)
 
 
 def test_evaluation_batches_have_one_size_and_cover_everything_once():
@@ -164,7 +171,7 @@ def test_an_error_in_a_reading_process_is_one_line(tmp_path):
 def test_images_of_a_whole_step_are_read_ahead(tmp_path, num_workers, read_ahead):
     """By each of the processes that read, which make a batch each."""
     data = DetectionDataset(read_coco(*write_coco(tmp_path, [])))
-    sampler = TrainingBatchSampler(1, 16, seed=0, epoch=0, accumulation=16)
+    sampler = TrainingBatchSampler(1, 16, seed=0, epoch=0, gradient_accumulation_steps=16)
     assert training_loader(data, collator(5), sampler, num_workers=num_workers).prefetch_factor == read_ahead
 
 

@@ -9,10 +9,10 @@ import pytest
 from PIL import Image
 
 from coco_files import annotation, write_coco
+from command_line import hf_dino
 from data_formats import coco_text, draw, voc_xml, write, write_shapes
 from hf_dino.data import InputError, check_data, read_coco, read_data
-from hf_dino.data.__main__ import main
-from hf_dino.data.sheet import Sample, draw_image_grid
+from hf_dino.data.preview import Sample, draw_image_grid
 
 
 def data(folder, annotations=(), **options):
@@ -142,7 +142,7 @@ def test_command_line_on_good_data(tmp_path, capsys):
     write_shapes(tmp_path / "shapes")
     before = contents(tmp_path / "shapes")
     sheet = tmp_path / "sheets" / "sheet.png"
-    assert main(["check", str(tmp_path / "shapes"), "--sheet", str(sheet), "--num-images", "4"]) == 0
+    assert hf_dino(["data", "check", str(tmp_path / "shapes"), "--preview", str(sheet), "--num_images", "4"]) == 0
     printed = capsys.readouterr().out
     assert "circle" in printed
     assert "train: 1 of 5 images have no objects" in printed
@@ -154,7 +154,7 @@ def test_command_line_on_good_data(tmp_path, capsys):
     assert pixels.shape[1] > 2 * 480
     assert len(np.unique(pixels.reshape(-1, 3), axis=0)) > 1000
     with pytest.raises(InputError, match=r"sheet\.png: already exists"):
-        main(["check", str(tmp_path / "shapes"), "--sheet", str(sheet)])
+        hf_dino(["data", "check", str(tmp_path / "shapes"), "--preview", str(sheet)])
 
 
 def test_command_line_tells_all_that_is_wrong(tmp_path, capsys):
@@ -166,7 +166,7 @@ def test_command_line_tells_all_that_is_wrong(tmp_path, capsys):
     draw(folder / "train" / "1.png")
     write(folder / "train" / "2.png", "no image")
     before = contents(folder)
-    assert main(["check", str(folder), "--quick", "--num-workers", "1"]) == 1
+    assert hf_dino(["data", "check", str(folder), "--headers_only", "--num_workers", "1"]) == 1
     printed = capsys.readouterr().out
     for message in (
         "annotations name image_id 9, which 'images' does not list",
@@ -181,16 +181,11 @@ def test_command_line_tells_all_that_is_wrong(tmp_path, capsys):
 
 def test_command_line_on_a_pair_and_on_nothing(tmp_path):
     images, file = write_coco(tmp_path, [annotation(1, 3, [1, 2, 30, 20]), annotation(1, 7, [1, 2, 30, 20])])
-    assert main(["check", "--images", str(images), "--annotations", str(file)]) == 0
+    assert hf_dino(["data", "check", "--images", str(images), "--annotations", str(file)]) == 0
     with pytest.raises(InputError, match="gone: there is no such folder"):
-        main(["check", str(tmp_path / "gone")])
-    for words in (
-        ["check"],
-        ["check", "--images", str(images)],
-        ["check", str(tmp_path), "--images", str(images)],
-    ):
-        with pytest.raises(SystemExit):
-            main(words)
+        hf_dino(["data", "check", str(tmp_path / "gone")])
+    for source in ([], ["--images", images], [tmp_path, "--images", images]):
+        assert hf_dino(["data", "check", *source]) == 2
 
 
 VOC = voc_xml((40, 60), [("cell", [1, 2, 30, 20])])
@@ -217,31 +212,21 @@ VOC = voc_xml((40, 60), [("cell", [1, 2, 30, 20])])
 def test_errors_of_other_formats_do_not_hide_each_other(tmp_path, capsys, files, messages):
     for name, text in files.items():
         draw(tmp_path / name) if text is None else write(tmp_path / name, text)
-    assert main(["check", str(tmp_path)]) == 1
+    assert hf_dino(["data", "check", str(tmp_path)]) == 1
     printed = capsys.readouterr().out
     assert [message for message in messages if message not in printed] == []
 
 
 def test_augmented_samples_are_drawn(tmp_path):
     write_shapes(tmp_path / "shapes")
-    words = [
-        "augment",
-        str(tmp_path / "shapes"),
-        "--image-size",
-        "64",
-        "100",
-        "--num-images",
-        "2",
-        "--num-views",
-        "2",
-    ]
-    assert main([*words, "--augmentation", "dino", "--output", str(tmp_path / "a.png")]) == 0
+    words = ["data", "augment", tmp_path / "shapes", "--image_size", 64, 100, "--num_images=2", "--num_views=2"]
+    assert hf_dino([*words, "--augmentation", "dino", "--output", str(tmp_path / "a.png")]) == 0
     with Image.open(tmp_path / "a.png") as drawn:
         assert drawn.width == 3 * 488 + 8
         first, second = (np.asarray(drawn.crop((left, 8, left + 480, 300))).astype(int) for left in (8, 496))
     assert np.abs(first - second).mean() > 5
     with pytest.raises(InputError, match="unknown augmentation 'nonsense'"):
-        main([*words, "--augmentation", "nonsense", "--output", str(tmp_path / "b.png")])
+        hf_dino([*words, "--augmentation", "nonsense", "--output", str(tmp_path / "b.png")])
     assert not (tmp_path / "b.png").exists()
 
 
@@ -259,28 +244,27 @@ def test_a_sheet_is_a_new_image_of_a_known_format(tmp_path):
     assert (tmp_path / "a.png").read_bytes() == before
 
 
-@pytest.mark.parametrize("words", [["check", "gone", "--sheet"], ["augment", "gone", "--output"]])
+@pytest.mark.parametrize("words", [["data", "check", "gone", "--preview"], ["data", "augment", "gone", "--output"]])
 def test_a_sheet_that_cannot_be_drawn_is_heard_of_before_the_work(tmp_path, monkeypatch, words):
     with pytest.raises(InputError, match=r"images of kind '\.fits' cannot be written"):
-        main([*words, str(tmp_path / "sheet.fits")])
+        hf_dino([*words, str(tmp_path / "sheet.fits")])
     monkeypatch.setitem(sys.modules, "supervision", None)
     with pytest.raises(ImportError, match=r"pip install 'hf-dino\[train\]'"):
-        main([*words, str(tmp_path / "sheet.png")])
+        hf_dino([*words, str(tmp_path / "sheet.png")])
 
 
 def test_class_names_are_printed_as_they_are(tmp_path, capsys):
     names = {3: "car [small]", 5: "a [/] b", 7: ":smile: [red]"}
     file = write_coco(tmp_path, [annotation(1, number, [1, 2, 30, 20]) for number in (3, 5, 7, 7)], categories=names)
-    assert main(["check", "--images", str(file[0]), "--annotations", str(file[1])]) == 0
+    assert hf_dino(["data", "check", "--images", str(file[0]), "--annotations", str(file[1])]) == 0
     printed = capsys.readouterr().out
     assert [name for name in names.values() if name not in printed] == []
 
 
-@pytest.mark.parametrize("option", [["--streaming"], ["--limit", "3"], ["--cache", "c"]])
+@pytest.mark.parametrize("option", [["--streaming"], ["--max_samples", "3"], ["--cache_dir", "c"]])
 def test_options_of_a_stream_are_not_for_a_pair(tmp_path, capsys, option):
-    with pytest.raises(SystemExit):
-        main(["check", "--images", str(tmp_path), "--annotations", "a.json", *option])
-    assert "--streaming, --limit and --cache are for a SOURCE" in capsys.readouterr().err
+    assert hf_dino(["data", "check", "--images", str(tmp_path), "--annotations", "a.json", *option]) == 2
+    assert "--streaming, --max_samples and --cache_dir need a DATASET" in capsys.readouterr().err
 
 
 def test_what_the_report_does_not_say_is_logged(tmp_path, capsys, monkeypatch):
@@ -293,7 +277,7 @@ def test_what_the_report_does_not_say_is_logged(tmp_path, capsys, monkeypatch):
     }
     for name, text in files.items():
         draw(tmp_path / name) if text is None else write(tmp_path / name, text)
-    assert main(["check", str(tmp_path)]) == 0
+    assert hf_dino(["data", "check", str(tmp_path)]) == 0
     printed = capsys.readouterr()
     place = tmp_path / "b"
     assert printed.err == (

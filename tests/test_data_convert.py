@@ -10,9 +10,9 @@ import pytest
 from PIL import Image
 
 from coco_files import annotation, write_coco
+from command_line import hf_dino
 from data_formats import FORMATS, as_image_folder, coco_text, draw, voc_xml, write, write_shapes
 from hf_dino.data import InputError, convert, convert_data, read_coco, read_data
-from hf_dino.data.__main__ import main
 
 
 pytestmark = pytest.mark.usefixtures("datasets_cache")
@@ -309,16 +309,16 @@ def source_of_two(folder):
 
 def test_command_line(tmp_path, capsys):
     source = source_of_two(tmp_path / "source")
-    words = ["convert", str(source), "--format"]
-    assert main([*words, "yolo", "--output", str(tmp_path / "new" / "out")]) == 0
+    words = ["data", "convert", str(source), "--format"]
+    assert hf_dino([*words, "yolo", "--output_dir", str(tmp_path / "new" / "out")]) == 0
     printed = capsys.readouterr().out
     assert "warning: train: 1 classes have another number" in printed
     assert f"data: {tmp_path / 'new' / 'out'}" in printed.replace("\n", "")
     assert_same(read_data(tmp_path / "new" / "out"), read_data(source), TOLERANCES["yolo"])
-    assert main(["check", str(tmp_path / "new" / "out")]) == 0
+    assert hf_dino(["data", "check", str(tmp_path / "new" / "out")]) == 0
     (tmp_path / "empty").mkdir()
     pair = ["--images", str(source / "train"), "--annotations", str(source / "train.json")]
-    assert main(["convert", *pair, "--format", "coco", "--output", str(tmp_path / "empty")]) == 0
+    assert hf_dino(["data", "convert", *pair, "--format", "coco", "--output_dir", str(tmp_path / "empty")]) == 0
     assert sorted(path.name for path in (tmp_path / "empty").iterdir()) == ["train", "train.json"]
 
 
@@ -338,7 +338,7 @@ def test_one_clear_error_and_nothing_left_behind(tmp_path, damage, output, messa
     damage(source)
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     with pytest.raises(InputError, match=message) as error:
-        main(["convert", str(source), "--format", "coco", "--output", str(tmp_path / output)])
+        hf_dino(["data", "convert", str(source), "--format", "coco", "--output_dir", str(tmp_path / output)])
     assert "\n" not in str(error.value)
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
@@ -351,7 +351,7 @@ def test_a_full_disk_leaves_nothing_behind(tmp_path, monkeypatch):
     monkeypatch.setattr(convert.shutil, "copyfileobj", full)
     source = source_of_two(tmp_path / "source")
     with pytest.raises(OSError, match=f"No space left on device: '{tmp_path / 'out'}'"):
-        main(["convert", str(source), "--format", "coco", "--output", str(tmp_path / "out")])
+        hf_dino(["data", "convert", str(source), "--format", "coco", "--output_dir", str(tmp_path / "out")])
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
 

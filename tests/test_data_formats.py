@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from command_line import hf_dino
 from data_formats import (
     FORMATS,
     as_image_folder,
@@ -32,7 +33,6 @@ from hf_dino.data import (
     make_augmentation,
     read_data,
 )
-from hf_dino.data.__main__ import main
 
 
 pytestmark = pytest.mark.usefixtures("datasets_cache")
@@ -575,7 +575,7 @@ def test_a_stream_can_be_limited_and_lengthened(shapes, folder, tmp_path):
 
 def test_a_stream_is_checked_like_any_other_data(folder, tmp_path, capsys):
     kept = tmp_path / "kept"
-    assert main(["check", str(folder), "--streaming", "--limit", "2", "--cache", str(kept)]) == 0
+    assert hf_dino(["data", "check", folder, "--streaming", "--max_samples", 2, "--cache_dir", kept]) == 0
     assert "train: 1 of 2 images have no objects" in capsys.readouterr().out
     assert len(list(kept.rglob("*.png"))) == 6
 

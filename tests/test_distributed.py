@@ -17,8 +17,8 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from conftest import TINY_SWIN, make_labels, tiny_model
-from hf_dino.data.batching import TrainingBatchSampler
-from hf_dino.training.effective_batch import effective_batch, with_effective_batch
+from hf_dino.data.loaders import TrainingBatchSampler
+from hf_dino.training.batch import effective_batch, with_effective_batch
 from hf_dino.training.ema import ExponentialMovingAverage
 from hf_dino.utils.distributed import summon_full_params
 
@@ -94,7 +94,7 @@ def train(accumulation, as_one_batch=with_effective_batch):
     images = [
         batch
         for epoch in range(7)
-        for batch in TrainingBatchSampler(len(labels), 4, seed=0, epoch=epoch, accumulation=accumulation, **processes)
+        for batch in TrainingBatchSampler(len(labels), 4, seed=0, epoch=epoch, gradient_accumulation_steps=accumulation, **processes)
     ][: STEPS * accumulation]
     batches = ({"pixel_values": pixel_values[batch], "labels": [labels[i] for i in batch]} for batch in images)
     losses, gradients = [], []
@@ -126,7 +126,7 @@ def train_with_average(network, first=0, last=4, calls=1):
         learn(network.train(), (3, 1, 1, 3), first, last)
         optimizer.step()
         average.update()
-    with average.applied(), summon_full_params(network), torch.no_grad():
+    with average.average_parameters(), summon_full_params(network), torch.no_grad():
         for _ in range(calls):
             logits = network.eval()(torch.ones(1, 3, 96, 128)).logits
     state = average.state_dict()

@@ -50,7 +50,7 @@ def test_the_average_is_that_of_the_definition():
         decay = min(0.8, (1 + step) / (10 + step))
         for name, value in model.state_dict().items():
             expected[name] = decay * expected[name] + (1 - decay) * value
-    with average.applied():
+    with average.average_parameters():
         averaged = weights(model)
     averaged.pop("norm.num_batches_tracked")  # counted, not averaged
     assert averaged.keys() == {name for name in expected if name != "norm.num_batches_tracked"}
@@ -75,7 +75,7 @@ def test_wrong_decays(decay):
 
 def test_frozen_weights_cost_nothing():
     average = ExponentialMovingAverage(Network(), 0.9)
-    assert not [name for name in average.state_dict()["averages"] if name.startswith("frozen")]
+    assert not [name for name in average.state_dict()["shadow"] if name.startswith("frozen")]
 
 
 def test_trained_weights_come_back_even_after_an_error():
@@ -85,7 +85,7 @@ def test_trained_weights_come_back_even_after_an_error():
     before, places = weights(model), [parameter.data_ptr() for parameter in model.parameters()]
 
     def interrupted():
-        with average.applied():
+        with average.average_parameters():
             assert not torch.equal(model.head.weight, before["head.weight"])
             assert_same(model.frozen.weight, before["frozen.weight"])
             raise KeyboardInterrupt
@@ -104,7 +104,7 @@ def test_a_model_of_lower_precision_is_averaged_in_float32():
     nn.init.constant_(model.weight, 2.0)
     for _ in range(100):  # each moves it by less than bfloat16 can tell
         average.update()
-    with average.applied():
+    with average.average_parameters():
         assert model.weight.dtype == torch.bfloat16
         assert model.weight.item() == pytest.approx(2 - 0.999**100, abs=0.01)
 
@@ -129,7 +129,7 @@ def test_a_resumed_run_has_the_same_average_bit_for_bit(tmp_path):
     steps(resumed, optimizer, resumed_average, 5, 12)
     assert_same(weights(resumed), weights(model))
     assert resumed_average.updates == average.updates == 12
-    assert_same(resumed_average.state_dict()["averages"], average.state_dict()["averages"])
+    assert_same(resumed_average.state_dict()["shadow"], average.state_dict()["shadow"])
 
 
 def test_the_state_of_another_model_is_refused():
@@ -153,7 +153,7 @@ def test_a_detector_is_evaluated_and_saved_with_its_average(tmp_path, pixel_valu
         average.update()
     model.eval()
     trained = model(pixel_values).logits
-    with average.applied():
+    with average.average_parameters():
         averaged = model(pixel_values).logits
         model.save_pretrained(tmp_path)
     assert not torch.equal(averaged, trained)

@@ -7,8 +7,7 @@ import numpy as np
 import pytest
 
 from coco_files import annotation, write_coco
-from hf_dino.data import read_coco
-from hf_dino.data.objects import to_annotation_array
+from hf_dino.data import read_coco, to_annotation_array
 from hf_dino.evaluation import ERROR_TYPES, OUTCOMES, analyze_errors, detections_from_results, evaluate_coco
 from hf_dino.evaluation.coco_eval import group_rows
 from hf_dino.evaluation.error_analysis import IGNORED, TRUE_POSITIVE, best_f1_threshold, match_detections

@@ -1,18 +1,17 @@
 """The report is one self-contained file, has all results, and escapes every name."""
 
 import base64
-import importlib
 import io
 import json
 import re
 from html.parser import HTMLParser
-from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from coco_files import annotation, write_coco
+from command_line import hf_dino
 from conftest import tiny_model
 from hf_dino import DinoDetrImageProcessor
 from hf_dino.data import InputError, read_coco
@@ -150,28 +149,26 @@ def test_a_missing_image_leaves_no_partial_report(data, tmp_path):
     assert not list(tmp_path.glob("*report*"))
 
 
-def test_the_example_writes_all_files_and_overwrites_none(data, tmp_path, monkeypatch, capsys):
-    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "examples")
-    evaluate = importlib.import_module("evaluate_coco").main
+def test_the_command_writes_all_files_and_overwrites_none(data, tmp_path, capsys):
     tiny_model(id2label=dict(enumerate(HOSTILE.values()))).save_pretrained(tmp_path / "model")
     DinoDetrImageProcessor(size={"shortest_edge": 64, "longest_edge": 107}).save_pretrained(tmp_path / "model")
     files = [f"--images={tmp_path / 'images'}", f"--annotations={tmp_path / 'annotations.json'}"]
-    outputs = {name: tmp_path / "new" / name for name in ("json", "detections", "report")}
-    command = [f"--model={tmp_path / 'model'}", *files, "--num-workers=0", "--batch-size=2"]
-    evaluate([*command, *(f"--{name}={path}" for name, path in outputs.items())])
+    outputs = {name: tmp_path / "new" / name for name in ("metrics_json", "results_json", "report_html")}
+    command = ["evaluate", f"--model_name_or_path={tmp_path / 'model'}", *files, "--dataloader_num_workers=0"]
+    command += ["--per_device_eval_batch_size=2"]
+    assert hf_dino([*command, *(f"--{name}={path}" for name, path in outputs.items())]) == 0
     assert "Average Precision" in capsys.readouterr().out
 
-    found = detections_from_results(json.loads(outputs["detections"].read_text()))
-    metrics = json.loads(outputs["json"].read_text())
+    found = detections_from_results(json.loads(outputs["results_json"].read_text()))
+    metrics = json.loads(outputs["metrics_json"].read_text())
     assert metrics.pop("ap_per_category").keys() == set(HOSTILE.values())
     assert metrics == evaluate_coco(data, found).metrics
-    words = " ".join(Page(outputs["report"].read_text(encoding="utf-8")).words)
-    assert f"python examples/evaluate_coco.py --model={tmp_path / 'model'}" in words
+    words = " ".join(Page(outputs["report_html"].read_text(encoding="utf-8")).words)
+    assert f"hf-dino evaluate --model_name_or_path={tmp_path / 'model'}" in words
     for name, path in outputs.items():
         with pytest.raises(InputError, match="already exists"):
-            evaluate([*command, f"--{name}={path}"])
-    with pytest.raises(SystemExit):
-        evaluate([*command, "--engine=other"])
+            hf_dino([*command, f"--{name}={path}"])
+    assert hf_dino([*command, "--coco_backend=other"]) == 2
 
 
 @pytest.mark.filterwarnings("error")

@@ -54,11 +54,7 @@ def finish(processes, output):
     process = run(processes, small_training.train, output)
     process.join()
     assert process.exitcode == 0
-    return (
-        torch.load(output / "weights_0.pt"),
-        (output / "history.jsonl").read_text(),
-        (output / "history.csv").read_text(),
-    )
+    return torch.load(output / "weights_0.pt"), (output / "history.jsonl").read_text()
 
 
 @pytest.fixture(scope="module")
@@ -208,7 +204,7 @@ def test_two_runs_do_not_share_a_folder(processes, undisturbed, tmp_path):
         while not (tmp_path / "history.jsonl").exists() or not (tmp_path / "history.jsonl").read_text():
             time.sleep(0.01)
         with pytest.raises(
-            InputError, match=rf"another run writes there \(process {first.pid} on .*; wait for its end"
+            InputError, match=rf"used by another run \(process {first.pid} on .*; wait for it to finish"
         ):
             small_training.train(tmp_path)
     finally:
@@ -250,7 +246,7 @@ def test_a_full_disk_costs_no_earlier_checkpoint(small_disk, left):
     filler.write_bytes(bytes(max(0, shutil.disk_usage(small_disk).free - 1024 * left)))
     state.step = 2
     with pytest.raises(
-        InputError, match=r"could not be written \(.*GiB were left.*Make space .* step_00000001 with --res"
+        InputError, match=r"could not be written \(.*GiB were free.*Free disk space.* step_00000001 with --res"
     ):
         save_checkpoint(accelerator, small_disk, state)
     assert {path.name for path in small_disk.iterdir()} == {"filler", "step_00000001"}

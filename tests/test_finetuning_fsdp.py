@@ -28,17 +28,17 @@ def launch(tmp_path_factory):
         json.dumps(tiny_config(num_denoising=6, freeze_backbone_batch_norms=False).to_diff_dict())
     )
     shapes = generate_shapes(folder / "shapes", image_size=64, num_train=16, num_val=3, num_test=2)
-    options = [f"--config={folder / 'tiny.json'}", f"--data={shapes}", "--image-size=96", "--batch-size=8"]
+    options = [f"--config_name={folder / 'tiny.json'}", f"--dataset={shapes}", "--image_size=96", "--global_batch_size=8"]
     options += [
-        "--epochs=2",
-        "--ema=0.9",
-        "--num-workers=0",
-        "--report-every=1",
-        "--checkpoint-steps=1",
-        "--eval-batch-size=1",
+        "--num_train_epochs=2",
+        "--ema_decay=0.9",
+        "--dataloader_num_workers=0",
+        "--logging_steps=1",
+        "--checkpointing_steps=1",
+        "--per_device_eval_batch_size=1",
     ]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    return lambda output, *script: [*torchrun, *script, *options, f"--output={output}"]
+    return lambda output, *script: [*torchrun, *script, *options, f"--output_dir={output}"]
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +74,7 @@ def test_killed_it_goes_on_as_if_nothing_had_been(launch, in_processes, shared_o
     command = launch(tmp_path / "run", ON_CPUS, EXAMPLE)
     job = subprocess.Popen(command, start_new_session=True, **in_processes)
     kill_once_there(job, tmp_path / "run" / "checkpoints" / "step_00000002")
-    subprocess.run([*command, "--resume"], check=True, **in_processes)
+    subprocess.run([*command, "--resume_from_checkpoint"], check=True, **in_processes)
     (ours, weights), (theirs, expected) = results(tmp_path / "run"), results(shared_out)
     assert ours == theirs
     torch.testing.assert_close(weights, expected, rtol=0, atol=0)

@@ -1,6 +1,5 @@
 """What a run tells: history files, curves, progress and trackers, the same after a resumption."""
 
-import csv
 import io
 import json
 import math
@@ -12,9 +11,7 @@ from PIL import Image
 from rich.console import Console
 
 from hf_dino.training import TrainingState
-from hf_dino.training.history import RunHistory
-from hf_dino.training.progress import TrainingProgress, peak_memory
-from hf_dino.training.tracking import init_tracking
+from hf_dino.training.logging import RunHistory, TrainingProgress, init_tracking, peak_memory_gib
 
 
 ROWS = [
@@ -26,64 +23,72 @@ ROWS = [
 
 
 def read(folder):
-    """Rows of both files, and the CSV's columns."""
-    lines = [json.loads(line) for line in (folder / "history.jsonl").read_text().splitlines()]
-    with (folder / "history.csv").open(newline="") as file:
-        reader = csv.DictReader(file)
-        rows = [{name: float(value) for name, value in row.items() if value} for row in reader]
-    return lines, rows, reader.fieldnames
+    return [json.loads(line) for line in (folder / "history.jsonl").read_text().splitlines()]
 
 
-def test_both_files_have_every_row_at_every_moment(tmp_path):
-    rows = []
-    history = RunHistory(tmp_path / "run", rows, writes=True)
-    assert read(tmp_path / "run") == ([], [], None) or read(tmp_path / "run")[0] == []
+def new_history(folder):
+    return RunHistory(folder, TrainingState({}), enabled=True)
+
+
+def test_the_file_has_every_row_at_every_moment(tmp_path):
+    history = new_history(tmp_path / "run")
+    assert read(tmp_path / "run") == []
     for count, row in enumerate(ROWS, start=1):
         history.add(row)
-        lines, table, columns = read(tmp_path / "run")
-        assert lines == table == rows == ROWS[:count]
-    assert columns == ["step", "loss", "ap", "ap50"]
-    assert not list((tmp_path / "run").glob(".*"))
+        assert read(tmp_path / "run") == history.rows == ROWS[:count]
+    history.sync()
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["history.jsonl"]
 
 
-def test_a_resumed_run_cuts_what_its_checkpoint_does_not_know(tmp_path):
-    history = RunHistory(tmp_path, [], writes=True)
+@pytest.mark.parametrize(
+    ("state", "kept"), [({"step": 2}, 2), ({"step": 2, "evaluated_step": 2}, 3), ({"step": 3}, 4)]
+)
+def test_a_resumed_run_cuts_what_its_checkpoint_does_not_know(tmp_path, state, kept):
+    history = new_history(tmp_path)
     for row in ROWS:
         history.add(row)
     with (tmp_path / "history.jsonl").open("a") as file:
         file.write('{"step": 4, "lo')  # killed while writing
-    resumed = RunHistory(tmp_path, ROWS[:2].copy(), writes=True)
-    assert read(tmp_path)[0] == read(tmp_path)[1] == ROWS[:2]
-    for row in ROWS[2:]:
+    resumed = RunHistory(tmp_path, TrainingState({}, **state), enabled=True)
+    assert read(tmp_path) == ROWS[:kept]
+    for row in ROWS[kept:]:
         resumed.add(row)
-    assert read(tmp_path)[0] == read(tmp_path)[1] == ROWS
+    assert read(tmp_path) == ROWS
 
 
-@pytest.mark.parametrize("file", ["history.jsonl", "history.csv"])
-def test_a_file_that_cannot_be_written_ends_no_run_and_is_made_whole_later(tmp_path, caplog, file):
-    history = RunHistory(tmp_path, [], writes=True)
+def test_a_new_run_in_the_same_folder_starts_with_an_empty_history(tmp_path):
+    new_history(tmp_path).add(ROWS[0])
+    new_history(tmp_path)
+    assert read(tmp_path) == []
+
+
+def test_a_file_that_cannot_be_written_ends_no_run_and_is_made_whole_later(tmp_path, caplog):
+    history = new_history(tmp_path)
     history.add(ROWS[0])
-    (tmp_path / file).unlink()
-    (tmp_path / file).mkdir()  # as good as open in a program that lets no other write
+    (tmp_path / "history.jsonl").unlink()
+    (tmp_path / "history.jsonl").mkdir()  # as good as open in a program that lets no other write
     history.add(ROWS[1])
-    assert file in caplog.text
-    (tmp_path / file).rmdir()
+    assert "history.jsonl" in caplog.text
+    (tmp_path / "history.jsonl").rmdir()
     history.add(ROWS[2])
-    assert read(tmp_path)[0] == read(tmp_path)[1] == ROWS[:3]
+    assert read(tmp_path) == ROWS[:3]
 
 
 def test_other_processes_write_nothing(tmp_path):
-    rows = []
-    history = RunHistory(tmp_path, rows, writes=False)
+    history = RunHistory(tmp_path, TrainingState({}), enabled=False)
     history.add(ROWS[0])
+    history.sync()
     history.plot()
-    assert rows == ROWS[:1]
+    assert history.rows == ROWS[:1]
     assert not list(tmp_path.iterdir())
 
 
 def test_curves_are_drawn(tmp_path):
     pytest.importorskip("matplotlib")
-    RunHistory(tmp_path, list(ROWS), writes=True).plot()
+    history = new_history(tmp_path)
+    for row in ROWS:
+        history.add(row)
+    history.plot()
     assert Image.open(tmp_path / "curves.png").format == "PNG"
 
 
@@ -91,13 +96,13 @@ LOSSES = {"loss": 1.25, "loss_ce": 0.5, "loss_bbox": 0.25, "loss_giou": 0.125}
 
 
 def shown(is_terminal):
-    progress = TrainingProgress(100, 10, enabled=True, step_size=4)
+    progress = TrainingProgress(100, 10, enabled=True, global_batch_size=4)
     console = Console(file=io.StringIO(), force_terminal=is_terminal, width=160)
     progress.progress.live.console = console
     with progress:
-        progress.scored(0.321)
+        progress.set_ap(0.321)
         progress.step(1.5, LOSSES, 1e-4)
-        with progress.count("validation", 5) as counted:
+        with progress.track("validation", 5) as counted:
             counted(5)
         measured = progress.report(11, 1.5, LOSSES, 1e-4)
     return console.file.getvalue(), measured
@@ -118,17 +123,17 @@ def test_progress_says_what_is_measured(is_terminal):
     assert "GiB" in text
     assert ("step 11/100" in text) != is_terminal, "a line of its own only in a log file"
     assert measured["samples_per_second"] > 0
-    assert 0.01 < measured["memory_gib"] == pytest.approx(peak_memory(), abs=0.1)
+    assert 0.01 < measured["peak_memory_gib"] == pytest.approx(peak_memory_gib(), abs=0.1)
 
 
 def test_evaluations_do_not_count_as_slow_training(monkeypatch):
     clock = [0.0]
-    monkeypatch.setattr("hf_dino.training.progress.time.monotonic", lambda: clock[0])
-    progress = TrainingProgress(100, 0, enabled=False, step_size=6)
+    monkeypatch.setattr("hf_dino.training.logging.time.monotonic", lambda: clock[0])
+    progress = TrainingProgress(100, 0, enabled=False, global_batch_size=6)
     for _ in range(2):
         clock[0] += 1
         progress.step(0.1, LOSSES, 1e-4)
-    with progress.count("validation", 1):
+    with progress.track("validation", 1):
         clock[0] += 1000
     assert progress.samples_per_second == pytest.approx(6)
     progress.report(2, 0.1, LOSSES, 1e-4)
@@ -173,14 +178,14 @@ class FakeAccelerator:
 
 def test_a_run_has_its_folders_name_and_one_identity_in_every_tracker(tmp_path):
     state, accelerator = TrainingState({}), FakeAccelerator()
-    with init_tracking(accelerator, state, tmp_path / "cells", {"epochs": 3, "clip": math.inf}):
+    with init_tracking(accelerator, state, tmp_path / "cells", {"num_train_epochs": 3, "max_grad_norm": math.inf}):
         pass
     project, config, options = accelerator.call
-    assert (project, config) == ("hf_dino", {"epochs": 3, "clip": math.inf})
+    assert (project, config) == ("hf_dino", {"num_train_epochs": 3, "max_grad_norm": math.inf})
     assert options["wandb"] == {"name": "cells", "id": state.run_id, "resume": "allow"}
     state.step = 5
     again = FakeAccelerator()
-    with init_tracking(again, state, tmp_path / "cells", {"epochs": 3}):
+    with init_tracking(again, state, tmp_path / "cells", {"num_train_epochs": 3}):
         pass
     assert again.call[2]["wandb"] == options["wandb"]
     assert state.run_id != TrainingState({}).run_id
@@ -188,5 +193,5 @@ def test_a_run_has_its_folders_name_and_one_identity_in_every_tracker(tmp_path):
 
 @pytest.mark.parametrize(("gib", "said"), [(0.05, "51 MiB"), (0.25, "0.2 GiB"), (12.0, "12.0 GiB")])
 def test_little_memory_is_more_than_none(monkeypatch, gib, said):
-    monkeypatch.setattr("hf_dino.training.progress.peak_memory", lambda: gib)
+    monkeypatch.setattr("hf_dino.training.logging.peak_memory_gib", lambda: gib)
     assert f"  {said}" in shown(is_terminal=False)[0]

@@ -24,9 +24,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from command_line import hf_dino
 from hf_dino import kernels
-from hf_dino.kernels import __main__ as report
-from hf_dino.kernels import build, compilers
+from hf_dino.kernels import build, compilers, report
 from hf_dino.kernels.build import Builder, is_whole
 from hf_dino.kernels.compilers import KernelError
 
@@ -532,10 +532,8 @@ def test_unknown_mode_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_report_says_so_in_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setenv("HF_DINO_KERNELS", "1")
-    monkeypatch.setattr(sys, "argv", ["hf_dino.kernels"])
-    with pytest.raises(SystemExit, match="2"):
-        report.main()
-    assert "error: HF_DINO_KERNELS must be auto, off or require, not '1'" in capsys.readouterr().err
+    assert hf_dino(["kernels"]) == 2
+    assert "HF_DINO_KERNELS must be auto, off or require, not '1'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -787,9 +785,8 @@ print(torch._C._dispatch_has_kernel_for_dispatch_key("hf_dino_kernels::same", "C
 
 
 def run_report(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
-    monkeypatch.setattr(sys, "argv", ["kernels", *arguments])
     monkeypatch.setattr(report, "device_types", lambda: ["cpu"])
-    return report.main()
+    return hf_dino(["kernels", *arguments])
 
 
 @needs_compiler
@@ -839,10 +836,9 @@ def test_report_without_a_compiler(
 @needs_compiler
 def test_report_builds(sources: Path, cache: Path) -> None:
     code = """
-from hf_dino.kernels import __main__ as report
+from hf_dino.kernels import report
 report.default_builder, report.device_types = kernels.default_builder, lambda: ["cpu"]
-sys.argv = ["kernels", "--build"]
-sys.exit(report.main())
+sys.exit(report.report_kernels(build=True))
 """
     output = result(child(code, sources, cache))
     assert re.search(r"used +the kernel\n$", output)

@@ -9,14 +9,13 @@ from accelerate import Accelerator
 from torch import nn
 
 from conftest import make_labels, tiny_model
-from hf_dino.training.diagnosis import RandomState, find_first_nonfinite
-from hf_dino.training.monitor import LossMonitor
+from hf_dino.training.loss_monitor import LossMonitor, RandomState, find_first_nonfinite
 
 
 INF, NAN = float("inf"), float("nan")
 
 
-class Rescue:
+class SavedState:
     """Counts its calls, and takes the random number that the checkpoint would have."""
 
     def __init__(self):
@@ -25,13 +24,13 @@ class Rescue:
     def __call__(self):
         self.calls += 1
         self.number = torch.rand(1).item()
-        return "kept in a safe place"
+        return "saved in a safe place"
 
 
 def make_monitor(model=None, with_scaler=False, **options):
     accelerator = Accelerator(cpu=True)
     accelerator.scaler = torch.amp.GradScaler("cpu") if with_scaler else None
-    return LossMonitor(accelerator, model or tiny_model().train(), options.pop("rescue", Rescue()), **options)
+    return LossMonitor(accelerator, model or tiny_model().train(), options.pop("on_failure", SavedState()), **options)
 
 
 def batch_losses(value):
@@ -74,10 +73,10 @@ def test_where_a_scaler_leaves_steps_out_ten_in_a_row_may_be_wrong():
     for step in range(10):
         check(monitor, 1.0, 1.0, step=step, norm=INF)
     assert monitor.averages()["loss"] == 3, "of what was learned from"
-    assert monitor.rescue.calls == 0
+    assert monitor.on_failure.calls == 0
     with pytest.raises(FloatingPointError, match=r"step 10 .*loss is inf.* image_id 11"):
         check(monitor, INF, step=10)
-    assert monitor.rescue.calls == 1
+    assert monitor.on_failure.calls == 1
 
 
 def test_a_resumed_run_averages_what_the_whole_one_would_have():
@@ -118,11 +117,11 @@ def test_an_image_that_spoils_the_loss_is_named_and_the_state_before_it_is_saved
         step(monitor, model, good, bad)
     text = str(raised.value)
     assert "step 12 (counted from 0): loss is nan" in text
-    assert "with the images of image_id 41 (a/one.jpg), 7 (a/two.jpg); the first tensor that is not finite is" in text
+    assert "for the images with image_id 41 (a/one.jpg), 7 (a/two.jpg); the first non-finite tensor is" in text
     assert "the input pixel_values" in text
-    assert "kept in a safe place" in text
+    assert "saved in a safe place" in text
     assert "image_id 3" not in text
-    assert monitor.rescue.number == expected, "random numbers as before the step"
+    assert monitor.on_failure.number == expected, "random numbers as before the step"
 
 
 def test_a_step_that_is_fine_costs_no_random_numbers_and_keeps_nothing():
@@ -134,8 +133,8 @@ def test_a_step_that_is_fine_costs_no_random_numbers_and_keeps_nothing():
     torch.manual_seed(0)
     assert step(monitor, model, make_batch(1))["loss"] == expected
     assert torch.rand(1).item() == number
-    assert not monitor._begun
-    assert not monitor._unread
+    assert not monitor._batches
+    assert not monitor._losses
 
 
 def spoil(value, in_gradient, module, inputs, output):
@@ -165,7 +164,7 @@ def test_the_first_layer_that_is_not_finite_is_named(place, value, in_gradient):
     with pytest.raises(FloatingPointError) as raised:
         list(steps)
     where = "the gradient of the output" if in_gradient else "the output"
-    assert f"the first tensor that is not finite is {where} of model.{place}.\n" in str(raised.value)
+    assert f"the first non-finite tensor is {where} of model.{place}.\n" in str(raised.value)
     assert ("the loss is finite" in str(raised.value)) == in_gradient
 
 
@@ -184,6 +183,6 @@ def test_nothing_is_named_where_nothing_is_wrong(overrides):
     mask = torch.ones(2, 64, 96)
     mask[1, 33:] = 0
     mask[1, :, 40:] = 0
-    assert find_first_nonfinite(model, batch | {"pixel_mask": mask}, RandomState.now()) is None
+    assert find_first_nonfinite(model, batch | {"pixel_mask": mask}, RandomState.capture()) is None
     hooks = [module._forward_hooks for module in model.modules()]
     assert not any(hooks)

@@ -9,17 +9,19 @@ from torch import nn
 from conftest import TINY_RESNET, TINY_SWIN, make_labels, tiny_config, tiny_model
 from hf_dino import DinoDetrForObjectDetection
 from hf_dino.data import InputError
-from hf_dino.training.freezing import freezable_stages, freeze
-from hf_dino.training.optimization import (
+from hf_dino.training.optim import (
     SCHEDULES,
     compile_layers,
     enable_gradient_checkpointing,
+    freezable_stages,
+    freeze,
     get_lr_multiplier,
     get_milestones,
     get_param_groups,
     set_lr,
     should_stop_early,
 )
+from hf_dino.training_arguments import OPTIONS
 
 
 def names_by_rate(model, **factors):
@@ -34,7 +36,7 @@ def test_every_parameter_that_trains_is_in_exactly_one_group(backbone, share):
     model = tiny_model(backbone_config=backbone, share_decoder_heads=share)
     freeze(model)
     trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
-    groups = names_by_rate(model, backbone_lr_factor=0.1, sampling_lr_factor=0.5)
+    groups = names_by_rate(model, backbone_lr_multiplier=0.1, sampling_lr_multiplier=0.5)
     assert sorted(name for names in groups.values() for name in names) == sorted(trained)
     assert groups.keys() == {1e-3, 1e-4, 5e-4}
     assert groups[1e-4] == sorted(name for name in trained if ".backbone.body." in name)
@@ -47,26 +49,26 @@ def test_every_parameter_that_trains_is_in_exactly_one_group(backbone, share):
 
 
 def test_groups_of_the_same_rate_are_one():
-    assert list(names_by_rate(tiny_model(), backbone_lr_factor=0.1)) == [1e-3, 1e-4]
-    assert list(names_by_rate(tiny_model(), backbone_lr_factor=1, sampling_lr_factor=1)) == [1e-3]
-    first, second = names_by_rate(tiny_model(), backbone_lr_factor=0.1, sampling_lr_factor=0.1).values()
+    assert list(names_by_rate(tiny_model(), backbone_lr_multiplier=0.1)) == [1e-3, 1e-4]
+    assert list(names_by_rate(tiny_model(), backbone_lr_multiplier=1, sampling_lr_multiplier=1)) == [1e-3]
+    first, second = names_by_rate(tiny_model(), backbone_lr_multiplier=0.1, sampling_lr_multiplier=0.1).values()
     assert any("sampling_offsets" in name for name in second) and not any("sampling_offsets" in name for name in first)
 
 
 def test_a_backbone_may_stand_still_without_being_frozen():
-    groups = names_by_rate(tiny_model(), backbone_lr_factor=0.0)
+    groups = names_by_rate(tiny_model(), backbone_lr_multiplier=0.0)
     assert all(".backbone.body." in name for name in groups[0.0])
 
 
 def test_nothing_to_train_is_an_error():
-    with pytest.raises(InputError, match="nothing is left to train: every parameter of the model is frozen"):
+    with pytest.raises(InputError, match="nothing to train: every parameter of the model is frozen"):
         get_param_groups(tiny_model().requires_grad_(False), 1e-3, 0.1)
 
 
 def test_steps_fall_to_a_tenth_at_each_drop():
     drops = get_milestones([0.5, 11], total_steps=1200, steps_per_epoch=100)
     assert drops == [600, 1100]
-    factor = get_lr_multiplier("step", total_steps=1200, get_milestones=drops, warmup_steps=10)
+    factor = get_lr_multiplier("multi_step", total_steps=1200, milestones=drops, warmup_steps=10)
     assert [factor(step) for step in (0, 9, 10, 599, 600, 1100)] == pytest.approx([0.1, 1, 1, 1, 0.1, 0.01])
 
 
@@ -75,9 +77,9 @@ def optimizer_of_torch():
 
 
 SCHEDULERS = {
-    "step": lambda optimizer: torch.optim.lr_scheduler.MultiStepLR(optimizer, [30, 80]),
+    "multi_step": lambda optimizer: torch.optim.lr_scheduler.MultiStepLR(optimizer, [30, 80]),
     "cosine": lambda optimizer: torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=100),
-    "one-cycle": lambda optimizer: torch.optim.lr_scheduler.OneCycleLR(
+    "one_cycle": lambda optimizer: torch.optim.lr_scheduler.OneCycleLR(
         optimizer, max_lr=1.0, total_steps=100, pct_start=0.2
     ),
 }
@@ -92,14 +94,14 @@ def test_schedules_are_those_of_torch(name):
     for _ in range(100):
         expected.append(optimizer.param_groups[0]["lr"])
         scheduler.step() if len(expected) < 100 else None
-    factor = get_lr_multiplier(name, total_steps=100, get_milestones=[30, 80])
+    factor = get_lr_multiplier(name, total_steps=100, milestones=[30, 80])
     assert [factor(step) for step in range(100)] == pytest.approx(expected, rel=1e-6, abs=1e-12)
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_every_schedule_warms_up(name):
-    cold = get_lr_multiplier(name, total_steps=50, get_milestones=[40])
-    warm = get_lr_multiplier(name, total_steps=50, get_milestones=[40], warmup_steps=4)
+    cold = get_lr_multiplier(name, total_steps=50, milestones=[40])
+    warm = get_lr_multiplier(name, total_steps=50, milestones=[40], warmup_steps=4)
     assert [warm(step) for step in range(4)] == pytest.approx([cold(step) * (step + 1) / 4 for step in range(4)])
     assert [warm(step) for step in range(4, 50)] == [cold(step) for step in range(4, 50)]
 
@@ -231,7 +233,10 @@ def test_compiled_layers_learn_the_same_and_are_compiled_once(monkeypatch, check
     ],
 )
 def test_a_run_stops_when_nothing_got_better(scores, patience, stops):
-    history = [{"step": 1, "loss": 1.0}]
-    for score in scores:
-        history += [{"step": 2, "ap": score}, {"step": 3, "loss": 1.0}]
-    assert should_stop_early(history, patience) is stops
+    assert should_stop_early(scores, patience) is stops
+
+
+def test_the_options_name_the_schedules_there_are():
+    parse = OPTIONS["lr_scheduler_type"].metadata["parse"]
+    assert [parse(name) for name in SCHEDULES] == list(SCHEDULES)
+    assert list(SCHEDULES) == ["multi_step", "cosine", "one_cycle"]

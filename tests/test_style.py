@@ -70,9 +70,11 @@ def rank(module: str) -> int:
     """Rank of a module below hf_dino by its first name; single files stand where their name says."""
     name = module.split(".")[0]
     files = {
-        "__init__": "core", "hub": "data", "model_card": "data", "visualization": "utils",
-        "registration": "core", "auto": "core", "__main__": "cli",
+        "__init__": "core", "hub": "data", "model_card": "data", "visualization": "utils", "inference": "evaluation",
+        "registration": "core", "training_arguments": "training", "auto": "core",
     }  # fmt: skip
+    if module.endswith("__main__"):  # starts the command line
+        return RANKS.index("cli")
     name = "core" if name.endswith("_dino_detr") else files.get(name, name)
     return RANKS.index(name)
 

@@ -1,30 +1,28 @@
 """DINO (DETR with Improved DeNoising Anchor Boxes, https://arxiv.org/abs/2203.03605) for Hugging Face transformers.
 
-Importing the package registers its classes, so that `AutoModelForObjectDetection`, `AutoImageProcessor` and
-`pipeline("object-detection")` know a DINO when they see one.
+Importing the package registers its classes, so `AutoModelForObjectDetection`, `AutoImageProcessor` and
+`pipeline("object-detection")` support DINO models.
 """
 
-from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForObjectDetection
-from transformers.models.auto.modeling_auto import MODEL_FOR_OBJECT_DETECTION_MAPPING_NAMES
+import sys
+from importlib import import_module
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from .configuration_dino_detr import DinoDetrConfig
-from .image_processing_dino_detr import DinoDetrImageProcessor, DinoDetrImageProcessorPil
-from .modeling_dino_detr import DinoDetrForObjectDetection, DinoDetrModel, DinoDetrPreTrainedModel
+
+if TYPE_CHECKING:
+    from .registration import (
+        DinoDetrConfig,
+        DinoDetrForObjectDetection,
+        DinoDetrImageProcessor,
+        DinoDetrImageProcessorPil,
+        DinoDetrModel,
+        DinoDetrPreTrainedModel,
+    )
 
 
 __version__ = "0.1.0"
-
-# `exist_ok`: a later transformers may bring classes of these names.
-AutoConfig.register(DinoDetrConfig.model_type, DinoDetrConfig, exist_ok=True)
-AutoModel.register(DinoDetrConfig, DinoDetrModel, exist_ok=True)
-AutoModelForObjectDetection.register(DinoDetrConfig, DinoDetrForObjectDetection, exist_ok=True)
-AutoImageProcessor.register(
-    DinoDetrConfig,
-    image_processor_classes={"torchvision": DinoDetrImageProcessor, "pil": DinoDetrImageProcessorPil},
-    exist_ok=True,
-)
-# The pipeline asks this table of names, not the registry, and would log that DINO is not supported.
-MODEL_FOR_OBJECT_DETECTION_MAPPING_NAMES.setdefault(DinoDetrConfig.model_type, DinoDetrForObjectDetection.__name__)
 
 __all__ = [
     "DinoDetrConfig",
@@ -34,3 +32,28 @@ __all__ = [
     "DinoDetrModel",
     "DinoDetrPreTrainedModel",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(".registration", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+def _is_command_line() -> bool:
+    """Return whether this process runs `hf-dino` or `python -m hf_dino`."""
+    if (
+        sys.argv[0] == "-m"
+    ):  # while Python looks for the module that it was told to run, and imports the packages above
+        return ("-m", __name__) in pairwise(sys.orig_argv)
+    return Path(sys.argv[0]).name in ("hf-dino", "hf-dino.exe")
+
+
+# A program that imports this package finds its classes registered. The command line alone is spared the seconds that
+# torch and transformers take to import: it answers `--help` without them, and registers the classes when it uses one.
+if not _is_command_line():
+    import_module(".registration", __name__)

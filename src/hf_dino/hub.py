@@ -21,7 +21,7 @@ from transformers.utils import logging as transformers_logging
 
 from .configuration_dino_detr import UNUSED_LABEL, DinoDetrConfig
 from .image_processing_dino_detr import DinoDetrImageProcessor, DinoDetrImageProcessorPil
-from .modeling_dino_detr import DinoDetrForObjectDetection
+from .registration import DinoDetrForObjectDetection  # with the auto classes, which then load DINO models
 from .utils.errors import InputError, summarize_list
 from .utils.io import read_text
 

@@ -11,8 +11,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from .data.extras import import_extra
-from .utils.errors import InputError
+from .utils.errors import InputError, import_extra
 from .utils.io import atomic_write
 
 

@@ -23,7 +23,7 @@ from ..image_processing_dino_detr import LONGEST_EDGE, SHORTEST_EDGE, DinoDetrIm
 from ..model_card import converted_card
 from ..modeling_dino_detr import DinoDetrForObjectDetection
 from ..utils.errors import InputError, summarize_list
-from ..utils.io import atomic_directory, sync
+from ..utils.io import atomic_directory, fsync
 from .checkpoint import finished_epochs, load_checkpoint, official_settings, official_state_dict, sha256
 from .key_tables import (
     BACKBONES,
@@ -287,7 +287,7 @@ def write_folder(model: PreTrainedModel, processor: BaseImageProcessor, card: st
         _replace(output_dir, new)
     finally:
         shutil.rmtree(new, ignore_errors=True)
-    sync(output_dir.parent)
+    fsync(output_dir.parent)
 
 
 def _replace(output_dir: Path, new: Path) -> None:

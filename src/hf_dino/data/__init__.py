@@ -1,8 +1,23 @@
-"""Datasets in any of the usual formats, their check, augmentation, batches, and the generated `shapes` dataset."""
+"""Read, check, convert, augment and batch detection datasets, and generate the `shapes` dataset."""
 
 from ..utils.errors import InputError
-from .augmentation import AUGMENTATIONS, Augmentation, NoAugmentation, make_augmentation
-from .batching import (
+from .augmentation import AUGMENTATIONS, Augmentation, NoAugmentation, get_resized_shape, make_augmentation
+from .check import DataReport, SplitCounts, check_data
+from .convert import convert_data
+from .dataset import (
+    ANNOTATION_DTYPE,
+    SPLITS,
+    AnnotatedImage,
+    DetectionDataset,
+    DetectionSplit,
+    clip_boxes,
+    label_of_category,
+    to_annotation_array,
+    xywh_to_xyxy,
+    xyxy_to_xywh,
+)
+from .images import list_images, read_image
+from .loaders import (
     EvaluationCollator,
     SameSizeBatchSampler,
     TrainingBatchSampler,
@@ -14,22 +29,11 @@ from .batching import (
     steps_per_epoch,
     training_loader,
 )
-from .check import DataReport, SplitCounts, check_data
-from .coco import read_coco
-from .convert import convert_data
-from .dataset import (
-    AnnotatedImage,
-    DetectionDataset,
-    DetectionSplit,
-    clip_boxes,
-    label_of_category,
-)
-from .formats import read_data
-from .images import list_images, read_image
-from .splits import SPLITS
+from .readers import read_coco, read_data
 
 
 __all__ = [
+    "ANNOTATION_DTYPE",
     "AUGMENTATIONS",
     "SPLITS",
     "AnnotatedImage",
@@ -49,6 +53,7 @@ __all__ = [
     "convert_data",
     "evaluation_loader",
     "get_processed_shape",
+    "get_resized_shape",
     "label_of_category",
     "list_images",
     "make_augmentation",
@@ -58,5 +63,8 @@ __all__ = [
     "read_data",
     "read_image",
     "steps_per_epoch",
+    "to_annotation_array",
     "training_loader",
+    "xywh_to_xyxy",
+    "xyxy_to_xywh",
 ]

@@ -1,4 +1,4 @@
-"""What a dataset is, whatever files it came from: images, objects, categories, and training items of them."""
+"""Annotated images, the splits they form, how readers build them, and the torch dataset that training reads."""
 
 import logging
 import math
@@ -18,34 +18,51 @@ from ..configuration_dino_detr import UNUSED_LABEL
 from ..utils.errors import InputError, summarize_list
 from .augmentation import Augmentation, NoAugmentation, seed_per_image
 from .images import ImageSource, get_image_size, read_image
-from .splits import SPLIT_ALIASES
 
 
 logger = logging.getLogger(__name__)
 
-ErrorHandler = Callable[[str], None]  # is told what stops a training and yet leaves the rest of the data readable
+SPLITS = ("train", "validation", "test")
+SPLIT_ALIASES = {
+    "train": "train",
+    "training": "train",
+    "val": "validation",
+    "valid": "validation",
+    "validation": "validation",
+    "dev": "validation",
+    "test": "test",
+    "testing": "test",
+}
+
+ANNOTATION_DTYPE = np.dtype(
+    [("image_id", "<i8"), ("category_id", "<i8"), ("bbox", "<f8", 4), ("area", "<f8"), ("iscrowd", "<i8")]
+)
+"""One annotation: original COCO ids, box as x, y, width, height in pixels, area in square pixels, `iscrowd` 0 or 1."""
+
+ErrorHandler = Callable[[str], None]
+"""Receives an error that makes the dataset unfit for training, although the rest of it can still be read."""
 
 
 def raise_input_error(message: str) -> NoReturn:
-    """Complain by stopping at once."""
+    """Stop at the first error: the default [`ErrorHandler`]."""
     raise InputError(message)
 
 
 @dataclass(frozen=True)
 class AnnotatedImage:
-    """One image and its objects, crowd regions included.
+    """One image and its annotations.
 
     Attributes:
         image_id (`int`): The image's id in the annotation file, or its number counted from 1.
-        path (`Path` or `ImageFileLike`): The image file, or where else the image is: what [`read_image`] takes.
+        path (`Path` or `ImageFileLike`): The image file, or anything else that [`read_image`] takes.
         height (`int`): In pixels, as annotated.
         width (`int`): In pixels, as annotated.
-        boxes (`np.ndarray` of shape `(num_objects, 4)`): x, y, width, height in pixels, as annotated, which may reach
-            over the image's border.
-        category_ids (`np.ndarray` of shape `(num_objects,)`): Raw category ids.
-        areas (`np.ndarray` of shape `(num_objects,)`): In square pixels, of the mask where the file has one.
-        iscrowd (`np.ndarray` of shape `(num_objects,)`): 1 where the box holds a crowd rather than one object, else 0.
-            Such a box is not trained on, and what is found in it counts neither for nor against a model.
+        boxes (`np.ndarray` of shape `(num_objects, 4)`): x, y, width, height in pixels, as annotated. A box may extend
+            beyond the image.
+        category_ids (`np.ndarray` of shape `(num_objects,)`): Category ids of the dataset.
+        areas (`np.ndarray` of shape `(num_objects,)`): In square pixels: the mask's area if annotated, else the box's.
+        iscrowd (`np.ndarray` of shape `(num_objects,)`): 1 if the box holds a group of objects, else 0. Such a box is
+            not trained on, and detections inside it are ignored by the evaluation.
     """
 
     image_id: int
@@ -58,62 +75,62 @@ class AnnotatedImage:
     iscrowd: np.ndarray
 
     def read(self) -> Image.Image:
-        """Read the pixels: [`read_image`] with the annotated size."""
+        """Read the pixels with [`read_image`], checking the annotated size."""
         return read_image(self.path, (self.height, self.width))
 
     @property
     def clipped_boxes(self) -> np.ndarray:
-        """The boxes cut at the image's border, x, y, width, height in pixels, of shape `(num_objects, 4)`."""
+        """The boxes clipped to the image: x, y, width, height in pixels, of shape `(num_objects, 4)`."""
         return clip_boxes(self.boxes, self.height, self.width)
 
 
 @dataclass(frozen=True)
 class DetectionSplit:
-    """One split of a dataset, checked.
+    """One split of a dataset, read and checked.
 
     Attributes:
-        source (`Path` or `str`): The annotation file or folder, or the dataset's name on the Hub.
-        images (`list[AnnotatedImage]`): In the source's order, images without objects included.
-        categories (`dict[int, str]`): Category id to name, in rising order of id.
-        remarks (`dict[str, list[str]]`): What was done to which boxes; for each box the name of its image.
+        source (`Path` or `str`): The annotation file or folder, or the dataset's id on the Hub.
+        images (`list[AnnotatedImage]`): In the order of the source, including images without objects.
+        categories (`dict[int, str]`): Category id to name, by ascending id.
+        warnings (`dict[str, list[str]]`): What was corrected, mapped to the path of the image, once per correction.
     """
 
     source: Path | str
     images: list[AnnotatedImage]
     categories: dict[int, str]
-    remarks: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    warnings: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
-        """What people may call it: its folder, but the one above `annotations` or `train`, or its name on the Hub."""
+        """Display name: the dataset folder (its parent if called `annotations` or after a split), or the Hub id."""
         if isinstance(self.source, str):
             return self.source
-        place = self.source.resolve()
-        folder = place if place.is_dir() else place.parent
-        return (folder.parent if folder.name in ("annotations", *SPLIT_ALIASES) else folder).name or place.stem
+        path = self.source.resolve()
+        folder = path if path.is_dir() else path.parent
+        return (folder.parent if folder.name in ("annotations", *SPLIT_ALIASES) else folder).name or path.stem
 
     @property
     def used_category_ids(self) -> set[int]:
-        """The categories that at least one object belongs to."""
+        """The ids of the categories that have at least one object."""
         return {int(category_id) for image in self.images for category_id in image.category_ids}
 
 
 class DetectionDataset(Dataset[dict[str, Any]]):
-    """The images of a `DetectionSplit` with their objects, read when asked for and, for training, augmented.
+    """Torch dataset over a [`DetectionSplit`]: reads each image on access and augments it.
 
-    Item `i` of a given seed and epoch is always the same, in whatever process and order it is read: this is what lets
-    a resumed run see the images that the uninterrupted one would have seen.
+    An item depends on `seed`, `epoch` and the image's id only, whichever process reads it and in whatever order.
+    A resumed run therefore sees the same images as an uninterrupted one.
 
     Args:
         data (`DetectionSplit`): From [`read_data`] or [`read_coco`].
         augmentation (`Augmentation`, *optional*): From [`make_augmentation`]; none by default.
-        seed (`int`, *optional*, defaults to 0): With `epoch` and the image's id, decides the augmentation.
-        epoch (`int`, *optional*, defaults to 0): Make one dataset per epoch.
+        seed (`int`, *optional*, defaults to 0): Seed of the augmentation.
+        epoch (`int`, *optional*, defaults to 0): Epoch, counted from 0. Make one dataset per epoch.
 
     Each item is a dict:
         - `image` (`PIL.Image.Image`): RGB.
         - `annotation` (`dict`): `image_id`, and `annotations` as a list of dicts with `category_id`, `bbox`, `area`
-          and `iscrowd`, ready for the image processor.
+          and `iscrowd`, as the image processor takes them.
     """
 
     def __init__(self, data: DetectionSplit, augmentation: Augmentation | None = None, seed: int = 0, epoch: int = 0):
@@ -132,26 +149,27 @@ class DetectionDataset(Dataset[dict[str, Any]]):
             image, boxes, areas, objects = self.augmentation(image, boxes, areas)
         annotations = [
             {
-                "category_id": int(record.category_ids[number]),
-                "bbox": boxes[row].tolist(),
-                "area": float(areas[row]),
-                "iscrowd": int(record.iscrowd[number]),
+                "category_id": int(record.category_ids[object_index]),
+                "bbox": box,
+                "area": area,
+                "iscrowd": int(record.iscrowd[object_index]),
             }
-            for row, number in enumerate(objects.tolist())
+            for box, area, object_index in zip(boxes.tolist(), areas.tolist(), objects.tolist())
         ]
         return {"image": image, "annotation": {"image_id": record.image_id, "annotations": annotations}}
 
 
 class AnnotatedImageBuilder:
-    """Makes [`AnnotatedImage`]s of what files say, whatever their format, and remembers what it did to boxes.
+    """Build the [`AnnotatedImage`]s of a split from what a file contains, and count the boxes that were corrected.
 
-    Boxes that are empty, not finite or wholly outside their image are dropped; boxes that reach over the border are
-    kept and counted.
+    Boxes that are empty, non-finite or outside their image are dropped. Boxes that extend beyond the image are kept
+    and counted.
 
     Args:
-        source (`Path` or `str`): Of the dataset.
-        split (`str`, *optional*): Said in messages, where the source does not say it.
-        complain (`Callable`, *optional*): Is told of an image whose size nobody knows. Stops, if not given.
+        source (`Path` or `str`): Source of the dataset.
+        split (`str`, *optional*): Named in messages, for a source with several splits.
+        on_error (`Callable`, *optional*): Called if the size of an image is neither annotated nor readable, or a
+            category's name is not one line of text. Raises by default.
     """
 
     def __init__(self, source: Path | str, split: str = "", on_error: ErrorHandler = raise_input_error):
@@ -159,7 +177,7 @@ class AnnotatedImageBuilder:
         self.title = f"{source} ({split})" if split else str(source)
         self.on_error = on_error
         self.images: list[AnnotatedImage] = []
-        self.remarks: dict[str, list[str]] = defaultdict(list)
+        self.warnings: dict[str, list[str]] = defaultdict(list)
 
     def add(
         self,
@@ -176,95 +194,91 @@ class AnnotatedImageBuilder:
 
         Args:
             path (`Path` or `ImageFileLike`): The image.
-            size (`tuple[int, int]` or `None`): `(height, width)` in pixels, as annotated; otherwise the image's.
-            boxes (sequence of length `num_objects`): x, y, width, height in pixels, or anything: what is not four
-                finite numbers is dropped.
-            category_ids (`Sequence[int]` of length `num_objects`): Raw category ids.
-            image_id (`int`, *optional*): The image's number, counted from 1, where none is given.
-            areas (sequence of length `num_objects`, *optional*): In square pixels; what is no positive number is
-                replaced by the area of the box.
-            iscrowd (sequence of length `num_objects`, *optional*): 1 (or "1", or `True`) marks a crowd.
+            size (`tuple[int, int]` or `None`): Annotated `(height, width)` in pixels; read from the image if `None`.
+            boxes (sequence of length `num_objects`): x, y, width, height in pixels. Anything that is not four finite
+                numbers is dropped.
+            category_ids (`Sequence[int]` of length `num_objects`): Category ids of the dataset.
+            image_id (`int`, *optional*): Defaults to the image's number, counted from 1.
+            areas (sequence of length `num_objects`, *optional*): In square pixels. Anything that is not a positive
+                number is replaced by the area of the box.
+            iscrowd (sequence of length `num_objects`, *optional*): 1, `"1"` or `True` for a group of objects.
         """
         try:
             height, width = size or get_image_size(path)
         except InputError as error:
             self.on_error(str(error))
             return
-        found = np.array([_numbers(box) for box in boxes], dtype=np.float64).reshape(-1, 4)
-        kept = self._inspect(found, height, width, path)
-        areas = [None] * len(found) if areas is None else areas
-        iscrowd = [0] * len(found) if iscrowd is None else iscrowd
+        all_boxes = np.array([_to_floats(box) for box in boxes], dtype=np.float64).reshape(-1, 4)
+        kept = self._check_boxes(all_boxes, height, width, path)
+        areas = [None] * len(all_boxes) if areas is None else areas
+        iscrowd = [0] * len(all_boxes) if iscrowd is None else iscrowd
         self.images.append(
             AnnotatedImage(
                 image_id=len(self.images) + 1 if image_id is None else image_id,
                 path=path,
                 height=height,
                 width=width,
-                boxes=found[kept],
+                boxes=all_boxes[kept],
                 category_ids=np.array([category_ids[i] for i in kept], dtype=np.int64),
-                areas=np.array([_area(areas[i], found[i]) for i in kept], dtype=np.float64),
-                iscrowd=np.array([int(iscrowd[i] in _CROWD) for i in kept], dtype=np.int64),
+                areas=np.array([_area_or_box_area(areas[i], all_boxes[i]) for i in kept], dtype=np.float64),
+                # some tools write numbers as text
+                iscrowd=np.array([int(iscrowd[i] in (1, "1")) for i in kept], dtype=np.int64),
             )
         )
 
-    def _inspect(self, boxes: np.ndarray, height: int, width: int, path: ImageSource) -> np.ndarray:
-        """Return the numbers of the boxes to keep, and remember what is said of them and of the others."""
+    def _check_boxes(self, boxes: np.ndarray, height: int, width: int, path: ImageSource) -> np.ndarray:
+        """Return the indices of the boxes to keep, and add warnings about these and the others."""
         finite = np.asarray(np.isfinite(boxes).all(axis=1))
         boxes[~finite] = 0
         clipped = clip_boxes(boxes, height, width)
-        has_size, reaches_inside = (boxes[:, 2:] > 0).all(axis=1), (clipped[:, 2:] > 0).all(axis=1)
-        # COCO itself rounds boxes to hundredths of a pixel, so only a whole pixel counts as being outside
-        over_border = reaches_inside & (np.abs(clipped - boxes).max(axis=1, initial=0) >= 1)
-        for what, which in {
+        has_size, overlaps_image = (boxes[:, 2:] > 0).all(axis=1), (clipped[:, 2:] > 0).all(axis=1)
+        # COCO itself rounds boxes to hundredths of a pixel, so only a full pixel counts as beyond the image
+        extends_beyond = overlaps_image & (np.abs(clipped - boxes).max(axis=1, initial=0) >= 1)
+        for warning, mask in {
             "boxes are not four finite numbers: dropped": ~finite,
             "boxes have no width or no height: dropped": finite & ~has_size,
-            "boxes lie outside their image: dropped": has_size & ~reaches_inside,
-            "boxes reach over the border of their image: clipped for training": over_border,
+            "boxes lie outside their image: dropped": has_size & ~overlaps_image,
+            "boxes extend beyond their image: clipped for training": extends_beyond,
         }.items():
-            self.remark(what, path, int(which.sum()))
-        return np.flatnonzero(reaches_inside)
+            self.add_warning(warning, path, int(mask.sum()))
+        return np.flatnonzero(overlaps_image)
 
-    def remark(self, what: str, path: ImageSource, count: int = 1) -> None:
-        """Remember what was done `count` times about an image."""
+    def add_warning(self, warning: str, path: ImageSource, count: int = 1) -> None:
+        """Record `count` corrections of one kind in an image."""
         if count:
-            self.remarks[what] += [str(path)] * count
+            self.warnings[warning] += [str(path)] * count
 
-    def finish(self, categories: Mapping[int, str]) -> DetectionSplit:
-        """Log what was done to boxes, complain of names that no table could show, and hand over the data."""
-        for what, images in self.remarks.items():
-            logger.warning("%s: %d %s", self.title, len(images), what)
-        if unusable := [f"{name!r} (id {number})" for number, name in categories.items() if not _is_one_line(name)]:
-            self.on_error(
-                f"{self.title}: a category's name must be one line of text; rename {summarize_list(unusable)}"
-            )
-        return DetectionSplit(self.source, self.images, dict(sorted(categories.items())), dict(self.remarks))
+    def build(self, categories: Mapping[int, str]) -> DetectionSplit:
+        """Log the warnings, check the names of the categories and return the split."""
+        for warning, paths in self.warnings.items():
+            logger.warning("%s: %d %s", self.title, len(paths), warning)
+        if invalid := [f"{name!r} (id {id_})" for id_, name in categories.items() if not _is_one_line(name)]:
+            self.on_error(f"{self.title}: category names must be one line of text. Rename {summarize_list(invalid)}")
+        return DetectionSplit(self.source, self.images, dict(sorted(categories.items())), dict(self.warnings))
 
 
 def _is_one_line(name: str) -> bool:
-    """Whether there is something to read, without line breaks, other control characters and halves of characters."""
+    """Return whether a name is visible, without line breaks, other control characters or unpaired surrogates."""
     return bool(name.strip()) and not {unicodedata.category(sign) for sign in name} & {"Cc", "Cs", "Zl", "Zp"}
 
 
-_CROWD = (1, "1")  # True is 1; some tools write numbers as text
-
-
-def _numbers(box: Any) -> list[float]:
-    """A box as four floats, NaN where it is anything else."""
+def _to_floats(box: Any) -> list[float]:
+    """Return a box as four floats, NaN if it is anything else."""
     try:
         numbers = [float(value) for value in box]
     except (TypeError, ValueError):
-        return [float("nan")] * 4
+        numbers = []
     return numbers if len(numbers) == 4 else [float("nan")] * 4
 
 
-def _area(annotated: Any, box: np.ndarray) -> float:
-    """The annotated area, which is that of a mask where there is one, or the box's where the file has none."""
-    usable = isinstance(annotated, int | float) and math.isfinite(annotated) and annotated > 0
-    return float(annotated) if usable else float(box[2] * box[3])
+def _area_or_box_area(area: Any, box: np.ndarray) -> float:
+    """Return the annotated area, or the area of the box if there is none."""
+    is_valid = isinstance(area, int | float) and math.isfinite(area) and area > 0
+    return float(area) if is_valid else float(box[2] * box[3])
 
 
 def require_image_files(data: DetectionSplit) -> DetectionSplit:
-    """Return `data`.
+    """Return `data` if all of its image files exist.
 
     Raises:
         InputError: If an image file is missing.
@@ -274,37 +288,38 @@ def require_image_files(data: DetectionSplit) -> DetectionSplit:
     if missing:
         names = summarize_list(path.name for path in missing)
         raise InputError(
-            f"{data.source}: {len(missing)} of the images in {missing[0].parent} are missing: {names}; restore "
-            "them, or take them out of the annotations"
+            f"{data.source}: {len(missing)} images not found in {missing[0].parent}: {names}. Restore them, or remove "
+            "them from the annotations"
         )
     return data
 
 
-def distinct(categories: Mapping[int, str], source: Path | str) -> dict[int, str]:
-    """Return `categories`, in rising order of id.
+def check_unique_names(categories: Mapping[int, str], source: Path | str) -> dict[int, str]:
+    """Return `categories` by ascending id.
 
     Raises:
-        InputError: If two have one name.
+        InputError: If two categories have the same name.
     """
-    doubled = [name for name, count in Counter(categories.values()).items() if count > 1]
-    if doubled:
+    duplicates = [repr(name) for name, count in Counter(categories.values()).items() if count > 1]
+    if duplicates:
         raise InputError(
-            f"{source}: several categories are named {summarize_list(map(repr, doubled))}; give each its own name, since models "
-            "and datasets are matched by name"
+            f"{source}: several categories are named {summarize_list(duplicates)}. Give each its own name, since "
+            "models and datasets are matched by name"
         )
     return dict(sorted(categories.items()))
 
 
 def clip_boxes(boxes: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Cut boxes at the border of their image.
+    """Clip boxes to their image.
 
     Args:
         boxes (`np.ndarray` of shape `(num_boxes, 4)`): x, y, width, height in pixels.
-        height (`int`): Of the image, in pixels.
-        width (`int`): Of the image, in pixels.
+        height (`int`): Height of the image in pixels.
+        width (`int`): Width of the image in pixels.
 
     Returns:
-        `np.ndarray` of shape `(num_boxes, 4)`: x, y, width, height in pixels; a box outside has no width or no height.
+        `np.ndarray` of shape `(num_boxes, 4)`: x, y, width, height in pixels. The width or height of a box outside
+        the image is zero.
 
     Example:
 
@@ -314,14 +329,41 @@ def clip_boxes(boxes: np.ndarray, height: int, width: int) -> np.ndarray:
 
     ```
     """
-    limit = np.array([width, height])
-    top_left = np.clip(boxes[:, :2], 0, limit)
-    bottom_right = np.clip(boxes[:, :2] + boxes[:, 2:], 0, limit)
-    return np.concatenate([top_left, bottom_right - top_left], axis=1)
+    return xyxy_to_xywh(np.clip(xywh_to_xyxy(boxes), 0, [width, height, width, height]))
+
+
+def xywh_to_xyxy(boxes: np.ndarray) -> np.ndarray:
+    """Convert boxes from x, y, width, height to x0, y0, x1, y1, in the same unit; both of shape `(num_boxes, 4)`.
+
+    Example:
+
+    ```python
+    >>> xywh_to_xyxy(np.array([[10, 20, 5, 6]])).tolist()
+    [[10, 20, 15, 26]]
+
+    ```
+    """
+    return np.concatenate([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], axis=1)
+
+
+def xyxy_to_xywh(boxes: np.ndarray) -> np.ndarray:
+    """Convert boxes from x0, y0, x1, y1 to x, y, width, height, in the same unit; both of shape `(num_boxes, 4)`."""
+    return np.concatenate([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], axis=1)
+
+
+def to_annotation_array(data: DetectionSplit) -> np.ndarray:
+    """Return all annotations of a split in the order of its images, as an array of dtype `ANNOTATION_DTYPE`."""
+    annotations = np.empty(sum(len(image.boxes) for image in data.images), ANNOTATION_DTYPE)
+    parts = np.split(annotations, np.cumsum([len(image.boxes) for image in data.images])[:-1])
+    for part, image in zip(parts, data.images):
+        part["image_id"] = image.image_id
+        part["category_id"], part["bbox"] = image.category_ids, image.boxes
+        part["area"], part["iscrowd"] = image.areas, image.iscrowd
+    return annotations
 
 
 def label_of_category(data: DetectionSplit, id2label: Mapping[int, str]) -> dict[int, int]:
-    """Map a dataset's category ids to a model's labels by name, whatever numbers either side uses.
+    """Map the category ids of a dataset to the labels of a model by name.
 
     Args:
         data (`DetectionSplit`): The dataset.
@@ -331,7 +373,7 @@ def label_of_category(data: DetectionSplit, id2label: Mapping[int, str]) -> dict
         `dict[int, int]`: Category id to label, for every category that the model has.
 
     Raises:
-        InputError: If a category that has objects is not among the model's classes.
+        InputError: If a category with objects is not a class of the model.
     """
     label_of_name = {name: int(label) for label, name in id2label.items() if name != UNUSED_LABEL}
     used = {category_id: data.categories[category_id] for category_id in sorted(data.used_category_ids)}
@@ -341,4 +383,4 @@ def label_of_category(data: DetectionSplit, id2label: Mapping[int, str]) -> dict
             f"{data.source}: the model has no class for {summarize_list(unknown)}; its classes are "
             f"{summarize_list(map(repr, label_of_name), 20)}. Rename the categories, or train a model with them"
         )
-    return {i: label_of_name[name] for i, name in data.categories.items() if name in label_of_name}
+    return {id_: label_of_name[name] for id_, name in data.categories.items() if name in label_of_name}

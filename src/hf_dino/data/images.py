@@ -1,4 +1,4 @@
-"""Read an image as the RGB pixels that its annotations were drawn on, wherever its bytes are."""
+"""Read images as the RGB pixels that their annotations refer to, from files or from tables."""
 
 import logging
 import re
@@ -20,17 +20,16 @@ IMAGE_EXTENSIONS = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", "
 
 
 class ImageFileLike(Protocol):
-    """An image that is no file of its own. `str()` names it in messages, and another process can have it too."""
+    """An image that is not a file of its own. `str()` is its name in messages; it can be pickled."""
 
     def open(self, mode: str = "rb", /) -> BinaryIO:
-        """Open its encoded bytes, as `Path.open("rb")` does."""
+        """Open the encoded bytes, as `Path.open("rb")` does."""
         ...
 
 
 ImageSource: TypeAlias = Path | ImageFileLike
 
-# What shows an image of each EXIF orientation upright. Pillow's own `exif_transpose` also writes all EXIF data anew,
-# and fails where a camera wrote it oddly.
+# Pillow's own `exif_transpose` also rewrites all EXIF data, and fails on malformed tags.
 EXIF_TRANSPOSES = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -42,134 +41,134 @@ EXIF_TRANSPOSES = {
 }
 EXIF_SWAPS_SIDES = (5, 6, 7, 8)  # exchange height and width
 
+# Pillow's decoders raise any of these on a broken file
+_DECODER_ERRORS = (OSError, SyntaxError, ValueError, EOFError, OverflowError, TypeError, IndexError, struct.error)
+
 
 def read_image(source: str | ImageSource, annotated_size: tuple[int, int] | None = None) -> Image.Image:
-    """Read one image as 8-bit RGB, turned the way a viewer shows it.
+    """Read an image as 8-bit RGB, in the orientation that its annotations refer to.
 
-    Palette, gray and CMYK images are converted, transparent parts lie on white, and 16-bit gray is divided by 257
-    (so that 65535 becomes 255), which is logged. The camera's EXIF rotation is applied, unless the annotations were
-    drawn on the pixels as stored, which `annotated_size` tells.
+    Palette, gray and CMYK images are converted, transparency is blended with white, and 16-bit gray is divided by 257
+    (65535 becomes 255), which is logged. The EXIF orientation is applied, unless `annotated_size` shows that the
+    annotations were made without it.
 
     Args:
-        source (`str`, `Path` or `ImageFileLike`): The image file, or where else the image is.
-        annotated_size (`tuple[int, int]`, *optional*):
-            `(height, width)` in pixels that the annotations give for this image.
+        source (`str`, `Path` or `ImageFileLike`): The image.
+        annotated_size (`tuple[int, int]`, *optional*): `(height, width)` in pixels according to the annotations.
 
     Returns:
         `PIL.Image.Image`: The image in mode `"RGB"`.
 
     Raises:
-        InputError: If the image is missing, broken or of an unsupported kind, or has another size than annotated.
+        InputError: If the image is missing, broken, of an unsupported kind, or not of the annotated size.
     """
     source = Path(source) if isinstance(source, str) else source
-    with _opened(source) as image:
+    with _open_image(source) as image:
         image.load()
-        orientation = _orientation(image)
-    turn = EXIF_TRANSPOSES.get(_applied_orientation(image, orientation, annotated_size, source))
-    upright = image if turn is None else image.transpose(turn)
+        orientation = _exif_orientation(image)
+    transpose = EXIF_TRANSPOSES.get(_orientation_to_apply(image, orientation, annotated_size, source))
+    upright = image if transpose is None else image.transpose(transpose)
     try:
         converted = convert_to_rgb(upright)
     except ValueError as error:
         raise InputError(f"{source}: {error}") from None
     if upright.mode.startswith("I"):
-        _log_once("16-bit", f"{source} has 16-bit gray values: divided by 257 to get 8 bits")
+        _warn_once("16-bit", f"{source} has 16-bit gray values: divided by 257 to get 8 bits")
     return converted
 
 
 def get_image_size(source: ImageSource, annotated_size: tuple[int, int] | None = None) -> tuple[int, int]:
-    """Say what `(height, width)` [`read_image`] would return, from the head of the file: fast, but not proven.
+    """Return the `(height, width)` of [`read_image`]'s result from the file's header, without decoding the pixels.
 
     Raises:
-        InputError: If the head is missing, broken or of an unsupported kind, or tells another size than annotated.
+        InputError: If the header is missing, broken, of an unsupported kind, or does not match the annotated size.
     """
-    with _opened(source) as image:
-        orientation = _orientation(image)
-        # Pillow turns a TIFF on loading; before that, its later versions give the turned size, yet the old orientation
+    with _open_image(source) as image:
+        orientation = _exif_orientation(image)
+        # Pillow transposes a TIFF on loading; before that, later versions report the new size with the old orientation
         if image.format == "TIFF" and orientation in EXIF_SWAPS_SIDES:
             image.load()
-            orientation = _orientation(image)
-    turned = _applied_orientation(image, orientation, annotated_size, source) in EXIF_SWAPS_SIDES
-    return (image.width, image.height) if turned else (image.height, image.width)
+            orientation = _exif_orientation(image)
+    swapped = _orientation_to_apply(image, orientation, annotated_size, source) in EXIF_SWAPS_SIDES
+    return (image.width, image.height) if swapped else (image.height, image.width)
 
 
 def list_images(paths: list[Path]) -> list[Path]:
-    """Expand folders into the image files directly inside them, in the order of their names.
+    """Expand folders into the image files directly inside them, sorted by name.
 
     Raises:
-        InputError: If a path does not exist or a folder holds no image.
+        InputError: If a path does not exist or a folder contains no image.
     """
     files = []
     for path in paths:
         if not path.exists():
-            raise InputError(f"{path}: there is no such file or folder")
+            raise InputError(f"{path}: file or folder not found")
         found = [path] if path.is_file() else sorted(entry for entry in path.iterdir() if is_image_file(entry))
         if not found:
-            raise InputError(f"{path}: the folder holds no images ({', '.join(sorted(IMAGE_EXTENSIONS))})")
+            raise InputError(f"{path}: the folder contains no images ({', '.join(sorted(IMAGE_EXTENSIONS))})")
         files.extend(found)
     return files
 
 
 def is_image_file(path: Path) -> bool:
-    """Whether the name is that of an image and the file is there."""
+    """Return whether a path has the extension of an image and is a file."""
     return path.suffix.lower() in IMAGE_EXTENSIONS and path.is_file()
 
 
-def short_name(source: str | ImageSource) -> str:
-    """Name an image by its file and folder only, for people who know where the data is."""
+def short_path(source: str | ImageSource) -> str:
+    """Return the last folder and the file name of an image, for messages."""
     return "/".join(re.split(r"[/\\]", str(source))[-2:])
 
 
 @contextmanager
-def _opened(source: ImageSource) -> Iterator[Image.Image]:
-    """Open an image for calls of Pillow, and of nothing else: whatever fails within is the file's fault."""
+def _open_image(source: ImageSource) -> Iterator[Image.Image]:
+    """Open an image and report any error as a fault of the file. Call only Pillow inside the context."""
     try:
         with source.open("rb") as file, Image.open(file) as image:
             yield image
     except FileNotFoundError:
-        raise InputError(f"{source}: there is no such image file") from None
+        raise InputError(f"{source}: image file not found") from None
     except Image.DecompressionBombError as error:
         raise InputError(
-            f"{source}: is larger than Pillow reads ({error}); cut it into tiles, or raise PIL.Image.MAX_IMAGE_PIXELS"
+            f"{source}: is larger than Pillow reads ({error}). Cut it into tiles, or raise PIL.Image.MAX_IMAGE_PIXELS"
         ) from None
-    except _BROKEN as error:
-        # where Pillow does not know the kind, its own words name a file object
-        reason = "it is of no known kind" if isinstance(error, UnidentifiedImageError) else error
-        raise InputError(f"{source}: cannot be read as an image ({reason}); repair or remove the file") from None
+    except _DECODER_ERRORS as error:
+        # Pillow's own message would name a file object
+        reason = "not a known image format" if isinstance(error, UnidentifiedImageError) else error
+        raise InputError(f"{source}: cannot be read as an image ({reason}). Repair or remove the file") from None
 
 
-# Pillow reports broken files by whichever of these its decoder happened to stumble over
-_BROKEN = (OSError, SyntaxError, ValueError, EOFError, OverflowError, TypeError, IndexError, struct.error)
-
-
-def _orientation(image: Image.Image) -> int:
-    # The method of Pillow's PNG class decodes the whole image to find EXIF data behind the pixels. Nobody puts it
-    # there, and the base class has what stands before them.
+def _exif_orientation(image: Image.Image) -> int:
+    # Pillow's PNG class overrides `getexif` to decode the whole image, in case EXIF data follows the pixels. The base
+    # class reads only what precedes them, which is where it is in practice.
     return Image.Image.getexif(image).get(ExifTags.Base.Orientation, 1)
 
 
-def _applied_orientation(
+def _orientation_to_apply(
     image: Image.Image, orientation: int, annotated_size: tuple[int, int] | None, source: ImageSource
 ) -> int:
-    """The image's EXIF orientation, as a viewer applies it; 1 if annotations were drawn on the pixels as stored."""
+    """Return the image's EXIF orientation, or 1 if the annotations were made without applying it."""
     stored = (image.height, image.width)
     shown = stored[::-1] if orientation in EXIF_SWAPS_SIDES else stored
     if annotated_size is None or annotated_size == shown:
         return orientation
     if stored == annotated_size:
-        _log_once("EXIF rotation left out", f"{source} is annotated as stored: its EXIF rotation is not applied")
+        _warn_once(
+            "EXIF orientation", f"{source} is annotated without its EXIF orientation, which is therefore not applied"
+        )
         return 1
     raise InputError(
-        f"{source}: the annotations say {annotated_size[1]} x {annotated_size[0]} pixels (width x height) but the "
-        f"file has {image.width} x {image.height} (EXIF orientation {orientation}); annotate this file or restore the "
-        "one that was annotated"
+        f"{source}: is annotated as {annotated_size[1]} x {annotated_size[0]} pixels (width x height), but the file "
+        f"has {image.width} x {image.height} (EXIF orientation {orientation}). Annotate this file, or restore the one "
+        "that was annotated"
     )
 
 
-_reported: set[str] = set()
+_warned: set[str] = set()
 
 
-def _log_once(kind: str, message: str) -> None:
-    """Warn about the first image of a kind only: a dataset often holds thousands of them."""
-    if kind not in _reported:
-        _reported.add(kind)
-        logger.warning("%s (further images of this kind are not reported)", message)
+def _warn_once(kind: str, message: str) -> None:
+    """Warn about the first image of a kind only: a dataset may contain thousands."""
+    if kind not in _warned:
+        _warned.add(kind)
+        logger.warning("%s (further images like this are not reported)", message)

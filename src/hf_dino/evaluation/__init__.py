@@ -1,7 +1,7 @@
 """Evaluate a model: collect its detections on a dataset, compute COCO metrics, analyze errors, write a report."""
 
 try:
-    from ..data.objects import ANNOTATION_DTYPE
+    from ..data.dataset import ANNOTATION_DTYPE
     from .coco_eval import ENGINES, METRICS, CocoScores, check_engine, evaluate_coco
     from .error_analysis import ERROR_TYPES, OUTCOMES, ErrorAnalysis, ImageErrors, OperatingPoint, analyze_errors
     from .predictions import (

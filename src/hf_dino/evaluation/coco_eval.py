@@ -10,8 +10,7 @@ from typing import Any
 import numpy as np
 from pycocotools.cocoeval import COCOeval, Params
 
-from ..data.dataset import DetectionSplit
-from ..data.objects import to_annotation_array
+from ..data.dataset import DetectionSplit, to_annotation_array
 from ..model_card import METRIC_NAMES
 from ..utils.errors import InputError, summarize_list
 

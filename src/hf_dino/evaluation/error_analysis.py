@@ -13,8 +13,7 @@ from typing import NamedTuple
 import numpy as np
 from pycocotools import mask
 
-from ..data.dataset import DetectionSplit
-from ..data.objects import to_annotation_array
+from ..data.dataset import DetectionSplit, to_annotation_array
 from .coco_eval import group_rows
 
 

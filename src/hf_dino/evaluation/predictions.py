@@ -13,9 +13,8 @@ from accelerate.utils import broadcast_object_list, gather_object, send_to_devic
 from torch import nn
 from transformers import BaseImageProcessor
 
-from ..data.batching import evaluation_loader
-from ..data.boxes import xyxy_to_xywh
-from ..data.dataset import DetectionSplit, label_of_category
+from ..data.dataset import DetectionSplit, label_of_category, xyxy_to_xywh
+from ..data.loaders import evaluation_loader
 from ..utils.distributed import summon_full_params
 from ..utils.io import open_new_text_file
 from .coco_eval import CocoScores, check_engine, evaluate_coco

@@ -16,9 +16,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
 
-from ..data.boxes import xywh_to_xyxy
-from ..data.dataset import DetectionDataset, DetectionSplit
-from ..data.objects import to_annotation_array
+from ..data.dataset import DetectionDataset, DetectionSplit, to_annotation_array, xywh_to_xyxy
 from ..model_card import METRIC_NAMES
 from ..utils.io import open_new_text_file
 from ..visualization import draw_detections, hstack_images

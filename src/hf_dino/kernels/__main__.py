@@ -1,86 +1,9 @@
-"""Tell which kernels would be used on this machine and why: `python -m hf_dino.kernels [--build]`."""
+"""Run `hf-dino kernels` as `python -m hf_dino.kernels`."""
 
-import argparse
-import json
 import sys
-from contextlib import suppress
-from pathlib import Path
 
-import torch
-
-from ..kernels import default_builder, find_prebuilt, impossible, load, mode
-from .compilers import KernelError, find_compiler
-
-
-def main() -> int:
-    """Report on each type of device; 1 if one that is required or was to be built has no kernel."""
-    parser = argparse.ArgumentParser(prog="python -m hf_dino.kernels", description=__doc__)
-    parser.add_argument("--build", action="store_true", help="compile now what is not compiled yet, and load it")
-    build = parser.parse_args().build
-    try:
-        mode()
-    except ValueError as error:
-        parser.error(str(error))
-    print_line("PyTorch", f"{torch.__version__}, {f'CUDA {torch.version.cuda}' if torch.version.cuda else 'no CUDA'}")
-    print_line("HF_DINO_KERNELS", mode())
-    print_line("sources", default_builder().sources)
-    print_line("cache", default_builder().cache)
-    usable = [report(device_type, build) for device_type in device_types()]
-    return 1 if not all(usable) and (build or mode() == "require") else 0
-
-
-def device_types() -> list[str]:
-    """The CPU; and CUDA where there is a GPU, or where one can be compiled for, as when a container image is made."""
-    if torch.cuda.is_available():
-        return ["cpu", "cuda"]
-    with suppress(KernelError):
-        if not impossible("cuda") and find_compiler("cuda"):
-            return ["cpu", "cuda"]
-    return ["cpu"]
-
-
-def report(device_type: str, build: bool) -> bool:
-    """Print what is used on one type of device; return whether that is the kernel."""
-    print(f"\n{device_type}")
-    try:
-        kernel = find(device_type, build)
-    except KernelError as error:
-        print_line("used", f"the definition in PyTorch: {error}")
-        return False
-    with suppress(KernelError):
-        print_line("compiler", find_compiler(device_type))
-    if kernel is None and mode() == "off":
-        print_line("used", "the definition in PyTorch: HF_DINO_KERNELS=off")
-        return True
-    if kernel is None:
-        print_line("used", "the kernel, once it is compiled: the first use does that, or --build")
-        return True
-    print_line("kernel", kernel)
-    if (kernel / "build.json").is_file():  # kernel-builder does not write one
-        print_line("compiled in", f"{json.loads((kernel / 'build.json').read_text())['seconds']} s")
-    print_line("used", "the definition in PyTorch: HF_DINO_KERNELS=off" if mode() == "off" else "the kernel")
-    return True
-
-
-def find(device_type: str, build: bool) -> Path | None:
-    """Return the folder of the kernel, or `None` if it is still to be compiled.
-
-    Raises:
-        KernelError: If it is not there and cannot be compiled, or cannot be loaded.
-    """
-    if reason := impossible(device_type):
-        raise KernelError(reason)
-    if not build:
-        return find_prebuilt(device_type) or default_builder().find(device_type)
-    kernel = find_prebuilt(device_type) or default_builder().entry(device_type)
-    load(kernel)
-    return kernel
-
-
-def print_line(name: str, text: object) -> None:
-    """Print one line of the report."""
-    print(f"  {name:<16} {text}", flush=True)
+from ..cli import main
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main(["kernels", *sys.argv[1:]])

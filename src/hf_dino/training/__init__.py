@@ -1,6 +1,15 @@
-"""Around the training loop: settings, checkpoints that a run can go on from, progress, and what it leaves."""
+"""Fine-tuning: the loop, its checkpoints, optimizer settings, averaged weights and logs."""
 
+from ..training_arguments import FineTuningArguments
 from ..utils.distributed import PROCESS_GROUP_TIMEOUT
+from .batch import (
+    TrainingPipeline,
+    build_training_pipeline,
+    check_min_image_size,
+    effective_batch,
+    read_and_check,
+    with_effective_batch,
+)
 from .checkpoint import (
     TrainingState,
     check_disk_space,
@@ -10,41 +19,37 @@ from .checkpoint import (
     get_last_checkpoint,
     load_checkpoint,
     load_training_state,
-    prepare_checkpoints,
+    lock_output_dir,
     remove_checkpoints,
     resolve_resume_checkpoint,
     save_checkpoint,
     save_emergency_checkpoint,
 )
-from .effective_batch import effective_batch, with_effective_batch
 from .ema import ExponentialMovingAverage
-from .export import gather_full_model, save_run
-from .freezing import freezable_stages, freeze
-from .history import RunHistory
-from .image_sizes import check_min_image_size
-from .inputs import TrainingPipeline, build_training_pipeline, read_and_check
-from .lock import lock_output_dir
-from .monitor import LossMonitor
-from .optimization import (
+from .finetuning import FineTuner, make_accelerator
+from .logging import RunHistory, TrainingProgress, init_tracking
+from .loss_monitor import LossMonitor
+from .optim import (
     SCHEDULES,
     compile_layers,
     enable_gradient_checkpointing,
+    freezable_stages,
+    freeze,
     get_lr_multiplier,
     get_milestones,
     get_param_groups,
     set_lr,
     should_stop_early,
 )
-from .progress import TrainingProgress
-from .recipe import parse_args_with_recipe
 from .signals import StopSignals
-from .tracking import init_tracking
 
 
 __all__ = [
     "PROCESS_GROUP_TIMEOUT",
     "SCHEDULES",
     "ExponentialMovingAverage",
+    "FineTuner",
+    "FineTuningArguments",
     "LossMonitor",
     "RunHistory",
     "StopSignals",
@@ -62,7 +67,6 @@ __all__ = [
     "file_fingerprint",
     "freezable_stages",
     "freeze",
-    "gather_full_model",
     "get_last_checkpoint",
     "get_lr_multiplier",
     "get_milestones",
@@ -71,14 +75,12 @@ __all__ = [
     "load_checkpoint",
     "load_training_state",
     "lock_output_dir",
-    "parse_args_with_recipe",
-    "prepare_checkpoints",
+    "make_accelerator",
     "read_and_check",
     "remove_checkpoints",
     "resolve_resume_checkpoint",
     "save_checkpoint",
     "save_emergency_checkpoint",
-    "save_run",
     "set_lr",
     "should_stop_early",
     "with_effective_batch",

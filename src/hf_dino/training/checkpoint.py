@@ -1,18 +1,24 @@
-"""Checkpoints of a run: everything that the next step depends on, in one folder per checkpoint.
+"""Checkpoints of a run: everything the next step depends on, in one directory per checkpoint.
 
-A checkpoint is written beside its place, brought to the disk and then renamed, so that one that has its name is whole.
+A checkpoint is written to a temporary directory, flushed to the disk and then renamed, so a checkpoint that has its
+final name is complete.
 """
 
 import json
 import logging
+import os
 import pickle
 import shutil
+import socket
 import tempfile
+import time
 import uuid
 import zlib
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -28,124 +34,146 @@ from ..utils.errors import InputError
 from ..utils.io import fsync, fsync_tree, read_text, write_json
 
 
+fcntl: ModuleType | None
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
 logger = logging.getLogger(__name__)
 
 _STATE_FILE = "training_state.json"
 _NAME = "step_" + 8 * "[0-9]"  # as a pattern of `glob`
 _FAILED = "failed"
 _RANDOM_STATE = "random_states_{}.pkl"  # Accelerate's file of each process
+_LOCK_FILE = ".lock"
+_NETWORK_DISK_DELAY = 60.0  # seconds; NFS caches for 30 to 60 that a name did not exist
 
-# Checkpoints that are there at once while one is written: the last, the new one and, if it is neither, the best.
-_AT_LEAST, _AT_MOST = 2, 3
+# Checkpoints that exist at once while one is written: the last, the new one and, if it is neither, the best.
+_MIN_CHECKPOINTS, _MAX_CHECKPOINTS = 2, 3
 
-# What Accelerate raises when a disk is full depends on who writes: Python, safetensors or torch, which raises
-# RuntimeErrors, as for anything else, that have one of these words.
+# What Accelerate raises when a disk is full depends on who writes: Python, safetensors, or torch, whose RuntimeError
+# has one of these words.
 _WRITE_ERRORS = (OSError, SafetensorError, RuntimeError)
 _TORCH_WRITES = ("inline_container", "StreamWriter", "file write")
 
 
 @dataclass
 class TrainingState:
-    """Where a run is. With the weights, optimizer and random numbers that Accelerate saves, all that it depends on.
+    """Progress of a run: with the weights, optimizer and random states that Accelerate saves, all it depends on.
 
     Attributes:
-        settings (`dict`): What a resumed run must have in common with the one it goes on with.
+        settings (`dict`): Settings that a resumed run must have in common with the one it continues.
         step (`int`): Optimizer steps done.
-        history (`list[dict]`): A row per report: `step`, `epoch`, and losses or COCO's numbers.
-        best_step (`int` or `None`): The step whose checkpoint has the highest `best_ap`, once one was evaluated.
-        best_ap (`float`): Average precision at `best_step`, in [0, 1]; -1 before.
-        run_id (`str`): By which a tracker knows the run when it goes on.
-        total_steps (`int` or `None`): Optimizer steps that the run was to have, on which its learning rate depends;
-            None in checkpoints of versions that did not know.
+        validation_ap (`list[float]`): Average precision of each evaluation, in [0, 1].
+        evaluated_step (`int`): Step of the last evaluation, 0 if there was none.
+        best_step (`int` or `None`): Step of the checkpoint with the highest `best_ap`, `None` before an evaluation.
+        best_ap (`float`): Average precision at `best_step`, in [0, 1]; -1 before an evaluation.
+        run_id (`str`): Identifies the run in a tracker, also after it was resumed.
+        total_steps (`int` or `None`): Planned optimizer steps, on which the learning rate depends.
     """
 
     settings: dict[str, Any]
     step: int = 0
-    history: list[dict[str, Any]] = field(default_factory=list)
+    validation_ap: list[float] = field(default_factory=list)
+    evaluated_step: int = 0
     best_step: int | None = None
     best_ap: float = -1.0
     run_id: str = field(default_factory=lambda: uuid.uuid4().hex[:12])
     total_steps: int | None = None
 
     @property
-    def evaluated(self) -> bool:
-        """Whether the model of this step was evaluated, so that a resumed run need not do it."""
-        return any(row["step"] == self.step and "ap" in row for row in self.history)
+    def is_evaluated(self) -> bool:
+        """Whether the model of this step was evaluated, so that a resumed run does not evaluate it again."""
+        return self.step > 0 and self.evaluated_step == self.step
 
     @property
     def export_step(self) -> int:
-        """The step whose model is the result: the best, or the last as long as none was evaluated."""
+        """The step whose model is the result: the best, or the last if none was evaluated."""
         return self.step if self.best_step is None else self.best_step
+
+    def add_evaluation(self, ap: float) -> None:
+        """Record the average precision of the model of this step."""
+        self.validation_ap.append(ap)
+        self.evaluated_step = self.step
+        if self.best_step is None or ap > self.best_ap:
+            self.best_step, self.best_ap = self.step, ap
 
 
 def checkpoint_path(folder: Path, step: int) -> Path:
-    """Name the checkpoint of a step."""
+    """Return the path of the checkpoint of a step."""
     return folder / f"step_{step:08d}"
 
 
 def get_last_checkpoint(folder: Path) -> Path | None:
-    """Find the checkpoint of the highest step, if there is one."""
+    """Return the checkpoint of the highest step, or `None`."""
     return max(folder.glob(_NAME), default=None)
 
 
-def resolve_resume_checkpoint(output: Path, checkpoints: Path, *, resume: bool, overwrite: bool) -> Path | None:
-    """Find the checkpoint that a run starts from, and see that nothing in its output folder gets lost.
+def resolve_resume_checkpoint(output_dir: Path, checkpoints: Path, *, resume: bool, overwrite: bool) -> Path | None:
+    """Find the checkpoint that a run starts from, and check that nothing in its output directory gets lost.
 
     Args:
-        output (`Path`): The run's output folder, which need not exist.
-        checkpoints (`Path`): Its folder of checkpoints.
-        resume (`bool`): Go on with the run that is there.
-        overwrite (`bool`): Start anew even if something is there.
+        output_dir (`Path`): The run's output directory, which need not exist.
+        checkpoints (`Path`): Directory of its checkpoints.
+        resume (`bool`): Resume the run in it.
+        overwrite (`bool`): Start a new run even if there is one.
 
     Returns:
-        `Path` or `None`: The checkpoint, or None for a fresh start.
+        `Path` or `None`: The checkpoint, `None` for a new run.
 
     Raises:
-        InputError: If there is nothing to resume, or something that was not to be overwritten.
+        InputError: If there is nothing to resume, or something that may not be overwritten.
     """
     checkpoint = get_last_checkpoint(checkpoints)
-    if resume and checkpoint is None and checkpoints.is_dir() and not (output / "config.json").exists():
-        logger.warning("%s: the run was stopped before its first checkpoint and begins anew", output)
-        return None
-    if resume and checkpoint is None:
-        raise InputError(f"{output}: holds no checkpoint to resume from; start without --resume")
     if resume:
+        is_unfinished = checkpoints.is_dir() and not (output_dir / "config.json").exists()
+        if checkpoint is None and not is_unfinished:
+            raise InputError(f"{output_dir}: has no checkpoint to resume from; remove --resume_from_checkpoint")
+        if checkpoint is None:
+            logger.warning("%s: the run was stopped before its first checkpoint and is restarted", output_dir)
         return checkpoint
-    if output.is_file():
-        raise InputError(f"{output}: is a file; give a folder")
-    if output.exists() and any(output.iterdir()) and not overwrite:
-        raise InputError(f"{output}: is not empty; give another folder, or --resume or --overwrite its run")
-    if output.is_dir() and any(output.iterdir()) and not _holds_a_run(output, checkpoints):
-        raise InputError(f"{output}: holds no run or model that --overwrite could replace; give another folder")
+    if output_dir.is_file():
+        raise InputError(f"{output_dir}: is a file, not a directory")
+    is_used = output_dir.is_dir() and any(output_dir.iterdir())
+    if is_used and not overwrite:
+        raise InputError(
+            f"{output_dir}: is not empty; use a different --output_dir, --resume_from_checkpoint or "
+            "--overwrite_output_dir"
+        )
+    if is_used and not _contains_run(output_dir, checkpoints):
+        raise InputError(
+            f"{output_dir}: contains no run or model that --overwrite_output_dir could replace; use a different "
+            "--output_dir"
+        )
     return None
 
 
-def _holds_a_run(output: Path, checkpoints: Path) -> bool:
-    """Whether a run, or the model that it left, is there rather than somebody's work that has files of these names."""
-    if get_last_checkpoint(checkpoints) or (checkpoints.is_dir() and (output / "history.csv").is_file()):
+def _contains_run(output_dir: Path, checkpoints: Path) -> bool:
+    """Return whether there is a run or a model, rather than other work with files of these names."""
+    if get_last_checkpoint(checkpoints) or (checkpoints.is_dir() and (output_dir / "history.jsonl").is_file()):
         return True
     try:
-        config = json.loads((output / "config.json").read_text(encoding="utf-8"))
+        config = json.loads((output_dir / "config.json").read_text(encoding="utf-8"))
         return config["model_type"] == DinoDetrConfig.model_type
     except (OSError, ValueError, LookupError, TypeError):
         return False
 
 
-def data_fingerprint(data: DetectionSplit) -> str:
-    """Tell a dataset from any other, wherever its files are: by images and categories.
+def data_fingerprint(split: DetectionSplit) -> str:
+    """Compute a checksum of the images and categories of a split, whatever directory it is in.
 
-    Boxes may be corrected before a run goes on, and are left out.
+    Boxes may be corrected before a run is resumed, so they are left out.
 
     Args:
-        data (`DetectionSplit`): What a run trains on, or is measured on; the result belongs in [`TrainingState`]'s
-            settings.
+        split (`DetectionSplit`): A split that a run is trained or evaluated on.
     """
-    images = [(image.image_id, image.height, image.width) for image in data.images]
-    return _fingerprint(repr((images, sorted(data.categories.items()))))
+    images = [(image.image_id, image.height, image.width) for image in split.images]
+    return _fingerprint(repr((images, sorted(split.categories.items()))))
 
 
 def file_fingerprint(path: Path | None) -> str:
-    """Tell the text of a file from any other, wherever the file is; "none" for no file.
+    """Compute a checksum of the text of a file, whatever directory it is in; "none" for no file.
 
     Raises:
         InputError: If the file cannot be read.
@@ -157,38 +185,117 @@ def _fingerprint(text: str) -> str:
     return f"{zlib.crc32(text.encode()):08x}"
 
 
-def prepare_checkpoints(folder: Path, *, resume: bool) -> None:
-    """See that checkpoints can be written, before there is a first one to lose, and delete those of an older run.
+@contextmanager
+def lock_output_dir(accelerator: Accelerator, folder: Path, start: Path | None, *, overwrite: bool) -> Iterator[None]:
+    """Lock the directory of checkpoints for this run and prepare it for the first; called by every process.
+
+    The system releases the lock when the process ends, in whatever way.
 
     Args:
-        folder (`Path`): Where the checkpoints will be; made if it does not exist.
-        resume (`bool`): Whether those in it are this run's. What a killed process left half-written goes anyway.
+        accelerator (`Accelerator`): The accelerator of the run.
+        folder (`Path`): Directory of the checkpoints; created if needed.
+        start (`Path` or `None`): From [`resolve_resume_checkpoint`]; with `None`, checkpoints of an older run are
+            deleted.
+        overwrite (`bool`): Whether there may be an older run.
 
     Raises:
-        OSError: If the folder cannot be made or written to.
+        InputError: On every process, if another run uses the directory, or did since `start` was found, or a process
+            does not see it, or it cannot be written.
+    """
+    with ExitStack() as locks:
+        failure = ""
+        if accelerator.is_main_process:
+            try:
+                locks.enter_context(_lock(folder))
+                _check_start(folder, start, overwrite=overwrite)
+                prepare_checkpoints(folder, resume=start is not None)
+            except (InputError, OSError) as error:
+                failure = str(error)
+        _raise_on_all(failure)
+        host, is_visible = socket.gethostname(), _wait_for(folder / _LOCK_FILE)
+        _raise_on_all("" if is_visible else f"{folder}: not found on {host}; use an --output_dir on a shared disk")
+        yield
+
+
+def _raise_on_all(failure: str) -> None:
+    """Raise an error on every process if one of them has a failure."""
+    if failures := all_gather_unique(failure):
+        raise InputError("; ".join(failures))
+
+
+def _wait_for(path: Path) -> bool:
+    """Return whether an existing file is visible here, at once or after the delay of network disks."""
+    deadline = time.monotonic() + _NETWORK_DISK_DELAY
+    while not path.exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    return path.exists()
+
+
+@contextmanager
+def _lock(folder: Path) -> Iterator[None]:
+    """Hold a lock that ends with this process.
+
+    `filelock` uses `flock`, which forked DataLoader workers inherit: orphaned by a kill, they would hold it for
+    seconds. `lockf` belongs to this process alone.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / _LOCK_FILE).open("a+", encoding="utf-8") as file:
+        try:
+            if fcntl is not None:
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            file.seek(0)
+            owner = file.read().strip() or "a process that has just started"
+            raise InputError(
+                f"{folder}: used by another run ({owner}); wait for it to finish or use a different --output_dir"
+            ) from None
+        except OSError as error:
+            logger.warning("%s: cannot be locked (%s); do not start another run in it", folder, error)
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        file.flush()
+        yield
+
+
+def _check_start(folder: Path, start: Path | None, *, overwrite: bool) -> None:
+    """Check that no other run came and went while this one read its data."""
+    last = get_last_checkpoint(folder)
+    if last != start and not (start is None and overwrite):
+        raise InputError(f"{folder}: another run has just written {last}; start again")
+
+
+def prepare_checkpoints(folder: Path, *, resume: bool) -> None:
+    """Check that checkpoints can be written, and delete partial ones and those of an older run.
+
+    Args:
+        folder (`Path`): Directory of the checkpoints; created if needed.
+        resume (`bool`): Whether complete checkpoints in it are kept.
+
+    Raises:
+        OSError: If the directory cannot be created or written to.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryFile(dir=folder):
         pass
-    remove_checkpoints(folder, kept=set(folder.glob(_NAME)) if resume else ())
-    remove_checkpoints(folder / _FAILED, kept=set((folder / _FAILED).glob(_NAME)) if resume else ())
+    for each in (folder, folder / _FAILED):
+        remove_checkpoints(each, kept=set(each.glob(_NAME)) if resume else ())
 
 
 def check_disk_space(
     folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, more: Iterable[torch.Tensor] = ()
 ) -> None:
-    """See, before the first step, that a run's checkpoints fit on the disk.
+    """Check, before the first step, that the checkpoints of a run fit on the disk.
 
-    Two are needed at least: the last one is deleted when the next is whole. With the best one they can be three.
+    At least two are needed, since the last one is deleted once the next is complete. With the best one it is three.
 
     Args:
-        folder (`Path`): Where the checkpoints will be; need not exist. Those in it count as space.
-        model (`nn.Module`): What is trained.
-        optimizer (`torch.optim.Optimizer`): Of Adam's kind: it keeps two numbers for each that it trains.
-        more (`Iterable[torch.Tensor]`, *optional*): What else is saved, such as an average of the weights.
+        folder (`Path`): Directory of the checkpoints; need not exist. Those in it count as free space.
+        model (`nn.Module`): The model.
+        optimizer (`torch.optim.Optimizer`): An optimizer like Adam, which keeps two values per trained parameter.
+        more (`Iterable[torch.Tensor]`, *optional*): Tensors that are saved too, such as averaged weights.
 
     Raises:
-        InputError: If there is plainly too little space; where it may just do, a warning is logged.
+        InputError: If two do not fit. If three do not, a warning is logged.
     """
     trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     saved = (*model.parameters(), *model.buffers(), *more, *trained, *trained)
@@ -196,11 +303,11 @@ def check_disk_space(
     existing = next(path for path in (folder.resolve(), *folder.resolve().parents) if path.exists())
     free = shutil.disk_usage(existing).free
     space = free + size * len(list(folder.glob(_NAME)))
-    text = f"{folder}: a checkpoint takes {_gib(size)}, %s {_gib(free)} are free; make space or give another --output"
-    if space < _AT_LEAST * size:
-        raise InputError(text % f"{_AT_LEAST} are needed at the same time, and")
-    if space < _AT_MOST * size:
-        logger.warning(text, f"up to {_AT_MOST} are needed at the same time, and")
+    text = f"{folder}: a checkpoint takes {_gib(size)}, %s are needed at the same time, and {_gib(free)} are free"
+    if space < _MIN_CHECKPOINTS * size:
+        raise InputError(text % _MIN_CHECKPOINTS + "; free disk space or use a different --output_dir")
+    if space < _MAX_CHECKPOINTS * size:
+        logger.warning(text, f"up to {_MAX_CHECKPOINTS}")
 
 
 def _gib(size: float) -> str:
@@ -208,14 +315,14 @@ def _gib(size: float) -> str:
 
 
 def load_checkpoint(accelerator: Accelerator, checkpoint: Path) -> None:
-    """Give model, optimizer and random numbers the state that they had.
+    """Restore model, optimizer and random states.
 
     Args:
-        accelerator (`Accelerator`): Holds model and optimizer.
+        accelerator (`Accelerator`): The accelerator that prepared model and optimizer.
         checkpoint (`Path`): From [`get_last_checkpoint`].
 
     Raises:
-        InputError: If a file of it is missing or damaged.
+        InputError: If one of its files is missing or damaged.
     """
     try:
         _check_random_states(accelerator, checkpoint)
@@ -225,41 +332,41 @@ def load_checkpoint(accelerator: Accelerator, checkpoint: Path) -> None:
 
 
 def _check_random_states(accelerator: Accelerator, checkpoint: Path) -> None:
-    """Read what `load_state` leaves out without a word: random numbers that it cannot read or has no place for."""
+    """Check the random states, which `load_state` skips silently if they are unreadable or of other devices."""
     paths = sorted(checkpoint.glob(_RANDOM_STATE.format("*")))
     if not paths:
         raise FileNotFoundError(f"no {_RANDOM_STATE.format(0)}")
-    of_devices = {len(load(path).get("torch_cuda_manual_seed", ())) for path in paths}
-    if len(paths) != accelerator.num_processes or of_devices != {torch.cuda.device_count()}:
+    num_devices = {len(load(path).get("torch_cuda_manual_seed", ())) for path in paths}
+    if len(paths) != accelerator.num_processes or num_devices != {torch.cuda.device_count()}:
         logger.warning(
-            "%s: was written by %d processes that saw %s GPUs, and is read by %d that see %d: the run goes on with "
-            "other random numbers than it would have had",
-            *(checkpoint, len(paths), "/".join(map(str, of_devices))),
+            "%s: written by %d processes with %s GPUs each, but read by %d with %d: the run resumes with different "
+            "random numbers",
+            *(checkpoint, len(paths), "/".join(map(str, num_devices))),
             *(accelerator.num_processes, torch.cuda.device_count()),
         )
 
 
 def _damaged(checkpoint: Path, error: Exception) -> str:
     reason = str(error).partition("\n")[0] or type(error).__name__
-    return f"{checkpoint}: is damaged or incomplete ({reason}); restore it, or remove it to go on from an earlier one"
+    return f"{checkpoint}: is damaged or incomplete ({reason}); restore it, or remove it to resume from an earlier one"
 
 
 def load_training_state(checkpoint: Path, settings: dict[str, Any]) -> TrainingState:
-    """Read where a run was, and see that it is the run to go on with.
+    """Read the state of a run and check that its settings are those of the run that resumes it.
 
     Args:
         checkpoint (`Path`): From [`get_last_checkpoint`].
-        settings (`dict`): What the run that goes on was started with. What only one of the two knows is not compared:
+        settings (`dict`): Settings of the resumed run. Settings that only one of the two has are not compared, since
             the checkpoint may be of another version.
 
     Raises:
-        InputError: If a setting is not the checkpoint's, or the file that holds them is missing or damaged.
+        InputError: If a setting differs, or the file of the state is missing or damaged.
     """
     try:
         state = TrainingState(**json.loads((checkpoint / _STATE_FILE).read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError) as error:
         raise InputError(_damaged(checkpoint, error)) from error
-    now = json.loads(json.dumps(settings))  # as it comes back from the file: tuples are lists
+    now = json.loads(json.dumps(settings))  # as read back from a file: tuples are lists
     changed = [
         f"{name}: {state.settings[name]!r} before, {now[name]!r} now"
         for name in sorted(state.settings.keys() & now.keys())
@@ -267,35 +374,35 @@ def load_training_state(checkpoint: Path, settings: dict[str, Any]) -> TrainingS
     ]
     if changed:
         raise InputError(
-            f"{checkpoint}: a run can only be resumed with the settings that it began with ({'; '.join(changed)}); "
-            "use those, or start another run in another folder"
+            f"{checkpoint}: a run can only be resumed with the settings it was started with ({'; '.join(changed)}); "
+            "use those, or start another run with a different --output_dir"
         )
     best = checkpoint_path(checkpoint.parent, state.export_step)
     if not best.is_dir():
-        logger.warning("%s, the best checkpoint so far, is gone: the best from here on will be the result", best)
+        logger.warning("%s, the best checkpoint so far, not found: the best of the following will be the result", best)
         state.best_step, state.best_ap = None, -1.0
     return state
 
 
 def save_checkpoint(accelerator: Accelerator, folder: Path, state: TrainingState) -> None:
-    """Write a checkpoint, called by every process, and then delete all but this one and the best.
+    """Write a checkpoint, then delete all others but the best; called by every process.
 
-    At every moment there is a complete checkpoint, and what it calls the best is there too.
+    At any moment there is a complete checkpoint, and the best one according to its state.
 
     Args:
-        accelerator (`Accelerator`): Holds model and optimizer.
-        folder (`Path`): Where the checkpoints are.
-        state (`TrainingState`): Written beside them.
+        accelerator (`Accelerator`): The accelerator that prepared model and optimizer.
+        folder (`Path`): Directory of the checkpoints.
+        state (`TrainingState`): State of the run.
 
     Raises:
-        InputError: If it cannot be written, say because the disk is full. The earlier ones are still there.
+        InputError: If it cannot be written, for example because the disk is full. Earlier ones are kept.
     """
     path = checkpoint_path(folder, state.step)
-    # else only what is known about this step has changed, such as its score; other machines may see the folder late
+    # else only the state has changed, by an evaluation; other machines may see the directory late
     is_new = bool(all_reduce_max(accelerator, int(accelerator.is_main_process and not path.exists())))
     temporary = folder / f".{path.name}.part"
     if is_new:
-        _write_files(accelerator, temporary)
+        _save_state(accelerator, temporary)
     failure = ""
     if accelerator.is_main_process:
         try:
@@ -306,14 +413,14 @@ def save_checkpoint(accelerator: Accelerator, folder: Path, state: TrainingState
                 fsync(folder)
         except OSError as error:
             failure = str(error)
-    _stop_if(failure, accelerator, temporary)
+    _raise_if_not_written(failure, accelerator, temporary)
     if accelerator.is_main_process:
         remove_checkpoints(folder, kept=(path, checkpoint_path(folder, state.export_step)))
     accelerator.wait_for_everyone()
 
 
-def _write_files(accelerator: Accelerator, temporary: Path) -> None:
-    """Save what Accelerate holds. The processes write into one folder, so one of them makes it."""
+def _save_state(accelerator: Accelerator, temporary: Path) -> None:
+    """Save what Accelerate manages. All processes write to the directory, which one of them creates."""
     failure = ""
     if accelerator.is_main_process:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -324,60 +431,58 @@ def _write_files(accelerator: Accelerator, temporary: Path) -> None:
         if isinstance(error, RuntimeError) and not any(word in str(error) for word in _TORCH_WRITES):
             raise
         failure = str(error).partition("\n")[0]
-        if (
-            accelerator.distributed_type in SHARDED_DISTRIBUTED_TYPES
-        ):  # the others wait for this process before they come so far
+        if accelerator.distributed_type in SHARDED_DISTRIBUTED_TYPES:  # the others wait for this process in save_state
             raise _not_written([failure], temporary) from error
-    _stop_if(failure, accelerator, temporary)
+    _raise_if_not_written(failure, accelerator, temporary)
 
 
-def _stop_if(failure: str, accelerator: Accelerator, temporary: Path) -> None:
-    """Stop every process if one could not write, and give back the space that the half checkpoint takes."""
+def _raise_if_not_written(failure: str, accelerator: Accelerator, temporary: Path) -> None:
+    """Raise an error on every process if one of them could not write, and free the space of the partial checkpoint."""
     failures = all_gather_unique(failure)
     if not failures:
         return
-    problem = _not_written(failures, temporary)
+    error = _not_written(failures, temporary)
     if accelerator.is_main_process:
         shutil.rmtree(temporary, ignore_errors=True)
-    raise problem
+    raise error
 
 
 def _not_written(failures: Iterable[str], temporary: Path) -> InputError:
     free = _gib(shutil.disk_usage(temporary.parent).free)
     last = get_last_checkpoint(temporary.parent)
-    go_on = f"go on from {last.name} with --resume" if last else "start again"
+    then = f"resume from {last.name} with --resume_from_checkpoint" if last else "start again"
     return InputError(
-        f"{temporary.parent}: a checkpoint could not be written ({'; '.join(failures)}; {free} were left on the "
-        f"disk). Make space there, then {go_on}"
+        f"{temporary.parent}: a checkpoint could not be written ({'; '.join(failures)}; {free} were free). Free disk "
+        f"space, then {then}"
     )
 
 
 def save_emergency_checkpoint(
     accelerator: Accelerator, model: nn.Module, optimizer: torch.optim.Optimizer, folder: Path, state: TrainingState
 ) -> str:
-    """Save the state of a run that has to stop, called by every process, and say what can be done with it.
+    """Save the state of a run that has to stop, called by every process, and return what can be done with it.
 
-    A state whose numbers are all finite becomes an ordinary checkpoint. One that is spoilt already must not take the
-    place of those that are not: it goes into a folder of its own.
+    A finite state becomes an ordinary checkpoint. One with non-finite values must not replace finite ones: it is
+    written to a directory of its own.
 
     Args:
-        accelerator (`Accelerator`): Holds model and optimizer.
+        accelerator (`Accelerator`): The accelerator that prepared model and optimizer.
         model (`nn.Module`): The model.
         optimizer (`torch.optim.Optimizer`): Its optimizer.
-        folder (`Path`): Where the checkpoints are.
-        state (`TrainingState`): Of the last step that was done.
+        folder (`Path`): Directory of the checkpoints.
+        state (`TrainingState`): State after the last complete step.
     """
-    averages = (value for values in optimizer.state.values() for value in values.values())
-    spoilt = all_reduce_max(accelerator, not _all_finite((*model.state_dict().values(), *averages)))
+    moments = (value for values in optimizer.state.values() for value in values.values())
+    is_nonfinite = all_reduce_max(accelerator, not _all_finite((*model.state_dict().values(), *moments)))
     try:
-        save_checkpoint(accelerator, folder / _FAILED if spoilt else folder, state)
+        save_checkpoint(accelerator, folder / _FAILED if is_nonfinite else folder, state)
     except InputError as error:
         return f"The state before this step was not saved: {error}"
-    if not spoilt:
-        return f"The state before this step is kept in {checkpoint_path(folder, state.step)}"
+    if not is_nonfinite:
+        return f"The state before this step is saved in {checkpoint_path(folder, state.step)}"
     last = get_last_checkpoint(folder)
-    go_on = f"--resume goes on from {last.name}" if last else "there is no earlier checkpoint"
-    return f"The state before this step has such numbers too and is kept in {folder / 'failed'}; {go_on}"
+    then = f"--resume_from_checkpoint resumes from {last.name}" if last else "there is no earlier checkpoint"
+    return f"The state before this step has non-finite values too and is saved in {folder / _FAILED}; {then}"
 
 
 def _all_finite(values: Iterable[Any]) -> bool:
@@ -385,11 +490,11 @@ def _all_finite(values: Iterable[Any]) -> bool:
 
 
 def remove_checkpoints(folder: Path, kept: Collection[Path] = ()) -> None:
-    """Delete the checkpoints in a folder, finished or not, but those to be kept. Whatever else is there stays.
+    """Delete checkpoints, complete or partial, from a directory, and nothing else.
 
     Args:
-        folder (`Path`): Where the checkpoints are; need not exist.
-        kept (`Collection[Path]`, *optional*): From [`checkpoint_path`].
+        folder (`Path`): Directory of the checkpoints; need not exist.
+        kept (`Collection[Path]`, *optional*): Checkpoints to keep, from [`checkpoint_path`].
     """
     for path in {*folder.glob(_NAME), *folder.glob(f".{_NAME}.part")}.difference(kept):
         shutil.rmtree(path)

@@ -1,6 +1,6 @@
-"""A running average of the weights, which is usually a better and always a steadier model than the last step's.
+"""Exponential moving average of the weights, usually a better model than the last step's.
 
-Polyak and Juditsky, https://doi.org/10.1137/0330046; the ramp of the decay is that of TensorFlow's
+Polyak and Juditsky, https://doi.org/10.1137/0330046; the warm-up of the decay is that of TensorFlow's
 `ExponentialMovingAverage(num_updates=...)`.
 """
 
@@ -15,13 +15,13 @@ from ..utils.distributed import distribute_like, to_full_tensor, to_local
 
 
 def get_decay(updates: int, decay: float) -> float:
-    """Say how much of the average stays at an update: little at first, so that it soon forgets the first weights.
+    """Return the decay of an update: low at first, so that the average soon forgets the initial weights.
 
-    Up to `decay` the average looks back over about the last tenth of the run so far.
+    During this warm-up, the average covers about the last tenth of the run so far.
 
     Args:
-        updates (`int`): Updates done before this one.
-        decay (`float`): Where the ramp ends, in [0, 1).
+        updates (`int`): Number of updates before this one.
+        decay (`float`): Decay after the warm-up, in [0, 1).
 
     Example:
 
@@ -35,15 +35,19 @@ def get_decay(updates: int, decay: float) -> float:
 
 
 class ExponentialMovingAverage:
-    """An exponential moving average of a model's weights, in float32 beside the model.
+    """Exponential moving average of a model's weights, in float32.
 
-    What is averaged are the parameters that train and the buffers of real numbers, such as the statistics of batch
-    norms; frozen parameters are the model's own and cost nothing. `accelerator.register_for_checkpointing` takes it.
+    It averages the trained parameters and the floating-point buffers, such as the statistics of batch norms. Frozen
+    parameters are not copied. `accelerator.register_for_checkpointing` accepts it.
 
     Args:
-        model (`nn.Module`): The bare model, `accelerator.unwrap_model(model)` of a prepared one, already frozen where
-            it is to be. Of a model that FSDP2 shares out, each process averages its part.
-        decay (`float`): Part of the average that an update leaves, once its ramp is over, in [0, 1).
+        model (`nn.Module`): The unwrapped model, `accelerator.unwrap_model(model)` of a prepared one, with its frozen
+            stages already frozen. Of a model sharded by FSDP2, each process averages its shard.
+        decay (`float`): Fraction of the average that an update keeps after the warm-up, in [0, 1).
+
+    Attributes:
+        shadow (`dict[str, torch.Tensor]`): Averaged weights by name.
+        updates (`int`): Number of updates so far.
 
     Raises:
         ValueError: If `decay` is not in [0, 1).
@@ -56,7 +60,7 @@ class ExponentialMovingAverage:
     >>> average = ExponentialMovingAverage(model, decay=0.9)
     >>> _ = nn.init.ones_(model.weight)  # as a step of the optimizer would
     >>> average.update()
-    >>> with average.applied():
+    >>> with average.average_parameters():
     ...     print(round(model.weight.item(), 2))
     0.9
     >>> model.weight.item()
@@ -71,58 +75,55 @@ class ExponentialMovingAverage:
         self.model = model
         self.decay = decay
         self.updates = 0
-        self.averages = {name: tensor.to(torch.float32, copy=True) for name, tensor in self._trained().items()}
+        self.shadow = {name: tensor.to(torch.float32, copy=True) for name, tensor in self._trained().items()}
 
     def _trained(self) -> dict[str, torch.Tensor]:
-        """What an average is made of; asked for each time, since `model.to(...)` replaces buffers."""
+        """Return the averaged tensors of the model; looked up each time, since `model.to(...)` replaces buffers."""
         parameters = {name: each.detach() for name, each in self.model.named_parameters() if each.requires_grad}
         return parameters | {name: each for name, each in self.model.named_buffers() if each.is_floating_point()}
 
     @torch.no_grad()
     def update(self) -> None:
-        """Take the weights in, after a step of the optimizer."""
+        """Add the current weights to the average, after a step of the optimizer."""
         trained = self._trained()
-        averages = [to_local(self.averages[name]) for name in trained]
-        now = [to_local(tensor).to(average) for tensor, average in zip(trained.values(), averages)]
-        torch._foreach_lerp_(averages, now, 1 - get_decay(self.updates, self.decay))
+        shadow = [to_local(self.shadow[name]) for name in trained]
+        now = [to_local(tensor).to(average) for tensor, average in zip(trained.values(), shadow)]
+        torch._foreach_lerp_(shadow, now, 1 - get_decay(self.updates, self.decay))
         self.updates += 1
 
     @contextmanager
     @torch.no_grad()
-    def applied(self) -> Iterator[None]:
+    def average_parameters(self) -> Iterator[None]:
         """Give the model the averaged weights while the context lasts, to evaluate or save it, but not to train it.
 
-        The trained weights come back bit for bit.
+        The trained weights are restored bitwise identical.
         """
-        set_aside = {name: tensor.clone() for name, tensor in self._trained().items()}
+        stored = {name: tensor.clone() for name, tensor in self._trained().items()}
         try:
-            self._fill_in(self.averages)
+            self._copy_to_model(self.shadow)
             yield
         finally:
-            self._fill_in(set_aside)
+            self._copy_to_model(stored)
 
-    def _fill_in(self, values: dict[str, torch.Tensor]) -> None:
+    def _copy_to_model(self, values: dict[str, torch.Tensor]) -> None:
         for name, tensor in self._trained().items():
             tensor.copy_(values[name])
 
     def state_dict(self) -> dict[str, Any]:
-        """The averages by the names of the weights, and how many updates they are of; called by every process."""
-        return {
-            "updates": self.updates,
-            "averages": {name: to_full_tensor(each) for name, each in self.averages.items()},
-        }
+        """Return the averaged weights and the number of updates; called by every process."""
+        return {"updates": self.updates, "shadow": {name: to_full_tensor(each) for name, each in self.shadow.items()}}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a state.
+        """Restore a state.
 
         Raises:
-            ValueError: If it is the average of another model, or of one with other frozen parameters.
+            ValueError: If it is of another model, or of one with other frozen parameters.
         """
-        expected, given = _shapes(self.averages), _shapes(state["averages"])
+        expected, given = _shapes(self.shadow), _shapes(state["shadow"])
         if different := {name for name, _ in expected.items() ^ given.items()}:
             raise ValueError(f"the averaged weights are of another model, which differs in {min(different)}")
-        for name, average in self.averages.items():
-            average.copy_(distribute_like(state["averages"][name], average))
+        for name, average in self.shadow.items():
+            average.copy_(distribute_like(state["shadow"][name], average))
         self.updates = state["updates"]
 
 

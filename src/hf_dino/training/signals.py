@@ -1,4 +1,4 @@
-"""Stop when asked to, at the end of a step and with nothing lost."""
+"""Stop a run on a signal, at the end of a step and with nothing lost."""
 
 import os
 import signal
@@ -9,24 +9,24 @@ from typing import NoReturn
 
 from accelerate import Accelerator
 
-from ..data.batching import STOP_SIGNALS
 from ..utils.distributed import all_reduce_max
+from ..utils.signals import STOP_SIGNALS
 
 
-# One press of Ctrl-C comes twice: from the terminal, and from the launcher, which passes it on.
-_SECONDS_TO_THE_SECOND = 1.0
+# One press of Ctrl-C arrives twice: from the terminal, and from the launcher, which forwards it.
+_DUPLICATE_SECONDS = 1.0
 
 
 class StopSignals:
-    """While its context lasts, a signal to stop does not interrupt but is kept, to be asked for between steps.
+    """Record signals to stop instead of being interrupted by them, while the context lasts.
 
-    A second signal, more than a second later, ends the process at once, as any signal does without this class.
+    A second signal, more than a second later, ends the process at once.
 
     Args:
-        accelerator (`Accelerator`): Knows the processes, which all stop after the same step.
+        accelerator (`Accelerator`): The accelerator, whose processes all stop after the same step.
 
     Attributes:
-        received (`int`): Number of the signal that this process got, 0 as long as there was none.
+        received (`int`): Number of the signal that was received, 0 if there was none.
     """
 
     def __init__(self, accelerator: Accelerator):
@@ -36,7 +36,7 @@ class StopSignals:
         self._handlers: dict[int, signal._HANDLER] = {}
 
     def __enter__(self) -> "StopSignals":
-        if threading.current_thread() is threading.main_thread():  # no other may handle signals
+        if threading.current_thread() is threading.main_thread():  # no other thread may handle signals
             self._handlers = {number: signal.signal(number, self._receive) for number in STOP_SIGNALS}
         return self
 
@@ -50,26 +50,26 @@ class StopSignals:
         now = time.monotonic()
         if not self.received:
             self.received, self._since = number, now
-            if self.accelerator.is_main_process:  # written by the system: a print may be what was interrupted
+            if self.accelerator.is_main_process:  # os.write, since the signal may have interrupted a print
                 os.write(2, b"stopping after this step or evaluation; a second signal stops at once\n")
-        elif now - self._since > _SECONDS_TO_THE_SECOND:
+        elif now - self._since > _DUPLICATE_SECONDS:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
 
     def should_stop(self) -> bool:
-        """Say whether any process was asked to stop; all processes have to ask, after the same step."""
+        """Return whether any process received a signal; called by every process after the same step."""
         self.received = all_reduce_max(self.accelerator, self.received)
         return self.received != 0
 
-    def leave(self, text: str) -> NoReturn:
-        """End the process with the status that shells give to one that the signal ended: 130, 143, 138.
+    def exit(self, message: str) -> NoReturn:
+        """End the process with the exit status of one that the signal ended: 130, 143 or 138.
 
         Args:
-            text (`str`): What to tell people, after the signal's name.
+            message (`str`): Printed after the name of the signal.
 
         Raises:
             SystemExit: Always, so that contexts are left and trackers write what they have.
         """
-        self.accelerator.print(f"{signal.Signals(self.received).name}: {text}", flush=True)
+        self.accelerator.print(f"{signal.Signals(self.received).name}: {message}", flush=True)
         self.accelerator.end_training()
         raise SystemExit(128 + self.received)

@@ -1,7 +1,10 @@
 """User errors: the exception, helpers for its message, and how a command reports it."""
 
+import importlib
 import traceback
+import warnings
 from collections.abc import Callable, Iterable
+from types import ModuleType
 from typing import NoReturn
 
 
@@ -43,3 +46,18 @@ def run_cli(main: Callable[[], int | None]) -> NoReturn:
         traceback.clear_frames(error.__traceback__)  # frees DataLoaders, whose workers would delay the exit
         raise SystemExit(f"error: {error}") from None
     raise SystemExit(status)
+
+
+def import_extra(module: str, extra: str, purpose: str) -> ModuleType:
+    """Import `module`, an optional dependency that `pip install 'hf-dino[extra]'` installs.
+
+    Raises:
+        ImportError: If it is not installed. The message states what it is needed for and how to install it.
+    """
+    try:
+        with warnings.catch_warnings():
+            # supervision warns on import that OpenCV is missing, and uses numpy instead
+            warnings.filterwarnings("ignore", message="OpenCV", category=UserWarning)
+            return importlib.import_module(module)
+    except ImportError as error:
+        raise ImportError(f"{purpose} needs {module.split('.')[0]}: pip install 'hf-dino[{extra}]'") from error

@@ -1,0 +1,278 @@
+"""`hf-dino data check`, `augment` and `convert`."""
+
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from .options import AnnotationsOption, Command, ImagesOption, make_app, require_one_source
+
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from ..data import DataReport, DetectionSplit
+
+
+DatasetArgument = Annotated[
+    str | None,
+    typer.Argument(
+        help="Directory of a dataset in COCO, YOLO, Pascal VOC or `datasets` format, or its name on the Hub, "
+        "OWNER/NAME or OWNER/NAME:CONFIGURATION.",
+        show_default=False,
+    ),
+]
+StreamingOption = Annotated[
+    bool, typer.Option("--streaming", help="Download images one by one instead of the whole dataset, and keep them.")
+]
+MaxSamplesOption = Annotated[
+    int | None, typer.Option(min=1, help="Number of images to read of each split; needs --streaming.")
+]
+CacheOption = Annotated[
+    Path | None, typer.Option(metavar="DIRECTORY", help="Directory to keep the images of --streaming in.")
+]
+
+app = make_app("Check, preview and convert datasets.")
+_MAX_MESSAGES = 20  # errors that are printed, and warnings
+
+
+@dataclass(frozen=True)
+class _Source:
+    """Dataset that a command reads: a directory or name on the Hub, or images with their COCO annotation file."""
+
+    dataset: str | None
+    images: Path | None
+    annotations: Path | None
+    streaming: bool
+    max_samples: int | None
+    cache_dir: Path | None
+
+    def check(self, context: typer.Context) -> None:
+        """End the command if the options exclude each other."""
+        require_one_source(context, "a DATASET", self.dataset, self.images, self.annotations)
+        if self.dataset is None and (self.streaming or self.max_samples or self.cache_dir):
+            context.fail("--streaming, --max_samples and --cache_dir need a DATASET.")
+
+    def read(self, on_error: Any) -> dict[str, "DetectionSplit"]:
+        """Read the dataset and pass each error in it to `on_error`."""
+        from ..data.readers import read_coco_file, read_data, split_from_name
+
+        if self.dataset is not None:
+            return read_data(
+                self.dataset,
+                streaming=self.streaming,
+                max_samples=self.max_samples,
+                cache_dir=self.cache_dir,
+                on_error=on_error,
+            )
+        assert self.images is not None and self.annotations is not None
+        split = split_from_name(self.annotations.stem) or "train"
+        return {split: read_coco_file([self.images], self.annotations, on_error)}
+
+
+@app.command(cls=Command)
+def check(
+    context: typer.Context,
+    dataset: DatasetArgument = None,
+    images: ImagesOption = None,
+    annotations: AnnotationsOption = None,
+    streaming: StreamingOption = False,
+    max_samples: MaxSamplesOption = None,
+    cache_dir: CacheOption = None,
+    headers_only: Annotated[
+        bool, typer.Option("--headers_only", help="Read only the header of each image: faster, misses damaged pixels.")
+    ] = False,
+    num_workers: Annotated[
+        int | None, typer.Option(min=1, help="Threads that read images.", show_default="one per processor")
+    ] = None,
+    preview: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Image file to draw sample images with boxes to; must not exist."),
+    ] = None,
+    num_images: Annotated[int, typer.Option(min=1, help="Number of images in --preview.")] = 12,
+) -> None:
+    """Report errors and warnings about a dataset.
+
+    Nothing is changed. Give either DATASET, or --images and --annotations. The exit status is 1 if an error would stop
+    a training.
+    """
+    source = _Source(dataset, images, annotations, streaming, max_samples, cache_dir)
+    source.check(context)
+    _log_to_terminal()
+
+    from ..data import DataReport, check_data
+    from ..data.preview import draw_image_grid, ensure_can_draw, sample_images
+
+    if preview:
+        ensure_can_draw(preview)
+    errors: list[str] = []
+    splits = source.read(errors.append)
+    with _progress("images", sum(len(split.images) for split in splits.values())) as advance:
+        found = check_data(splits, decode=not headers_only, num_workers=num_workers, on_image=advance)
+    missing = [
+        f"there is no {split} split, which fine-tuning needs"
+        for split in ("train", "validation")
+        if dataset and split not in splits
+    ]
+    report = DataReport(errors + found.errors, found.warnings + missing, found.counts)
+    print_report(report)
+    if preview:
+        draw_image_grid(sample_images(splits, num_images), preview)
+        print(f"preview: {preview}")
+    raise typer.Exit(1 if report.errors else 0)
+
+
+@app.command(cls=Command)
+def augment(
+    context: typer.Context,
+    output: Annotated[Path, typer.Option(metavar="FILE", help="Image file to draw the preview to; must not exist.")],
+    dataset: DatasetArgument = None,
+    images: ImagesOption = None,
+    annotations: AnnotationsOption = None,
+    streaming: StreamingOption = False,
+    max_samples: MaxSamplesOption = None,
+    cache_dir: CacheOption = None,
+    augmentation: Annotated[
+        str,
+        typer.Option(
+            help="Name of an augmentation (dino, dino-large, flip, photometric, none), or path/to/file.py:function."
+        ),
+    ] = "dino",
+    image_size: Annotated[
+        list[str],
+        typer.Option(
+            metavar="PIXELS",
+            help="Size of images in training in pixels: shortest edge, shortest and longest edge, or HEIGHTxWIDTH.",
+            show_default="800 1333",
+        ),
+    ] = ["800", "1333"],  # noqa: B006
+    num_images: Annotated[int, typer.Option(min=1, help="Number of images, each in a row of its own.")] = 4,
+    num_views: Annotated[int, typer.Option(min=1, help="Number of augmented copies of each image.")] = 3,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the augmentation, as in training.")] = 0,
+) -> None:
+    """Draw images as training augments them.
+
+    Each row of the preview shows an image and its augmented copies, with boxes. Give either DATASET, or --images and
+    --annotations.
+    """
+    source = _Source(dataset, images, annotations, streaming, max_samples, cache_dir)
+    source.check(context)
+    _log_to_terminal()
+
+    from ..data import make_augmentation
+    from ..data.dataset import raise_input_error
+    from ..data.preview import draw_image_grid, ensure_can_draw, sample_augmented
+    from ..utils.arguments import parse_image_size
+
+    ensure_can_draw(output)
+    transform = make_augmentation(augmentation, parse_image_size(image_size))
+    split = next(iter(source.read(raise_input_error).values()))
+    draw_image_grid(sample_augmented(split, transform, num_images, num_views, seed), output, columns=1 + num_views)
+    print(f"preview: {output}")
+
+
+@app.command(cls=Command)
+def convert(
+    context: typer.Context,
+    output_dir: Annotated[
+        Path, typer.Option(metavar="DIRECTORY", help="Directory to write; must be empty or not exist.")
+    ],
+    format: Annotated[
+        Literal["coco", "voc", "yolo"],
+        typer.Option(
+            help="Format to write. coco keeps boxes as they are, yolo within 0.00001 of the image's side, voc rounds "
+            "them to whole pixels. Only coco stores crowd regions and areas."
+        ),
+    ],
+    dataset: DatasetArgument = None,
+    images: ImagesOption = None,
+    annotations: AnnotationsOption = None,
+    streaming: StreamingOption = False,
+    max_samples: MaxSamplesOption = None,
+    cache_dir: CacheOption = None,
+) -> None:
+    """Convert a dataset to another format.
+
+    Image files are copied byte by byte; a warning names information that the format cannot store. Give either DATASET,
+    or --images and --annotations.
+    """
+    source = _Source(dataset, images, annotations, streaming, max_samples, cache_dir)
+    source.check(context)
+    _log_to_terminal()
+
+    from ..data import InputError, convert_data
+    from ..data.dataset import raise_input_error
+
+    if dataset and Path(dataset).resolve() in output_dir.resolve().parents:
+        raise InputError(f"{output_dir}: is in {dataset}, which is not changed; use a different --output_dir")
+    splits = source.read(raise_input_error)
+    num_images = sum(len(split.images) for split in splits.values())
+    with _progress("checked, then copied", 2 * num_images) as advance:
+        warnings = convert_data(splits, output_dir, format, on_image=advance)
+    _print_messages("warning", "yellow", warnings)
+    print(f"data: {output_dir}")
+
+
+def _log_to_terminal() -> None:
+    """Print log messages, but not those of the reader, which the report repeats."""
+    handler = logging.StreamHandler()
+    handler.addFilter(lambda record: record.name != "hf_dino.data.dataset")
+    logging.basicConfig(format="%(message)s", handlers=[handler])
+
+
+@contextmanager
+def _progress(description: str, total: int) -> Iterator[Callable[[], None]]:
+    """Show a progress bar and give the function that advances it by one."""
+    from rich.progress import Progress
+
+    with Progress(transient=True) as progress:
+        task = progress.add_task(description, total=total)
+        yield lambda: progress.advance(task)
+
+
+def print_report(report: "DataReport") -> None:
+    """Print the counts as tables, then warnings, then errors."""
+    from rich.console import Console
+
+    from ..data.check import SIZES
+
+    console = Console()
+    columns = ("images", "without objects", "objects", "crowds", *SIZES)
+    counts = {
+        split: (each.num_images, each.num_empty_images, each.num_objects, each.num_crowds, *each.sizes.values())
+        for split, each in report.counts.items()
+    }
+    console.print(_table(("split", *columns), counts))
+    names = dict.fromkeys(name for each in report.counts.values() for name, count in each.classes.items() if count)
+    objects = {name: [each.classes.get(name, "—") for each in report.counts.values()] for name in names}
+    console.print(_table(("class", *report.counts), objects))
+    _print_messages("warning", "yellow", report.warnings)
+    _print_messages("error", "red", report.errors)
+    console.print(f"{len(report.errors)} errors, {len(report.warnings)} warnings", highlight=False)
+
+
+def _print_messages(kind: str, style: str, messages: Sequence[str]) -> None:
+    from rich.console import Console
+
+    console = Console()
+    for message in messages[:_MAX_MESSAGES]:
+        console.print(f"{kind}: {message}", style=style, markup=False, emoji=False, highlight=False, soft_wrap=True)
+    if len(messages) > _MAX_MESSAGES:
+        console.print(f"… and {len(messages) - _MAX_MESSAGES} more {kind}s", style=style)
+
+
+def _table(header: Sequence[str], rows: Mapping[str, Sequence[object]]) -> "Table":
+    from rich.table import Table
+    from rich.text import Text  # a class name in brackets is not markup
+
+    table = Table()
+    table.add_column(header[0], no_wrap=True, max_width=40)
+    for name in header[1:]:
+        table.add_column(name, justify="right")
+    for name, numbers in rows.items():
+        table.add_row(Text(name), *map(str, numbers))
+    return table

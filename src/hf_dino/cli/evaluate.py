@@ -1,0 +1,150 @@
+"""`hf-dino evaluate`."""
+
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from .options import AnnotationsOption, ImagesOption, ModelOption, command_line, log_to_terminal, require_one_source
+
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from ..data import DetectionSplit
+    from ..evaluation import CocoScores
+
+
+def evaluate(
+    context: typer.Context,
+    model_name_or_path: ModelOption,
+    dataset: Annotated[
+        str | None, typer.Option(help="Directory of a dataset, or its name on the Hub, OWNER/NAME.")
+    ] = None,
+    split: Annotated[
+        Literal["train", "validation", "test"], typer.Option(help="Split of --dataset to evaluate on.")
+    ] = "validation",
+    images: ImagesOption = None,
+    annotations: AnnotationsOption = None,
+    metrics_json: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="File to write all metrics to as JSON; must not exist.")
+    ] = None,
+    results_json: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="File to write detections to as COCO results; must not exist.")
+    ] = None,
+    report_html: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="File to write the error analysis to; must not exist.")
+    ] = None,
+    coco_backend: Annotated[
+        Literal["pycocotools", "faster-coco-eval"],
+        typer.Option(help="Package that computes COCO metrics; faster-coco-eval is faster and equally exact."),
+    ] = "pycocotools",
+    image_processor_backend: Annotated[
+        Literal["torchvision", "pil"] | None,
+        typer.Option(
+            help="Library that resizes images; pil resizes exactly as the official implementation.",
+            show_default="the model's",
+        ),
+    ] = None,
+    per_device_eval_batch_size: Annotated[
+        int, typer.Option(min=1, help="Images per batch on each process, all of the same resized size.")
+    ] = 8,
+    dataloader_num_workers: Annotated[int, typer.Option(min=0, help="DataLoader workers of each process.")] = 2,
+    mixed_precision: Annotated[
+        Literal["no", "fp16", "bf16"] | None,
+        typer.Option(help="Precision of the model's computations.", show_default="the configuration of accelerate"),
+    ] = None,
+) -> None:
+    """Evaluate a model on a dataset with the COCO metrics.
+
+    Give either --dataset, or --images and --annotations. Classes are matched with those of the model by name. The
+    report is one HTML file: average precision and best score threshold of each class, precision over recall, types of
+    errors, confused classes, and the images with the most errors.
+
+    `accelerate launch -m hf_dino evaluate` splits the images among several processes.
+    """
+    require_one_source(context, "--dataset", dataset, images, annotations)
+    log_to_terminal()
+
+    import torch
+    from accelerate import Accelerator
+    from rich.progress import Progress
+
+    from ..evaluation import check_engine, evaluate_model
+    from ..hub import load_model_and_processor
+    from ..training import PROCESS_GROUP_TIMEOUT, read_and_check
+    from ..utils.io import ensure_new_files
+    from ..visualization import check_drawing_dependencies
+
+    ensure_new_files(metrics_json, results_json, report_html)
+    check_engine(coco_backend)
+    if report_html:
+        check_drawing_dependencies()
+    accelerator = Accelerator(
+        cpu=not torch.accelerator.is_available(),
+        mixed_precision=mixed_precision,
+        kwargs_handlers=[PROCESS_GROUP_TIMEOUT],
+    )
+    (data,) = read_and_check(partial(_read_split, dataset, split, images, annotations)).values()
+    model, processor = load_model_and_processor(model_name_or_path, backend=image_processor_backend)
+
+    with Progress(disable=not accelerator.is_main_process) as progress:
+        task = progress.add_task("evaluating", total=len(data.images) / accelerator.num_processes)
+        scores, detections = evaluate_model(
+            accelerator.prepare(model),
+            processor,
+            data,
+            accelerator,
+            batch_size=per_device_eval_batch_size,
+            num_workers=dataloader_num_workers,
+            on_batch=partial(progress.advance, task),
+            engine=coco_backend,
+        )
+    if accelerator.is_main_process:
+        print(f"{split if dataset else data.name}, {len(data.images)} images:\n{scores.table}")
+        details = {
+            "model": model_name_or_path,
+            "data": str(data.source),
+            "scored by": coco_backend,
+            "command": command_line(context),
+        }
+        _write(data, scores, detections, details, metrics_json, results_json, report_html)
+    accelerator.end_training()
+
+
+def _read_split(
+    dataset: str | None, split: str, images: Path | None, annotations: Path | None
+) -> dict[str, "DetectionSplit"]:
+    from ..data import read_coco, read_data
+
+    if dataset is not None:
+        return read_data(dataset, splits=[split])
+    assert images is not None and annotations is not None
+    data = read_coco(images, annotations)
+    return {data.name: data}
+
+
+def _write(
+    data: "DetectionSplit",
+    scores: "CocoScores",
+    detections: "np.ndarray",
+    details: dict[str, str],
+    metrics_json: Path | None,
+    results_json: Path | None,
+    report_html: Path | None,
+) -> None:
+    """Write the files that are not None."""
+    from ..evaluation import analyze_errors, write_coco_results
+    from ..evaluation.report import write_report
+    from ..utils.io import write_json
+
+    if metrics_json is not None:
+        write_json(metrics_json, {**scores.metrics, "ap_per_category": scores.ap_per_category})
+    if results_json is not None:
+        write_coco_results(results_json, detections)
+    if report_html is not None:
+        title = f"{details['model']} on {data.name}"
+        write_report(report_html, data, scores, analyze_errors(data, detections), title=title, details=details)
+    for path in filter(None, (metrics_json, results_json, report_html)):
+        print(f"written: {path}")

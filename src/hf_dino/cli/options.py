@@ -1,0 +1,118 @@
+"""Command-line options: their spelling, those that several commands share, and checks of how they are combined."""
+
+import logging
+import shlex
+from collections import defaultdict
+from collections.abc import Container, Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperCommand
+
+
+ModelOption = Annotated[
+    str, typer.Option("--model_name_or_path", help="Directory of a saved model, or name of a model on the Hub.")
+]
+ImagesOption = Annotated[
+    Path | None,
+    typer.Option(metavar="DIRECTORY", help="Directory of images; with --annotations, instead of a dataset."),
+]
+AnnotationsOption = Annotated[
+    Path | None,
+    typer.Option(metavar="FILE", help="COCO annotation file of --images; with --images, instead of a dataset."),
+]
+
+
+class Command(TyperCommand):
+    """A command with the conventions of transformers' scripts.
+
+    Options are spelled with underscores. An option that is a list takes several values, as in `--freeze stem encoder`,
+    or none for an empty list. Help lists the options by their `rich_help_panel`.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        for parameter in self.params:
+            parameter.opts = [_underscored(option) for option in parameter.opts]
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Parse the arguments after writing each option that is a list once per value, as typer expects it."""
+        ctx.meta[__name__] = list(args)  # parsing consumes them
+        lists = {option for each in self.params if getattr(each, "multiple", False) for option in each.opts}
+        return super().parse_args(ctx, list(_repeat_options(args, lists)))
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        """Write the help of each group of options."""
+        groups: dict[str, list[tuple[str, str]]] = defaultdict(list)
+        for parameter in sorted(self.get_params(ctx), key=lambda parameter: parameter.param_type_name):
+            group = getattr(parameter, "rich_help_panel", None) or f"{parameter.param_type_name.title()}s"
+            groups[group] += filter(None, [parameter.get_help_record(ctx)])
+        for group, records in groups.items():
+            with formatter.section(group):
+                formatter.write_dl(records)
+
+
+def _underscored(option: str) -> str:
+    return option[:2] + option[2:].replace("-", "_")
+
+
+def _repeat_options(arguments: Sequence[str], repeated: Container[str]) -> Iterator[str]:
+    """Write `--option a b` as `--option a --option b` for the options in `repeated`.
+
+    Example:
+
+    ```python
+    >>> list(_repeat_options(["mine", "--freeze", "stem", "encoder", "--seed", "1"], {"--freeze"}))
+    ['mine', '--freeze', 'stem', '--freeze', 'encoder', '--seed', '1']
+
+    ```
+    """
+    starts = [index for index, argument in enumerate(arguments) if argument.startswith("--")]
+    yield from arguments[: min(starts, default=None)]
+    for start, stop in zip(starts, [*starts[1:], len(arguments)]):
+        option, *values = arguments[start:stop]
+        if _underscored(option) in repeated:
+            yield from (word for value in values or [""] for word in (option, value))
+        else:
+            yield from (option, *values)
+
+
+def command_line(context: typer.Context) -> str:
+    """Return the command line as one would type it, for reports and model cards."""
+    return shlex.join([*context.command_path.split(), *context.meta[__name__]])
+
+
+def make_app(help: str) -> typer.Typer:
+    """Make a group of commands, whose options and choices may be typed with dashes or with underscores."""
+    return typer.Typer(
+        help=help,
+        no_args_is_help=True,
+        rich_markup_mode=None,  # its tables cut off long names of options in narrow terminals
+        add_completion=False,
+        pretty_exceptions_enable=False,
+        context_settings={
+            "help_option_names": ["--help", "-h"],
+            "token_normalize_func": lambda token: token.replace("-", "_"),
+        },
+    )
+
+
+def require_one_source(
+    context: typer.Context, name: str, dataset: str | None, images: Path | None, annotations: Path | None
+) -> None:
+    """End the command unless it got either a dataset or both images and annotations.
+
+    Args:
+        name (`str`): Of the dataset's parameter, for the error message.
+    """
+    given = tuple(value is not None for value in (dataset, images, annotations))
+    if given not in ((True, False, False), (False, True, True)):
+        context.fail(f"Give either {name}, or both --images and --annotations.")
+
+
+def log_to_terminal() -> None:
+    """Print warnings of this package and of others to the terminal, above a progress bar if there is one."""
+    from rich.logging import RichHandler
+
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[RichHandler(show_path=False)])

@@ -1,0 +1,87 @@
+"""`hf-dino train`: fine-tune DINO, with the fields of `FineTuningArguments` as options."""
+
+import inspect
+import logging
+from dataclasses import MISSING, Field
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ..training_arguments import OPTIONS, FineTuningArguments, parse_option, read_recipe
+
+
+def train(recipe: Path | None = None, **options: Any) -> None:
+    """Fine-tune DINO on a dataset, or train it from scratch.
+
+    The dataset is a directory in the format of COCO, Pascal VOC, YOLO or Hugging Face datasets, or on the Hub, with a
+    train and a validation split. The defaults are the official recipe for COCO. `accelerate launch -m hf_dino train`
+    runs it on several GPUs. Ctrl-C, SIGTERM and SIGUSR1 stop it after the current step, with a checkpoint.
+    """
+    run(make_arguments(recipe, options))
+
+
+def run(arguments: FineTuningArguments) -> None:
+    """Train, with warnings and errors on the terminal.
+
+    Args:
+        arguments (`FineTuningArguments`): The options of the run.
+    """
+    import transformers
+    from rich.logging import RichHandler
+
+    from ..training import FineTuner, make_accelerator
+
+    accelerator = make_accelerator(arguments)
+    level = logging.WARNING if accelerator.is_main_process else logging.ERROR
+    logging.basicConfig(level=level, format="%(message)s", handlers=[RichHandler(show_path=False)])
+    transformers.utils.logging.disable_progress_bar()  # FineTuner has its own
+    FineTuner(arguments, accelerator).train()
+
+
+def make_arguments(recipe: Path | None, options: dict[str, Any]) -> FineTuningArguments:
+    """Combine a recipe with the options of the command line, which take precedence.
+
+    Args:
+        recipe (`Path`, *optional*): The recipe.
+        options (`dict[str, Any]`): Text by the name of the option; `None` or an empty list if it was not given.
+    """
+    given = {name: parse_option(name, value) for name, value in options.items() if value not in (None, [])}
+    values = read_recipe(recipe) if recipe else {}
+    overrides = values.get("config_overrides", {}) | given.get("config_overrides", {})
+    return FineTuningArguments(**values | given | {"config_overrides": overrides})
+
+
+METAVARS = {int: "INTEGER", int | None: "INTEGER", float: "NUMBER", float | None: "NUMBER"}
+
+
+def _parameter(field: Field) -> inspect.Parameter:
+    """Make the typer option of a field of `FineTuningArguments`."""
+    is_flag, several, default = field.type is bool, field.metadata["metavar"], field.default
+    option = typer.Option(
+        f"--{field.name}/--no_{field.name}" if is_flag else f"--{field.name}",
+        help=field.metadata["help"] + ("" if is_flag or default in (None, MISSING) else f" Default: {default}."),
+        metavar=several or METAVARS.get(field.type),
+    )
+    kind: Any = bool if is_flag else list[str] if several else str
+    is_required = default is MISSING and field.default_factory is MISSING
+    return inspect.Parameter(
+        field.name,
+        inspect.Parameter.KEYWORD_ONLY,
+        default=... if is_required else None,
+        annotation=Annotated[kind | None, option],
+    )
+
+
+_RECIPE = inspect.Parameter(
+    "recipe",
+    inspect.Parameter.KEYWORD_ONLY,
+    default=None,
+    annotation=Annotated[
+        Path | None,
+        typer.Option(help="YAML file with any of these options; those of the command line take precedence."),
+    ],
+)
+_PARAMETERS = [_RECIPE, *map(_parameter, OPTIONS.values())]
+train.__signature__ = inspect.Signature(_PARAMETERS)  # type: ignore[attr-defined]
+train.__annotations__ = {each.name: each.annotation for each in _PARAMETERS}

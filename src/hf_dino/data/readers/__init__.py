@@ -1,0 +1,130 @@
+"""Read a dataset in any of the usual formats, which is detected automatically."""
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ...utils.errors import InputError, summarize_list
+from ..dataset import SPLITS, DetectionSplit, ErrorHandler, raise_input_error, require_image_files
+from .coco import find_coco, find_single_coco_file, read_coco, read_coco_file, read_coco_files
+from .common import split_from_name
+from .hf_datasets import find_imagefolder, find_saved, is_hub_id, load_from_hub, read_tables, stream
+from .voc import find_voc, read_voc
+from .yolo import find_yolo_folders, find_yolo_yaml, read_yolo
+
+
+__all__ = ["FORMATS", "Format", "detect_format", "read_coco", "read_coco_file", "read_data", "split_from_name"]
+
+
+class Format(NamedTuple):
+    """A format of dataset folders.
+
+    Attributes:
+        name (`str`): Display name.
+        signature (`str`): The files that identify the format, for messages.
+        find (`Callable`): Returns the files of each split; empty for a folder in another format.
+        read (`Callable`): Reads the splits that were found.
+    """
+
+    name: str
+    signature: str
+    find: Callable[[Path], Mapping[str, Any]]
+    read: Callable[[Mapping[str, Any], Path, ErrorHandler], dict[str, DetectionSplit]]
+
+
+# The first match is taken, so the most specific signatures come first.
+FORMATS = (
+    Format("datasets", "dataset_dict.json, or dataset_info.json and state.json", find_saved, read_tables),
+    Format("YOLO", "a YAML file with names and train, val or test", find_yolo_yaml, read_yolo),
+    Format(
+        "COCO",
+        "train.json, annotations/instances_train*.json or train/_annotations.coco.json",
+        find_coco,
+        read_coco_files,
+    ),
+    Format("datasets", "metadata.jsonl, metadata.csv or *.parquet, here or in train", find_imagefolder, read_tables),
+    Format("Pascal VOC", "JPEGImages and Annotations with *.xml, or *.xml here or in train", find_voc, read_voc),
+    Format("YOLO", "images and labels with *.txt, here or in train", find_yolo_folders, read_yolo),
+    Format("COCO", "a single *.json", find_single_coco_file, read_coco_files),
+)
+
+
+def read_data(
+    source: str | Path,
+    *,
+    splits: Sequence[str] = (),
+    streaming: bool = False,
+    max_samples: int | None = None,
+    cache_dir: str | Path | None = None,
+    on_error: ErrorHandler = raise_input_error,
+) -> dict[str, DetectionSplit]:
+    """Read a detection dataset. Its files are never changed.
+
+    A folder may be in the format of COCO, Pascal VOC, YOLO or Hugging Face `datasets`, which is detected
+    automatically. Any other name is an id on the Hub. Boxes that are empty, non-finite or outside their image are
+    dropped. Boxes that extend beyond the image are kept and counted. Both are logged.
+
+    Args:
+        source (`str` or `Path`): A folder, or an id on the Hub: `OWNER/NAME[:CONFIGURATION][@REVISION]`.
+        splits (`Sequence[str]`, *optional*): Any of `"train"`, `"validation"` and `"test"`, which must exist; by
+            default all that exist. The dataset may name them differently, such as `val` or `train2017`; a dataset
+            without splits is `"train"`. Classes that are given only as names with the objects are numbered over all
+            splits, even if only some are read, but for a stream over those that are read.
+        streaming (`bool`, *optional*, defaults to `False`): Stream a dataset of `datasets` instead of downloading it
+            completely. The images are kept in a cache, because training reads them repeatedly and in any order.
+        max_samples (`int`, *optional*): Number of images of each split to stream, from its beginning.
+        cache_dir (`str` or `Path`, *optional*): Cache folder of a stream; by default that of `datasets`.
+        on_error (`Callable`, *optional*): Called with each error that makes the dataset unfit for training but not
+            unreadable. By default the first one is raised.
+
+    Returns:
+        `dict[str, DetectionSplit]`: By split, in the order above.
+
+    Raises:
+        InputError: If the source is in no known format, is inconsistent, or lacks a split or images, or if
+            `max_samples` or `cache_dir` is given without `streaming`.
+        ImportError: If a package that the format needs is not installed.
+    """
+    if unknown := set(splits) - set(SPLITS):
+        raise InputError(f"unknown splits: {summarize_list(sorted(unknown))}. Choose from {summarize_list(SPLITS)}")
+    if not streaming and (max_samples is not None or cache_dir is not None):
+        raise InputError("max_samples and cache_dir require streaming. Add streaming, or remove them")
+    read, found = _find_splits(source, splits, streaming, max_samples, Path(cache_dir) if cache_dir else None)
+    if missing := [split for split in splits if split not in found]:
+        available = f". It has {summarize_list(found)}" if found else ""
+        raise InputError(f"{source}: split {summarize_list(missing)} not found{available}")
+    selected = {split: found[split] for split in SPLITS if split in found and (not splits or split in splits)}
+    data = read(selected, source, on_error)
+    return {
+        split: require_image_files(each) if on_error is raise_input_error else each for split, each in data.items()
+    }
+
+
+def _find_splits(
+    source: str | Path, splits: Sequence[str], streaming: bool, max_samples: int | None, cache_dir: Path | None
+) -> tuple[Callable, Mapping[str, Any]]:
+    """Return a function that reads the source and the splits to call it with."""
+    if streaming:
+        return read_tables, stream(str(source), splits, max_samples, cache_dir)
+    folder = Path(source)
+    if folder.is_dir():
+        return detect_format(folder)
+    if folder.exists():
+        raise InputError(f"{source}: is a file. Give the dataset's folder, or --images and --annotations")
+    if not isinstance(source, str) or not is_hub_id(source):
+        raise InputError(f"{source}: folder not found, and not an id on the Hub")
+    return read_tables, load_from_hub(source)
+
+
+def detect_format(folder: Path) -> tuple[Callable, Mapping[str, Any]]:
+    """Return the function that reads a folder's format, and the files of each split.
+
+    Raises:
+        InputError: If the folder is in no known format.
+    """
+    for format in FORMATS:
+        if found := format.find(folder):
+            return format.read, found
+    signatures = "".join(f"\n  {format.name}: {format.signature}" for format in FORMATS)
+    entries = summarize_list(sorted(entry.name for entry in folder.iterdir()), 10) or "nothing"
+    raise InputError(f"{folder}: is not in a known format. Looked for:{signatures}\nThe folder contains {entries}")

@@ -1,0 +1,92 @@
+"""Shared by the readers: which split a name stands for, and boxes as supervision reads them."""
+
+import re
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+
+from ...utils.errors import InputError
+from ..dataset import SPLIT_ALIASES, SPLITS, xyxy_to_xywh
+
+
+Item = TypeVar("Item")
+Annotation = tuple[Any, Any]  # a class, and x, y, width, height in pixels or `None`
+
+
+def split_from_name(name: str) -> str | None:
+    """Return the split that a name contains as a word, if any.
+
+    Example:
+
+    ```python
+    >>> split_from_name("instances_val2017"), split_from_name("Train"), split_from_name("_annotations.coco")
+    ('validation', 'train', None)
+
+    ```
+    """
+    return next((SPLIT_ALIASES[word] for word in re.findall("[a-z]+", name.lower()) if word in SPLIT_ALIASES), None)
+
+
+def group_by_split(named_paths: Iterable[tuple[str, Path]]) -> dict[str, Path]:
+    """Map splits to the paths named after them. Paths that are not named after a split are left out.
+
+    Raises:
+        InputError: If two paths are named after the same split.
+    """
+    found: dict[str, Path] = {}
+    for name, path in named_paths:
+        split = split_from_name(name)
+        if split in found:
+            raise InputError(
+                f"the {split} split may be {found[split]} or {path}. Move one of them away, or give a folder of images "
+                "and its COCO file"
+            )
+        if split:
+            found[split] = path
+    return {split: found[split] for split in SPLITS if split in found}
+
+
+def split_folders(folder: Path) -> dict[str, Path]:
+    """Return the folders directly inside `folder` that are named after splits."""
+    return group_by_split((entry.name, entry) for entry in sorted(folder.iterdir()) if entry.is_dir())
+
+
+def supervision_to_xywh(detections: Any) -> np.ndarray:
+    """Return the boxes of supervision's detections as x, y, width, height in pixels.
+
+    supervision stores corners in single precision. Rounding to thousandths of a pixel removes its error, so that a box
+    is the same in every format.
+
+    Example:
+
+    ```python
+    >>> from types import SimpleNamespace
+    >>> supervision_to_xywh(SimpleNamespace(xyxy=np.array([[11.3, 2, 20, 30.125]], dtype=np.float32))).tolist()
+    [[11.3, 2.0, 8.7, 28.125]]
+
+    ```
+    """
+    return np.round(xyxy_to_xywh(detections.xyxy.astype(np.float64)), 3)
+
+
+def read_valid(
+    items: Sequence[Item], read: Callable[[Sequence[Item]], list[Annotation]], invalid: Annotation
+) -> list[Annotation]:
+    """Read annotations with supervision, which rejects a whole file for one invalid item.
+
+    Args:
+        items (sequence of length `num_objects`): Lines or XML elements.
+        read (`Callable`): Reads items; raises `ValueError` if one is invalid.
+        invalid (`tuple`): Returned for an invalid item.
+
+    Returns:
+        `list[tuple]` of length `num_objects`: Class and box of each item.
+    """
+    try:
+        return read(items)
+    except ValueError:
+        if len(items) > 1:
+            return [annotation for item in items for annotation in read_valid([item], read, invalid)]
+        return [invalid]

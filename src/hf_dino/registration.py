@@ -1,0 +1,40 @@
+"""Register DINO with the auto classes of transformers.
+
+Importing this module is enough. `import hf_dino` does, and so does every module that loads models by auto classes.
+
+Example:
+```python
+>>> AutoConfig.for_model("dino_detr", num_queries=300).num_queries
+300
+
+```
+"""
+
+from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForObjectDetection
+from transformers.models.auto.modeling_auto import MODEL_FOR_OBJECT_DETECTION_MAPPING_NAMES
+
+from .configuration_dino_detr import DinoDetrConfig
+from .image_processing_dino_detr import DinoDetrImageProcessor, DinoDetrImageProcessorPil
+from .modeling_dino_detr import DinoDetrForObjectDetection, DinoDetrModel, DinoDetrPreTrainedModel
+
+
+__all__ = [
+    "DinoDetrConfig",
+    "DinoDetrForObjectDetection",
+    "DinoDetrImageProcessor",
+    "DinoDetrImageProcessorPil",
+    "DinoDetrModel",
+    "DinoDetrPreTrainedModel",
+]
+
+# `exist_ok`: a later transformers may bring classes of these names.
+AutoConfig.register(DinoDetrConfig.model_type, DinoDetrConfig, exist_ok=True)
+AutoModel.register(DinoDetrConfig, DinoDetrModel, exist_ok=True)
+AutoModelForObjectDetection.register(DinoDetrConfig, DinoDetrForObjectDetection, exist_ok=True)
+AutoImageProcessor.register(
+    DinoDetrConfig,
+    image_processor_classes={"torchvision": DinoDetrImageProcessor, "pil": DinoDetrImageProcessorPil},
+    exist_ok=True,
+)
+# `pipeline` looks up this table of names instead of the registry, and would log that DINO is not supported.
+MODEL_FOR_OBJECT_DETECTION_MAPPING_NAMES.setdefault(DinoDetrConfig.model_type, DinoDetrForObjectDetection.__name__)

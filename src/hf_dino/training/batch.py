@@ -1,0 +1,159 @@
+"""From a dataset to the batches of a step: reading, checking, preprocessing, and the effective batch of the loss."""
+
+import logging
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import islice
+from typing import Any
+
+import torch
+from accelerate import Accelerator, PartialState
+from accelerate.utils import broadcast_object_list
+from transformers import BaseImageProcessor, PreTrainedModel
+
+from ..data.augmentation import Augmentation, make_augmentation
+from ..data.check import check_data
+from ..data.dataset import DetectionSplit, label_of_category
+from ..data.loaders import TrainingCollator, get_processed_shape
+from ..denoising_dino_detr import DinoDetrEffectiveBatch
+from ..evaluation.predictions import eval_mode
+from ..utils.errors import InputError
+
+
+logger = logging.getLogger("hf_dino.data")
+
+
+def read_and_check(read: Callable[[], dict[str, DetectionSplit]], *, is_new: bool = True) -> dict[str, DetectionSplit]:
+    """Read a dataset and, for a new run, check it. Must be called on every process.
+
+    Args:
+        read (`Callable`): Returns the dataset by the names of splits. The main process calls it first, so that only
+            one of them downloads.
+        is_new (`bool`, *optional*, defaults to `True`): False for a resumed run, whose dataset was checked before.
+
+    Returns:
+        `dict[str, DetectionSplit]`: The dataset that `read` returned.
+
+    Raises:
+        InputError: If there is an error in the dataset. Warnings are logged.
+    """
+    process, readers_logger = PartialState(), logging.getLogger("hf_dino.data.dataset")
+    readers_logger.disabled = is_new  # the check repeats which boxes were changed, and names their images
+    try:
+        with process.main_process_first():
+            data = read()
+    finally:
+        readers_logger.disabled = False
+    if is_new:
+        reports = [check_data(data, decode=False) if process.is_main_process else None]
+        (report,) = broadcast_object_list(reports)
+        for warning in report.warnings if process.is_main_process else ():
+            logger.warning(warning)
+        report.raise_if_errors()
+    return data
+
+
+@dataclass(frozen=True)
+class TrainingPipeline:
+    """Preprocessing that turns annotated images into arguments of a model.
+
+    Attributes:
+        augmentation (`Augmentation`): Augmentation of the training images.
+        collate (`TrainingCollator`): Makes batches of them.
+    """
+
+    augmentation: Augmentation
+    collate: TrainingCollator
+
+
+def build_training_pipeline(
+    model: PreTrainedModel, processor: BaseImageProcessor, data: Mapping[str, DetectionSplit], augmentation: str
+) -> TrainingPipeline:
+    """Build the preprocessing of a dataset for a model, and check before the first step that every image is usable.
+
+    Args:
+        model (`PreTrainedModel`): A `DinoDetrForObjectDetection`, before `accelerator.prepare`.
+        processor (`BaseImageProcessor`): Its image processor, with the training size, which is changed to the
+            evaluation size of the augmentation.
+        data (`Mapping[str, DetectionSplit]`): The dataset by the names of splits; `"train"` is trained on.
+        augmentation (`str`): A name for [`make_augmentation`].
+
+    Raises:
+        InputError: If a category with objects is not a class of the model, the augmentation cannot be used, or an
+            image becomes too small for the model.
+    """
+    labels = {name: label_of_category(split, model.config.id2label) for name, split in data.items()}
+    chosen = make_augmentation(augmentation, dict(processor.size))
+    processor.size = dict(chosen.evaluation_size)
+    shape_of = {name: partial(get_processed_shape, processor) for name in data} | {"train": chosen.min_output_shape}
+    check_min_image_size(
+        model,
+        (shape_of[name](image.height, image.width) for name, split in data.items() for image in split.images),
+    )
+    return TrainingPipeline(
+        chosen, TrainingCollator(processor, labels["train"], model.config.num_labels, do_resize=not chosen.resizes)
+    )
+
+
+@torch.no_grad()
+def check_min_image_size(model: PreTrainedModel, shapes: Iterable[tuple[int, int]]) -> None:
+    """Check that the model can select its queries from the features of the smallest image.
+
+    Args:
+        model (`PreTrainedModel`): A `DinoDetrForObjectDetection`, before `accelerator.prepare`.
+        shapes (`Iterable[tuple[int, int]]`): `(height, width)` in pixels of the preprocessed images.
+
+    Raises:
+        InputError: If that image has too few features.
+    """
+    height, width = min(shapes, key=math.prod)
+    base = model.model
+    # two, because group norm rejects a level of a single cell in a single image
+    images = torch.zeros(2, 3, height, width, device=model.device, dtype=model.dtype)
+    with eval_mode(model):
+        levels = base.backbone(images, torch.ones_like(images[:, 0]))
+        try:
+            base.query_selection(levels.features, levels)
+        except ValueError as error:
+            raise InputError(f"images become as small as {height} x {width} pixels: {error}") from None
+
+
+def effective_batch(
+    labels_of_batches: Sequence[Sequence[Mapping[str, torch.Tensor]]], accelerator: Accelerator
+) -> DinoDetrEffectiveBatch:
+    """Count the objects of a step over all micro-batches and processes, with one gather of two numbers.
+
+    Normalized by it, the losses of the micro-batches have as their mean the loss of one large batch. This mean is
+    what training computes anyway: `accelerator.backward` divides by the number of accumulated micro-batches, and
+    data-parallel training by the number of processes.
+
+    Args:
+        labels_of_batches (`Sequence[Sequence[Mapping]]`): Labels of this process's micro-batches of the step; every
+            process has the same number of them.
+        accelerator (`Accelerator`): The accelerator, of which every process calls this.
+    """
+    counts = [len(label["boxes"]) for labels in labels_of_batches for label in labels]
+    gathered = torch.tensor([sum(counts), max(counts, default=0)])
+    if accelerator.num_processes > 1:  # a single process need not wait for its device
+        gathered = accelerator.gather(gathered.to(accelerator.device))
+    num_objects, max_num_objects = zip(*gathered.view(-1, 2).tolist())
+    num_batches = len(labels_of_batches) * accelerator.num_processes
+    return DinoDetrEffectiveBatch(
+        num_boxes=max(1, sum(num_objects)) / num_batches, max_num_objects=max(max_num_objects)
+    )
+
+
+def with_effective_batch(batches: Iterable[dict[str, Any]], accelerator: Accelerator) -> Iterator[dict[str, Any]]:
+    """Add the argument `effective_batch` to each micro-batch.
+
+    Args:
+        batches (`Iterable[dict]`): Micro-batches with `labels`; `accelerator.gradient_accumulation_steps` of them
+            make a step.
+        accelerator (`Accelerator`): The accelerator, whose processes have the same number of micro-batches.
+    """
+    batches = iter(batches)
+    while step := list(islice(batches, accelerator.gradient_accumulation_steps)):
+        whole_step = effective_batch([batch["labels"] for batch in step], accelerator)
+        yield from ({**batch, "effective_batch": whole_step} for batch in step)

@@ -1,0 +1,387 @@
+"""The options of a fine-tuning run: names, types, defaults and ranges, for the library, the command line and recipes.
+
+Nothing heavy is imported here, so that `hf-dino train --help` answers at once.
+"""
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import MISSING, dataclass, field, fields
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from .utils.errors import InputError
+from .utils.io import read_text
+
+
+SPLIT_PREFIXES = {"train": "train", "val": "validation", "test": "test"}
+"""Prefixes of the options that name the files of a split, and the splits."""
+
+LARGEST_FLOAT = 1e38  # about that of float32: beyond it no weight can follow, and `inf` is a slip
+
+
+def _flag(value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise ValueError(f"must be true or false, got {value!r}")
+    return value
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, bool):
+        raise ValueError("got true or false, which is how YAML reads yes and no; put the word in quotes, as in 'no'")
+    if not isinstance(value, (str, int, float, Path)):
+        raise ValueError(f"takes one value, got {value!r}")
+    return str(value)
+
+
+def _path(value: Any) -> Path:
+    return Path(_text(value))
+
+
+def _choice(*choices: str) -> Callable[[Any], str]:
+    def parse(value: Any) -> str:
+        if (text := _text(value)) not in choices:
+            raise ValueError(f"must be one of {', '.join(choices)}, got {text!r}")
+        return text
+
+    return parse
+
+
+def _number(kind: type, minimum: float, maximum: float = math.inf, *, exclusive_min: bool = False) -> Callable:
+    """Make the parser of a number; text is accepted too, since YAML reads `5e-5` as text."""
+
+    def parse(value: Any) -> Any:
+        try:
+            number = kind(_text(value))
+        except ValueError:
+            raise ValueError(f"must be {'an integer' if kind is int else 'a number'}, got {value!r}") from None
+        if not minimum <= number <= maximum or (exclusive_min and number == minimum):
+            lower = f"{'greater than' if exclusive_min else 'at least'} {minimum:g}"
+            upper = "" if math.isinf(maximum) else f" and at most {maximum:g}"
+            raise ValueError(f"must be {lower}{upper}, got {value}")
+        return number
+
+    return parse
+
+
+def _integer(minimum: int, maximum: float = math.inf) -> Callable[[Any], int]:
+    return _number(int, minimum, maximum)
+
+
+def _float(minimum: float, maximum: float = LARGEST_FLOAT, **options: bool) -> Callable[[Any], float]:
+    return _number(float, minimum, maximum, **options)
+
+
+def _list(parse: Callable[[Any], Any]) -> Callable[[Any], list[Any]]:
+    """Make the parser of a list; empty text, which is an option without a value, is an empty list."""
+    return lambda value: [parse(item) for item in (value if isinstance(value, list) else [value]) if item != ""]
+
+
+def _overrides(value: Any) -> dict[str, Any]:
+    """Read fields of [`DinoDetrConfig`] from a mapping, or from `FIELD=VALUE` with the value as JSON or plain text."""
+    from .hub import check_config_field  # imports transformers, which `--help` does not wait for
+
+    pairs = value.items() if isinstance(value, dict) else map(_split_override, _list(_text)(value))
+    overrides = dict(pairs)
+    for name in overrides:
+        check_config_field(name)
+    return overrides
+
+
+def _split_override(text: str) -> tuple[str, Any]:
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise ValueError(f"expected FIELD=VALUE, got {text!r}")
+    try:
+        return name, json.loads(value)
+    except json.JSONDecodeError:
+        return name, value
+
+
+def _option(default: Any, parse: Callable[[Any], Any], help: str, metavar: str = "") -> Any:
+    """Make a field of [`FineTuningArguments`]: its default, what reads and checks its value, and its help."""
+    metadata = {"parse": parse, "help": help, "metavar": metavar}
+    if isinstance(default, (list, dict)):
+        return field(default_factory=default.copy, metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+@dataclass(kw_only=True)
+class FineTuningArguments:
+    """The options of a run of [`~training.FineTuner`]. Every field is an option of `hf-dino train`.
+
+    Values are checked when the object is made: text is converted to a field's type, so that a command line, a recipe
+    and Python are read alike.
+
+    Raises:
+        InputError: If a value has the wrong type, is out of its range or contradicts another one.
+
+    Example:
+
+    ```python
+    >>> arguments = FineTuningArguments(model_name_or_path="dino-4scale-r50", dataset="mine", output_dir="runs/mine")
+    >>> arguments.global_batch_size, arguments.lr_milestones
+    (16, [0.9166666666666666])
+    >>> FineTuningArguments(model_name_or_path="m", dataset="d", output_dir="o", num_train_epochs=0)
+    Traceback (most recent call last):
+    hf_dino.utils.errors.InputError: num_train_epochs: must be at least 1, got 0
+
+    ```
+    """
+
+    # the model
+    model_name_or_path: str | None = _option(None, _text, "Directory or Hub id of the DINO model to fine-tune.")
+    config_name: Path | None = _option(
+        None, _path, "JSON file with fields of DinoDetrConfig, to train a model from scratch."
+    )
+    backbone_weights: str | None = _option(
+        None,
+        _text,
+        "Pretrained backbone of a model trained from scratch: torchvision/resnet50, or a directory or Hub id.",
+    )
+    config_overrides: dict[str, Any] = _option(
+        {}, _overrides, "Fields of DinoDetrConfig to change, as in box_noise_scale=1.0.", "FIELD=VALUE"
+    )
+    freeze: list[str] | None = _option(
+        None,
+        _list(_text),
+        "Stages to freeze: stem, backbone, backbone.stage1 ..., encoder, decoder. Without a value, nothing is frozen; "
+        "by default, the stem of a pretrained ResNet.",
+        "STAGE",
+    )
+    # the data
+    dataset: str | None = _option(
+        None, _text, "Directory or Hub id of a dataset with a train and a validation split; instead of single files."
+    )
+    streaming: bool = _option(False, _flag, "Download a Hub dataset image by image instead of as a whole.")
+    train_images: Path | None = _option(None, _path, "Directory of the training images.")
+    train_annotations: Path | None = _option(None, _path, "COCO annotation file of the training images.")
+    val_images: Path | None = _option(None, _path, "Directory of the validation images.")
+    val_annotations: Path | None = _option(None, _path, "COCO annotation file of the validation images.")
+    test_images: Path | None = _option(None, _path, "Directory of the test images.")
+    test_annotations: Path | None = _option(None, _path, "COCO annotation file of the test images.")
+    dataset_label: str | None = _option(
+        None, _text, "Name of the dataset on the model card; by default, the name of its directory or its Hub id."
+    )
+    image_size: list[str] = _option(
+        [],
+        _list(_text),
+        "Size of the images in pixels: shortest edge, shortest and longest edge, or HEIGHTxWIDTH. By default, the "
+        "size of the model; 800 1333 for a new one.",
+        "PIXELS",
+    )
+    augmentation: str = _option(
+        "dino",
+        _text,
+        "Augmentation of training images: dino, dino-large, flip, photometric, none, or FILE.py:FUNCTION.",
+    )
+    group_by_aspect_ratio: bool = _option(
+        False, _flag, "Put images of similar shape into the same micro-batch of a step, for less padding."
+    )
+    dataloader_num_workers: int = _option(2, _integer(0), "Number of data loading processes per training process.")
+    # the run
+    output_dir: Path = _option(MISSING, _path, "Directory of the model; must be new or empty.")
+    resume_from_checkpoint: bool = _option(False, _flag, "Resume the run in --output_dir from its last checkpoint.")
+    overwrite_output_dir: bool = _option(False, _flag, "Replace the model and the checkpoints in --output_dir.")
+    num_train_epochs: int = _option(12, _integer(1), "Number of passes over the training images.")
+    max_train_steps: int | None = _option(
+        None, _integer(1), "Maximum number of optimizer steps; ends the run even within an epoch."
+    )
+    early_stopping_patience: int | None = _option(
+        None, _integer(1), "Stop after this number of evaluations without a better AP; by default, never."
+    )
+    seed: int = _option(0, _integer(0, 2**31), "Seed of new weights, the order of the images and their augmentation.")
+    # a step
+    global_batch_size: int = _option(
+        16, _integer(1), "Number of images per optimizer step, over all processes and accumulated micro-batches."
+    )
+    gradient_accumulation_steps: int = _option(
+        1, _integer(1), "Number of micro-batches that each process splits its images of a step into, to save memory."
+    )
+    gradient_checkpointing: bool = _option(
+        False, _flag, "Recompute activations in the backward pass: less memory, more time."
+    )
+    torch_compile: bool = _option(
+        False, _flag, "Compile the encoder and decoder layers: about a minute at the start, faster steps."
+    )
+    mixed_precision: str | None = _option(
+        None, _choice("no", "fp16", "bf16"), "Precision: no, fp16 or bf16; by default, as configured for accelerate."
+    )
+    weight_decay: float = _option(1e-4, _float(0), "Weight decay of AdamW.")
+    max_grad_norm: float = _option(
+        0.1, _float(0, math.inf, exclusive_min=True), "Maximum norm of the gradient; inf for no clipping."
+    )
+    ema_decay: float | None = _option(
+        None, _float(0, 1 - 1e-6), "Evaluate and save an exponential moving average with this decay, such as 0.9997."
+    )
+    # the learning rate
+    learning_rate: float = _option(1e-4, _float(0), "Peak learning rate.")
+    backbone_lr_multiplier: float = _option(0.1, _float(0), "Multiplier on the learning rate of the backbone.")
+    sampling_lr_multiplier: float = _option(
+        1.0, _float(0), "Multiplier on the learning rate of the layers that predict sampling offsets."
+    )
+    lr_scheduler_type: str = _option(
+        "multi_step",
+        _choice("multi_step", "cosine", "one_cycle"),
+        "Learning-rate schedule: multi_step (decays at --lr_milestones), cosine or one_cycle.",
+    )
+    lr_milestones: list[float] = _option(
+        [11 / 12],
+        _list(_float(0)),
+        "Milestones of multi_step, in epochs, or below 1 as fractions of the run: after each, the learning rate is a "
+        "tenth. By default, 11/12; without a value, there are none.",
+        "EPOCH",
+    )
+    warmup_steps: int = _option(
+        0, _integer(0), "Number of optimizer steps over which the learning rate rises linearly from 0."
+    )
+    # evaluation and logging
+    per_device_eval_batch_size: int = _option(8, _integer(1), "Number of images per process in an evaluation batch.")
+    eval_epochs: int = _option(1, _integer(1), "Number of epochs between two evaluations.")
+    checkpointing_steps: int | None = _option(
+        None, _integer(1), "Number of optimizer steps between two checkpoints within an epoch; by default, none there."
+    )
+    logging_steps: int = _option(20, _integer(1), "Number of optimizer steps between two rows of the history.")
+    report_to: str | None = _option(None, _text, "Tracker of accelerate to log to, such as tensorboard or wandb.")
+
+    def __post_init__(self) -> None:
+        for each in fields(self):
+            value = getattr(self, each.name)
+            setattr(self, each.name, value if value is None else parse_option(each.name, value))
+        for problem in self._problems():
+            raise InputError(problem)
+
+    @property
+    def split_files(self) -> dict[str, tuple[Path | None, Path | None]]:
+        """Image directory and annotation file by the prefix of their options: `train`, `val` and `test`."""
+        return {
+            prefix: (getattr(self, f"{prefix}_images"), getattr(self, f"{prefix}_annotations"))
+            for prefix in SPLIT_PREFIXES
+        }
+
+    def _problems(self) -> list[str]:
+        """Return what is wrong with the combination of options."""
+        files = self.split_files
+        has_files = {prefix: [each is not None for each in pair] for prefix, pair in files.items()}
+        halves = [prefix for prefix, given in has_files.items() if any(given) and not all(given)]
+        problems = {
+            "give one of --model_name_or_path, --config_name and --backbone_weights": not (
+                self.model_name_or_path or self.config_name or self.backbone_weights
+            ),
+            "--model_name_or_path has its own configuration; remove --config_name": bool(
+                self.model_name_or_path and self.config_name
+            ),
+            "--model_name_or_path has its own backbone; remove --backbone_weights": bool(
+                self.model_name_or_path and self.backbone_weights
+            ),
+            f"--lr_scheduler_type {self.lr_scheduler_type} has no milestones; remove --lr_milestones or give it no "
+            "value": self.lr_scheduler_type != "multi_step" and self.lr_milestones not in ([], [11 / 12]),
+            "give either --dataset or the files of each split, not both": bool(
+                self.dataset and any(map(any, has_files.values()))
+            ),
+            **{f"--{prefix}_images and --{prefix}_annotations belong together": True for prefix in halves},
+            "give --dataset, or --train_images, --train_annotations, --val_images and --val_annotations": not (
+                self.dataset or (all(has_files["train"]) and all(has_files["val"]))
+            ),
+        }
+        return [problem for problem, is_so in problems.items() if is_so]
+
+
+def parse_option(name: str, value: Any) -> Any:
+    """Convert the value of an option to its type and check its range.
+
+    Args:
+        name (`str`): A field of [`FineTuningArguments`].
+        value (`Any`): From Python, from YAML, or text from a command line; `FIELD=VALUE` for a mapping.
+
+    Raises:
+        InputError: If the value cannot be used.
+    """
+    if name not in OPTIONS:
+        close = get_close_matches(name, OPTIONS, n=1)
+        raise InputError(f"option {name} not found; {f'did you mean {close[0]}?' if close else 'see --help'}")
+    if value is None:
+        raise InputError(f"{name}: has no value; remove the line to use the default")
+    try:
+        return OPTIONS[name].metadata["parse"](value)
+    except ValueError as error:
+        raise InputError(f"{name}: {error}") from None
+
+
+def default_of(name: str) -> Any:
+    """Return the default of an option."""
+    option = OPTIONS[name]
+    return option.default if option.default_factory is MISSING else option.default_factory()
+
+
+def reproduction_argv(arguments: FineTuningArguments) -> list[str]:
+    """Return the command line arguments that repeat a run from its start: every option that is not at its default.
+
+    Example:
+
+    ```python
+    >>> arguments = FineTuningArguments(model_name_or_path="m", dataset="d", output_dir="o", freeze=["stem"])
+    >>> " ".join(reproduction_argv(arguments))
+    '--model_name_or_path m --freeze stem --dataset d --output_dir o'
+
+    ```
+    """
+    values = {name: value for name, value in vars(arguments).items() if value != default_of(name)}
+    repeated = {name: value for name, value in values.items() if name not in _NOT_REPEATED}
+    return [word for name, value in repeated.items() for word in (f"--{name}", *_words(value))]
+
+
+def _words(value: Any) -> list[str]:
+    """Return the words after an option on a command line."""
+    if isinstance(value, bool):
+        return []
+    if isinstance(value, dict):
+        return [f"{key}={each if isinstance(each, str) else json.dumps(each)}" for key, each in value.items()]
+    return [str(each) for each in (value if isinstance(value, list) else [value])]
+
+
+OPTIONS = {each.name: each for each in fields(FineTuningArguments)}
+"""The fields of [`FineTuningArguments`] by name."""
+
+_NOT_REPEATED = ("resume_from_checkpoint", "overwrite_output_dir")
+
+RESUME_IGNORED_ARGS = {
+    "output_dir", "resume_from_checkpoint", "overwrite_output_dir", "dataset", "streaming", "dataset_label",
+    "report_to", "logging_steps", "dataloader_num_workers", "per_device_eval_batch_size", "eval_epochs",
+    "checkpointing_steps", "num_train_epochs", "max_train_steps", "early_stopping_patience",
+    "gradient_checkpointing", "torch_compile", "config_name",
+    *(f"{prefix}_{kind}" for prefix in SPLIT_PREFIXES for kind in ("images", "annotations")),
+}  # fmt: skip
+"""Options that may differ when a run is resumed: where files are, how fast they are read, and how long the run is."""
+
+
+def read_recipe(path: Path) -> dict[str, Any]:
+    """Read a recipe: a YAML file with one entry per option, its name with dashes or underscores.
+
+    Args:
+        path (`Path`): The file. A list is the value of an option that takes several, `true` and `false` of a flag, and
+            a mapping of `config_overrides`.
+
+    Returns:
+        `dict[str, Any]`: Values for [`FineTuningArguments`].
+
+    Raises:
+        InputError: If the file cannot be read, or an entry is unknown, duplicated or has an invalid value.
+    """
+    text = read_text(path)
+    try:
+        entries, tree = yaml.safe_load(text), yaml.compose(text, yaml.SafeLoader)
+    except yaml.YAMLError as error:
+        raise InputError(f"{path}: is not valid YAML ({' '.join(str(error).split())})") from None
+    if not isinstance(entries, dict):
+        raise InputError(f"{path}: must have lines such as `num_train_epochs: 12`, got {type(entries).__name__}")
+    names = [key.value.replace("-", "_") for key, _ in tree.value]  # YAML keeps the last of duplicate entries
+    if duplicates := {name for name in names if names.count(name) > 1}:
+        raise InputError(f"{path}: {', '.join(sorted(duplicates))} is duplicated")
+    try:
+        return {name: parse_option(name, value) for name, value in zip(names, entries.values(), strict=True)}
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
