@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from ..denoising_dino_detr import DinoDetrEffectiveBatch
+from ..loss_dino_detr import DinoDetrEffectiveBatch
 
 
 def effective_batch(
