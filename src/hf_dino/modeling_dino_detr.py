@@ -442,10 +442,10 @@ class DinoDetrDecoder(DinoDetrPreTrainedModel):
             positions = self.ref_point_head(sines.to(inputs_embeds.dtype))
             hidden_states = layer(hidden_states, positions, level_boxes, memory, attention_mask, levels)
 
-            # The box head is applied twice, as in IDEA-Research/DINO: to the states before the norm, for the boxes which
-            # the next layer gets as detached reference points (models/dino/deformable_transformer.py,
-            # TransformerDecoder.forward); and to the normalized states, for the predicted boxes, which start from the
-            # refined boxes of the layer before with their gradient (models/dino/dino.py, DINO.forward).
+            # The box head is applied twice, as in IDEA-Research/DINO. Its output for the states before the norm gives
+            # the next layer's reference points, which are detached (models/dino/deformable_transformer.py,
+            # TransformerDecoder.forward). Its output for the normalized states gives the predicted boxes; they start
+            # from the refined boxes of the layer before, which are not detached (models/dino/dino.py, DINO.forward).
             bbox_head = get_layer_head(self.bbox_embed, index)
             normalized_states = self.layer_norm(hidden_states)
             predicted_boxes = refine_bboxes(prediction_anchors, bbox_head(normalized_states))

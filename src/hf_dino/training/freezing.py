@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 from ..utils.errors import InputError, summarize_list
 
 
-# "backbone" in the original's sense: not the projections of its levels, which are new in every detector
+# The backbone in the sense of the official implementation: without `input_proj`, which is new in every detector
 BACKBONE = "model.backbone.body."
 
 # What transformers and timm call a backbone's stages: `stages.0.`, `layers_0.`, `layer1.`, `blocks.0.`
