@@ -21,7 +21,7 @@ def make_queries(labels, strategy="contrastive", num_queries=12, max_num_objects
 
 
 def slow_mask(num_groups, group_size, num_queries):
-    """The rule of DN-DETR, query by query."""
+    """Apply the rule of DN-DETR query by query."""
     total = num_groups * group_size + num_queries
     allowed = torch.zeros(total, total, dtype=torch.bool)
     for row in range(total):

@@ -27,9 +27,9 @@ BOX_TOLERANCE = 1e-3
 
 @dataclass(frozen=True)
 class DinoDetrEffectiveBatch:
-    """Properties of the effective batch of an optimizer step, so that each of its batches is trained on as part of it.
+    """Object counts of an effective batch: of all batches that contribute to one optimizer step.
 
-    The images of a step may be split over gradient accumulation and over processes. If each batch is given this, the
+    These are the batches of all processes and of gradient accumulation. If each of them is given these counts, the
     mean of their losses, and so of their gradients, is that of one batch of all images.
 
     Attributes:
@@ -221,7 +221,7 @@ def hungarian_match(
         matching_cost(image_logits, image_boxes, label["class_labels"], label["boxes"], config)
         for image_logits, image_boxes, label in zip(logits, pred_boxes, labels)
     ]
-    # An overflow in fp16 training must make the loss NaN, which the gradient scaler handles, and scipy would raise.
+    # After an overflow in fp16 costs are NaN, for which scipy raises; the loss is NaN too, and the step is skipped.
     all_costs = torch.cat([cost.flatten() for cost in costs]).nan_to_num(nan=0.0).cpu()
     object_index = torch.full((batch_size, num_layers, num_queries), NO_OBJECT)
     for image, image_costs in enumerate(all_costs.split([cost.numel() for cost in costs])):

@@ -344,7 +344,7 @@ class DinoDetrPreTrainedModel(PreTrainedModel):
         """Return `None`: the model has no input embeddings, but Accelerate calls this method for FSDP2."""
 
     def set_attn_implementation(self, attn_implementation: str | dict[str, str], *args: Any, **kwargs: Any) -> None:
-        """Set it as transformers does, but accept one name for a model whose backbone has no attention."""
+        """Set it as transformers does, but one name is enough for a model whose backbone has no attention."""
         if isinstance(attn_implementation, str):
             for_backbone = backbone_attn_implementation(self.config.backbone_config, attn_implementation)
             attn_implementation = {"": attn_implementation, "backbone_config": for_backbone}
@@ -385,7 +385,7 @@ class DinoDetrEncoder(DinoDetrPreTrainedModel):
         return DinoDetrEncoderOutput(last_hidden_state=hidden_states)
 
 
-# Whether the box loss of a layer also reaches the box head of the layer before (DINO, section 3.5).
+# Boxes from which the next layer's prediction starts: with or without a gradient to this layer (DINO, section 3.5).
 BOX_REFINEMENTS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "look_forward_twice": lambda boxes: boxes,
     "look_forward_once": torch.Tensor.detach,
@@ -637,7 +637,7 @@ class DinoDetrForObjectDetection(DinoDetrPreTrainedModel):
                 loss is computed.
             effective_batch ([`DinoDetrEffectiveBatch`], *optional*):
                 Object counts of the whole optimizer step, which make gradient accumulation and data-parallel training
-                equal to one big batch. Without it the numbers of denoising groups follow from the batch alone, and the
+                equal to one big batch. Without it the number of denoising groups depends on the batch alone, and the
                 loss is divided by the mean number of objects per process, as in the official implementation.
             output_hidden_states, output_attentions (`bool`, *optional*): Whether to return them.
 
