@@ -15,7 +15,7 @@ TINY_CONVNEXT = {
     "hidden_sizes": [8, 8, 16, 16],
     "out_features": ["stage3", "stage4"],
 }
-TINY_TIMM_SWIN = {  # gives (batch, height, width, channels)
+TINY_TIMM_SWIN = {  # returns (batch, height, width, channels)
     "model_type": "timm_backbone",
     "backbone": "swin_tiny_patch4_window7_224",
     "out_indices": [-3, -2, -1],
@@ -83,7 +83,7 @@ def test_the_default_resnet_is_read_at_its_last_stages(num_feature_levels):
     with torch.device("meta"):
         backbone = make_backbone(backbone_config=None, num_feature_levels=num_feature_levels)
     assert list(backbone.body.channels) == [256, 512, 1024, 2048][-stages:]
-    assert len(backbone.projections) == num_feature_levels
+    assert len(backbone.input_proj) == num_feature_levels
 
 
 def statistics(backbone: DinoDetrBackbone) -> list[torch.Tensor]:
@@ -119,7 +119,7 @@ def slow_position_embedding(mask, d_model, temperature, offset):
 
 
 @pytest.mark.parametrize(("temperature", "offset"), [(20, 0.0), (10000, -0.5)])
-def test_position_embedding_is_its_definition(temperature, offset):
+def test_position_embedding_equals_a_slow_one(temperature, offset):
     backbone = make_backbone(positional_encoding_temperature=temperature, positional_encoding_offset=offset)
     mask = padded_batch((5, 7), (3, 4))[1].bool()
     embedding = backbone.sine_position_embedding(mask)
@@ -127,7 +127,7 @@ def test_position_embedding_is_its_definition(temperature, offset):
     torch.testing.assert_close(embedding[mask].double(), expected[mask], rtol=0, atol=1e-5)
 
 
-def test_position_embedding_is_computed_in_32_bits():
+def test_position_embedding_is_computed_in_float32():
     """In bf16, cells could not be counted beyond 256."""
     backbone = make_backbone()
     mask = torch.ones(1, 2, 400, dtype=torch.bool)
@@ -166,7 +166,7 @@ def test_an_image_that_is_all_padding_gives_numbers():
 
 
 def test_swin_leaves_no_parameter_without_a_gradient():
-    """Swin in transformers computes a norm that nobody reads; DistributedDataParallel would wait for its gradient."""
+    """Swin in transformers computes a norm and drops it; DistributedDataParallel would wait for its gradient."""
     backbone = make_backbone(backbone_config=SWIN, num_feature_levels=4).train()
     levels = backbone(*padded_batch((128, 128)))
     (levels.features.sum() + levels.position_embeddings.sum()).backward()

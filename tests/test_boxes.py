@@ -2,8 +2,13 @@ import pytest
 import torch
 from torchvision.ops import generalized_box_iou as torchvision_generalized_box_iou
 
-from hf_dino.boxes_dino_detr import at_least_float32, inverse_sigmoid, sine_box_embedding
-from hf_dino.loss_dino_detr import generalized_box_iou
+from hf_dino.boxes_dino_detr import (
+    at_least_float32,
+    generalized_box_iou,
+    inverse_sigmoid,
+    refine_bboxes,
+    sine_box_embedding,
+)
 
 
 def test_inverse_sigmoid_is_the_inverse_except_at_the_border():
@@ -15,7 +20,7 @@ def test_inverse_sigmoid_is_the_inverse_except_at_the_border():
 
 def test_sine_box_embedding_is_y_x_width_height_of_transformers_formula():
     box = torch.tensor([0.1, 0.2, 0.3, 0.4], dtype=torch.float64)
-    embedding = sine_box_embedding(box, width=8).view(4, 4, 2)  # coordinate, frequency, sine and cosine
+    embedding = sine_box_embedding(box, dim=8).view(4, 4, 2)  # coordinate, frequency, sine and cosine
     for row, coordinate in zip(embedding, (0.2, 0.1, 0.3, 0.4)):
         for frequency, (sine, cosine) in enumerate(row):
             angle = torch.tensor(coordinate * 2 * torch.pi / 10000 ** (2 * frequency / 8))
@@ -23,12 +28,20 @@ def test_sine_box_embedding_is_y_x_width_height_of_transformers_formula():
             torch.testing.assert_close(cosine, angle.cos().double(), rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_boxes_are_refined_in_logits(dtype):
+    box, delta = torch.tensor([0.2, 0.5, 0.6, 0.9]), torch.tensor([1.0, 0.0, -1.0, 2.0])
+    refined = refine_bboxes(box, delta.to(dtype))
+    assert refined.dtype == torch.float32
+    torch.testing.assert_close(torch.logit(refined) - torch.logit(box), delta, rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
-def test_boxes_are_never_narrower_than_float32(dtype):
+def test_boxes_are_float32_or_higher(dtype):
     assert torch.finfo(at_least_float32(torch.zeros(1, dtype=dtype)).dtype).bits >= 32
 
 
-def test_generalized_iou_is_torchvisions_but_for_the_originals_epsilon():
+def test_generalized_iou_is_torchvisions_but_for_the_official_epsilon():
     boxes, others = torch.rand(5, 4, dtype=torch.float64) + 0.5, torch.rand(7, 4, dtype=torch.float64) + 0.5
 
     def corners(center_boxes):

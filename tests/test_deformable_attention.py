@@ -2,16 +2,16 @@ import pytest
 import torch
 from torch import nn
 
-from hf_dino.backbone_dino_detr import DinoDetrFeatureLevels
 from hf_dino.deformable_attention_dino_detr import (
     DinoDetrMultiscaleDeformableAttention,
     MultiScaleDeformableAttention,
     multi_scale_deformable_attention,
     sampling_locations,
 )
+from hf_dino.feature_levels_dino_detr import DinoDetrFeatureLevels
 
 
-def slow_definition(value, spatial_shapes, locations, weights):
+def slow_reference(value, spatial_shapes, locations, weights):
     """Equation 3 of Deformable DETR as loops; a point's four neighbors are read one by one."""
     batch_size, _, num_heads, head_dim = value.shape
     num_queries, num_levels, num_points = locations.shape[1], len(spatial_shapes), locations.shape[4]
@@ -49,7 +49,7 @@ def random_inputs(batch_size=2, num_queries=3, num_heads=2, head_dim=3, shapes=(
 def test_equals_the_equation_with_its_gradients(shapes):
     value, shapes, locations, weights = random_inputs(shapes=shapes)
     results = []
-    for function in (slow_definition, multi_scale_deformable_attention):
+    for function in (slow_reference, multi_scale_deformable_attention):
         inputs = [tensor.clone().requires_grad_() for tensor in (value, locations, weights)]
         output = function(inputs[0], shapes, inputs[1], inputs[2])
         results.append((output, *torch.autograd.grad((output**2).sum(), inputs)))
@@ -79,7 +79,7 @@ def test_points_outside_read_zero():
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf"), 1e30])
-def test_points_that_are_no_number_read_zero(bad):
+def test_points_that_are_not_finite_read_zero(bad):
     value, shapes, locations, weights = random_inputs()
     locations[..., 0, :] = bad
     weights.requires_grad_()
@@ -98,8 +98,8 @@ def test_inputs_need_not_be_contiguous():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_16_bits_are_rounded_once(dtype):
-    """PyTorch's own grid_sample overflows on maps of this size in 16 bits on the CPU, and has crashed."""
+def test_half_precision_is_rounded_once(dtype):
+    """PyTorch's own grid_sample overflows on maps of this size in half precision on the CPU, and has crashed."""
     value, shapes, locations, weights = random_inputs(batch_size=1, shapes=((200, 334), (13, 21)), num_queries=50)
     value = value.to(dtype)
     expected = multi_scale_deformable_attention(value.float(), shapes, locations.float(), weights.float())
@@ -146,13 +146,16 @@ def test_equals_transformers_layer():
     memory, queries, positions = torch.randn(2, 30, 32), torch.randn(2, 5, 32), torch.randn(2, 5, 32)
     mask = torch.rand(2, 30) < 0.8
     levels = DinoDetrFeatureLevels(
+        features=memory,
+        position_embeddings=torch.zeros_like(memory),
         mask=mask,
+        valid_ratios=torch.ones(2, 2, 2),
         spatial_shapes=torch.tensor(shapes),
-        spatial_shapes_list=shapes,
         level_start_index=torch.tensor([0, 24]),
+        spatial_shapes_list=shapes,
     )
-    for width in (2, 4):
-        reference_points = torch.rand(2, 5, 2, width)
+    for num_coordinates in (2, 4):
+        reference_points = torch.rand(2, 5, 2, num_coordinates)
         output, weights = ours(queries, positions, memory, reference_points, levels)
         expected, expected_weights = theirs(
             queries,

@@ -21,7 +21,7 @@ def make_queries(labels, strategy="contrastive", num_queries=12, max_num_objects
 
 
 def slow_mask(num_groups, group_size, num_queries):
-    """The rule of DN-DETR said query by query."""
+    """Apply the rule of DN-DETR query by query."""
     total = num_groups * group_size + num_queries
     allowed = torch.zeros(total, total, dtype=torch.bool)
     for row in range(total):
@@ -89,8 +89,8 @@ def test_an_image_with_fewer_objects_is_filled_up_with_empty_queries():
 @pytest.mark.parametrize(
     ("num_denoising", "counts"), [(100, (3, 7)), (10, (3, 7)), (10, (1,)), (7, (7,)), (3, (2, 0))]
 )
-def test_groups_share_out_num_denoising(strategy, num_denoising, counts):
-    """In the original a dn_number below 50 becomes a count of groups, and makes thousands of queries."""
+def test_num_denoising_is_divided_into_groups(strategy, num_denoising, counts):
+    """In the official implementation a dn_number below 50 is a number of groups, which gives thousands of queries."""
     _, queries = make_queries(make_labels(*counts), strategy, num_denoising=num_denoising)
     copies = 2 if strategy == "contrastive" else 1
     assert queries.num_groups == num_denoising // max(counts)
@@ -109,22 +109,24 @@ def test_a_crowded_image_has_no_more_than_num_denoising(strategy):
 
 @pytest.mark.parametrize("strategy", list(DENOISING_STRATEGIES))
 @pytest.mark.parametrize("counts", [(2, 0), (0, 0)])
-@pytest.mark.parametrize("fullest", [4, 50])
-def test_a_part_of_a_step_has_the_queries_that_it_would_have_in_the_whole(strategy, counts, fullest):
+@pytest.mark.parametrize("max_num_objects", [4, 50])
+def test_a_batch_of_a_step_has_the_queries_that_it_would_have_in_the_effective_batch(
+    strategy, counts, max_num_objects
+):
     settings = {"label_noise_ratio": 0, "box_noise_scale": 0, "num_denoising": 9}
-    _, whole = make_queries(make_labels(*counts, fullest), strategy, **settings)
-    _, part = make_queries(make_labels(*counts), strategy, max_num_objects=fullest, **settings)
+    _, whole = make_queries(make_labels(*counts, max_num_objects), strategy, **settings)
+    _, part = make_queries(make_labels(*counts), strategy, max_num_objects=max_num_objects, **settings)
     assert part.num_groups == whole.num_groups
     for name in ("inputs_embeds", "reference_points", "object_index"):
-        assert torch.equal(part[name], whole[name][: len(counts)])
+        assert torch.equal(getattr(part, name), getattr(whole, name)[: len(counts)])
 
 
 @pytest.mark.parametrize(("strategy", "probability"), [("contrastive", 0.5), ("plain", 1.0)])
-def test_classes_are_redrawn_as_often_as_in_the_papers_code(strategy, probability):
+def test_classes_are_noised_as_often_as_in_the_papers_code(strategy, probability):
     module, _ = make_queries(make_labels(1), strategy, label_noise_ratio=1.0)
     classes = torch.full((20000,), 2)
     changed = (module.add_label_noise(classes) != classes).float().mean().item()
-    assert changed == pytest.approx(probability * 4 / 5, abs=0.02)  # one in five is drawn again
+    assert changed == pytest.approx(probability * 4 / 5, abs=0.02)  # one in five stays the same
 
 
 @pytest.mark.parametrize("strategy", list(DENOISING_STRATEGIES))

@@ -41,7 +41,7 @@ def image():
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """What a user finds on the Hub: model, code and processor."""
+    """Save what a user finds on the Hub: model, code and processor."""
     folder = tmp_path_factory.mktemp("saved")
     tiny_model().save_pretrained(folder)
     DinoDetrImageProcessor(size=SIZE).save_pretrained(folder)
@@ -50,7 +50,7 @@ def folder(tmp_path_factory):
 
 @torch.no_grad()
 def predict(model, pixel_values=None):
-    """Logits and boxes, or of a model without heads its hidden states and boxes, for the same image each time."""
+    """Predict logits and boxes, or hidden states and boxes of a model without heads, for the same image each time."""
     if pixel_values is None:
         pixel_values = torch.randn(1, 3, 96, 128, generator=torch.Generator().manual_seed(0))
     outputs = model.eval()(pixel_values=pixel_values)
@@ -63,7 +63,7 @@ def assert_same(actual, expected, **tolerance):
 
 
 def settings(config):
-    """All of a config but the dtype, which loading writes down for the backbone too."""
+    """Return a config without the dtype, which loading sets for the backbone too."""
     return json.loads(
         config.to_json_string(),
         object_hook=lambda fields: {name: value for name, value in fields.items() if name != "dtype"},
@@ -204,7 +204,7 @@ WITHOUT_THE_PACKAGE = textwrap.dedent(
 
 @pytest.fixture(scope="module")
 def without_the_package(folder, image, tmp_path_factory):
-    """What a process that cannot import hf_dino read from the folder, and the folder that it saved in turn."""
+    """Read the folder in a process that cannot import hf_dino; return the results and the folder that it saved."""
     work = tmp_path_factory.mktemp("elsewhere")
     image.save(work / "image.png")
     (work / "read.py").write_text(WITHOUT_THE_PACKAGE)
@@ -217,7 +217,7 @@ def without_the_package(folder, image, tmp_path_factory):
 
 
 def test_without_the_package_the_folder_gives_the_same_numbers(folder, image, without_the_package, monkeypatch):
-    monkeypatch.setitem(kernels._found, "cpu", None)  # a folder carries the definition, not the kernel
+    monkeypatch.setitem(kernels._found, "cpu", None)  # a folder contains the reference implementation, not the kernel
     results, _ = without_the_package
     for backend, processor_class in {"torchvision": DinoDetrImageProcessor, "pil": DinoDetrImageProcessorPil}.items():
         assert_same(results[backend], processor_class(size=SIZE)(images=image, return_tensors="pt")["pixel_values"])
@@ -282,8 +282,8 @@ def test_a_model_without_heads_and_one_with_load_each_other(folder, tmp_path):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("backbone", BACKBONES)
-def test_16_bits_detect_nearly_the_same(dtype, backbone, tmp_path):
-    # static queries: of chosen ones another choice would be another image
+def test_half_precision_detects_nearly_the_same(dtype, backbone, tmp_path):
+    # static queries, because half precision can change which tokens are selected
     reference = tiny_model(query_selection="static", backbone_config=BACKBONES[backbone])
     reference.save_pretrained(tmp_path)
     model = DinoDetrForObjectDetection.from_pretrained(tmp_path, dtype=dtype)
@@ -308,7 +308,7 @@ def test_a_device_map_leaves_nothing_on_meta(device_map, backbone, tmp_path):
 
 
 @pytest.mark.parametrize("query_selection", ["mixed", "pure", "static"])
-def test_a_model_can_be_built_without_memory(query_selection):
+def test_a_model_can_be_built_on_the_meta_device(query_selection):
     with torch.device("meta"):
         model = DinoDetrForObjectDetection(tiny_config(query_selection=query_selection))
     assert all(tensor.is_meta for tensor in [*model.parameters(), *model.buffers()])
@@ -327,7 +327,7 @@ def offload_to_disk(model, folder):
 
 @pytest.mark.parametrize("offload", [offload_to_cpu, offload_to_disk])
 @pytest.mark.parametrize("query_selection", ["mixed", "pure", "static"])
-def test_weights_may_come_when_they_are_needed(offload, query_selection, tmp_path):
+def test_weights_can_be_offloaded(offload, query_selection, tmp_path):
     model = tiny_model(query_selection=query_selection)
     expected = predict(model)
     offload(model, tmp_path)

@@ -1,4 +1,4 @@
-"""From images and COCO annotations to pixels and labels, and from outputs back to boxes, on both backends."""
+"""Images and COCO annotations to pixels and labels, and outputs to boxes, on both backends."""
 
 import logging
 import random
@@ -33,7 +33,7 @@ def make_image(width, height, seed=0):
 
 
 def annotate(*boxes, image_id=7, **fields):
-    """An image's annotations as COCO has them; a field given as a list has one value per box."""
+    """Make an image's annotations in COCO's format; a field given as a list has one value per box."""
     annotations = []
     for index, box in enumerate(boxes):
         own = {name: value[index] if isinstance(value, list) else value for name, value in fields.items()}
@@ -49,7 +49,7 @@ def one_label(processor, image, target, **kwargs):
 
 
 def exact_shape(height, width, shortest_edge, longest_edge):
-    """The original's rule in exact fractions: the short side gets its limit, or as much as the long side allows."""
+    """Compute the size in exact fractions: the short side gets its limit, or as much as the long side allows."""
     short, long = sorted((height, width))
     if Fraction(long * shortest_edge, short) > longest_edge:
         shortest_edge = max(1, round(Fraction(longest_edge * short, long)))
@@ -58,7 +58,7 @@ def exact_shape(height, width, shortest_edge, longest_edge):
 
 
 @pytest.mark.parametrize("limits", [(800, 1333), (480, 1333), (40, 67), (600, 600)])
-def test_shapes_are_the_originals(limits):
+def test_sizes_are_the_official_ones(limits):
     rng = random.Random(0)
     shapes = [(rng.randint(1, 3000), rng.randint(1, 3000)) for _ in range(3000)]
     shapes += [(rng.randint(1, 5), rng.randint(1000, 9000)) for _ in range(100)]  # a strip never vanishes
@@ -68,7 +68,7 @@ def test_shapes_are_the_originals(limits):
 
 
 @pytest.mark.parametrize("size", [(64, 48), (48, 64), (50, 50), (200, 31), (31, 200), (300, 2), (40, 67), (1, 1)])
-def test_images_are_resized_to_the_originals_shape(processor, size):
+def test_images_are_resized_to_the_official_size(processor, size):
     width, height = size
     shape = tuple(processor(images=make_image(*size), return_tensors="pt")["pixel_values"].shape[-2:])
     assert shape == exact_shape(height, width, *SMALL.values())
@@ -83,7 +83,7 @@ def test_a_fixed_size_is_taken_as_it_is(processor):
 
 
 def by_hand(image, shape):
-    """What the original does to an image: PIL's bilinear resize, 0 to 1, ImageNet's mean and deviation."""
+    """Process an image as the official code: PIL's bilinear resize, 0 to 1, ImageNet's mean and deviation."""
     resized = image.convert("RGB").resize(shape[::-1], Image.Resampling.BILINEAR)
     pixels = np.asarray(resized).transpose(2, 0, 1).astype(np.float32) / 255
     return torch.from_numpy((pixels - IMAGENET_MEAN[:, None, None]) / IMAGENET_STD[:, None, None])
@@ -91,7 +91,7 @@ def by_hand(image, shape):
 
 @pytest.mark.parametrize(("backend", "tolerance"), [("pil", 1e-6), ("torchvision", 2e-2)])
 @pytest.mark.parametrize("size", [(97, 61), (30, 44), (40, 50), (211, 40)])
-def test_pixels_are_the_originals(backend, tolerance, size):
+def test_pixels_are_the_official_ones(backend, tolerance, size):
     image = make_image(*size)
     ours = BACKENDS[backend](size=SMALL)(images=image, return_tensors="pt")["pixel_values"][0]
     torch.testing.assert_close(
@@ -114,7 +114,7 @@ def test_padding_lies_right_and_below_and_is_masked(processor):
 
 
 def gray_16_bit():
-    """Gray values over the whole 16-bit range, and the 8-bit ones that they stand for."""
+    """Return gray values over the whole 16-bit range, and the same in 8 bits."""
     wide = np.linspace(0, 65535, 40 * 50).reshape(40, 50).astype(np.uint16)
     return wide, (wide // 257).astype(np.uint8)
 
@@ -139,9 +139,9 @@ def test_pil_modes_are_what_pil_makes_of_them(processor, mode):
     ids=["I;16", "I", "I;16B", "gray array", "array, channels last", "array, channels first"],
 )
 def test_16_bits_are_scaled_not_clipped(processor, make):
-    wide, narrow = gray_16_bit()
+    wide, values_8_bit = gray_16_bit()
     values = processor(images=make(wide), return_tensors="pt", **AS_IT_IS)["pixel_values"][0]
-    assert np.array_equal(values.numpy(), np.stack([narrow] * 3))
+    assert np.array_equal(values.numpy(), np.stack([values_8_bit] * 3))
 
 
 @pytest.mark.parametrize(
@@ -196,7 +196,7 @@ def test_category_ids_become_labels(processor):
 
 def test_an_unknown_category_id_is_an_error_that_names_it_and_its_image(processor):
     target = annotate([1, 1, 9, 9], category_id=12, image_id=139)
-    with pytest.raises(ValueError, match=r"image_id 139: category_id 12 is not among .*\[1, 90\]"):
+    with pytest.raises(ValueError, match=r"image_id 139: category_id 12 is not in category_id_to_label, .*\[1, 90\]"):
         one_label(processor, make_image(64, 48), target, category_id_to_label={1: 0, 90: 1})
 
 
@@ -206,7 +206,7 @@ def test_area_and_iscrowd_may_be_missing(processor):
     assert label["iscrowd"].tolist() == [0]
 
 
-def test_crowds_are_left_out_without_a_word(processor, caplog):
+def test_crowds_are_dropped_without_a_warning(processor, caplog):
     target = annotate([1, 1, 9, 9], [2, 2, 9, 9], [3, 3, 9, 9], category_id=[0, 1, 2], iscrowd=[0, 1, 0])
     assert one_label(processor, make_image(64, 48), target)["class_labels"].tolist() == [0, 2]
     assert not caplog.records
@@ -220,7 +220,7 @@ NAN, INFINITY = float("nan"), float("inf")
     [[5, 5, 0, 9], [5, 5, 9, -3], [64, 5, 9, 9], [5, -20, 9, 9], [NAN, 5, 9, 9], [5, 5, NAN, 9], [INFINITY, 5, 9, 9]],
     ids=["no width", "negative height", "right of the image", "above it", "NaN corner", "NaN side", "infinite"],
 )
-def test_boxes_without_area_are_left_out_with_a_warning(processor, box, caplog):
+def test_boxes_without_area_are_dropped_with_a_warning(processor, box, caplog):
     target = annotate([1, 1, 9, 9], box, [3, 3, 9, 9], category_id=[0, 1, 2], image_id=42)
     with caplog.at_level(logging.WARNING, logger="hf_dino"):
         label = one_label(processor, make_image(64, 48), target)
@@ -228,7 +228,7 @@ def test_boxes_without_area_are_left_out_with_a_warning(processor, box, caplog):
     assert label["boxes"].shape == (2, 4)
     assert len(label["area"]) == 2
     assert [record.getMessage() for record in caplog.records] == [
-        "image_id 42: 1 of 3 boxes have no area inside the image and are left out"
+        "image_id 42: 1 of 3 boxes have no area inside the image and are dropped"
     ]
 
 
@@ -296,7 +296,7 @@ def test_detections_are_the_best_pairs_of_query_and_class(processor, threshold, 
             "boxes": (len(expected), 4),
         }
         torch.testing.assert_close(detection["scores"], torch.tensor([float(score) for score, _, _ in expected]))
-        if dtype == torch.float32:  # in 16 bits scores are equal so often that their order means nothing
+        if dtype == torch.float32:  # in half precision many scores are equal, in any order
             assert detection["labels"].tolist() == [label for _, label, _ in expected]
             corners = torch.tensor([box for _, _, box in expected]).reshape(-1, 4)
             torch.testing.assert_close(detection["boxes"], corners, rtol=1e-4, atol=1e-3)

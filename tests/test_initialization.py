@@ -1,4 +1,4 @@
-"""First weights: transformers skips containers of models outside its package, so they could all be wrong, silently."""
+"""Initial weights. transformers skips containers of models outside its package, so all could be wrong silently."""
 
 import math
 
@@ -20,12 +20,12 @@ def constructed(config) -> DinoDetrForObjectDetection:
 
 
 def loaded_from_nothing(config) -> DinoDetrForObjectDetection:
-    """What `from_pretrained` does: build without memory, load, then initialize what was not loaded."""
+    """Do what `from_pretrained` does: build on the meta device, load, then initialize what was not loaded."""
     return DinoDetrForObjectDetection.from_pretrained(None, config=config, state_dict={})
 
 
 def built_elsewhere(config) -> DinoDetrForObjectDetection:
-    """As code downloaded from the Hub: the class belongs to a module that nobody knows."""
+    """Build as code from the Hub does: the class belongs to a dynamic module."""
     elsewhere = {"__module__": "transformers_modules.someone.dino"}
     return type("DinoDetrForObjectDetection", (DinoDetrForObjectDetection,), elsewhere)(config)
 
@@ -39,14 +39,14 @@ def model(request) -> DinoDetrForObjectDetection:
 
 
 def layers(model: nn.Module, *names: str) -> list[nn.Module]:
-    """All layers with one of these last names; there must be some."""
+    """Return all layers with one of these last names; there must be some."""
     found = [module for name, module in model.named_modules() if name.rpartition(".")[-1] in names]
     assert found
     return found
 
 
 def check_uniform(weight: torch.Tensor, bound: float) -> None:
-    """Within the bound and nearly up to it, with the standard deviation of a uniform distribution."""
+    """Check that a weight is within the bound and nearly reaches it, with the standard deviation of a uniform one."""
     assert 0.9 * bound < weight.abs().max() <= bound * (1 + 1e-6)
     assert weight.std().item() == pytest.approx(bound / math.sqrt(3), rel=0.2)
 
@@ -61,13 +61,13 @@ def xavier_bound(weight: torch.Tensor) -> float:
     return math.sqrt(6 / ((rows + columns) * weight[0, 0].numel()))
 
 
-def test_nothing_is_left_without_memory_or_number(model):
+def test_every_weight_is_materialized_and_finite(model):
     for name, tensor in model.state_dict().items():
         assert not tensor.is_meta, name
         assert tensor.isfinite().all(), name
 
 
-def test_class_heads_start_improbable(model):
+def test_class_heads_start_with_low_probabilities(model):
     heads = [*model.class_embed, model.model.query_selection.class_embed]
     assert len(heads) == 4
     for head in heads:
@@ -84,7 +84,7 @@ def test_box_heads_start_without_effect(model):
         check_uniform(head.layers[0].weight, 1 / math.sqrt(128))
 
 
-def test_deformable_attention_starts_with_a_ring_and_equal_weights(model):
+def test_deformable_attention_starts_with_fixed_offsets_and_equal_weights(model):
     for offsets in layers(model, "sampling_offsets"):
         assert not offsets.weight.any()
         torch.testing.assert_close(
@@ -115,7 +115,7 @@ def test_feed_forward_blocks_and_small_heads_are_xavier(model):
 
 
 def test_neck_is_xavier_without_bias(model):
-    for convolution, norm in model.model.backbone.projections:
+    for convolution, norm in model.model.backbone.input_proj:
         check_uniform(convolution.weight, xavier_bound(convolution.weight))
         assert not convolution.bias.any()
         assert (norm.weight == 1).all()
@@ -134,7 +134,7 @@ def test_static_anchors_are_normal():
     )
 
 
-def test_norms_start_neutral(model):
+def test_norms_start_as_the_identity(model):
     norms = [module for module in model.modules() if isinstance(module, (nn.LayerNorm, nn.GroupNorm, nn.BatchNorm2d))]
     assert len(norms) > 20
     for norm in norms:
@@ -143,7 +143,7 @@ def test_norms_start_neutral(model):
 
 
 def test_loaded_weights_are_kept():
-    """Only what a checkpoint lacks is made anew: here the class head of a model with other labels."""
+    """Only weights that are missing in a checkpoint are initialized: here the class head."""
     source = constructed(tiny_config())
     weights = {name: tensor + 1 for name, tensor in source.state_dict().items() if not name.startswith("class_embed")}
     model = DinoDetrForObjectDetection.from_pretrained(None, config=tiny_config(), state_dict=dict(weights))

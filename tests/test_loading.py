@@ -84,7 +84,7 @@ DAMAGES = {
     ),
     "backbone that is none": (
         lambda folder: edit(folder / "config.json", backbone_config={"model_type": "bert"}),
-        "has no usable config.json .*backbone_config is one of 'bert', which is no backbone",
+        "has no usable config.json .*backbone_config has the model_type 'bert', which is not a backbone",
     ),
 }
 

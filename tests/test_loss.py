@@ -4,13 +4,13 @@ import pytest
 import torch
 
 from conftest import make_labels, tiny_config
+from hf_dino.boxes_dino_detr import generalized_box_iou
 from hf_dino.loss_dino_detr import (
     check_labels,
     compute_losses,
     dino_detr_loss,
-    generalized_box_iou,
     get_num_boxes,
-    match,
+    hungarian_match,
     matching_cost,
     pad_targets,
 )
@@ -24,7 +24,7 @@ def make_predictions(batch_size, num_layers=3, num_queries=6, num_labels=5, seed
 
 
 def slow_cost(logits, box, class_label, target, config):
-    """What DETR's and DINO's papers say one query costs one object."""
+    """Compute the cost of one query and one object as in the papers of DETR and DINO."""
     p = logits.sigmoid()[class_label].item()
     alpha, gamma = config.focal_alpha, config.focal_gamma
     focal = (
@@ -57,7 +57,7 @@ def test_match_is_the_cheapest_of_all_assignments(counts):
     config = tiny_config()
     logits, boxes = make_predictions(2)
     labels = make_labels(*counts)
-    object_index = match(logits, boxes, labels, config)
+    object_index = hungarian_match(logits, boxes, labels, config)
     assert object_index.shape == (2, 3, 6)
     for image, label in enumerate(labels):
         cost = matching_cost(logits[image], boxes[image], label["class_labels"], label["boxes"], config)
@@ -76,15 +76,15 @@ def test_match_of_an_image_does_not_depend_on_its_batch():
     config = tiny_config()
     logits, boxes = make_predictions(2)
     labels = make_labels(3, 2)
-    together = match(logits, boxes, labels, config)
+    together = hungarian_match(logits, boxes, labels, config)
     for image in range(2):
-        alone = match(logits[image : image + 1], boxes[image : image + 1], [labels[image]], config)
+        alone = hungarian_match(logits[image : image + 1], boxes[image : image + 1], [labels[image]], config)
         assert torch.equal(alone[0], together[image])
 
 
 def test_of_more_objects_than_queries_some_stay_without():
     logits, boxes = make_predictions(1)
-    object_index = match(logits, boxes, make_labels(10), tiny_config())
+    object_index = hungarian_match(logits, boxes, make_labels(10), tiny_config())
     assert (object_index >= 0).all() and all(len(set(layer.tolist())) == 6 for layer in object_index[0])
 
 
@@ -92,9 +92,9 @@ def test_match_survives_an_overflow_for_the_loss_to_report():
     logits, boxes = make_predictions(1)
     with torch.no_grad():
         logits[0, 0, 0] = float("nan")
-    object_index = match(logits, boxes, make_labels(2), tiny_config())
-    classes, table = pad_targets(make_labels(2), 5)
-    losses = compute_losses(logits, boxes, object_index, classes, table, torch.tensor(1.0), tiny_config())
+    object_index = hungarian_match(logits, boxes, make_labels(2), tiny_config())
+    targets = pad_targets(make_labels(2), 5)
+    losses = compute_losses(logits, boxes, object_index, targets, torch.tensor(1.0), tiny_config())
     assert losses["loss_ce"].isnan().any()
 
 
@@ -103,7 +103,7 @@ def test_matching_takes_one_transfer_for_all_layers_and_images(monkeypatch):
     to_host = torch.Tensor.cpu
     monkeypatch.setattr(torch.Tensor, "cpu", lambda tensor: transfers.append(tensor.shape) or to_host(tensor))
     logits, boxes = make_predictions(3, num_layers=7)
-    match(logits, boxes, make_labels(2, 0, 4), tiny_config())
+    hungarian_match(logits, boxes, make_labels(2, 0, 4), tiny_config())
     assert transfers == [(7 * 6 * (2 + 0 + 4),)]
 
 
@@ -119,8 +119,8 @@ def test_set_losses_are_the_sums_over_queries_and_objects(counts):
     config, num_boxes = tiny_config(), torch.tensor(5.0, dtype=torch.float64)
     logits, boxes = make_predictions(2)
     labels = make_labels(*counts)
-    object_index = match(logits, boxes, labels, config)
-    losses = compute_losses(logits, boxes, object_index, *pad_targets(labels, 5), num_boxes, config)
+    object_index = hungarian_match(logits, boxes, labels, config)
+    losses = compute_losses(logits, boxes, object_index, pad_targets(labels, 5), num_boxes, config)
     for layer in range(3):
         expected = {"loss_ce": 0.0, "loss_bbox": 0.0, "loss_giou": 0.0}
         for image, label in enumerate(labels):
@@ -129,9 +129,9 @@ def test_set_losses_are_the_sums_over_queries_and_objects(counts):
                 if index < 0:
                     continue
                 one_hot[query, label["class_labels"][index]] = 1
-                predicted, wanted = boxes[image, layer, query], label["boxes"][index]
-                expected["loss_bbox"] += (predicted - wanted).abs().sum().item() / 5
-                expected["loss_giou"] += (1 - generalized_box_iou(predicted, wanted)).item() / 5
+                predicted, target = boxes[image, layer, query], label["boxes"][index]
+                expected["loss_bbox"] += (predicted - target).abs().sum().item() / 5
+                expected["loss_giou"] += (1 - generalized_box_iou(predicted, target)).item() / 5
             focal = slow_focal(logits[image, layer], one_hot, config.focal_alpha, config.focal_gamma)
             expected["loss_ce"] += focal.sum().item() / 5
         for kind, value in expected.items():
@@ -195,9 +195,9 @@ def test_perfect_boxes_cost_nothing_and_the_matcher_finds_them():
     for query, index in ((4, 0), (1, 1), (3, 2)):
         boxes[0, 0, query] = label["boxes"][index]
         logits[0, 0, query, label["class_labels"][index]] = 8.0
-    object_index = match(logits, boxes, [label], config)
+    object_index = hungarian_match(logits, boxes, [label], config)
     assert object_index[0, 0].tolist() == [-1, 1, -1, 2, 0, -1]
-    losses = compute_losses(logits, boxes, object_index, *pad_targets([label], 5), torch.tensor(3.0), config)
+    losses = compute_losses(logits, boxes, object_index, pad_targets([label], 5), torch.tensor(3.0), config)
     assert losses["loss_bbox"].item() == 0 and losses["loss_giou"].item() < 1e-3 and losses["loss_ce"].item() < 1e-3
 
 
@@ -206,7 +206,7 @@ def test_count_is_of_all_images_and_at_least_one():
     assert get_num_boxes(make_labels(0, 0), torch.device("cpu"), average=True) == 1
 
 
-def test_the_loss_of_a_step_is_the_mean_over_its_batches():
+def test_the_loss_of_an_effective_batch_is_the_mean_over_its_batches():
     labels = make_labels(2, 5, 0, 1)
     queries = torch.tensor([[0, -1, 0, -1], [0, -1, 0, -1], [-1] * 4, [0, -1, 0, -1]])
     whole, _, predictions = loss_of(labels, denoising_object_index=queries)
@@ -240,20 +240,20 @@ BOX = torch.tensor([[0.5, 0.5, 0.2, 0.2]])
         ({"boxes": torch.cat([BOX, BOX])}, r"got \(2, 4\) for 1 class_labels"),
     ],
 )
-def test_wrong_labels_are_refused_by_image(entries, message):
+def test_invalid_labels_are_reported_by_image(entries, message):
     labels = corrupt(make_labels(2, 1), 1, **{"image_id": torch.tensor([42])} | entries)
     with pytest.raises(ValueError, match=message):
         check_labels(labels, batch_size=2, num_labels=5)
 
 
-def test_missing_labels_are_refused():
+def test_missing_labels_are_reported():
     with pytest.raises(ValueError, match="labels must have one entry per image: got 1 for 2 images"):
         check_labels(make_labels(1), batch_size=2, num_labels=5)
     with pytest.raises(ValueError, match=r"labels\[0\] must have 'class_labels' and 'boxes', got \['boxes'\]"):
         check_labels([{"boxes": BOX}], batch_size=1, num_labels=5)
 
 
-def test_right_labels_pass():
+def test_valid_labels_pass():
     touching = torch.cat([BOX, torch.tensor([[0.5, 0.5, 1.0, 1.0]])])
     check_labels(
         [{"class_labels": torch.tensor([0, 4]), "boxes": touching}, *make_labels(0)], batch_size=2, num_labels=5

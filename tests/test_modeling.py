@@ -1,7 +1,9 @@
-"""What the whole model promises, whatever its strategies."""
+"""Properties of the whole model, whatever its strategies."""
 
 import itertools
+import logging
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,9 +11,9 @@ from torch import nn
 from transformers import AutoModelForObjectDetection
 
 from conftest import make_labels, tiny_config, tiny_model
-from hf_dino import DinoDetrForObjectDetection
+from hf_dino import DinoDetrForObjectDetection, modeling_dino_detr
 from hf_dino.configuration_dino_detr import BOX_REFINEMENT, DENOISING, QUERY_SELECTION
-from hf_dino.loss_dino_detr import match
+from hf_dino.loss_dino_detr import hungarian_match
 from hf_dino.query_selection_dino_detr import gen_encoder_output_proposals
 
 
@@ -29,12 +31,12 @@ gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason
 
 
 def attending(implementation: str) -> DinoDetrForObjectDetection:
-    """A model with this attention; transformers' ResNet refuses to be told of one that it does not have."""
+    """Make a model with this attention; transformers' ResNet has none and raises an error for any but "eager"."""
     return tiny_model(attn_implementation={"": implementation, "backbone_config": "eager"})
 
 
 def train_step(model: DinoDetrForObjectDetection, pixel_values, labels, seed: int = 0, **kwargs):
-    """Outputs in training mode, with the same noise for the same seed."""
+    """Return outputs in training mode, with the same noise for the same seed."""
     torch.manual_seed(seed)
     return model.train()(pixel_values, labels=labels, **kwargs)
 
@@ -68,18 +70,18 @@ def test_no_mask_is_no_padding(pixel_values):
 
 
 def test_proposals_do_not_depend_on_padding():
-    """Boxes are fractions of the image alone, however large the batch it is padded for."""
+    """Boxes are fractions of the unpadded image."""
     backbone = tiny_model().model.backbone
     padded, pixel_mask = torch.zeros(1, 3, 192, 256), torch.zeros(1, 192, 256)
     padded[:, :, :128, :64] = 1
     pixel_mask[:, :128, :64] = 1
     alone = padded[:, :, :128, :64]
-    (boxes, usable), (boxes_alone, usable_alone) = (
+    (boxes, valid_mask), (boxes_alone, valid_mask_alone) = (
         gen_encoder_output_proposals(backbone(pixels, mask))
         for pixels, mask in ((padded, pixel_mask), (alone, torch.ones_like(alone[:, 0])))
     )
-    assert usable_alone.any()
-    torch.testing.assert_close(boxes[usable], boxes_alone[usable_alone])
+    assert valid_mask_alone.any()
+    torch.testing.assert_close(boxes[valid_mask], boxes_alone[valid_mask_alone])
 
 
 def test_the_first_fields_are_a_contract(pixel_values):
@@ -98,9 +100,23 @@ def test_shapes_of_a_detection(pixel_values):
     assert outputs.loss is outputs.loss_dict is None
     assert outputs.logits.shape == (2, 12, 5)
     assert outputs.pred_boxes.shape == (2, 12, 4)
-    assert [layer["logits"].shape for layer in outputs.auxiliary_outputs] == [(2, 12, 5)] * 2
     assert outputs.intermediate_reference_points.shape == (2, 3, 12, 4)
     assert ((outputs.pred_boxes >= 0) & (outputs.pred_boxes <= 1)).all()
+
+
+@pytest.mark.parametrize("share_decoder_heads", [True, False])
+def test_earlier_layers_are_predicted_only_with_labels_or_in_training_mode(pixel_values, share_decoder_heads):
+    model = tiny_model(share_decoder_heads=share_decoder_heads)
+    calls = [count_calls(head) for head in model.class_embed]
+    with torch.no_grad():
+        outputs = model(pixel_values)
+        assert sum(map(len, calls)) == 1
+        assert outputs.auxiliary_outputs is None
+        with_labels, in_training = model(pixel_values, labels=make_labels(1, 2)), model.train()(pixel_values)
+    for other in (with_labels, in_training):
+        assert torch.equal(other.logits, outputs.logits) and torch.equal(other.pred_boxes, outputs.pred_boxes)
+        assert [layer["logits"].shape for layer in other.auxiliary_outputs] == [(2, 12, 5)] * 2
+        assert [layer["pred_boxes"].shape for layer in other.auxiliary_outputs] == [(2, 12, 4)] * 2
 
 
 def test_without_auxiliary_loss_only_the_last_layer_is_supervised(pixel_values):
@@ -177,7 +193,7 @@ COMBINATIONS = list(itertools.product(DENOISING, QUERY_SELECTION, BOX_REFINEMENT
 def test_a_gradient_reaches_every_parameter(
     pixel_values, denoising, query_selection, box_refinement, share_decoder_heads
 ):
-    """Also where no image has an object: a parameter without a gradient stops data-parallel training."""
+    """Data-parallel training needs one for every parameter, also where no image has an object."""
     model = tiny_model(
         denoising=denoising,
         query_selection=query_selection,
@@ -192,13 +208,13 @@ def test_a_gradient_reaches_every_parameter(
         for name, gradient in gradients(model).items():
             assert gradient is not None, name
             assert gradient.isfinite().all(), name
-            # Adding the same to all keys changes no softmax.
+            # A bias that is the same for all keys does not change the softmax.
             if counts == (2, 3) and not name.endswith("k_proj.bias"):
                 assert gradient.any(), name
 
 
 @pytest.mark.parametrize("strategy", BOX_REFINEMENT)
-def test_how_far_a_box_loss_looks_forward(pixel_values, strategy):
+def test_how_many_layers_a_box_loss_reaches(pixel_values, strategy):
     """DINO, figure 6: the boxes of a layer also train the box head of the layer before, but no earlier one."""
     model = tiny_model(box_refinement=strategy, share_decoder_heads=False)
     boxes = model.model(pixel_values).intermediate_boxes
@@ -263,8 +279,8 @@ def test_denoising_changes_nothing_but_its_own_loss(pixel_values):
 
 
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
-def test_the_answer_leaks_nowhere(pixel_values, implementation):
-    """Gradients tell exactly who sees whom: matching queries no denoising query, a group only itself."""
+def test_denoising_queries_do_not_leak_the_ground_truth(pixel_values, implementation):
+    """Gradients show which query attends to which: matching queries to no denoising query, a group only to itself."""
     model = attending(implementation).train()
     made = []
     model.model.denoising.register_forward_hook(lambda *call: made.append(call[-1].inputs_embeds))
@@ -286,6 +302,20 @@ def test_other_labels_do_not_change_training_outputs(pixel_values):
     one, other = (train_step(model, pixel_values, make_labels(2, 3, seed=seed)) for seed in (0, 1))
     torch.testing.assert_close(one.logits, other.logits, rtol=0, atol=1e-6)
     torch.testing.assert_close(one.pred_boxes, other.pred_boxes, rtol=0, atol=1e-6)
+
+
+def test_in_training_decoder_states_contain_the_denoising_queries_first(pixel_values):
+    outputs = (
+        attending("eager")
+        .train()
+        .model(pixel_values, labels=make_labels(3, 2), output_hidden_states=True, output_attentions=True)
+    )
+    num_denoising = outputs.denoising.intermediate_hidden_states.shape[2]
+    assert num_denoising == 12
+    assert outputs.decoder_hidden_states[-1].shape == (2, num_denoising + 12, 32)
+    assert outputs.decoder_attentions[0].shape == (2, 4, num_denoising + 12, num_denoising + 12)
+    assert outputs.cross_attentions[0].shape == (2, num_denoising + 12, 4, 3, 2)
+    assert outputs.last_hidden_state.shape == (2, 12, 32)
 
 
 def test_there_is_no_denoising_outside_training(pixel_values):
@@ -311,7 +341,7 @@ def select(model: DinoDetrForObjectDetection, pixel_values: torch.Tensor):
     return model.model.query_selection(memory, levels)
 
 
-def test_mixed_queries_have_learned_contents_and_positions_of_the_image(pixel_values):
+def test_mixed_queries_have_learned_contents_and_positions_from_the_image(pixel_values):
     model = tiny_model(query_selection="mixed")
     queries = select(model, pixel_values)
     learned = model.model.query_selection.content_queries.weight
@@ -320,7 +350,7 @@ def test_mixed_queries_have_learned_contents_and_positions_of_the_image(pixel_va
     assert not queries.reference_points.requires_grad
 
 
-def test_pure_queries_are_of_the_image_and_teach_it_nothing(pixel_values):
+def test_pure_queries_come_from_the_image_without_a_gradient(pixel_values):
     queries = select(tiny_model(query_selection="pure"), pixel_values)
     assert not torch.equal(queries.inputs_embeds[0], queries.inputs_embeds[1])
     assert not torch.equal(queries.reference_points[0], queries.reference_points[1])
@@ -343,7 +373,7 @@ def test_static_queries_are_the_same_for_every_image(pixel_values):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("query_selection", QUERY_SELECTION)
-def test_inference_in_16_bits(pixel_values, dtype, query_selection):
+def test_inference_in_half_precision(pixel_values, dtype, query_selection):
     model = tiny_model(query_selection=query_selection)
     with torch.no_grad():
         expected, outputs = model(pixel_values), model.to(dtype)(pixel_values)
@@ -351,9 +381,55 @@ def test_inference_in_16_bits(pixel_values, dtype, query_selection):
     for name in ("pred_boxes", "init_reference_points", "intermediate_reference_points"):
         assert outputs[name].dtype == torch.float32
     assert outputs.logits.isfinite().all()
-    if query_selection == "static":  # elsewhere, tokens that score alike change places among the queries
+    if query_selection == "static":  # otherwise, tokens with nearly equal scores swap places among the queries
         torch.testing.assert_close(outputs.pred_boxes, expected.pred_boxes, rtol=0, atol=0.03)
         torch.testing.assert_close(outputs.logits.float(), expected.logits, rtol=0.05, atol=0.1)
+
+
+def half_precision_warnings(caplog, monkeypatch, is_native: bool, forward) -> list[str]:
+    """Run `forward` as on a CPU with or without instructions for half precision; return the warnings."""
+    monkeypatch.setattr(modeling_dino_detr, "is_native_on_cpu", lambda dtype: is_native or dtype == torch.float32)
+    monkeypatch.setattr(modeling_dino_detr.logger, "propagate", True)
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    type(modeling_dino_detr.logger).warning_once.cache_clear()
+    caplog.clear()
+    with torch.no_grad():
+        forward()
+    return [record.getMessage() for record in caplog.records if "float32" in record.getMessage()]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("route", ["parameters", "autocast"])
+def test_half_precision_on_a_cpu_without_it_warns_once(pixel_values, caplog, monkeypatch, dtype, route):
+    model = tiny_model().to(dtype if route == "parameters" else torch.float32)
+
+    def forward_twice():
+        with torch.autocast("cpu", dtype, enabled=route == "autocast"):
+            model(pixel_values)
+            model(pixel_values)
+
+    (message,) = half_precision_warnings(caplog, monkeypatch, False, forward_twice)
+    assert str(dtype) in message
+    assert "call `model.float()`" in message
+    assert "drop `--mixed_precision`" in message
+    assert half_precision_warnings(caplog, monkeypatch, True, forward_twice) == []
+
+
+@pytest.mark.filterwarnings("ignore:CUDA is not available")
+def test_float32_does_not_warn(pixel_values, caplog, monkeypatch):
+    model = tiny_model()
+    assert half_precision_warnings(caplog, monkeypatch, False, lambda: model(pixel_values)) == []
+    with torch.autocast("cuda", torch.bfloat16):  # of another device
+        assert half_precision_warnings(caplog, monkeypatch, False, lambda: model(pixel_values)) == []
+
+
+@pytest.mark.parametrize("answer", [True, False])
+def test_onednn_decides_what_is_native(monkeypatch, answer):
+    """Where PyTorch has no such operators, nothing is known and nothing is warned of."""
+    monkeypatch.setattr(torch.ops, "mkldnn", SimpleNamespace(_is_mkldnn_bf16_supported=lambda: answer))
+    is_native = modeling_dino_detr.is_native_on_cpu.__wrapped__
+    assert is_native(torch.bfloat16) is answer
+    assert is_native(torch.float16) is is_native(torch.float32) is True
 
 
 def test_training_under_autocast(pixel_values):
@@ -379,7 +455,7 @@ def test_saved_and_loaded_it_is_the_same(pixel_values, tmp_path, overrides):
     loaded = AutoModelForObjectDetection.from_pretrained(tmp_path).eval()
     with torch.no_grad():
         torch.testing.assert_close(loaded(pixel_values).logits, model(pixel_values).logits, rtol=0, atol=0)
-    # Trainer resumes like this and would not notice a key of another name
+    # Trainer resumes like this and would not notice a renamed key
     fresh = DinoDetrForObjectDetection(tiny_config(**overrides))
     report = fresh.load_state_dict(load_file(tmp_path / "model.safetensors"), strict=True)
     assert not report.missing_keys
@@ -413,11 +489,11 @@ def test_it_exports(pixel_values):
         )
 
 
-# Labels that cannot be right
+# Invalid labels
 
 
-def wrong_labels(**changes) -> list[dict[str, torch.Tensor]]:
-    """Two images; the second object of the second has the change."""
+def invalid_labels(**changes) -> list[dict[str, torch.Tensor]]:
+    """Return labels of two images, with a change of the second object of the second."""
     labels = make_labels(1, 3)
     labels[1]["image_id"] = torch.tensor([139])
     for name, value in changes.items():
@@ -431,7 +507,7 @@ def without_boxes() -> list[dict[str, torch.Tensor]]:
     return labels
 
 
-def with_a_box_too_few() -> list[dict[str, torch.Tensor]]:
+def with_a_missing_box() -> list[dict[str, torch.Tensor]]:
     labels = make_labels(1, 3)
     labels[1]["boxes"] = labels[1]["boxes"][:2]
     return labels
@@ -445,19 +521,19 @@ NAN = float("nan")
     ("labels", "message"),
     [
         (
-            wrong_labels(class_labels=5),
+            invalid_labels(class_labels=5),
             r"labels\[1\] \(image_id \[139\]\): class_labels\[1\] is 5, but .* 5 labels, 0 to 4",
         ),
-        (wrong_labels(class_labels=-1), r"labels\[1\] \(image_id \[139\]\): class_labels\[1\] is -1"),
+        (invalid_labels(class_labels=-1), r"labels\[1\] \(image_id \[139\]\): class_labels\[1\] is -1"),
         (
-            wrong_labels(boxes=[NAN, 0.5, 0.1, 0.1]),
+            invalid_labels(boxes=[NAN, 0.5, 0.1, 0.1]),
             r"labels\[1\] \(image_id \[139\]\): boxes\[1\] is \[nan, .*fractions",
         ),
-        (wrong_labels(boxes=[50.0, 60.0, 20.0, 30.0]), r"boxes\[1\] is \[50.0, 60.0, 20.0, 30.0\], .* fractions"),
-        (wrong_labels(boxes=[0.5, 0.5, 0.0, 0.1]), r"boxes\[1\] is .*with positive width and height"),
-        (wrong_labels(boxes=[0.5, 0.5, 0.1, -0.1]), r"boxes\[1\] is .*with positive width and height"),
+        (invalid_labels(boxes=[50.0, 60.0, 20.0, 30.0]), r"boxes\[1\] is \[50.0, 60.0, 20.0, 30.0\], .* fractions"),
+        (invalid_labels(boxes=[0.5, 0.5, 0.0, 0.1]), r"boxes\[1\] is .*with positive width and height"),
+        (invalid_labels(boxes=[0.5, 0.5, 0.1, -0.1]), r"boxes\[1\] is .*with positive width and height"),
         (without_boxes(), r"labels\[1\] must have 'class_labels' and 'boxes', got \['class_labels'\]"),
-        (with_a_box_too_few(), r"labels\[1\]: boxes must have the shape .* got \(2, 4\) for 3 class_labels"),
+        (with_a_missing_box(), r"labels\[1\]: boxes must have the shape .* got \(2, 4\) for 3 class_labels"),
         (make_labels(1, 2, 3), "one entry per image: got 3 for 2 images"),
     ],
     ids=[
@@ -468,11 +544,11 @@ NAN = float("nan")
         "no width",
         "negative height",
         "no boxes",
-        "a box too few",
-        "an image too many",
+        "a missing box",
+        "an additional image",
     ],
 )
-def test_labels_that_cannot_be_right_are_named(pixel_values, labels, message, training):
+def test_invalid_labels_are_named(pixel_values, labels, message, training):
     with pytest.raises(ValueError, match=message):
         tiny_model().train(training)(pixel_values, labels=labels)
 
@@ -500,32 +576,32 @@ class TestGpu:
         torch.testing.assert_close(results[0], results[1], rtol=1e-2, atol=1e-3)
 
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-    def test_inference_in_16_bits(self, pixel_values, dtype):
+    def test_inference_in_half_precision(self, pixel_values, dtype):
         model = tiny_model(query_selection="static").cuda()
         with torch.no_grad():
             expected, outputs = model(pixel_values.cuda()), model.to(dtype)(pixel_values.cuda())
         assert outputs.pred_boxes.dtype == torch.float32
         torch.testing.assert_close(outputs.pred_boxes, expected.pred_boxes, rtol=0, atol=0.03)
 
-    def test_matching_asks_the_device_once(self):
-        """For all layers and images together: each transfer to the host waits for everything before it."""
+    def test_matching_takes_one_transfer(self):
+        """For all layers and images: each transfer to the host waits for all work before it."""
         labels = to_cuda(make_labels(3, 0, 2))
         logits, boxes = torch.randn(3, 4, 12, 5, device="cuda"), torch.rand(3, 4, 12, 4, device="cuda")
         config = tiny_config()
-        match(logits, boxes, labels, config)
+        hungarian_match(logits, boxes, labels, config)
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-            match(logits, boxes, labels, config)
+            hungarian_match(logits, boxes, labels, config)
             torch.cuda.synchronize()
         assert sum(event.count for event in profile.key_averages() if "Memcpy DtoH" in event.key) == 1
 
-    def test_a_wrong_class_is_named_before_the_device_gives_up(self, pixel_values):
+    def test_an_invalid_class_is_named_before_a_device_side_assertion(self, pixel_values):
         model = tiny_model().cuda()
         with pytest.raises(ValueError, match="class_labels"):
-            train_step(model, pixel_values.cuda(), to_cuda(wrong_labels(class_labels=5)))
+            train_step(model, pixel_values.cuda(), to_cuda(invalid_labels(class_labels=5)))
         assert train_step(model, pixel_values.cuda(), to_cuda(make_labels(1, 3))).loss.isfinite()
 
 
-def test_one_name_of_an_attention_is_enough_for_a_backbone_without_attention(tmp_path, pixel_values):
+def test_one_attention_implementation_is_enough_for_a_backbone_without_attention(tmp_path, pixel_values):
     model = tiny_model()
     expected = model(pixel_values).logits
     model.save_pretrained(tmp_path)
@@ -537,7 +613,7 @@ def test_one_name_of_an_attention_is_enough_for_a_backbone_without_attention(tmp
 
 
 @pytest.mark.parametrize("query_selection", ["mixed", "static"])
-def test_class_heads_can_be_forgotten_and_nothing_else(query_selection, tmp_path):
+def test_reset_class_heads_changes_nothing_else(query_selection, tmp_path):
     tiny_model(query_selection=query_selection).save_pretrained(tmp_path)
     model = DinoDetrForObjectDetection.from_pretrained(tmp_path)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}

@@ -1,8 +1,8 @@
-"""Our model against figures recorded from the original code (IDEA-Research/DINO, commit faa8520) in float64.
+"""The model against numbers recorded from the official implementation (IDEA-Research/DINO, commit faa8520) in float64.
 
 Weights, images and objects are made by `official_weights`. `fixtures/official_<case>.npz` holds the outputs for all
 queries, of the logits every seventh class; `official_<case>.loss.json.gz` the loss terms and the gradient norm of each
-parameter that the original trains, in training mode with noise scales of 0.
+parameter that the official implementation trains, in training mode with noise scales of 0.
 """
 
 from pathlib import Path
@@ -17,9 +17,9 @@ from hf_dino import DinoDetrForObjectDetection, DinoDetrImageProcessor
 from hf_dino.conversion.convert import config_from_args, convert_state_dict
 
 
-# The original computes position embeddings in float32 even here, which limits the agreement.
+# The official implementation computes position embeddings in float32 even here, which limits the agreement.
 TOLERANCE = 1e-5
-# Two tokens that score alike may change places among the queries.
+# Two tokens with nearly equal scores may swap places among the queries.
 LEAST_AGREEING = 0.995
 OBJECT_COUNTS = {"r50_4scale": [3, 7], "r50_4scale_empty": [0, 4]}
 
@@ -36,20 +36,21 @@ def convert(manifest, num_classes=None) -> DinoDetrForObjectDetection:
 
 
 def read_case(path: Path) -> tuple[dict[str, np.ndarray], torch.Tensor, torch.Tensor]:
-    """Recorded arrays, pixel values and mask."""
+    """Return the recorded arrays, pixel values and the mask."""
     recorded = dict(np.load(path))
     return recorded, *official_weights.images(int(recorded["seed"]), recorded["sizes"].tolist())
 
 
 def agreement(ours: torch.Tensor, theirs: np.ndarray, tolerance: float = TOLERANCE) -> float:
-    """The share of queries of which every number agrees."""
+    """Return the fraction of queries whose values all agree."""
     close = (ours - torch.from_numpy(theirs)).abs() <= tolerance
     return close.flatten(2).all(dim=-1).double().mean().item()
 
 
 def check_outputs(model, recorded, pixel_values, pixel_mask):
-    with torch.no_grad():
-        outputs = model(pixel_values, pixel_mask)
+    no_objects = {"class_labels": torch.zeros(0, dtype=torch.int64), "boxes": torch.zeros(0, 4)}
+    with torch.no_grad():  # labels, although none, ask for the auxiliary outputs
+        outputs = model(pixel_values, pixel_mask, labels=[no_objects] * len(pixel_values))
     classes = slice(None, None, 1 if recorded["pred_logits"].shape[-1] == model.config.num_labels else 7)
     for name, ours in {
         "pred_logits": outputs.logits[..., classes],
@@ -63,11 +64,11 @@ def check_outputs(model, recorded, pixel_values, pixel_mask):
     detections = DinoDetrImageProcessor().post_process_object_detection(
         outputs, threshold=0.0, target_sizes=recorded["sizes"].tolist(), top_k=300
     )
-    found = {name: torch.stack([each[name] for each in detections]) for name in ("scores", "labels", "boxes")}
-    assert agreement(found["scores"][..., None], recorded["scores"][..., None]) >= LEAST_AGREEING
-    assert agreement(found["labels"][..., None], recorded["labels"][..., None].astype(np.int64)) >= LEAST_AGREEING
+    stacked = {name: torch.stack([each[name] for each in detections]) for name in ("scores", "labels", "boxes")}
+    assert agreement(stacked["scores"][..., None], recorded["scores"][..., None]) >= LEAST_AGREEING
+    assert agreement(stacked["labels"][..., None], recorded["labels"][..., None].astype(np.int64)) >= LEAST_AGREEING
     in_pixels = TOLERANCE * recorded["sizes"].max()
-    assert agreement(found["boxes"], recorded["boxes"], in_pixels) >= LEAST_AGREEING
+    assert agreement(stacked["boxes"], recorded["boxes"], in_pixels) >= LEAST_AGREEING
 
 
 @pytest.fixture(scope="module")
@@ -114,7 +115,7 @@ def test_loss_and_gradients(backend, model, manifest, case):
     squares = dict.fromkeys(recorded["grad_norms"], 0.0)  # one of theirs can be several of ours, such as q, k and v
     source_of = sources(manifest, model.config)
     for name, parameter in model.named_parameters():
-        if source_of[name] in squares:  # the original does not train the stem and the first stage
+        if source_of[name] in squares:  # the official implementation does not train the stem and the first stage
             squares[source_of[name]] += parameter.grad.square().sum().item()
     assert len(squares) == 315
     norms = {key: square**0.5 for key, square in squares.items()}
@@ -122,19 +123,19 @@ def test_loss_and_gradients(backend, model, manifest, case):
 
 
 def sources(manifest, config) -> dict[str, str]:
-    """The official parameter that each of ours comes from: color every official one and see where colors end up."""
-    colors = {official_weights.first_copy(key): float(i) for i, key in enumerate(manifest["state_dict"])}
-    painted = {
-        key: torch.tensor(colors[official_weights.first_copy(key)]).expand(shape)
+    """Return the official parameter that each of ours comes from: number the official ones and convert the numbers."""
+    numbers = {official_weights.first_copy(key): float(i) for i, key in enumerate(manifest["state_dict"])}
+    numbered = {
+        key: torch.tensor(numbers[official_weights.first_copy(key)]).expand(shape)
         for key, (shape, _) in manifest["state_dict"].items()
     }
-    key_of = {color: trained_name(key) for key, color in colors.items()}
-    ours = convert_state_dict(painted, config)
+    key_of = {number: trained_name(key) for key, number in numbers.items()}
+    ours = convert_state_dict(numbered, config)
     return {name: key_of[tensor.flatten()[0].item()] for name, tensor in ours.items() if "num_batches" not in name}
 
 
 def trained_name(key: str) -> str:
-    """PyTorch lists a shared parameter under its first name, which for the heads is the decoder's."""
+    """Return the name of a shared parameter in `named_parameters`: its first, which is the decoder's for the heads."""
     return f"transformer.decoder.{key}" if key.startswith(("class_embed", "bbox_embed")) else key
 
 

@@ -2,44 +2,56 @@ import pytest
 import torch
 
 from conftest import tiny_config
-from hf_dino.backbone_dino_detr import DinoDetrFeatureLevels
+from hf_dino.feature_levels_dino_detr import DinoDetrFeatureLevels, get_reference_points
 from hf_dino.query_selection_dino_detr import QUERY_SELECTIONS, gen_encoder_output_proposals
 
 
 def make_levels(*shapes, valid=(1.0, 1.0), batch_size=1) -> DinoDetrFeatureLevels:
-    """Levels of images that fill the upper left (width, height) fraction of their canvas."""
+    """Make levels without features, of images that fill the upper left (width, height) fraction of their canvas."""
     masks = []
     for height, width in shapes:
         mask = torch.zeros(batch_size, height, width, dtype=torch.bool)
         mask[:, : round(height * valid[1]), : round(width * valid[0])] = True
         masks.append(mask.flatten(1))
     ratios = torch.tensor(valid).expand(batch_size, len(shapes), 2)
+    mask, lengths = torch.cat(masks, 1), torch.tensor(shapes).prod(dim=1)
     return DinoDetrFeatureLevels(
-        mask=torch.cat(masks, 1),
+        features=torch.zeros(*mask.shape, 32),
+        position_embeddings=torch.zeros(*mask.shape, 32),
+        mask=mask,
         valid_ratios=ratios,
         spatial_shapes=torch.tensor(shapes),
+        level_start_index=lengths.cumsum(0) - lengths,
         spatial_shapes_list=list(shapes),
     )
 
 
+def test_reference_points_are_the_centers_of_cells_on_every_level():
+    """As fractions of the padded maps: of two of four columns, the second has its center at 0.75 of the image."""
+    points = get_reference_points(make_levels((2, 4), (1, 2), valid=(0.5, 1.0)))
+    assert points.shape == (1, 10, 2, 2)
+    torch.testing.assert_close(points[0, 1], torch.tensor([[0.375, 0.25], [0.375, 0.25]]))
+    torch.testing.assert_close(points[0, 8], torch.tensor([[0.25, 0.5], [0.25, 0.5]]))
+
+
 def test_proposals_sit_on_their_cells_and_double_with_each_level():
-    boxes, usable = gen_encoder_output_proposals(make_levels((2, 4), (1, 2)))
+    boxes, valid_mask = gen_encoder_output_proposals(make_levels((2, 4), (1, 2)))
     torch.testing.assert_close(boxes[0, 0], torch.tensor([0.125, 0.25, 0.05, 0.05]))
     torch.testing.assert_close(boxes[0, 5], torch.tensor([0.375, 0.75, 0.05, 0.05]))  # row 1, column 1
     torch.testing.assert_close(boxes[0, 9], torch.tensor([0.75, 0.5, 0.1, 0.1]))  # level 1, column 1
-    assert usable.all()
+    assert valid_mask.all()
 
 
 def test_proposals_are_fractions_of_the_unpadded_image_and_padding_is_not_used():
-    boxes, usable = gen_encoder_output_proposals(make_levels((2, 4), valid=(0.5, 1.0)))
+    boxes, valid_mask = gen_encoder_output_proposals(make_levels((2, 4), valid=(0.5, 1.0)))
     torch.testing.assert_close(boxes[0, :2, 0], torch.tensor([0.25, 0.75]))
-    assert usable[0].tolist() == [True, True, False, False] * 2
+    assert valid_mask[0].tolist() == [True, True, False, False] * 2
 
 
 def test_proposals_at_the_border_are_not_used():
     """The center of the first of 100 cells lies at 0.005, and of the last at 0.995."""
-    _, usable = gen_encoder_output_proposals(make_levels((1, 100)))
-    assert usable[0].tolist() == [False, *[True] * 98, False]
+    _, valid_mask = gen_encoder_output_proposals(make_levels((1, 100)))
+    assert valid_mask[0].tolist() == [False, *[True] * 98, False]
 
 
 def test_whole_cells_decide_what_is_at_the_border_in_a_padded_image_too():
@@ -60,7 +72,7 @@ def make_selection(strategy, num_queries=6, **overrides):
 
 
 @pytest.mark.parametrize("strategy", ["mixed", "pure"])
-def test_the_tokens_with_the_best_class_are_chosen_and_their_boxes_refined(strategy):
+def test_the_tokens_with_the_best_class_are_selected_and_their_boxes_refined(strategy):
     selection, memory, levels = make_selection(strategy)
     queries = selection(memory, levels)
     tokens = selection.enc_output_norm(selection.enc_output(memory))
@@ -69,9 +81,9 @@ def test_the_tokens_with_the_best_class_are_chosen_and_their_boxes_refined(strat
     for image in range(2):
         order = scores[image].amax(-1).argsort(descending=True)[:6]
         torch.testing.assert_close(queries.enc_outputs_class[image], scores[image][order])
-        moved = selection.bbox_embed(tokens[image][order]) + torch.logit(proposals[image][order])
-        torch.testing.assert_close(queries.enc_outputs_coord_logits[image], moved)
-        torch.testing.assert_close(queries.reference_points[image], moved.sigmoid())
+        refined = selection.bbox_embed(tokens[image][order]) + torch.logit(proposals[image][order])
+        torch.testing.assert_close(queries.enc_outputs_coord_logits[image], refined)
+        torch.testing.assert_close(queries.reference_points[image], refined.sigmoid())
         if strategy == "pure":
             torch.testing.assert_close(queries.inputs_embeds[image], tokens[image][order])
         else:

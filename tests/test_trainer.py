@@ -65,7 +65,7 @@ def make_trainer(model, folder, **settings):
 
 
 class StopAfter(TrainerCallback):
-    """Ends training early, as a machine does that is taken away."""
+    """Stop training early, as an interruption does."""
 
     def __init__(self, step):
         self.step = step
@@ -92,12 +92,12 @@ def test_a_resumed_training_ends_where_an_uninterrupted_one_does(backbone_config
 
     start, expected, actual = (model.state_dict() for model in (fresh(), uninterrupted.model, resumed.model))
     torch.testing.assert_close(actual, expected, rtol=0, atol=0)
-    learned = {name for name, parameter in uninterrupted.model.named_parameters() if parameter.requires_grad}
-    assert {name for name in learned if torch.equal(start[name], expected[name])} == set()
+    trained = {name for name, parameter in uninterrupted.model.named_parameters() if parameter.requires_grad}
+    assert {name for name in trained if torch.equal(start[name], expected[name])} == set()
 
 
-def test_the_best_checkpoint_comes_back_whole(tmp_path):
-    """`Trainer` reads it by `load_state_dict(strict=False)`, which says nothing of a backbone under other names."""
+def test_the_best_checkpoint_is_loaded_completely(tmp_path):
+    """`Trainer` reads it by `load_state_dict(strict=False)`, which does not report a backbone under other names."""
     trainer = make_trainer(
         tiny_model(backbone_config=TINY_SWIN),
         tmp_path,

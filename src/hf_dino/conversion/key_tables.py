@@ -189,7 +189,7 @@ SWIN = (
 )
 
 NECK = _renamed(
-    (r"input_proj\.(\d+)\.([01])\.(weight|bias)", r"model.backbone.projections.\1.\2.\3"),
+    (r"input_proj\.(\d+)\.([01])\.(weight|bias)", r"model.backbone.input_proj.\1.\2.\3"),
     (r"transformer\.level_embed", "model.backbone.level_embed"),
 )
 
