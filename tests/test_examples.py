@@ -361,7 +361,7 @@ def test_predict_draws_one_image_and_a_folder(finished, examples, shapes, tmp_pa
     for arguments, message in (
         ([str(image), f"--output={tmp_path / 'drawn.jpg'}"], r"drawn\.jpg: already exists"),
         ([str(image), f"--output={tmp_path / 'drawn.xyz'}"], r"images of kind '\.xyz' cannot be written"),
-        ([str(tmp_path / "gone.png"), f"--output={tmp_path / 'a.png'}"], r"gone\.png: there is no such"),
+        ([str(tmp_path / "gone.png"), f"--output={tmp_path / 'a.png'}"], r"gone\.png: file or folder not found"),
         ([str(image), f"--output={tmp_path / 'a.psd'}"], r"images of kind '\.psd' cannot be written"),
         (
             [str(image), f"--output={tmp_path / 'a.png'}", f"--detections_json={tmp_path / 'a.png'}"],
@@ -416,7 +416,7 @@ def test_a_folder_that_holds_no_dino_is_named(examples, shapes, tmp_path):
     with pytest.raises(InputError, match=r"it has no config\.json"):
         hf_dino(["predict", f"--model_name_or_path={shapes}", image, output])
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "detr"}))
-    with pytest.raises(InputError, match="holds a model of type 'detr', not 'dino_detr'"):
+    with pytest.raises(InputError, match="contains a model of type 'detr', not 'dino_detr'"):
         hf_dino(["predict", f"--model_name_or_path={tmp_path}", image, output])
 
 
