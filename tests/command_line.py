@@ -2,7 +2,10 @@
 
 from collections.abc import Sequence
 
+import pytest
+
 from hf_dino.cli import app
+from hf_dino.training_arguments import FineTuningArguments
 
 
 def hf_dino(arguments: Sequence[object]) -> int:
@@ -12,3 +15,12 @@ def hf_dino(arguments: Sequence[object]) -> int:
     except SystemExit as end:
         return int(end.code or 0)
     raise AssertionError("a command ends the process")
+
+
+def train_arguments(arguments: Sequence[object]) -> FineTuningArguments:
+    """Return what `hf-dino train` makes of a command line, without training."""
+    made: list[FineTuningArguments] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("hf_dino.cli.train.run", made.append)
+        assert hf_dino(["train", *arguments]) == 0
+    return made[0]

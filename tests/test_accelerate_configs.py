@@ -44,7 +44,7 @@ def test_the_command_in_the_file_starts_what_it_says(name, monkeypatch):
     monkeypatch.chdir(FOLDER.parents[1])
     args = command_of(FOLDER / name)
     assert args.config_file == f"examples/accelerate_configs/{name}"
-    assert args.training_script == "examples/finetune_coco.py"
+    assert (args.module, args.training_script, args.training_script_args[0]) == (True, "hf_dino", "train")
     given = args.num_processes
     args, _, _ = _validate_launch_command(args)
     assert (args.multi_gpu, args.use_fsdp, args.use_deepspeed) == tuple(

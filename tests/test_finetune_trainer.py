@@ -54,8 +54,8 @@ def model(tmp_path_factory):
 def arguments(shapes, model):
     """Two epochs of three steps, of which the last has one batch and the others two; an evaluation in mid-epoch."""
     return [
-        f"--model={model}",
-        f"--data={shapes}",
+        f"--model_name_or_path={model}",
+        f"--dataset={shapes}",
         "--num_train_epochs=2",
         "--per_device_train_batch_size=2",
         "--gradient_accumulation_steps=2",
@@ -130,10 +130,10 @@ def test_a_resumed_run_equals_the_uninterrupted_one(finished, example, arguments
 
     output = f"--output_dir={tmp_path / 'run'}"
     with monkeypatch.context() as patch:
-        patch.setattr(example, "EpochWatch", type("Stopped", (Stop, example.EpochWatch), {}))
+        patch.setattr(example, "EpochCallback", type("Stopped", (Stop, example.EpochCallback), {}))
         with pytest.raises(KeyboardInterrupt):
             example.main([*arguments, output])
-    with pytest.raises(InputError, match=r"run: is not empty; give another folder, or --resume_from_checkpoint"):
+    with pytest.raises(InputError, match=r"run: is not empty; use a different --output_dir, or --resume"):
         example.main([*arguments, output])
     with pytest.raises(InputError, match="uninterrupted: is not empty"):  # it is another run's
         example.main([*arguments, f"--output_dir={finished[0]}", f"--resume_from_checkpoint={tmp_path / 'run'}"])
@@ -160,7 +160,7 @@ def test_the_model_with_the_best_ap_is_the_result(example, arguments, tmp_path, 
     monkeypatch.setattr(example, "evaluate_model", evaluate_model)
     run = tmp_path / "run"
     options = ["--max_steps=3", "--eval_steps=1", "--save_steps=1", "--save_total_limit=3", f"--output_dir={run}"]
-    example.main([*arguments, *options, "--dataset_name=drawn shapes"])
+    example.main([*arguments, *options, "--dataset_label=drawn shapes"])
     first, best, last = (load_file(run / f"checkpoint-{step}" / "model.safetensors") for step in (1, 2, 3))
     result = load_file(run / "model.safetensors")
     torch.testing.assert_close(result, best, rtol=0, atol=0)
@@ -179,7 +179,13 @@ def test_accumulated_batches_are_as_one_big_batch(example, arguments, tmp_path):
     for images, batches in ((4, 1), (2, 2), (1, 4)):
         run = tmp_path / str(batches)
         sizes = [f"--per_device_train_batch_size={images}", f"--gradient_accumulation_steps={batches}"]
-        options = [f"--model={model}", f"--output_dir={run}", "--augmentation=none", "--max_steps=3", "--eval_steps=3"]
+        options = [
+            f"--model_name_or_path={model}",
+            f"--output_dir={run}",
+            "--augmentation=none",
+            "--max_steps=3",
+            "--eval_steps=3",
+        ]
         example.main([*arguments, *sizes, *options, "--save_steps=3"])
         history = json.loads((run / "trainer_state.json").read_text())["log_history"]
         losses.append([row["loss"] for row in history if "loss" in row])
@@ -227,7 +233,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(example, arguments, tmp_path):
         (["--num_train_epochs=x"], "argument --num_train_epochs/--num-train-epochs: invalid float value: 'x'"),
         (["--eval_strategy=no"], "requires the save and eval strategy to match"),
         (["--metric_for_best_model=map"], "--metric_for_best_model map: must be one of ap, ap50"),
-        (["--hub_token=x"], "--hub_token: would be saved with the model; log in by `hf auth login`"),
+        (["--hub_token=x"], "--hub_token: would be saved with the model; log in with `hf auth login`"),
         (
             ["--dataloader_persistent_workers", "--dataloader_num_workers=1"],
             "--dataloader_persistent_workers: would repeat all crops and flips",
@@ -246,9 +252,9 @@ def test_wrong_arguments_are_one_line(example, arguments, tmp_path, capsys, wron
 def test_wrong_input_is_heard_of_before_anything_is_written(example, arguments, tmp_path):
     output = f"--output_dir={tmp_path / 'run'}"
     for wrong, message in (
-        (f"--resume_from_checkpoint={tmp_path}", "holds no checkpoint to resume from; start without"),
-        (f"--data={tmp_path / 'gone'}", "gone: there is no such folder"),
-        (f"--model={tmp_path}", r"it has no config\.json"),
+        (f"--resume_from_checkpoint={tmp_path}", "has no checkpoint to resume from; remove"),
+        (f"--dataset={tmp_path / 'gone'}", "gone: folder not found"),
+        (f"--model_name_or_path={tmp_path}", r"it has no config\.json"),
         ("--image_size=big", "--image_size big: expected SHORTEST"),
         ("--augmentation=hard", "unknown augmentation 'hard'"),
     ):

@@ -13,7 +13,7 @@ from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 from transformers import ResNetConfig, ResNetForImageClassification
 
-from command_line import hf_dino
+from command_line import hf_dino, train_arguments
 from conftest import TINY_RESNET, tiny_config
 from data_formats import FORMATS, write_shapes
 from hf_dino.data import InputError
@@ -29,15 +29,6 @@ from torchvision.transforms import v2
 def upside_down(size):
     return v2.RandomVerticalFlip(1.0)
 """
-
-
-def parse_arguments(words):
-    """Return what `hf-dino train` makes of a command line."""
-    parsed = []
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("hf_dino.cli.train.run", parsed.append)
-        assert hf_dino(["train", *words]) == 0
-    return parsed[0]
 
 
 def train(arguments):
@@ -225,7 +216,7 @@ def test_the_command_that_repeats_a_run_has_what_is_not_a_default(given, words):
     command = reproduction_argv(arguments)
     assert [word for word in command if word in words] == words
     assert not {"--resume_from_checkpoint", "--overwrite_output_dir"} & set(command)
-    parsed = parse_arguments(command)
+    parsed = train_arguments(command)
     assert vars(parsed) == vars(arguments) | {"resume_from_checkpoint": False}
 
 

@@ -1,103 +1,79 @@
 """Recipes are options in a file: below the command line, checked as it is, and those of the examples are right."""
 
-import argparse
-import importlib.util
 from pathlib import Path
 
 import pytest
-from hf_dino.training.recipe import parse_args_with_recipe
 
+from command_line import hf_dino, train_arguments
 from hf_dino import DinoDetrConfig
 from hf_dino.data import AUGMENTATIONS, InputError
-from hf_dino.utils.arguments import at_least, number_between, parse_config_override
+from hf_dino.training_arguments import OPTIONS, FineTuningArguments, read_recipe
 
 
 RECIPES = Path(__file__).parents[1] / "examples" / "recipes"
 
 
-def make_parser():
-    """Options of every kind."""
-    positive = number_between(0, without_lowest=True)
-    parser = argparse.ArgumentParser(prog="finetune", allow_abbrev=False)
-    parser.add_argument("--recipe", type=Path)
-    start = parser.add_mutually_exclusive_group()
-    start.add_argument("--model")
-    start.add_argument("--config", type=Path)
-    parser.add_argument("--backbone-weights")
-    parser.add_argument("--config-override", type=parse_config_override, nargs="+", action="extend", default=[])
-    parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--data")
-    parser.add_argument("--augmentation", default="dino")
-    parser.add_argument("--bucketing", action="store_true")
-    parser.add_argument("--epochs", type=at_least(1), default=12)
-    parser.add_argument("--batch-size", type=at_least(1), default=16)
-    parser.add_argument("--gradient-checkpointing", action=argparse.BooleanOptionalAction, default=False)
-    parser.add_argument("--mixed-precision", choices=("no", "fp16", "bf16"))
-    parser.add_argument("--learning-rate", type=positive, default=1e-4)
-    parser.add_argument("--backbone-lr-factor", type=positive, default=0.1)
-    parser.add_argument("--schedule", choices=("step", "cosine", "one-cycle"), default="step")
-    parser.add_argument("--lr-drop", type=positive, nargs="*", default=[11 / 12])
-    parser.add_argument("--warmup-steps", type=at_least(0), default=0)
-    parser.add_argument("--ema", type=number_between(0, 1))
-    parser.add_argument("--eval-every", type=at_least(1), default=1)
-    return parser
-
-
 def parse(tmp_path, recipe, *words):
     file = tmp_path / "recipe.yaml"
     file.write_text(recipe)
-    return parse_args_with_recipe(make_parser(), ["--output", "out", "--recipe", str(file), *words])
+    return parse_finetune("--model_name_or_path=m", "--recipe", file, *words)
 
 
-def test_without_a_recipe_it_is_parse_args():
-    words = ["--output", "out", "--epochs", "3"]
-    assert parse_args_with_recipe(make_parser(), words) == make_parser().parse_args(words)
+def parse_finetune(*words):
+    """Return what `hf-dino train` makes of a command line."""
+    return train_arguments(["--dataset=mine", "--output_dir=out", *words])
+
+
+def test_without_options_everything_has_its_default():
+    expected = FineTuningArguments(model_name_or_path="m", dataset="mine", output_dir="out")
+    assert parse_finetune("--model_name_or_path=m") == expected
 
 
 def test_recipe_lies_between_defaults_and_command_line(tmp_path):
     recipe = """
-    epochs: 24
-    learning_rate: 5e-5
-    batch-size: 8
+    num_train_epochs: 24
+    learning-rate: 5e-5
+    global_batch_size: 8
     """
-    args = parse(tmp_path, recipe, "--batch-size=2")
-    assert (args.epochs, args.learning_rate, args.batch_size, args.backbone_lr_factor) == (24, 5e-5, 2, 0.1)
+    args = parse(tmp_path, recipe, "--global-batch-size=2")
+    assert (args.num_train_epochs, args.learning_rate, args.global_batch_size) == (24, 5e-5, 2)
+    assert args.backbone_lr_multiplier == 0.1
 
 
 @pytest.mark.parametrize(
     ("recipe", "words"),
     [
-        ("lr-drop: [20, 0.5]", ["--lr-drop", "20", "0.5"]),
-        ("lr-drop: []", ["--lr-drop"]),
-        ("lr-drop: 20", ["--lr-drop", "20"]),
-        ("bucketing: true", ["--bucketing"]),
-        ("bucketing: false", []),
-        ("gradient-checkpointing: yes", ["--gradient-checkpointing"]),
-        ("gradient-checkpointing: false", ["--no-gradient-checkpointing"]),
-        ("mixed-precision: 'no'", ["--mixed-precision", "no"]),
-        ("config-override: {box_noise_scale: 1.0}", ["--config-override", "box_noise_scale=1.0"]),
-        ("config-override: {denoising: plain, dropout: 0}", ["--config-override", "denoising=plain", "dropout=0"]),
+        ("lr_milestones: [20, 0.5]", ["--lr_milestones", "20", "0.5"]),
+        ("lr_milestones: []", ["--lr_milestones"]),
+        ("lr_milestones: 20", ["--lr_milestones", "20"]),
+        ("group_by_aspect_ratio: true", ["--group_by_aspect_ratio"]),
+        ("group_by_aspect_ratio: false", []),
+        ("gradient_checkpointing: yes", ["--gradient_checkpointing"]),
+        ("gradient_checkpointing: false", ["--no_gradient_checkpointing"]),
+        ("mixed_precision: 'no'", ["--mixed_precision", "no"]),
+        ("config_overrides: {box_noise_scale: 1.0}", ["--config_overrides", "box_noise_scale=1.0"]),
+        ("config_overrides: {denoising: plain, dropout: 0}", ["--config_overrides", "denoising=plain", "dropout=0"]),
+        ("dataset_label: 2017", ["--dataset_label", "2017"]),
         ("", []),
         ("{}", []),
     ],
 )
 def test_an_entry_is_what_one_would_type(tmp_path, recipe, words):
     given = parse(tmp_path, recipe or "# nothing\n{}")
-    given.recipe = None
-    assert given == make_parser().parse_args(["--output", "out", *words])
+    assert given == parse_finetune("--model_name_or_path=m", *words)
 
 
 def test_command_line_adds_to_a_mapping_and_switches_off(tmp_path):
     recipe = """
-    config-override:
+    config_overrides:
       box_noise_scale: 1.0
       backbone_config: {model_type: swin, depths: [2, 2]}
-    gradient-checkpointing: true
+    gradient_checkpointing: true
     """
-    words = ["--no-gradient-checkpointing", "--config-override", "box_noise_scale=0.2", "num_queries=7"]
+    words = ["--no_gradient_checkpointing", "--config_overrides", "box_noise_scale=0.2", "num_queries=7"]
     args = parse(tmp_path, recipe, *words)
     assert not args.gradient_checkpointing
-    assert dict(args.config_override) == {
+    assert args.config_overrides == {
         "box_noise_scale": 0.2,
         "backbone_config": {"model_type": "swin", "depths": [2, 2]},
         "num_queries": 7,
@@ -105,31 +81,34 @@ def test_command_line_adds_to_a_mapping_and_switches_off(tmp_path):
 
 
 WRONG = {
-    "epoch: 3": "there is no option epoch; did you mean epochs?",
-    "learning rate: 3": "there is no option learning rate; did you mean learning-rate?",
-    "zzz: 3": "there is no option zzz; --help names the options",
-    "recipe: other.yaml": "there is no option recipe",
-    "help: true": "there is no option help",
-    "3: 3": "there is no option 3",
-    "epochs: many": "epochs: expected a whole number, got 'many'",
-    "epochs: 0": "epochs: must be at least 1, got 0",
-    "epochs: 1.5": "epochs: expected a whole number, got '1.5'",
-    "epochs: [1, 2]": "epochs: takes one value, got 2",
-    "epochs: []": "epochs: expected one argument",
-    "epochs: {a: 1, b: 2}": "epochs: expected a whole number, got 'a=1'",
-    "epochs:": "epochs: has no value; leave the line out for the default",
-    "schedule: cosin": "schedule: invalid choice: 'cosin'",
-    "mixed-precision: no": "mixed-precision: got true or false, which is how YAML reads yes and no too; put a word in",
-    "bucketing: 1": "bucketing: is switched on by true and off by false, got 1",
-    "config-override: {box_noise: 1.0}": "config-override: DinoDetrConfig has no field 'box_noise'; did you mean box",
-    "config-override: box_noise_scale": "config-override: expected FIELD=VALUE, got 'box_noise_scale'",
-    "epochs: 3\nepochs: 4": "epochs is there more than once",
-    "learning_rate: 3\nlearning-rate: 4": "learning-rate is there more than once",
-    "epochs 3": "must hold lines such as `epochs: 12`, got str",
-    "- epochs": "must hold lines such as `epochs: 12`, got list",
-    "": "must hold lines such as `epochs: 12`, got NoneType",
-    "epochs: [3": "cannot be read as YAML",
-    "[1, 2]: 3": "cannot be read as YAML",
+    "train_epochs: 3": r"option train_epochs not found; did you mean num_train_epochs\?",
+    "learning rate: 3": r"option learning rate not found; did you mean learning_rate\?",
+    "zzz: 3": "option zzz not found; see --help",
+    "recipe: other.yaml": "option recipe not found",
+    "help: true": "option help not found",
+    "3: 3": "option 3 not found",
+    "num_train_epochs: many": "num_train_epochs: must be an integer, got 'many'",
+    "num_train_epochs: 0": "num_train_epochs: must be at least 1, got 0",
+    "num_train_epochs: 1.5": "num_train_epochs: must be an integer, got 1.5",
+    "num_train_epochs: true": "num_train_epochs: must be an integer, got True",
+    "num_train_epochs: [1, 2]": r"num_train_epochs: must be an integer, got \[1, 2\]",
+    "num_train_epochs: []": r"num_train_epochs: must be an integer, got \[\]",
+    "num_train_epochs: {a: 1, b: 2}": "num_train_epochs: must be an integer, got {'a': 1, 'b': 2}",
+    "num_train_epochs:": "num_train_epochs: has no value; remove the line to use the default",
+    "augmentation: [dino, flip]": r"augmentation: takes one value, got \['dino', 'flip'\]",
+    "lr_milestones: [20, x]": "lr_milestones: must be a number, got 'x'",
+    "lr_scheduler_type: cosin": "lr_scheduler_type: must be one of multi_step, cosine, one_cycle, got 'cosin'",
+    "mixed_precision: no": "mixed_precision: got true or false, which is how YAML reads yes and no; put the word in",
+    "group_by_aspect_ratio: 1": "group_by_aspect_ratio: must be true or false, got 1",
+    "config_overrides: {box_noise: 1.0}": "config_overrides: DinoDetrConfig has no field 'box_noise'; did you mean",
+    "config_overrides: box_noise_scale": "config_overrides: expected FIELD=VALUE, got 'box_noise_scale'",
+    "num_train_epochs: 3\nnum_train_epochs: 4": "num_train_epochs is duplicated",
+    "learning_rate: 3\nlearning-rate: 4": "learning_rate is duplicated",
+    "num_train_epochs 3": "must have lines such as `num_train_epochs: 12`, got str",
+    "- num_train_epochs": "must have lines such as `num_train_epochs: 12`, got list",
+    "": "must have lines such as `num_train_epochs: 12`, got NoneType",
+    "num_train_epochs: [3": "is not valid YAML",
+    "[1, 2]: 3": "is not valid YAML",
 }
 
 
@@ -141,28 +120,43 @@ def test_an_error_names_the_file_and_what_to_do(tmp_path, recipe):
 
 def test_a_recipe_that_is_not_there():
     with pytest.raises(InputError, match=r"nowhere\.yaml: file not found"):
-        parse_args_with_recipe(make_parser(), ["--recipe", "nowhere.yaml"])
+        read_recipe(Path("nowhere.yaml"))
 
 
-def test_errors_of_the_command_line_stay_argparses(tmp_path, capsys):
-    with pytest.raises(SystemExit):
-        parse(tmp_path, "epochs: 3", "--epochs", "0")
-    assert "finetune: error: argument --epochs: must be at least 1" in capsys.readouterr().err
-    with pytest.raises(SystemExit):
-        parse_args_with_recipe(make_parser(), ["--recipe"])
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--num_train_epochs", "0"], "num_train_epochs: must be at least 1, got 0"),
+        (["--learning_rate=-1"], r"learning_rate: must be at least 0 and at most 1e\+38, got -1"),
+        (["--max_grad_norm=0"], "max_grad_norm: must be greater than 0, got 0"),
+        (["--config_name=c"], "--model_name_or_path has its own configuration; remove --config_name"),
+        (["--backbone_weights=b"], "--model_name_or_path has its own backbone; remove --backbone_weights"),
+        (["--train_images=a"], "give either --dataset or the files of each split, not both"),
+    ],
+)
+def test_errors_of_the_command_line_do_not_blame_the_recipe(tmp_path, words, message):
+    with pytest.raises(InputError, match=f"^{message}"):
+        parse(tmp_path, "num_train_epochs: 3", *words)
 
 
-def parse_finetune(*words):
-    """What examples/finetune_coco.py makes of a command line."""
-    spec = importlib.util.spec_from_file_location("finetune_coco", RECIPES.parent / "finetune_coco.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.parse_arguments(["--data=mine", "--output=out", *words])
+@pytest.mark.parametrize("words", [["--recipe"], ["--num_train_epoch", "3"], ["mine"], ["--seed", "1", "2"]])
+def test_a_command_line_that_cannot_be_parsed_is_no_run(words):
+    assert hf_dino(["train", "--output_dir=out", "--dataset=mine", "--model_name_or_path=m", *words]) == 2
+
+
+def test_help_has_every_option(capsys):
+    assert hf_dino(["train", "--help"]) == 0
+    told = " ".join(capsys.readouterr().out.split())
+    for name, option in OPTIONS.items():
+        assert f"--{name}" in told
+        assert option.metadata["help"].endswith(".")
+    assert "Number of passes over the training images. Default: 12." in told
 
 
 def read(name):
     file = RECIPES / f"{name}.yaml"
-    return parse_finetune(f"--recipe={file}", *([] if "backbone-weights:" in file.read_text() else ["--model=m"]))
+    needs_model = "backbone_weights:" not in file.read_text()
+    return parse_finetune(f"--recipe={file}", *(["--model_name_or_path=m"] if needs_model else []))
 
 
 @pytest.mark.parametrize("file", sorted(RECIPES.glob("*.yaml")), ids=lambda file: file.stem)
@@ -176,9 +170,9 @@ def test_recipes_say_what_they_are_and_can_be_used(file):
     assert any(word in text for word in ("published", "reported", "measured"))
     args = read(file.stem)
     assert args.augmentation in AUGMENTATIONS
-    defaults = vars(parse_finetune("--model=m"))
+    defaults = vars(parse_finetune("--model_name_or_path=m"))
     repeated = [name for name, value in vars(args).items() if value == defaults[name]]
-    given = {line.partition(":")[0].replace("-", "_") for line in file.read_text().splitlines() if line[:1].isalpha()}
+    given = {line.partition(":")[0] for line in file.read_text().splitlines() if line[:1].isalpha()}
     assert not given & set(repeated), "a number has one home"
 
 
@@ -207,9 +201,10 @@ def test_published_settings(name):
     epochs = int(epochs.removesuffix("ep"))
     args = read(name)
     assert f"# Result: AP {PUBLISHED_AP[name]} on COCO val2017 (published" in (RECIPES / f"{name}.yaml").read_text()
-    assert (args.epochs, args.batch_size, args.learning_rate, args.backbone_lr_factor) == (epochs, 16, 1e-4, 0.1)
-    assert args.lr_drop == {12: [11 / 12], 24: [20], 36: [30]}[epochs]
-    config = DinoDetrConfig(**dict(args.config_override))
+    assert (args.num_train_epochs, args.global_batch_size) == (epochs, 16)
+    assert (args.learning_rate, args.backbone_lr_multiplier) == (1e-4, 0.1)
+    assert args.lr_milestones == {12: [11 / 12], 24: [20], 36: [30]}[epochs]
+    config = DinoDetrConfig(**args.config_overrides)
     assert config.box_noise_scale == 1.0
     assert config.num_feature_levels == int(levels[0])
     stages = ["stage2", "stage3", "stage4"] if levels == "4scale" else ["stage1", "stage2", "stage3", "stage4"]
@@ -221,22 +216,23 @@ def test_swin_of_the_recipes_is_the_original_one():
     from hf_dino.conversion.key_tables import BACKBONES
 
     for levels in "45":
-        backbone = dict(read(f"coco-swin-l-{levels}scale-12ep").config_override)["backbone_config"]
+        backbone = read(f"coco-swin-l-{levels}scale-12ep").config_overrides["backbone_config"]
         del backbone["out_features"]
         assert backbone == BACKBONES["swin_L_384_22k"]
 
 
 def test_large_fine_tuning():
     args = read("finetune-large")
-    assert (args.batch_size, args.epochs, args.learning_rate, args.augmentation) == (1, 100, 5e-5, "dino-large")
-    assert args.learning_rate * args.backbone_lr_factor == pytest.approx(1e-5)
+    assert (args.global_batch_size, args.num_train_epochs) == (1, 100)
+    assert (args.learning_rate, args.augmentation) == (5e-5, "dino-large")
+    assert args.learning_rate * args.backbone_lr_multiplier == pytest.approx(1e-5)
     assert (args.gradient_checkpointing, args.mixed_precision) == (True, "bf16")
 
 
-def test_drops_belong_to_the_schedule_that_has_them(capsys):
-    with pytest.raises(SystemExit):
-        parse_finetune("--model=a", "--schedule=one-cycle", "--lr-drop=0.5")
-    assert "error: --schedule one-cycle has no drops; give --lr-drop without a value, or" in capsys.readouterr().err
+def test_milestones_belong_to_the_schedule_that_has_them():
+    model = "--model_name_or_path=a"
+    with pytest.raises(InputError, match="--lr_scheduler_type one_cycle has no milestones; remove --lr_milestones or"):
+        parse_finetune(model, "--lr_scheduler_type=one_cycle", "--lr_milestones=0.5")
     recipe = f"--recipe={RECIPES / 'coco-r50-4scale-24ep.yaml'}"
-    assert parse_finetune(recipe, "--schedule=cosine", "--lr-drop").lr_drop == []
-    assert parse_finetune("--model=a").lr_drop == [11 / 12]
+    assert parse_finetune(recipe, "--lr_scheduler_type=cosine", "--lr_milestones").lr_milestones == []
+    assert parse_finetune(model).lr_milestones == [11 / 12]
