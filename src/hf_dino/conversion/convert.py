@@ -132,7 +132,7 @@ def config_from_args(args: Mapping[str, Any]) -> DinoDetrConfig:
     Raises:
         InputError: If a setting is missing, or has a value that the model cannot express.
     """
-    settings = {
+    settings: dict[str, Any] = {
         name: list(value) if isinstance(value, tuple) else value
         for name, value in (DEFAULT_OF_SETTING | dict(args)).items()
     }

@@ -18,7 +18,7 @@ from .coco_eval import group_rows
 
 
 FOREGROUND_IOU, BACKGROUND_IOU = 0.5, 0.1
-"""TIDE's thresholds: a detection is on an object from the first IoU on, and on the background below the second."""
+"""TIDE's IoU thresholds: a detection is well localized from the first on, and is background below the second."""
 
 ERROR_TYPES = {
     "duplicate": "IoU ≥ .5 with an object of its class that a detection with a higher score already matches",
