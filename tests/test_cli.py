@@ -10,7 +10,7 @@ from typing import get_args, get_type_hints
 import pytest
 from PIL import Image
 
-from command_line import hf_dino
+from command_line import hf_dino, train_arguments
 from conftest import tiny_model
 from hf_dino import DinoDetrImageProcessor
 from hf_dino.cli import data, evaluate
@@ -72,6 +72,20 @@ def test_help_spells_options_with_underscores_and_tells_what_they_do(command, ca
     options = [line.split()[0] for line in capsys.readouterr().out.splitlines() if line.startswith("  --")]
     assert options
     assert not [option for option in options if "-" in option[2:]]
+
+
+def test_help_of_train_lists_options_by_what_they_are_about(capsys):
+    assert hf_dino(["train", "--help"]) == 0
+    headings = [line for line in capsys.readouterr().out.splitlines() if line.endswith(":") and line[0] != " "]
+    assert headings == ["Options:", *(f"{group}:" for group in train.FIRST_OF_GROUP.values())]
+    assert set(train.FIRST_OF_GROUP) <= set(train.OPTIONS)
+
+
+def test_lists_take_several_values_or_none():
+    given = ["train", "--model-name-or-path=m", "--dataset=d", "--output-dir=o"]
+    assert train_arguments([*given, "--freeze", "stem", "encoder", "--seed", 1]).freeze == ["stem", "encoder"]
+    assert train_arguments([*given, "--freeze"]).freeze == []
+    assert train_arguments([*given, "--image-size", 480, 640]).image_size == ["480", "640"]
 
 
 @pytest.mark.parametrize("spelling", ["--num_images", "--num-images"])

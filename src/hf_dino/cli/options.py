@@ -111,8 +111,8 @@ def require_one_source(
         context.fail(f"Give either {name}, or both --images and --annotations.")
 
 
-def log_to_terminal() -> None:
-    """Print warnings of this package and of others to the terminal, above a progress bar if there is one."""
+def log_to_terminal(level: int = logging.WARNING) -> None:
+    """Print log messages of at least `level` to the terminal, above a progress bar if there is one."""
     from rich.logging import RichHandler
 
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[RichHandler(show_path=False)])
+    logging.basicConfig(level=level, format="%(message)s", handlers=[RichHandler(show_path=False)])

@@ -3,12 +3,25 @@
 import inspect
 import logging
 from dataclasses import MISSING, Field
+from itertools import accumulate
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from ..training_arguments import OPTIONS, FineTuningArguments, parse_option, read_recipe
+from .options import log_to_terminal
+
+
+FIRST_OF_GROUP = {
+    "model_name_or_path": "Model",
+    "dataset": "Data",
+    "output_dir": "Run",
+    "global_batch_size": "Training step",
+    "learning_rate": "Learning rate",
+    "per_device_eval_batch_size": "Evaluation and logging",
+}
+"""Headings in the help, by the option that they stand above."""
 
 
 def train(recipe: Path | None = None, **options: Any) -> None:
@@ -28,13 +41,11 @@ def run(arguments: FineTuningArguments) -> None:
         arguments (`FineTuningArguments`): The options of the run.
     """
     import transformers
-    from rich.logging import RichHandler
 
     from ..training import FineTuner, make_accelerator
 
     accelerator = make_accelerator(arguments)
-    level = logging.WARNING if accelerator.is_main_process else logging.ERROR
-    logging.basicConfig(level=level, format="%(message)s", handlers=[RichHandler(show_path=False)])
+    log_to_terminal(logging.WARNING if accelerator.is_main_process else logging.ERROR)
     transformers.utils.logging.disable_progress_bar()  # FineTuner has its own
     FineTuner(arguments, accelerator).train()
 
@@ -55,13 +66,14 @@ def make_arguments(recipe: Path | None, options: dict[str, Any]) -> FineTuningAr
 METAVARS = {int: "INTEGER", int | None: "INTEGER", float: "NUMBER", float | None: "NUMBER"}
 
 
-def _parameter(field: Field) -> inspect.Parameter:
-    """Make the typer option of a field of `FineTuningArguments`."""
+def _parameter(field: Field, group: str) -> inspect.Parameter:
+    """Make the typer option of a field of `FineTuningArguments`, listed under the heading `group`."""
     is_flag, several, default = field.type is bool, field.metadata["metavar"], field.default
     option = typer.Option(
         f"--{field.name}/--no_{field.name}" if is_flag else f"--{field.name}",
         help=field.metadata["help"] + ("" if is_flag or default in (None, MISSING) else f" Default: {default}."),
         metavar=several or METAVARS.get(field.type),
+        rich_help_panel=group,
     )
     kind: Any = bool if is_flag else list[str] if several else str
     is_required = default is MISSING and field.default_factory is MISSING
@@ -82,6 +94,7 @@ _RECIPE = inspect.Parameter(
         typer.Option(help="YAML file with any of these options; those of the command line take precedence."),
     ],
 )
-_PARAMETERS = [_RECIPE, *map(_parameter, OPTIONS.values())]
+_GROUPS = accumulate((FIRST_OF_GROUP.get(name, "") for name in OPTIONS), lambda last, new: new or last)
+_PARAMETERS = [_RECIPE, *map(_parameter, OPTIONS.values(), _GROUPS)]
 train.__signature__ = inspect.Signature(_PARAMETERS)  # type: ignore[attr-defined]
 train.__annotations__ = {each.name: each.annotation for each in _PARAMETERS}
