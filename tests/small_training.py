@@ -12,15 +12,15 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from torch import nn
 
-from hf_dino.training import (
+from hf_dino.training.checkpoint import (
     TrainingState,
     checkpoint_path,
     load_checkpoint,
     load_training_state,
+    lock_output_dir,
     resolve_resume_checkpoint,
     save_checkpoint,
 )
-from hf_dino.training.checkpoint import lock_output_dir
 from hf_dino.training.ema import ExponentialMovingAverage
 from hf_dino.training.logging import RunHistory
 from hf_dino.training.signals import StopSignals

@@ -18,22 +18,20 @@ from torch import nn
 
 from hf_dino.data import InputError
 from hf_dino.data.shapes import generate_shapes
-from hf_dino.training import (
+from hf_dino.training import checkpoint as checkpoint_module
+from hf_dino.training import get_last_checkpoint
+from hf_dino.training.checkpoint import (
     TrainingState,
+    check_disk_space,
     checkpoint_path,
-    get_last_checkpoint,
+    data_fingerprint,
+    file_fingerprint,
     load_checkpoint,
     load_training_state,
+    lock_output_dir,
     remove_checkpoints,
     resolve_resume_checkpoint,
     save_checkpoint,
-)
-from hf_dino.training import checkpoint as checkpoint_module
-from hf_dino.training.checkpoint import (
-    check_disk_space,
-    data_fingerprint,
-    file_fingerprint,
-    lock_output_dir,
     save_emergency_checkpoint,
 )
 from hf_dino.training.ema import ExponentialMovingAverage

@@ -132,8 +132,9 @@ def test_finetune_leaves_a_model_that_loads(finished, examples, arguments):
     *program, train_command = shlex.split(report["command"])[:4]
     assert (program, train_command) == (["python", "-m", "hf_dino"], "train")
     words = shlex.split(report["command"])[4:]
-    given = [word.partition("=")[::2] for word in [*arguments, f"--output_dir={finished}"]]
-    assert sorted(zip(words[::2], words[1::2])) == sorted(given)
+    given = [word.partition("=") for word in [*arguments, f"--output_dir={finished}"]]
+    expected = [(name, f"path/to/{Path(value).name}" if "/" in value else value) for name, _, value in given]
+    assert sorted(zip(words[::2], words[1::2])) == sorted(expected)
     card = (finished / "README.md").read_text()
     assert f"```bash\n{report['command']}\n```" in card
     assert "trained on shapes\n" in card
@@ -188,7 +189,7 @@ def test_bad_input_leaves_the_old_run_alone(finished, examples, arguments, shape
     run = shutil.copytree(finished, tmp_path / "run")
     before = sorted(path.name for path in run.rglob("*"))
     bad = [*arguments, f"--output_dir={run}", "--overwrite_output_dir", f"--train_images={tmp_path / 'gone'}"]
-    with pytest.raises(InputError, match="gone: there is no such folder of images"):
+    with pytest.raises(InputError, match="gone: image folder not found"):
         train(bad)
     assert sorted(path.name for path in run.rglob("*")) == before
 
@@ -302,7 +303,7 @@ def test_categories_that_the_model_lacks_are_heard_of_at_once(examples, argument
     annotations["categories"][0]["name"] = "unheard-of"
     (tmp_path / "val.json").write_text(json.dumps(annotations))
     run = tmp_path / "run"
-    with pytest.raises(InputError, match="has objects of classes that train does not list: 'unheard-of'"):
+    with pytest.raises(InputError, match="has objects of classes that train does not have: 'unheard-of'"):
         train([*arguments, f"--output_dir={run}", f"--val_annotations={tmp_path / 'val.json'}"])
     assert not run.exists()
 
@@ -450,10 +451,14 @@ def test_raw_coco_ids(examples, tmp_path):
     [
         (["--image_size=16"], "become as small as 10 x 10 pixels: .* too few to choose num_queries=20 from: use"),
         (["--image_size=8x64", "--augmentation=none"], "become as small as 8 x 64 pixels"),
-        (["--global_batch_size=5"], "a batch of 5 images cannot be shared out evenly to 1 processes x 2 accumulated"),
+        (
+            ["--global_batch_size=5"],
+            "a global batch of 5 images cannot be split evenly into 1 processes x 2 acc",
+        ),
     ],
 )
-def test_what_no_step_could_do_is_heard_of_before_there_is_a_folder(examples, arguments, tmp_path, wrong, message):
+def test_what_no_step_could_do_is_heard_of_before_there_is_a_folder(arguments, tmp_path, wrong, message):
+    others = [word for word in arguments if not word.startswith("--image_size")]
     with pytest.raises(InputError, match=message):
-        train([*arguments, f"--output_dir={tmp_path / 'run'}", *wrong])
+        train([*others, f"--output_dir={tmp_path / 'run'}", *wrong])
     assert not (tmp_path / "run").exists()

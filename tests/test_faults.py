@@ -24,7 +24,8 @@ from torch import nn
 import small_training
 from hf_dino.data import InputError
 from hf_dino.evaluation import DETECTION_DTYPE, write_coco_results
-from hf_dino.training import TrainingState, get_last_checkpoint, load_checkpoint, load_training_state, save_checkpoint
+from hf_dino.training import get_last_checkpoint
+from hf_dino.training.checkpoint import TrainingState, load_checkpoint, load_training_state, save_checkpoint
 from hf_dino.utils.io import atomic_directory, atomic_update_directory, write_json
 
 

@@ -10,7 +10,7 @@ from accelerate import Accelerator
 from PIL import Image
 from rich.console import Console
 
-from hf_dino.training import TrainingState
+from hf_dino.training.checkpoint import TrainingState
 from hf_dino.training.logging import RunHistory, TrainingProgress, init_tracking, peak_memory_gib
 
 
