@@ -363,7 +363,7 @@ def to_annotation_array(data: DetectionSplit) -> np.ndarray:
 
 
 def contiguous_id2label(categories: Mapping[int, str]) -> dict[int, str]:
-    """Number the categories of a dataset from 0, by ascending id: the classes of a new model.
+    """Assign labels from 0 to the categories of a dataset, by ascending id: the classes of a new model.
 
     Example:
 
