@@ -4,8 +4,8 @@
 // owns, and writes their gradients: no shared memory, no barrier, and nothing but the cells has to be zero at first.
 #pragma once
 
-#include "points.cuh"
-#include "sums.cuh"
+#include "sampling_points.cuh"
+#include "accumulators.cuh"
 
 namespace hf_dino::cuda {
 
@@ -18,11 +18,11 @@ struct WeightsGradient {
   template <typename Shape, int kGroup>
   struct Collector {
     __device__ __forceinline__ void add(
-        const WeightsGradient& all, const Item& item, int32_t, int32_t own, Compute<P>, Compute<P> slope) {
-      all.gradient[item.points + own] = narrow<P>(slope);
+        const WeightsGradient& all, const WorkItem& item, int32_t, int32_t own, compute_t<P>, compute_t<P> slope) {
+      all.gradient[item.points + own] = from_compute<P>(slope);
     }
 
-    __device__ __forceinline__ void finish(const WeightsGradient&, const Item&, const Call&) {}
+    __device__ __forceinline__ void finish(const WeightsGradient&, const WorkItem&, const KernelParams&) {}
   };
 };
 
@@ -37,33 +37,33 @@ struct LogitsGradient {
   template <typename Shape, int kGroup>
   struct Collector {
     // Until the sum is known, the slopes wait in registers, or where their results will be if there may be any number.
-    Compute<P> slopes[Shape::kFixed ? UsualShape::kLevelCount * UsualShape::kPointCount / kGroup : 1];
-    Compute<P> total = 0;
+    compute_t<P> slopes[Shape::kStatic ? StaticShape::kLevelCount * StaticShape::kPointCount / kGroup : 1];
+    compute_t<P> total = 0;
 
     __device__ __forceinline__ void add(
-        const LogitsGradient& all, const Item& item, int32_t round, int32_t own, Compute<P> weight,
-        Compute<P> slope) {
-      if (all.grad_weights != nullptr) slope += widen(load(all.grad_weights + item.points + own));
+        const LogitsGradient& all, const WorkItem& item, int32_t round, int32_t own, compute_t<P> weight,
+        compute_t<P> slope) {
+      if (all.grad_weights != nullptr) slope += to_compute(load(all.grad_weights + item.points + own));
       total = fma(weight, slope, total);
-      if constexpr (Shape::kFixed) {
+      if constexpr (Shape::kStatic) {
         slopes[round / kGroup] = slope;
       } else {
-        static_assert(std::is_same_v<P, Compute<P>>, "waiting must not round");
+        static_assert(std::is_same_v<P, compute_t<P>>, "waiting must not round");
         all.gradient[item.points + own] = slope;
       }
     }
 
-    __device__ __forceinline__ void finish(const LogitsGradient& all, const Item& item, const Call& call) {
+    __device__ __forceinline__ void finish(const LogitsGradient& all, const WorkItem& item, const KernelParams& params) {
       total = sum_over_lanes(total, kGroup);
-      const int32_t count = Shape::points_per_head(call), lane = lane_in_group<kGroup>();
+      const int32_t count = Shape::points_per_head(params), lane = lane_in_group<kGroup>();
 #pragma unroll
       for (int32_t round = 0; round < count; round += kGroup) {
         const int32_t own = round + lane;
         if (own >= count || !item.active) continue;
         P* const place = all.gradient + item.points + own;
-        const Compute<P> weight = widen(load(all.weights + item.points + own));
-        if constexpr (Shape::kFixed) {
-          *place = narrow<P>(weight * (slopes[round / kGroup] - total));
+        const compute_t<P> weight = to_compute(load(all.weights + item.points + own));
+        if constexpr (Shape::kStatic) {
+          *place = from_compute<P>(weight * (slopes[round / kGroup] - total));
         } else {
           *place = weight * (*place - total);
         }
@@ -74,16 +74,16 @@ struct LogitsGradient {
 
 // Lane j of a group gets the sum over its lanes of numbers[j]. Each step halves what a lane has to sum: kGroup - 1
 // shuffles in all, instead of kGroup * log2(kGroup).
-template <int kGroup, typename Number>
-__device__ __forceinline__ Number transposed_sum(Number (&numbers)[kGroup]) {
+template <int kGroup, typename C>
+__device__ __forceinline__ C transposed_sum(C (&numbers)[kGroup]) {
   const int32_t lane = lane_in_group<kGroup>();
 #pragma unroll
   for (int half = kGroup / 2; half > 0; half /= 2) {
     const bool upper = (lane & half) != 0;
 #pragma unroll
     for (int i = 0; i < half; ++i) {
-      const Number mine = upper ? numbers[i + half] : numbers[i];
-      const Number theirs = upper ? numbers[i] : numbers[i + half];
+      const C mine = upper ? numbers[i + half] : numbers[i];
+      const C theirs = upper ? numbers[i] : numbers[i + half];
       numbers[i] = mine + from_opposite_lane(theirs, half);
     }
   }
@@ -91,34 +91,34 @@ __device__ __forceinline__ Number transposed_sum(Number (&numbers)[kGroup]) {
 }
 
 // The gradients of one point, given the products of the output's gradient with its four cells, row by row.
-template <typename Number>
-struct PointSlopes {
-  Number weight;
-  Spot<Number> spot;
+template <typename C>
+struct PointGrads {
+  C weight;
+  Position<C> position;
 };
 
-template <typename Number>
-__device__ __forceinline__ PointSlopes<Number> point_slopes(const Point<Number>& point, const Number (&products)[4]) {
+template <typename C>
+__device__ __forceinline__ PointGrads<C> point_grads(const SamplePoint<C>& point, const C (&products)[4]) {
   if (!point.inside) return {};
-  const Neighbours<Number>&x = point.x, &y = point.y;
-  const Number upper = x.first * products[0] + x.second * products[1];
-  const Number lower = x.first * products[2] + x.second * products[3];
-  const Number upper_slope = x.first_slope * products[0] + x.second_slope * products[1];
-  const Number lower_slope = x.first_slope * products[2] + x.second_slope * products[3];
+  const AxisWeights<C>&x = point.x, &y = point.y;
+  const C upper = x.first * products[0] + x.second * products[1];
+  const C lower = x.first * products[2] + x.second * products[3];
+  const C drow0 = x.dw0 * products[0] + x.dw1 * products[1];
+  const C drow1 = x.dw0 * products[2] + x.dw1 * products[3];
   return {
       y.first * upper + y.second * lower,
-      {point.weight * (y.first * upper_slope + y.second * lower_slope),
-       point.weight * (y.first_slope * upper + y.second_slope * lower)}};
+      {point.weight * (y.first * drow0 + y.second * drow1),
+       point.weight * (y.dw0 * upper + y.dw1 * lower)}};
 }
 
 template <typename T, typename Shape, typename Points, typename Weights, typename Sum>
 __global__ void __launch_bounds__(kThreads, kBackwardBlocks<T>) backward_kernel(
-    const __grid_constant__ Call call, const T* grad_output, const T* value, const Points points,
+    const __grid_constant__ KernelParams params, const T* grad_output, const T* value, const Points points,
     const Weights weights, Sum grad_value) {
-  using Number = Compute<T>;
-  constexpr int kGroup = kLanes<T>;
-  const int32_t lane = lane_in_group<kGroup>(), count = Shape::points_per_head(call);
-  const Item item = this_item<Shape, kGroup>(call);
+  using C = compute_t<T>;
+  constexpr int kGroup = kGroupSize<T>;
+  const int32_t lane = lane_in_group<kGroup>(), count = Shape::points_per_head(params);
+  const WorkItem item = current_work_item<Shape, kGroup>(params);
   typename Weights::template Collector<Shape, kGroup> collector;
   grad_value.prepare();
 
@@ -126,49 +126,49 @@ __global__ void __launch_bounds__(kThreads, kBackwardBlocks<T>) backward_kernel(
   for (int32_t round = 0; round < count; round += kGroup) {
     const int32_t own = round + lane;
     const bool present = own < count && item.active;
-    const int32_t level = present ? own / Shape::num_points(call) : 0;
-    Number weight = 0;
-    Point<Number> point{};
+    const int32_t level = present ? own / Shape::num_points(params) : 0;
+    C weight = 0;
+    SamplePoint<C> point{};
     if (present) {
-      weight = widen(load(weights.weights + item.points + own));
-      point = place_point(points.spot(item, own, level, call), weight, level, call.levels);
+      weight = to_compute(load(weights.weights + item.points + own));
+      point = locate_point(points.position(item, own, level, params), weight, level, params.levels);
     }
-    const CellWeights<Number> shares = cell_weights(point);
+    const CornerWeights<C> shares = corner_weights(point);
 
-    Number products[4][kGroup] = {};
-    for (int32_t strip = 0; strip < num_strips<T, Shape>(call); ++strip) {
-      const Channels channels = channels_of_lane<T, Shape>(strip, call);
-      const T* const first_cell = value + item.value + channels.first;
+    C products[4][kGroup] = {};
+    for (int32_t channel_tile = 0; channel_tile < num_channel_tiles<T, Shape>(params); ++channel_tile) {
+      const Channels channels = channels_of_lane<T, Shape>(channel_tile, params);
+      const T* const cell0 = value + item.value + channels.first;
       typename Sum::Cell* const first_sum = grad_value.sums + item.value + channels.first;
-      Number grads[kVector<T>];
+      C grads[kVecSize<T>];
       load_vector(grad_output + item.output + channels.first, channels.exist, grads);
 #pragma unroll
-      for (int owner = 0; owner < kGroup; ++owner) {
-        if (round + owner >= count) break;
-        const Cells<Number> cells = visit<Shape, kGroup>(point, shares, owner, round + owner, call.levels);
+      for (int source_lane = 0; source_lane < kGroup; ++source_lane) {
+        if (round + source_lane >= count) break;
+        const CornerCells<C> cells = broadcast_point<Shape, kGroup>(point, shares, source_lane, round + source_lane, params.levels);
 #pragma unroll
         for (int corner = 0; corner < 4; ++corner) {
-          Number numbers[kVector<T>];
-          load_vector(at_position(first_cell, cells.positions[corner], call), channels.exist, numbers);
+          C numbers[kVecSize<T>];
+          load_vector(at_position(cell0, cells.positions[corner], params), channels.exist, numbers);
 #pragma unroll
-          for (int i = 0; i < kVector<T>; ++i) {
-            products[corner][owner] = fma(grads[i], numbers[i], products[corner][owner]);
+          for (int i = 0; i < kVecSize<T>; ++i) {
+            products[corner][source_lane] = fma(grads[i], numbers[i], products[corner][source_lane]);
           }
           if (channels.exist) {
-            grad_value.add(at_position(first_sum, cells.positions[corner], call), cells.weights[corner], grads);
+            grad_value.add(at_position(first_sum, cells.positions[corner], params), cells.weights[corner], grads);
           }
         }
       }
     }
 
-    Number own_products[4];
+    C own_products[4];
 #pragma unroll
     for (int corner = 0; corner < 4; ++corner) own_products[corner] = transposed_sum<kGroup>(products[corner]);
-    const PointSlopes<Number> slopes = point_slopes(point, own_products);
-    points.template take_gradient<Shape>(item, own, slopes.spot, level, present, call);
+    const PointGrads<C> slopes = point_grads(point, own_products);
+    points.template take_gradient<Shape>(item, own, slopes.position, level, present, params);
     if (present) collector.add(weights, item, round, own, weight, slopes.weight);
   }
-  collector.finish(weights, item, call);
+  collector.finish(weights, item, params);
 }
 
 }  // namespace hf_dino::cuda

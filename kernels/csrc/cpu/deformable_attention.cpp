@@ -9,18 +9,18 @@
 
 #include <torch/csrc/stable/library.h>
 
-#include "../problem.h"
-#include "arguments.h"
+#include "../checks.h"
+#include "kernel_args.h"
 
 namespace hf_dino {
 namespace {
 
 // Rows of a query and head that one thread takes at least; starting a thread costs as much as some dozens.
-constexpr int64_t kGrain = 64;
+constexpr int64_t kMinRowsPerThread = 64;
 // Reads per cell from which a copy of one head at a time pays for itself.
-constexpr int64_t kReadsWorthACopy = 16;
+constexpr int64_t kMinReadsPerCell = 16;
 
-const Processor& best_processor() {
+const CpuKernels& best_cpu_kernels() {
 #if defined(__x86_64__)
   if (kAvx512 != nullptr && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
@@ -28,16 +28,16 @@ const Processor& best_processor() {
   }
   if (kAvx2 != nullptr && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return *kAvx2;
 #endif
-  return *kPortable;
+  return *kDefault;
 }
 
 // The best code that this processor runs. HF_DINO_CPU=avx2 or portable takes a lesser one, to test and compare it.
-const Processor& processor() {
+const CpuKernels& cpu_kernels() {
   const char* const wish = std::getenv("HF_DINO_CPU");
-  const Processor& best = best_processor();
+  const CpuKernels& best = best_cpu_kernels();
   if (wish == nullptr || *wish == '\0') return best;
-  for (const Processor* candidate : {kAvx512, kAvx2, kPortable}) {
-    if (candidate != nullptr && candidate->vector_bytes <= best.vector_bytes &&
+  for (const CpuKernels* candidate : {kAvx512, kAvx2, kDefault}) {
+    if (candidate != nullptr && candidate->vec_bytes <= best.vec_bytes &&
         std::strcmp(wish, candidate == kAvx512 ? "avx512" : candidate == kAvx2 ? "avx2" : "portable") == 0) {
       return *candidate;
     }
@@ -47,84 +47,84 @@ const Processor& processor() {
       best.name);
 }
 
-Type type_of(const Tensor& tensor) {
+DType dtype_of(const Tensor& tensor) {
   switch (tensor.scalar_type()) {
     case ScalarType::Double:
-      return Type::kDouble;
+      return DType::kDouble;
     case ScalarType::Half:
-      return Type::kHalf;
+      return DType::kHalf;
     case ScalarType::BFloat16:
-      return Type::kBFloat16;
+      return DType::kBFloat16;
     default:
-      return Type::kFloat;
+      return DType::kFloat;
   }
 }
 
-Sizes sizes_of(const Problem& problem) {
-  return {problem.batch_size,  problem.num_heads,  problem.head_dim,
-          problem.num_queries, problem.num_points, problem.levels};
+Sizes sizes_of(const AttentionShapes& shapes) {
+  return {shapes.batch_size,  shapes.num_heads,  shapes.head_dim,
+          shapes.num_queries, shapes.num_points, shapes.levels};
 }
 
-bool is_empty(const Problem& problem) {
-  return problem.batch_size * problem.num_queries * problem.num_heads == 0;
+bool is_empty(const AttentionShapes& shapes) {
+  return shapes.batch_size * shapes.num_queries * shapes.num_heads == 0;
 }
 
-int64_t lanes(const Processor& processor, const Tensor& value) {
-  return processor.vector_bytes / (value.scalar_type() == ScalarType::Double ? 8 : 4);
+int64_t lanes(const CpuKernels& cpu_kernels, const Tensor& value) {
+  return cpu_kernels.vec_bytes / (value.scalar_type() == ScalarType::Double ? 8 : 4);
 }
 
 // Whether to work on copies that hold one head's rows next to each other. Rows that are no whole vectors are padded.
-bool should_copy(const Problem& problem, const Processor& processor, const Tensor& value) {
-  const int64_t reads = problem.num_queries * problem.points_per_head() * 4;
-  return problem.head_dim % lanes(processor, value) != 0 || reads > kReadsWorthACopy * problem.sequence_length;
+bool should_copy(const AttentionShapes& shapes, const CpuKernels& cpu_kernels, const Tensor& value) {
+  const int64_t reads = shapes.num_queries * shapes.points_per_head() * 4;
+  return shapes.head_dim % lanes(cpu_kernels, value) != 0 || reads > kMinReadsPerCell * shapes.sequence_length;
 }
 
 // Both forms of the forward pass; only the fused one has references and `softmax_weights`.
 void run_forward(
-    const Problem& problem, const Tensor& value, const Points& points, const Tensor& output, void* softmax_weights) {
-  const Processor& code = processor();
-  const ForwardArguments arguments{
-      sizes_of(problem),
-      type_of(value),
+    const AttentionShapes& shapes, const Tensor& value, const PointArgs& points, const Tensor& output, void* softmax_weights) {
+  const CpuKernels& code = cpu_kernels();
+  const ForwardArgs args{
+      sizes_of(shapes),
+      dtype_of(value),
       value.data_ptr(),
-      should_copy(problem, code, value),
+      should_copy(shapes, code, value),
       points,
       output.data_ptr(),
       softmax_weights};
   torch::stable::parallel_for(
-      0, problem.batch_size * problem.num_heads * problem.num_queries, kGrain,
-      [&](int64_t begin, int64_t end) { code.forward(arguments, begin, end); });
+      0, shapes.batch_size * shapes.num_heads * shapes.num_queries, kMinRowsPerThread,
+      [&](int64_t begin, int64_t end) { code.forward(args, begin, end); });
 }
 
-Tensor new_output(const Problem& problem, const Tensor& value) {
+Tensor new_output(const AttentionShapes& shapes, const Tensor& value) {
   return torch::stable::new_empty(
-      value, {problem.batch_size, problem.num_queries, problem.num_heads * problem.head_dim});
+      value, {shapes.batch_size, shapes.num_queries, shapes.num_heads * shapes.head_dim});
 }
 
 Tensor deformable_attention(
     const Tensor& value_, std::vector<int64_t> spatial_shapes, const Tensor& locations_, const Tensor& weights_) {
-  const Problem problem = read_problem(value_, spatial_shapes, locations_, weights_);
+  const AttentionShapes shapes = check_inputs(value_, spatial_shapes, locations_, weights_);
   const Tensor value = torch::stable::contiguous(value_), locations = torch::stable::contiguous(locations_);
   const Tensor weights = torch::stable::contiguous(weights_);
-  const Tensor output = new_output(problem, value);
-  if (is_empty(problem)) return output;
-  const Points points{locations.data_ptr(), weights.data_ptr(), type_of(locations), nullptr, 0};
-  run_forward(problem, value, points, output, nullptr);
+  const Tensor output = new_output(shapes, value);
+  if (is_empty(shapes)) return output;
+  const PointArgs points{locations.data_ptr(), weights.data_ptr(), dtype_of(locations), nullptr, 0};
+  run_forward(shapes, value, points, output, nullptr);
   return output;
 }
 
 std::tuple<Tensor, Tensor> fused_deformable_attention(
     const Tensor& value_, std::vector<int64_t> spatial_shapes, const Tensor& references_, const Tensor& offsets_,
     const Tensor& logits_) {
-  const Problem problem = read_problem(value_, spatial_shapes, offsets_, logits_);
-  check_reference_points(problem, value_, references_);
+  const AttentionShapes shapes = check_inputs(value_, spatial_shapes, offsets_, logits_);
+  check_reference_points(shapes, value_, references_);
   const Tensor value = torch::stable::contiguous(value_), references = torch::stable::contiguous(references_);
   const Tensor offsets = torch::stable::contiguous(offsets_), logits = torch::stable::contiguous(logits_);
-  const Tensor output = new_output(problem, value), weights = torch::stable::empty_like(logits);
-  if (is_empty(problem)) return {output, weights};
-  const Points points{
-      offsets.data_ptr(), logits.data_ptr(), type_of(offsets), references.data_ptr(), references.size(3)};
-  run_forward(problem, value, points, output, weights.data_ptr());
+  const Tensor output = new_output(shapes, value), weights = torch::stable::empty_like(logits);
+  if (is_empty(shapes)) return {output, weights};
+  const PointArgs points{
+      offsets.data_ptr(), logits.data_ptr(), dtype_of(offsets), references.data_ptr(), references.size(3)};
+  run_forward(shapes, value, points, output, weights.data_ptr());
   return {output, weights};
 }
 
@@ -139,28 +139,28 @@ struct Gradients {
 };
 
 Gradients run_backward(
-    const Problem& problem, const Tensor& grad_output, const Tensor& value, const Tensor& points_tensor,
-    const Points& points, BackwardArguments& arguments) {
-  const Processor& code = processor();
-  const ScalarType compute = compute_type(value.scalar_type());
-  const bool in_place = compute == value.scalar_type() && !should_copy(problem, code, value);
+    const AttentionShapes& shapes, const Tensor& grad_output, const Tensor& value, const Tensor& points_tensor,
+    const PointArgs& points, BackwardArgs& args) {
+  const CpuKernels& code = cpu_kernels();
+  const ScalarType compute = compute_dtype(value.scalar_type());
+  const bool in_place = compute == value.scalar_type() && !should_copy(shapes, code, value);
   Gradients gradients{
       in_place ? torch::stable::new_zeros(value, {value.size(0), value.size(1), value.size(2), value.size(3)})
                : torch::stable::empty_like(value),
       torch::stable::empty_like(points_tensor),
       torch::stable::new_empty(
-          value, {problem.batch_size, problem.num_queries, problem.num_heads, problem.levels.count, problem.num_points},
+          value, {shapes.batch_size, shapes.num_queries, shapes.num_heads, shapes.levels.count, shapes.num_points},
           compute),
       std::nullopt};
   if (points.references != nullptr) {
     gradients.references = torch::stable::new_empty(
         value,
-        {problem.num_heads, problem.batch_size, problem.num_queries, problem.levels.count, points.reference_width},
+        {shapes.num_heads, shapes.batch_size, shapes.num_queries, shapes.levels.count, points.reference_dim},
         compute);
   }
-  arguments = {
-      sizes_of(problem),
-      type_of(value),
+  args = {
+      sizes_of(shapes),
+      dtype_of(value),
       value.data_ptr(),
       grad_output.data_ptr(),
       points,
@@ -171,11 +171,11 @@ Gradients run_backward(
       gradients.references ? gradients.references->data_ptr() : nullptr};
   // A head of a picture is a task, and where there are too few of them for the threads, a level of it. How it is
   // divided changes nothing in the result.
-  const int64_t heads = problem.batch_size * problem.num_heads;
+  const int64_t heads = shapes.batch_size * shapes.num_heads;
   const bool enough = heads >= static_cast<int64_t>(torch::stable::get_num_threads());
-  const int64_t level_groups = enough ? 1 : problem.levels.count;
+  const int64_t level_groups = enough ? 1 : shapes.levels.count;
   torch::stable::parallel_for(0, heads * level_groups, 1, [&](int64_t begin, int64_t end) {
-    code.backward(arguments, level_groups, begin, end);
+    code.backward(args, level_groups, begin, end);
   });
   return gradients;
 }
@@ -183,15 +183,15 @@ Gradients run_backward(
 std::tuple<Tensor, Tensor, Tensor> deformable_attention_backward(
     const Tensor& grad_output_, const Tensor& value_, std::vector<int64_t> spatial_shapes, const Tensor& locations_,
     const Tensor& weights_, bool /*deterministic: it always is*/) {
-  const Problem problem = read_problem(value_, spatial_shapes, locations_, weights_);
-  check_grad_output(problem, value_, grad_output_);
+  const AttentionShapes shapes = check_inputs(value_, spatial_shapes, locations_, weights_);
+  check_grad_output(shapes, value_, grad_output_);
   const Tensor grad_output = torch::stable::contiguous(grad_output_);
   const Tensor value = torch::stable::contiguous(value_), locations = torch::stable::contiguous(locations_);
   const Tensor weights = torch::stable::contiguous(weights_);
-  if (is_empty(problem)) return {zeros_like(value), zeros_like(locations), zeros_like(weights)};
-  const Points points{locations.data_ptr(), weights.data_ptr(), type_of(locations), nullptr, 0};
-  BackwardArguments arguments;
-  Gradients gradients = run_backward(problem, grad_output, value, locations, points, arguments);
+  if (is_empty(shapes)) return {zeros_like(value), zeros_like(locations), zeros_like(weights)};
+  const PointArgs points{locations.data_ptr(), weights.data_ptr(), dtype_of(locations), nullptr, 0};
+  BackwardArgs args;
+  Gradients gradients = run_backward(shapes, grad_output, value, locations, points, args);
   return {gradients.value, gradients.points, torch::stable::to(gradients.weights, weights.scalar_type())};
 }
 
@@ -199,9 +199,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> fused_deformable_attention_backward(
     const Tensor& grad_output_, std::optional<Tensor> grad_weights, const Tensor& value_,
     std::vector<int64_t> spatial_shapes, const Tensor& references_, const Tensor& offsets_, const Tensor& weights_,
     bool /*deterministic: it always is*/) {
-  const Problem problem = read_problem(value_, spatial_shapes, offsets_, weights_);
-  check_reference_points(problem, value_, references_);
-  check_grad_output(problem, value_, grad_output_);
+  const AttentionShapes shapes = check_inputs(value_, spatial_shapes, offsets_, weights_);
+  check_reference_points(shapes, value_, references_);
+  check_grad_output(shapes, value_, grad_output_);
   const Tensor grad_output = torch::stable::contiguous(grad_output_);
   if (grad_weights) {
     check_grad_weights(weights_, *grad_weights);
@@ -209,25 +209,25 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> fused_deformable_attention_backward(
   }
   const Tensor value = torch::stable::contiguous(value_), references = torch::stable::contiguous(references_);
   const Tensor offsets = torch::stable::contiguous(offsets_), weights = torch::stable::contiguous(weights_);
-  if (is_empty(problem)) return {zeros_like(value), zeros_like(references), zeros_like(offsets), zeros_like(weights)};
-  const Points points{
-      offsets.data_ptr(), weights.data_ptr(), type_of(offsets), references.data_ptr(), references.size(3)};
-  BackwardArguments arguments;
-  Gradients gradients = run_backward(problem, grad_output, value, offsets, points, arguments);
+  if (is_empty(shapes)) return {zeros_like(value), zeros_like(references), zeros_like(offsets), zeros_like(weights)};
+  const PointArgs points{
+      offsets.data_ptr(), weights.data_ptr(), dtype_of(offsets), references.data_ptr(), references.size(3)};
+  BackwardArgs args;
+  Gradients gradients = run_backward(shapes, grad_output, value, offsets, points, args);
 
   const Tensor grad_logits = torch::stable::empty_like(weights);
-  const void* more = grad_weights ? grad_weights->data_ptr() : nullptr;
-  const Processor& code = processor();
+  const void* grad_from_weights_row = grad_weights ? grad_weights->data_ptr() : nullptr;
+  const CpuKernels& code = cpu_kernels();
   torch::stable::parallel_for(
-      0, problem.batch_size * problem.num_queries * problem.num_heads, kGrain, [&](int64_t begin, int64_t end) {
-        code.softmax_backward(arguments, more, grad_logits.data_ptr(), begin, end);
+      0, shapes.batch_size * shapes.num_queries * shapes.num_heads, kMinRowsPerThread, [&](int64_t begin, int64_t end) {
+        code.softmax_backward(args, grad_from_weights_row, grad_logits.data_ptr(), begin, end);
       });
   const std::vector<int64_t> heads{0};
   return {gradients.value, torch::stable::sum(*gradients.references, heads), gradients.points, grad_logits};
 }
 
 // Bytes of the vectors that the operators run with.
-int64_t cpu_vector_bytes() { return processor().vector_bytes; }
+int64_t cpu_vector_bytes() { return cpu_kernels().vec_bytes; }
 
 }  // namespace
 }  // namespace hf_dino

@@ -4,8 +4,8 @@
 #include <cstdlib>
 #include <new>
 
-#include "arguments.h"
-#include "simd.h"
+#include "kernel_args.h"
+#include "vec.h"
 
 namespace {
 
@@ -13,15 +13,15 @@ using namespace hf_dino;
 
 // What is computed with: 32 bits for numbers of 16.
 template <class T>
-struct ComputeOf {
+struct ComputeType {
   using type = float;
 };
 template <>
-struct ComputeOf<double> {
+struct ComputeType<double> {
   using type = double;
 };
 template <class T>
-using Compute = typename ComputeOf<T>::type;
+using compute_t = typename ComputeType<T>::type;
 
 // Zeros.
 template <class Item>
@@ -44,21 +44,21 @@ class Buffer {
 };
 
 template <class C>
-int64_t padded(int64_t count) {
-  return (count + kLanes<C> - 1) / kLanes<C> * kLanes<C>;
+int64_t pad_to_vec(int64_t count) {
+  return (count + kSimdLanes<C> - 1) / kSimdLanes<C> * kSimdLanes<C>;
 }
 
 // As many vectors as fit the registers of every processor.
 template <class C>
-constexpr int kVectors = 32 / kLanes<C> < 4 ? 32 / kLanes<C> : 4;
+constexpr int kMaxUnroll = 32 / kSimdLanes<C> < 4 ? 32 / kSimdLanes<C> : 4;
 
 // memcpy for what is too short to be worth a call.
 inline void copy_bytes(void* to, const void* from, size_t count) {
   char* target = static_cast<char*>(to);
   const char* source = static_cast<const char*>(from);
-  for (; count >= HF_DINO_VECTOR_BYTES; count -= HF_DINO_VECTOR_BYTES) {
-    std::memcpy(target, source, HF_DINO_VECTOR_BYTES);
-    target += HF_DINO_VECTOR_BYTES, source += HF_DINO_VECTOR_BYTES;
+  for (; count >= HF_DINO_VEC_BYTES; count -= HF_DINO_VEC_BYTES) {
+    std::memcpy(target, source, HF_DINO_VEC_BYTES);
+    target += HF_DINO_VEC_BYTES, source += HF_DINO_VEC_BYTES;
   }
   for (; count >= 16; count -= 16) {
     std::memcpy(target, source, 16);
@@ -73,29 +73,29 @@ inline void prefetch_bytes(const void* from, int64_t count) {
 
 // Copies rows that lie far apart next to each other. The processor does not foresee such strides by itself.
 template <class T>
-void collect_rows(const T* from, int64_t from_stride, int64_t rows, int64_t length, T* to, int64_t to_stride) {
-  constexpr int64_t kRowsAhead = 32;
+void gather_rows(const T* from, int64_t from_stride, int64_t rows, int64_t length, T* to, int64_t to_stride) {
+  constexpr int64_t kPrefetchRows = 32;
   for (int64_t row = 0; row < rows; ++row) {
-    if (row + kRowsAhead < rows) prefetch_bytes(from + (row + kRowsAhead) * from_stride, length * sizeof(T));
+    if (row + kPrefetchRows < rows) prefetch_bytes(from + (row + kPrefetchRows) * from_stride, length * sizeof(T));
     copy_bytes(to + row * to_stride, from + row * from_stride, length * sizeof(T));
   }
 }
 
 template <class From>
-inline void widen(const From* from, int64_t count, Compute<From>* to) {
-  for (int64_t i = 0; i < count; ++i) to[i] = to_float(from[i]);
+inline void convert(const From* from, int64_t count, compute_t<From>* to) {
+  for (int64_t i = 0; i < count; ++i) to[i] = to_compute(from[i]);
 }
 
 // `count` numbers at `index` of an array of the points' type, as what is computed with. `needed` numbers may be read
 // there, which is more where the last vector is not full; the numbers stay where they are if that is safe.
 template <class C>
-const C* read_points(const void* from, Type type, int64_t index, int64_t count, int64_t needed, C* scratch) {
-  if (type == Type::kHalf) {
-    if constexpr (sizeof(C) == 4) widen(static_cast<const Half*>(from) + index, count, scratch);
+const C* load_points(const void* from, DType type, int64_t index, int64_t count, int64_t needed, C* scratch) {
+  if (type == DType::kHalf) {
+    if constexpr (sizeof(C) == 4) convert(static_cast<const Half*>(from) + index, count, scratch);
     return scratch;
   }
-  if (type == Type::kBFloat16) {
-    if constexpr (sizeof(C) == 4) widen(static_cast<const BFloat16*>(from) + index, count, scratch);
+  if (type == DType::kBFloat16) {
+    if constexpr (sizeof(C) == 4) convert(static_cast<const BFloat16*>(from) + index, count, scratch);
     return scratch;
   }
   const C* numbers = static_cast<const C*>(from) + index;
@@ -105,12 +105,12 @@ const C* read_points(const void* from, Type type, int64_t index, int64_t count, 
 }
 
 template <class C>
-void write_points(const C* numbers, int64_t count, void* to, Type type, int64_t index) {
-  if (type == Type::kHalf) {
-    for (int64_t i = 0; i < count; ++i) round_to(static_cast<float>(numbers[i]), static_cast<Half*>(to) + index + i);
-  } else if (type == Type::kBFloat16) {
+void store_points(const C* numbers, int64_t count, void* to, DType type, int64_t index) {
+  if (type == DType::kHalf) {
+    for (int64_t i = 0; i < count; ++i) from_compute(static_cast<float>(numbers[i]), static_cast<Half*>(to) + index + i);
+  } else if (type == DType::kBFloat16) {
     for (int64_t i = 0; i < count; ++i) {
-      round_to(static_cast<float>(numbers[i]), static_cast<BFloat16*>(to) + index + i);
+      from_compute(static_cast<float>(numbers[i]), static_cast<BFloat16*>(to) + index + i);
     }
   } else {
     copy_bytes(static_cast<C*>(to) + index, numbers, count * sizeof(C));
@@ -118,17 +118,17 @@ void write_points(const C* numbers, int64_t count, void* to, Type type, int64_t 
 }
 
 template <class T, class C>
-inline void write_channels(const C* channels, int64_t count, T* to) {
+inline void store_channels(const C* channels, int64_t count, T* to) {
   int64_t i = 0;
-  for (; i + kLanes<C> <= count; i += kLanes<C>) store(to + i, load(channels + i));
-  for (; i < count; ++i) round_to(channels[i], to + i);
+  for (; i + kSimdLanes<C> <= count; i += kSimdLanes<C>) store(to + i, load(channels + i));
+  for (; i < count; ++i) from_compute(channels[i], to + i);
 }
 
 template <class T, class C>
-inline void read_channels(const T* from, int64_t count, C* channels) {
+inline void load_channels(const T* from, int64_t count, C* channels) {
   int64_t i = 0;
-  for (; i + kLanes<C> <= count; i += kLanes<C>) store(channels + i, load(from + i));
-  for (; i < count; ++i) channels[i] = to_float(from[i]);
+  for (; i + kSimdLanes<C> <= count; i += kSimdLanes<C>) store(channels + i, load(from + i));
+  for (; i < count; ++i) channels[i] = to_compute(from[i]);
 }
 
 }  // namespace

@@ -11,14 +11,14 @@
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
-#include "levels.h"
+#include "shapes.h"
 
 namespace hf_dino {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-struct Problem {
+struct AttentionShapes {
   int64_t batch_size, sequence_length, num_heads, head_dim;  // of value
   int64_t num_queries, num_points;                           // points per level
   Levels levels;
@@ -27,18 +27,18 @@ struct Problem {
 };
 
 // 16-bit numbers are computed with in 32 bits, and so are their locations: a bfloat16 location is off by a cell.
-inline ScalarType compute_type(ScalarType type) {
+inline ScalarType compute_dtype(ScalarType type) {
   return type == ScalarType::Half || type == ScalarType::BFloat16 ? ScalarType::Float : type;
 }
 
-inline void check_type(const Tensor& value, const Tensor& points, const Tensor& weights) {
+inline void check_dtype(const Tensor& value, const Tensor& points, const Tensor& weights) {
   const ScalarType type = value.scalar_type();
   STD_TORCH_CHECK(
       type == ScalarType::Float || type == ScalarType::Double || type == ScalarType::Half ||
           type == ScalarType::BFloat16,
       "value must be float32, float64, float16 or bfloat16");
   STD_TORCH_CHECK(
-      points.scalar_type() == type || points.scalar_type() == compute_type(type),
+      points.scalar_type() == type || points.scalar_type() == compute_dtype(type),
       "sampling points must have the dtype of value, or float32 beside 16-bit values");
   STD_TORCH_CHECK(
       weights.scalar_type() == points.scalar_type(), "sampling points and attention weights must have one dtype");
@@ -52,7 +52,7 @@ inline void check_device(const Tensor& value, const Tensor& other, const char* n
 
 // Reads the sizes of one call. `points` is (batch, queries, heads, levels, points, 2): locations or offsets; `weights`
 // the same without the last axis: weights or logits.
-inline Problem read_problem(
+inline AttentionShapes check_inputs(
     const Tensor& value, const std::vector<int64_t>& spatial_shapes, const Tensor& points, const Tensor& weights) {
   STD_TORCH_CHECK(value.dim() == 4, "value must be (batch, sequence, heads, channels), but has ", value.dim(), " axes");
   STD_TORCH_CHECK(
@@ -64,13 +64,13 @@ inline Problem read_problem(
       " and ", points.size(4));
   STD_TORCH_CHECK(
       value.size(1) <= std::numeric_limits<int32_t>::max() - 2, "value has too many positions: ", value.size(1));
-  check_type(value, points, weights);
+  check_dtype(value, points, weights);
   check_device(value, points, "sampling points");
   check_device(value, weights, "attention weights");
 
-  Problem problem{
+  AttentionShapes shapes{
       value.size(0), value.size(1), value.size(2), value.size(3), points.size(1), points.size(4), Levels{}};
-  Levels& levels = problem.levels;
+  Levels& levels = shapes.levels;
   STD_TORCH_CHECK(
       spatial_shapes.size() % 2 == 0 && !spatial_shapes.empty(), "spatial_shapes must be height and width of each level");
   STD_TORCH_CHECK(
@@ -83,52 +83,52 @@ inline Problem read_problem(
     STD_TORCH_CHECK(height > 0 && width > 0, "level ", level, " is ", height, " x ", width, ": it must not be empty");
     // checked before multiplying; the sequence fits 32 bits, so nothing overflows
     STD_TORCH_CHECK(
-        height <= problem.sequence_length && width <= problem.sequence_length &&
-            height * width <= problem.sequence_length - start,
-        "spatial_shapes cover more positions than value has: ", problem.sequence_length);
+        height <= shapes.sequence_length && width <= shapes.sequence_length &&
+            height * width <= shapes.sequence_length - start,
+        "spatial_shapes cover more positions than value has: ", shapes.sequence_length);
     levels.height[level] = static_cast<int32_t>(height);
     levels.width[level] = static_cast<int32_t>(width);
     levels.start[level] = static_cast<int32_t>(start);
     start += height * width;
   }
   STD_TORCH_CHECK(
-      start == problem.sequence_length, "spatial_shapes cover ", start, " positions but value has ",
-      problem.sequence_length);
+      start == shapes.sequence_length, "spatial_shapes cover ", start, " positions but value has ",
+      shapes.sequence_length);
   STD_TORCH_CHECK(
-      points.size(0) == problem.batch_size && points.size(2) == problem.num_heads && points.size(3) == levels.count,
+      points.size(0) == shapes.batch_size && points.size(2) == shapes.num_heads && points.size(3) == levels.count,
       "sampling points are for ", points.size(0), " pictures, ", points.size(2), " heads and ", points.size(3),
-      " levels, but value and spatial_shapes for ", problem.batch_size, ", ", problem.num_heads, " and ", levels.count);
+      " levels, but value and spatial_shapes for ", shapes.batch_size, ", ", shapes.num_heads, " and ", levels.count);
   STD_TORCH_CHECK(weights.dim() == 5, "attention weights must be (batch, queries, heads, levels, points)");
   for (int axis = 0; axis < 5; ++axis) {
     STD_TORCH_CHECK(
         weights.size(axis) == points.size(axis), "attention weights and sampling points disagree: axis ", axis, " is ",
         weights.size(axis), " and ", points.size(axis), " long");
   }
-  return problem;
+  return shapes;
 }
 
 // (batch, queries, levels, 2 or 4), in the type that is computed with.
-inline void check_reference_points(const Problem& problem, const Tensor& value, const Tensor& reference_points) {
+inline void check_reference_points(const AttentionShapes& shapes, const Tensor& value, const Tensor& reference_points) {
   STD_TORCH_CHECK(
       reference_points.dim() == 4 && (reference_points.size(3) == 2 || reference_points.size(3) == 4),
       "reference_points must be (batch, queries, levels, 2 or 4)");
   STD_TORCH_CHECK(
-      reference_points.size(0) == problem.batch_size && reference_points.size(1) == problem.num_queries &&
-          reference_points.size(2) == problem.levels.count,
+      reference_points.size(0) == shapes.batch_size && reference_points.size(1) == shapes.num_queries &&
+          reference_points.size(2) == shapes.levels.count,
       "reference_points are for ", reference_points.size(0), " pictures, ", reference_points.size(1), " queries and ",
-      reference_points.size(2), " levels, but the sampling points for ", problem.batch_size, ", ", problem.num_queries,
-      " and ", problem.levels.count);
+      reference_points.size(2), " levels, but the sampling points for ", shapes.batch_size, ", ", shapes.num_queries,
+      " and ", shapes.levels.count);
   STD_TORCH_CHECK(
-      reference_points.scalar_type() == compute_type(value.scalar_type()),
+      reference_points.scalar_type() == compute_dtype(value.scalar_type()),
       "reference_points must be float32, or float64 beside float64 values");
   check_device(value, reference_points, "reference_points");
 }
 
-inline void check_grad_output(const Problem& problem, const Tensor& value, const Tensor& grad_output) {
+inline void check_grad_output(const AttentionShapes& shapes, const Tensor& value, const Tensor& grad_output) {
   STD_TORCH_CHECK(
-      grad_output.dim() == 3 && grad_output.size(0) == problem.batch_size &&
-          grad_output.size(1) == problem.num_queries &&
-          grad_output.size(2) == problem.num_heads * problem.head_dim,
+      grad_output.dim() == 3 && grad_output.size(0) == shapes.batch_size &&
+          grad_output.size(1) == shapes.num_queries &&
+          grad_output.size(2) == shapes.num_heads * shapes.head_dim,
       "grad_output must be (batch, queries, heads * channels)");
   STD_TORCH_CHECK(grad_output.scalar_type() == value.scalar_type(), "grad_output must have the dtype of value");
   check_device(value, grad_output, "grad_output");

@@ -2,7 +2,7 @@
 // numbers would lose a few percent at the coarse levels, whose cells are read a thousand times.
 #pragma once
 
-#include "sampling.cuh"
+#include "bilinear.cuh"
 
 namespace hf_dino::cuda {
 
@@ -18,20 +18,20 @@ __device__ __forceinline__ void add_at_once(float* sum, const float (&terms)[4])
 }
 
 // The fast way. The order of additions, and with it the last bits, differ from run to run.
-template <typename Number>
-struct AtomicSum {
-  using Cell = Number;
+template <typename C>
+struct AtomicAccumulator {
+  using Cell = C;
   Cell* sums;
 
   __device__ __forceinline__ void prepare() {}
 
   // Adds `weight` times the channels.
   template <int kCount>
-  __device__ __forceinline__ void add(Cell* sum, Number weight, const Number (&channels)[kCount]) const {
-    constexpr int kAtOnce = std::is_same_v<Number, float> ? 4 : 1;
+  __device__ __forceinline__ void add(Cell* sum, C weight, const C (&channels)[kCount]) const {
+    constexpr int kAtOnce = std::is_same_v<C, float> ? 4 : 1;
 #pragma unroll
     for (int i = 0; i < kCount; i += kAtOnce) {
-      Number terms[kAtOnce];
+      C terms[kAtOnce];
 #pragma unroll
       for (int j = 0; j < kAtOnce; ++j) terms[j] = weight * channels[i + j];
       add_at_once(sum + i, terms);
@@ -47,37 +47,37 @@ using Magnitude = unsigned long long;
 // unit is as small as it may be without a sum that overflows: no share of a cell is above one, so no term is above the
 // product of the two largest magnitudes, and there are at most 2^log_terms terms. That leaves some 40 bits for a term,
 // where a float has 24. The price is twice the memory, and no vector atomics.
-template <typename Number>
-struct FixedPointSum {
+template <typename C>
+struct FixedPointAccumulator {
   using Cell = unsigned long long;
   Cell* sums;
   const Magnitude* largest;  // two
   int32_t log_terms;
-  double per_unit, units;  // of one; NaN where a magnitude is infinite or NaN, as the gradient then is everywhere
+  double inverse_scale, scale;  // of one; NaN where a magnitude is infinite or NaN, as the gradient then is everywhere
 
   __device__ __forceinline__ void prepare() {
     const int32_t first = static_cast<int32_t>(largest[0] >> 52), second = static_cast<int32_t>(largest[1] >> 52);
     if (first == 2047 || second == 2047) {
-      per_unit = units = NAN;
+      inverse_scale = scale = NAN;
       return;
     }
     // a magnitude with the exponent bits e is below 2^(e - 1022)
     const int32_t exponent = min(max(62 - log_terms - (first - 1022) - (second - 1022), -1022), 1022);
-    units = __longlong_as_double(static_cast<long long>(1023 + exponent) << 52);
-    per_unit = __longlong_as_double(static_cast<long long>(1023 - exponent) << 52);
+    scale = __longlong_as_double(static_cast<long long>(1023 + exponent) << 52);
+    inverse_scale = __longlong_as_double(static_cast<long long>(1023 - exponent) << 52);
   }
 
   template <int kCount>
-  __device__ __forceinline__ void add(Cell* sum, Number weight, const Number (&channels)[kCount]) const {
+  __device__ __forceinline__ void add(Cell* sum, C weight, const C (&channels)[kCount]) const {
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
-      const long long term = __double2ll_rn(static_cast<double>(weight * channels[i]) * units);
+      const long long term = __double2ll_rn(static_cast<double>(weight * channels[i]) * scale);
       atomicAdd(sum + i, static_cast<Cell>(term));  // wraps around as signed numbers do
     }
   }
 
-  __device__ __forceinline__ Number read(int64_t offset) const {
-    return static_cast<Number>(static_cast<double>(static_cast<long long>(sums[offset])) * per_unit);
+  __device__ __forceinline__ C read(int64_t offset) const {
+    return static_cast<C>(static_cast<double>(static_cast<long long>(sums[offset])) * inverse_scale);
   }
 };
 
@@ -88,16 +88,16 @@ __global__ void __launch_bounds__(kThreads)
   Magnitude found = 0;
   const int64_t stride = static_cast<int64_t>(gridDim.x) * kThreads;
   for (int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x; i < count; i += stride) {
-    const double magnitude = fabs(static_cast<double>(widen(load(numbers + i))));
+    const double magnitude = fabs(static_cast<double>(to_compute(load(numbers + i))));
     found = max(found, static_cast<Magnitude>(__double_as_longlong(magnitude)));
   }
   found = maximum_over_lanes(found, 32);
   if (threadIdx.x % 32 == 0) atomicMax(largest, found);
 }
 
-template <typename Number>
+template <typename C>
 __global__ void __launch_bounds__(kThreads)
-    read_fixed_point_kernel(FixedPointSum<Number> sum, int64_t count, Number* numbers) {
+    read_fixed_point_kernel(FixedPointAccumulator<C> sum, int64_t count, C* numbers) {
   sum.prepare();
   const int64_t stride = static_cast<int64_t>(gridDim.x) * kThreads;
   for (int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x; i < count; i += stride) {

@@ -11,21 +11,21 @@
 namespace hf_dino::cuda {
 
 template <typename T>
-using Compute = std::conditional_t<std::is_same_v<T, double>, double, float>;
+using compute_t = std::conditional_t<std::is_same_v<T, double>, double, float>;
 
-__device__ __forceinline__ float widen(float number) { return number; }
-__device__ __forceinline__ double widen(double number) { return number; }
-__device__ __forceinline__ float widen(__half number) { return __half2float(number); }
-__device__ __forceinline__ float widen(__nv_bfloat16 number) { return __bfloat162float(number); }
+__device__ __forceinline__ float to_compute(float x) { return x; }
+__device__ __forceinline__ double to_compute(double x) { return x; }
+__device__ __forceinline__ float to_compute(__half x) { return __half2float(x); }
+__device__ __forceinline__ float to_compute(__nv_bfloat16 x) { return __bfloat162float(x); }
 
 template <typename T>
-__device__ __forceinline__ T narrow(Compute<T> number) {
+__device__ __forceinline__ T from_compute(compute_t<T> x) {
   if constexpr (std::is_same_v<T, __half>) {
-    return __float2half_rn(number);
+    return __float2half_rn(x);
   } else if constexpr (std::is_same_v<T, __nv_bfloat16>) {
-    return __float2bfloat16_rn(number);
+    return __float2bfloat16_rn(x);
   } else {
-    return number;
+    return x;
   }
 }
 
@@ -36,11 +36,11 @@ struct alignas(2 * sizeof(T)) Pair {
 
 // What one lane reads at once: 16 bytes of channels.
 template <typename T>
-constexpr int kVector = 16 / sizeof(T);
+constexpr int kVecSize = 16 / sizeof(T);
 
 template <typename T>
-struct alignas(16) Vector {
-  T numbers[kVector<T>];
+struct alignas(16) PackedChannels {
+  T numbers[kVecSize<T>];
 };
 
 // Through the read-only cache, as one instruction where Packed is a Pair or a Vector.
@@ -63,8 +63,8 @@ __device__ __forceinline__ Pair<T> load_pair(const T* pointer) {
 
 // `wanted` false reads nothing and gives zeros.
 template <typename T>
-__device__ __forceinline__ void load_vector(const T* pointer, bool wanted, Compute<T> (&numbers)[kVector<T>]) {
-  const Vector<T> vector = wanted ? load(reinterpret_cast<const Vector<T>*>(pointer)) : Vector<T>{};
+__device__ __forceinline__ void load_vector(const T* pointer, bool wanted, compute_t<T> (&numbers)[kVecSize<T>]) {
+  const PackedChannels<T> vector = wanted ? load(reinterpret_cast<const PackedChannels<T>*>(pointer)) : PackedChannels<T>{};
   if constexpr (std::is_same_v<T, __nv_bfloat16>) {
     // it is the upper half of a float: one instruction each, where conversion one by one takes two
     unsigned pairs[4];
@@ -76,16 +76,16 @@ __device__ __forceinline__ void load_vector(const T* pointer, bool wanted, Compu
     }
   } else {
 #pragma unroll
-    for (int i = 0; i < kVector<T>; ++i) numbers[i] = widen(vector.numbers[i]);
+    for (int i = 0; i < kVecSize<T>; ++i) numbers[i] = to_compute(vector.numbers[i]);
   }
 }
 
 template <typename T>
-__device__ __forceinline__ void store_vector(T* pointer, const Compute<T> (&numbers)[kVector<T>]) {
-  Vector<T> vector;
+__device__ __forceinline__ void store_vector(T* pointer, const compute_t<T> (&numbers)[kVecSize<T>]) {
+  PackedChannels<T> vector;
 #pragma unroll
-  for (int i = 0; i < kVector<T>; ++i) vector.numbers[i] = narrow<T>(numbers[i]);
-  *reinterpret_cast<Vector<T>*>(pointer) = vector;
+  for (int i = 0; i < kVecSize<T>; ++i) vector.numbers[i] = from_compute<T>(numbers[i]);
+  *reinterpret_cast<PackedChannels<T>*>(pointer) = vector;
 }
 
 }  // namespace hf_dino::cuda
