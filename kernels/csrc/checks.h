@@ -1,5 +1,4 @@
-// What a backend is asked to compute: the sizes, where each level lies in `value`, and the checks that make every
-// pointer safe to follow. Included by the host code of each backend.
+// The checks that make every pointer safe to follow, shared by the host code of both backends.
 #pragma once
 
 #include <cstdint>
@@ -18,27 +17,19 @@ namespace hf_dino {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-struct AttentionShapes {
-  int64_t batch_size, sequence_length, num_heads, head_dim;  // of value
-  int64_t num_queries, num_points;                           // points per level
-  Levels levels;
-
-  int64_t points_per_head() const { return levels.count * num_points; }
-};
-
-// 16-bit numbers are computed with in 32 bits, and so are their locations: a bfloat16 location is off by a cell.
-inline ScalarType compute_dtype(ScalarType type) {
-  return type == ScalarType::Half || type == ScalarType::BFloat16 ? ScalarType::Float : type;
+// 16-bit values are computed with in 32 bits, and so are their locations: a bfloat16 location is off by a cell.
+inline ScalarType compute_dtype(ScalarType dtype) {
+  return dtype == ScalarType::Half || dtype == ScalarType::BFloat16 ? ScalarType::Float : dtype;
 }
 
-inline void check_dtype(const Tensor& value, const Tensor& points, const Tensor& weights) {
-  const ScalarType type = value.scalar_type();
+inline void check_dtypes(const Tensor& value, const Tensor& points, const Tensor& weights) {
+  const ScalarType dtype = value.scalar_type();
   STD_TORCH_CHECK(
-      type == ScalarType::Float || type == ScalarType::Double || type == ScalarType::Half ||
-          type == ScalarType::BFloat16,
+      dtype == ScalarType::Float || dtype == ScalarType::Double || dtype == ScalarType::Half ||
+          dtype == ScalarType::BFloat16,
       "value must be float32, float64, float16 or bfloat16");
   STD_TORCH_CHECK(
-      points.scalar_type() == type || points.scalar_type() == compute_dtype(type),
+      points.scalar_type() == dtype || points.scalar_type() == compute_dtype(dtype),
       "sampling points must have the dtype of value, or float32 beside 16-bit values");
   STD_TORCH_CHECK(
       weights.scalar_type() == points.scalar_type(), "sampling points and attention weights must have one dtype");
@@ -50,8 +41,35 @@ inline void check_device(const Tensor& value, const Tensor& other, const char* n
       " must be on the device of value");
 }
 
-// Reads the sizes of one call. `points` is (batch, queries, heads, levels, points, 2): locations or offsets; `weights`
-// the same without the last axis: weights or logits.
+// Lays the levels out one after another; together they must fill the sequence.
+inline Levels check_levels(const std::vector<int64_t>& spatial_shapes, int64_t sequence_length) {
+  STD_TORCH_CHECK(
+      spatial_shapes.size() % 2 == 0 && !spatial_shapes.empty(), "spatial_shapes must be height and width of each level");
+  STD_TORCH_CHECK(
+      spatial_shapes.size() <= 2 * kMaxLevels, "at most ", kMaxLevels, " levels, but there are ",
+      spatial_shapes.size() / 2);
+  Levels levels{};
+  levels.count = static_cast<int32_t>(spatial_shapes.size() / 2);
+  int64_t start = 0;
+  for (int32_t level = 0; level < levels.count; ++level) {
+    const int64_t height = spatial_shapes[2 * level], width = spatial_shapes[2 * level + 1];
+    STD_TORCH_CHECK(height > 0 && width > 0, "level ", level, " is ", height, " x ", width, ": it must not be empty");
+    // Each side is checked before the product: both fit in 32 bits, so the product cannot overflow.
+    STD_TORCH_CHECK(
+        height <= sequence_length && width <= sequence_length && height * width <= sequence_length - start,
+        "spatial_shapes cover more positions than value has: ", sequence_length);
+    levels.height[level] = static_cast<int32_t>(height);
+    levels.width[level] = static_cast<int32_t>(width);
+    levels.start[level] = static_cast<int32_t>(start);
+    start += height * width;
+  }
+  STD_TORCH_CHECK(
+      start == sequence_length, "spatial_shapes cover ", start, " positions but value has ", sequence_length);
+  return levels;
+}
+
+// Returns the sizes of one call. `points` is (batch, queries, heads, levels, points, 2): locations or offsets; `weights`
+// the same without the last axis: attention weights or logits.
 inline AttentionShapes check_inputs(
     const Tensor& value, const std::vector<int64_t>& spatial_shapes, const Tensor& points, const Tensor& weights) {
   STD_TORCH_CHECK(value.dim() == 4, "value must be (batch, sequence, heads, channels), but has ", value.dim(), " axes");
@@ -64,40 +82,18 @@ inline AttentionShapes check_inputs(
       " and ", points.size(4));
   STD_TORCH_CHECK(
       value.size(1) <= std::numeric_limits<int32_t>::max() - 2, "value has too many positions: ", value.size(1));
-  check_dtype(value, points, weights);
+  check_dtypes(value, points, weights);
   check_device(value, points, "sampling points");
   check_device(value, weights, "attention weights");
-
-  AttentionShapes shapes{
-      value.size(0), value.size(1), value.size(2), value.size(3), points.size(1), points.size(4), Levels{}};
-  Levels& levels = shapes.levels;
+  const AttentionShapes shapes{value.size(0),  value.size(1),  value.size(2),
+                               value.size(3),  points.size(1), points.size(4),
+                               check_levels(spatial_shapes, value.size(1))};
   STD_TORCH_CHECK(
-      spatial_shapes.size() % 2 == 0 && !spatial_shapes.empty(), "spatial_shapes must be height and width of each level");
-  STD_TORCH_CHECK(
-      spatial_shapes.size() <= 2 * kMaxLevels, "at most ", kMaxLevels, " levels, but there are ",
-      spatial_shapes.size() / 2);
-  levels.count = static_cast<int32_t>(spatial_shapes.size() / 2);
-  int64_t start = 0;
-  for (int32_t level = 0; level < levels.count; ++level) {
-    const int64_t height = spatial_shapes[2 * level], width = spatial_shapes[2 * level + 1];
-    STD_TORCH_CHECK(height > 0 && width > 0, "level ", level, " is ", height, " x ", width, ": it must not be empty");
-    // checked before multiplying; the sequence fits 32 bits, so nothing overflows
-    STD_TORCH_CHECK(
-        height <= shapes.sequence_length && width <= shapes.sequence_length &&
-            height * width <= shapes.sequence_length - start,
-        "spatial_shapes cover more positions than value has: ", shapes.sequence_length);
-    levels.height[level] = static_cast<int32_t>(height);
-    levels.width[level] = static_cast<int32_t>(width);
-    levels.start[level] = static_cast<int32_t>(start);
-    start += height * width;
-  }
-  STD_TORCH_CHECK(
-      start == shapes.sequence_length, "spatial_shapes cover ", start, " positions but value has ",
-      shapes.sequence_length);
-  STD_TORCH_CHECK(
-      points.size(0) == shapes.batch_size && points.size(2) == shapes.num_heads && points.size(3) == levels.count,
-      "sampling points are for ", points.size(0), " pictures, ", points.size(2), " heads and ", points.size(3),
-      " levels, but value and spatial_shapes for ", shapes.batch_size, ", ", shapes.num_heads, " and ", levels.count);
+      points.size(0) == shapes.batch_size && points.size(2) == shapes.num_heads &&
+          points.size(3) == shapes.levels.count,
+      "sampling points are for ", points.size(0), " images, ", points.size(2), " heads and ", points.size(3),
+      " levels, but value and spatial_shapes for ", shapes.batch_size, ", ", shapes.num_heads, " and ",
+      shapes.levels.count);
   STD_TORCH_CHECK(weights.dim() == 5, "attention weights must be (batch, queries, heads, levels, points)");
   for (int axis = 0; axis < 5; ++axis) {
     STD_TORCH_CHECK(
@@ -107,15 +103,16 @@ inline AttentionShapes check_inputs(
   return shapes;
 }
 
-// (batch, queries, levels, 2 or 4), in the type that is computed with.
-inline void check_reference_points(const AttentionShapes& shapes, const Tensor& value, const Tensor& reference_points) {
+// (batch, queries, levels, 2 or 4), in the dtype that is computed with.
+inline void check_reference_points(
+    const AttentionShapes& shapes, const Tensor& value, const Tensor& reference_points) {
   STD_TORCH_CHECK(
       reference_points.dim() == 4 && (reference_points.size(3) == 2 || reference_points.size(3) == 4),
       "reference_points must be (batch, queries, levels, 2 or 4)");
   STD_TORCH_CHECK(
       reference_points.size(0) == shapes.batch_size && reference_points.size(1) == shapes.num_queries &&
           reference_points.size(2) == shapes.levels.count,
-      "reference_points are for ", reference_points.size(0), " pictures, ", reference_points.size(1), " queries and ",
+      "reference_points are for ", reference_points.size(0), " images, ", reference_points.size(1), " queries and ",
       reference_points.size(2), " levels, but the sampling points for ", shapes.batch_size, ", ", shapes.num_queries,
       " and ", shapes.levels.count);
   STD_TORCH_CHECK(

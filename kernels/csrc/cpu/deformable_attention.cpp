@@ -1,6 +1,6 @@
-// The operators on the CPU: tensors in, tensors out. Chooses the code for this processor, decides what is copied, and
-// shares the work among PyTorch's threads in parts that never write to one place: the result is the same, bit for bit,
-// however many there are.
+// The operators on the CPU: tensors in, tensors out. Chooses the kernels for this CPU, decides whether heads are copied,
+// and shares the work among PyTorch's threads in parts that never write to one place: the result is the same, bit for
+// bit, for any number of threads.
 #include <cstdlib>
 #include <cstring>
 #include <optional>
@@ -15,9 +15,9 @@
 namespace hf_dino {
 namespace {
 
-// Rows of a query and head that one thread takes at least; starting a thread costs as much as some dozens.
+// A row is one (image, query, head). Starting a thread costs as much as some dozens of them.
 constexpr int64_t kMinRowsPerThread = 64;
-// Reads per cell from which a copy of one head at a time pays for itself.
+// A copy of one head at a time pays for itself from so many reads per cell on.
 constexpr int64_t kMinReadsPerCell = 16;
 
 const CpuKernels& best_cpu_kernels() {
@@ -31,20 +31,19 @@ const CpuKernels& best_cpu_kernels() {
   return *kDefault;
 }
 
-// The best code that this processor runs. HF_DINO_CPU=avx2 or portable takes a lesser one, to test and compare it.
+// The best kernels for this CPU, or those that HF_DINO_CPU_CAPABILITY names, as ATEN_CPU_CAPABILITY does for PyTorch's.
 const CpuKernels& cpu_kernels() {
-  const char* const wish = std::getenv("HF_DINO_CPU");
+  const char* const requested = std::getenv("HF_DINO_CPU_CAPABILITY");
   const CpuKernels& best = best_cpu_kernels();
-  if (wish == nullptr || *wish == '\0') return best;
-  for (const CpuKernels* candidate : {kAvx512, kAvx2, kDefault}) {
-    if (candidate != nullptr && candidate->vec_bytes <= best.vec_bytes &&
-        std::strcmp(wish, candidate == kAvx512 ? "avx512" : candidate == kAvx2 ? "avx2" : "portable") == 0) {
-      return *candidate;
+  if (requested == nullptr || *requested == '\0') return best;
+  for (const CpuKernels* kernels : {kAvx512, kAvx2, kDefault}) {
+    if (kernels != nullptr && kernels->vec_bytes <= best.vec_bytes && std::strcmp(requested, kernels->capability) == 0) {
+      return *kernels;
     }
   }
   STD_TORCH_CHECK(
-      false, "HF_DINO_CPU is '", wish, "', but must be avx512, avx2 or portable, and no more than this processor has: ",
-      best.name);
+      false, "HF_DINO_CPU_CAPABILITY must be avx512, avx2 or default, and this CPU has at most ", best.capability,
+      ", but got '", requested, "'");
 }
 
 DType dtype_of(const Tensor& tensor) {
@@ -60,40 +59,29 @@ DType dtype_of(const Tensor& tensor) {
   }
 }
 
-Sizes sizes_of(const AttentionShapes& shapes) {
-  return {shapes.batch_size,  shapes.num_heads,  shapes.head_dim,
-          shapes.num_queries, shapes.num_points, shapes.levels};
-}
-
-bool is_empty(const AttentionShapes& shapes) {
-  return shapes.batch_size * shapes.num_queries * shapes.num_heads == 0;
-}
-
-int64_t lanes(const CpuKernels& cpu_kernels, const Tensor& value) {
-  return cpu_kernels.vec_bytes / (value.scalar_type() == ScalarType::Double ? 8 : 4);
-}
-
-// Whether to work on copies that hold one head's rows next to each other. Rows that are no whole vectors are padded.
-bool should_copy(const AttentionShapes& shapes, const CpuKernels& cpu_kernels, const Tensor& value) {
+// Whether to work on copies that hold one head's rows next to each other. They also pad rows to whole vectors.
+bool should_copy_heads(const AttentionShapes& shapes, const CpuKernels& kernels, const Tensor& value) {
+  const int64_t lanes = kernels.vec_bytes / (value.scalar_type() == ScalarType::Double ? 8 : 4);
   const int64_t reads = shapes.num_queries * shapes.points_per_head() * 4;
-  return shapes.head_dim % lanes(cpu_kernels, value) != 0 || reads > kMinReadsPerCell * shapes.sequence_length;
+  return shapes.head_dim % lanes != 0 || reads > kMinReadsPerCell * shapes.sequence_length;
 }
 
 // Both forms of the forward pass; only the fused one has references and `softmax_weights`.
 void run_forward(
-    const AttentionShapes& shapes, const Tensor& value, const PointArgs& points, const Tensor& output, void* softmax_weights) {
-  const CpuKernels& code = cpu_kernels();
+    const AttentionShapes& shapes, const Tensor& value, const PointArgs& points, const Tensor& output,
+    void* softmax_weights) {
+  const CpuKernels& kernels = cpu_kernels();
   const ForwardArgs args{
-      sizes_of(shapes),
+      shapes,
       dtype_of(value),
       value.data_ptr(),
-      should_copy(shapes, code, value),
+      should_copy_heads(shapes, kernels, value),
       points,
       output.data_ptr(),
       softmax_weights};
-  torch::stable::parallel_for(
-      0, shapes.batch_size * shapes.num_heads * shapes.num_queries, kMinRowsPerThread,
-      [&](int64_t begin, int64_t end) { code.forward(args, begin, end); });
+  torch::stable::parallel_for(0, shapes.num_rows(), kMinRowsPerThread, [&](int64_t begin, int64_t end) {
+    kernels.forward(args, begin, end);
+  });
 }
 
 Tensor new_output(const AttentionShapes& shapes, const Tensor& value) {
@@ -107,7 +95,7 @@ Tensor deformable_attention(
   const Tensor value = torch::stable::contiguous(value_), locations = torch::stable::contiguous(locations_);
   const Tensor weights = torch::stable::contiguous(weights_);
   const Tensor output = new_output(shapes, value);
-  if (is_empty(shapes)) return output;
+  if (shapes.num_rows() == 0) return output;
   const PointArgs points{locations.data_ptr(), weights.data_ptr(), dtype_of(locations), nullptr, 0};
   run_forward(shapes, value, points, output, nullptr);
   return output;
@@ -121,7 +109,7 @@ std::tuple<Tensor, Tensor> fused_deformable_attention(
   const Tensor value = torch::stable::contiguous(value_), references = torch::stable::contiguous(references_);
   const Tensor offsets = torch::stable::contiguous(offsets_), logits = torch::stable::contiguous(logits_);
   const Tensor output = new_output(shapes, value), weights = torch::stable::empty_like(logits);
-  if (is_empty(shapes)) return {output, weights};
+  if (shapes.num_rows() == 0) return {output, weights};
   const PointArgs points{
       offsets.data_ptr(), logits.data_ptr(), dtype_of(offsets), references.data_ptr(), references.size(3)};
   run_forward(shapes, value, points, output, weights.data_ptr());
@@ -134,20 +122,22 @@ Tensor zeros_like(const Tensor& tensor) {
 }
 
 struct Gradients {
-  Tensor value, points, weights;  // of the attention weights, in the type computed with
-  std::optional<Tensor> references;
+  Tensor value, coords;
+  Tensor weights;                    // of the attention weights, in the dtype computed with
+  std::optional<Tensor> references;  // (heads, batch, queries, levels, reference_dim), to be summed over the heads
 };
 
+// Both forms of the backward pass; only the fused one has references. Fills `args`, which softmax_backward takes.
 Gradients run_backward(
-    const AttentionShapes& shapes, const Tensor& grad_output, const Tensor& value, const Tensor& points_tensor,
+    const AttentionShapes& shapes, const Tensor& grad_output, const Tensor& value, const Tensor& coords,
     const PointArgs& points, BackwardArgs& args) {
-  const CpuKernels& code = cpu_kernels();
+  const CpuKernels& kernels = cpu_kernels();
   const ScalarType compute = compute_dtype(value.scalar_type());
-  const bool in_place = compute == value.scalar_type() && !should_copy(shapes, code, value);
+  const bool in_place = compute == value.scalar_type() && !should_copy_heads(shapes, kernels, value);
   Gradients gradients{
       in_place ? torch::stable::new_zeros(value, {value.size(0), value.size(1), value.size(2), value.size(3)})
                : torch::stable::empty_like(value),
-      torch::stable::empty_like(points_tensor),
+      torch::stable::empty_like(coords),
       torch::stable::new_empty(
           value, {shapes.batch_size, shapes.num_queries, shapes.num_heads, shapes.levels.count, shapes.num_points},
           compute),
@@ -159,23 +149,23 @@ Gradients run_backward(
         compute);
   }
   args = {
-      sizes_of(shapes),
+      shapes,
       dtype_of(value),
       value.data_ptr(),
       grad_output.data_ptr(),
       points,
       gradients.value.data_ptr(),
       in_place,
-      gradients.points.data_ptr(),
+      gradients.coords.data_ptr(),
       gradients.weights.data_ptr(),
       gradients.references ? gradients.references->data_ptr() : nullptr};
-  // A head of a picture is a task, and where there are too few of them for the threads, a level of it. How it is
-  // divided changes nothing in the result.
+  // A task is a head of an image or, where that makes fewer tasks than threads, a level of it. Either way the same
+  // numbers are added in the same order.
   const int64_t heads = shapes.batch_size * shapes.num_heads;
   const bool enough = heads >= static_cast<int64_t>(torch::stable::get_num_threads());
   const int64_t level_groups = enough ? 1 : shapes.levels.count;
   torch::stable::parallel_for(0, heads * level_groups, 1, [&](int64_t begin, int64_t end) {
-    code.backward(args, level_groups, begin, end);
+    kernels.backward(args, level_groups, begin, end);
   });
   return gradients;
 }
@@ -188,11 +178,11 @@ std::tuple<Tensor, Tensor, Tensor> deformable_attention_backward(
   const Tensor grad_output = torch::stable::contiguous(grad_output_);
   const Tensor value = torch::stable::contiguous(value_), locations = torch::stable::contiguous(locations_);
   const Tensor weights = torch::stable::contiguous(weights_);
-  if (is_empty(shapes)) return {zeros_like(value), zeros_like(locations), zeros_like(weights)};
+  if (shapes.num_rows() == 0) return {zeros_like(value), zeros_like(locations), zeros_like(weights)};
   const PointArgs points{locations.data_ptr(), weights.data_ptr(), dtype_of(locations), nullptr, 0};
   BackwardArgs args;
   Gradients gradients = run_backward(shapes, grad_output, value, locations, points, args);
-  return {gradients.value, gradients.points, torch::stable::to(gradients.weights, weights.scalar_type())};
+  return {gradients.value, gradients.coords, torch::stable::to(gradients.weights, weights.scalar_type())};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> fused_deformable_attention_backward(
@@ -209,21 +199,22 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> fused_deformable_attention_backward(
   }
   const Tensor value = torch::stable::contiguous(value_), references = torch::stable::contiguous(references_);
   const Tensor offsets = torch::stable::contiguous(offsets_), weights = torch::stable::contiguous(weights_);
-  if (is_empty(shapes)) return {zeros_like(value), zeros_like(references), zeros_like(offsets), zeros_like(weights)};
+  if (shapes.num_rows() == 0) {
+    return {zeros_like(value), zeros_like(references), zeros_like(offsets), zeros_like(weights)};
+  }
   const PointArgs points{
       offsets.data_ptr(), weights.data_ptr(), dtype_of(offsets), references.data_ptr(), references.size(3)};
   BackwardArgs args;
   Gradients gradients = run_backward(shapes, grad_output, value, offsets, points, args);
 
   const Tensor grad_logits = torch::stable::empty_like(weights);
-  const void* grad_from_weights_row = grad_weights ? grad_weights->data_ptr() : nullptr;
-  const CpuKernels& code = cpu_kernels();
-  torch::stable::parallel_for(
-      0, shapes.batch_size * shapes.num_queries * shapes.num_heads, kMinRowsPerThread, [&](int64_t begin, int64_t end) {
-        code.softmax_backward(args, grad_from_weights_row, grad_logits.data_ptr(), begin, end);
-      });
+  const void* grad_from_weights = grad_weights ? grad_weights->data_ptr() : nullptr;
+  const CpuKernels& kernels = cpu_kernels();
+  torch::stable::parallel_for(0, shapes.num_rows(), kMinRowsPerThread, [&](int64_t begin, int64_t end) {
+    kernels.softmax_backward(args, grad_from_weights, grad_logits.data_ptr(), begin, end);
+  });
   const std::vector<int64_t> heads{0};
-  return {gradients.value, torch::stable::sum(*gradients.references, heads), gradients.points, grad_logits};
+  return {gradients.value, torch::stable::sum(*gradients.references, heads), gradients.coords, grad_logits};
 }
 
 // Bytes of the vectors that the operators run with.
