@@ -1,4 +1,4 @@
-"""The compiled operators on the CPU against the definition: both forms, every dtype, every kind of processor."""
+"""The compiled operators on the CPU against the definition: both forms, every dtype, every CPU capability."""
 
 import itertools
 import os
@@ -83,7 +83,7 @@ TOLERANCES = {torch.float64: 1e-13, torch.float32: 1e-5}
 
 @pytest.mark.parametrize("dtype", TOLERANCES)
 @pytest.mark.parametrize("size", SIZES)
-def test_equals_the_definition_with_its_gradients(kernel, processor, size, dtype):
+def test_equals_the_definition_with_its_gradients(kernel, cpu_capability, size, dtype):
     for batch_size in (1, 2):
         inputs = random_inputs(size, batch_size, dtype)
         results = outputs_and_gradients(kernel.deformable_attention, *inputs)
@@ -94,7 +94,7 @@ def test_equals_the_definition_with_its_gradients(kernel, processor, size, dtype
 @pytest.mark.parametrize("width", [2, 4])
 @pytest.mark.parametrize("dtype", TOLERANCES)
 @pytest.mark.parametrize("size", SIZES)
-def test_fused_equals_the_definition_with_its_gradients(kernel, processor, size, dtype, width):
+def test_fused_equals_the_definition_with_its_gradients(kernel, cpu_capability, size, dtype, width):
     value, shapes, locations, logits = inputs = random_inputs(size, 2, dtype)
     references = random_references(inputs, width)
     arguments = (value, shapes, references, 3 * locations, 2 * logits)
@@ -102,7 +102,7 @@ def test_fused_equals_the_definition_with_its_gradients(kernel, processor, size,
     assert_equal_to(results, outputs_and_gradients(fused_definition, *arguments), 10 * TOLERANCES[dtype])
 
 
-def test_gradcheck(kernel, processor):
+def test_gradcheck(kernel, cpu_capability):
     value, shapes, locations, weights = random_inputs("odd everywhere", batch_size=1)
     locations = locations + 0.01  # not where the gradient has a kink
     leaves = [tensor.requires_grad_() for tensor in (value, locations, weights)]
@@ -118,7 +118,7 @@ def test_gradcheck(kernel, processor):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("wide_points", [True, False])
 @pytest.mark.parametrize("size", ["as in DINO", "odd everywhere", "few queries"])
-def test_16_bits_are_rounded_once(kernel, processor, size, dtype, wide_points):
+def test_16_bits_are_rounded_once(kernel, cpu_capability, size, dtype, wide_points):
     """At most twice the error of the definition in float32 from the same inputs, rounded to 16 bits at the end."""
     value, shapes, locations, weights = random_inputs(size, 2, dtype)
     points = [tensor.float() if wide_points else tensor for tensor in (locations, weights)]
@@ -138,7 +138,7 @@ def test_16_bits_are_rounded_once(kernel, processor, size, dtype, wide_points):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_16_bit_numbers_of_every_kind_survive(kernel, processor, dtype):
+def test_16_bit_numbers_of_every_kind_survive(kernel, cpu_capability, dtype):
     """A weight of one on one cell reads every 16-bit number back: subnormal, infinite, none at all."""
     numbers = torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(dtype)
     value = numbers.view(1, 1, 1, -1)
@@ -151,7 +151,7 @@ def test_16_bit_numbers_of_every_kind_survive(kernel, processor, dtype):
 
 
 @pytest.mark.parametrize("sizes", [(0, 5), (2, 0)])
-def test_empty(kernel, processor, sizes):
+def test_empty(kernel, cpu_capability, sizes):
     batch_size, num_queries = sizes
     value, shapes, locations, weights = random_inputs()
     value, locations, weights = (
@@ -170,7 +170,7 @@ def test_empty(kernel, processor, sizes):
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf"), 1e30, -1e30])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_locations_that_are_nowhere_read_zero(kernel, processor, dtype, bad):
+def test_locations_that_are_nowhere_read_zero(kernel, cpu_capability, dtype, bad):
     value, shapes, locations, weights = random_inputs(dtype=dtype)
     for axis in (0, 1):
         nowhere = locations.clone()
@@ -215,7 +215,7 @@ def test_inputs_and_gradients_need_not_be_contiguous(kernel):
 
 
 @pytest.mark.parametrize("size", ["as in DINO", "five points"])
-def test_the_number_of_threads_changes_no_bit(kernel, processor, size):
+def test_the_number_of_threads_changes_no_bit(kernel, cpu_capability, size):
     inputs = random_inputs(size, batch_size=1, dtype=torch.float32)
     references = random_references(inputs, 4)
     threads = torch.get_num_threads()
@@ -476,14 +476,14 @@ def test_address_sanitizer_finds_nothing(tmp_path, kernel):
         "ASAN_OPTIONS": "detect_leaks=0",
         "PYTHONPATH": os.pathsep.join(map(str, (KERNELS.parent / "src", KERNELS.parent / "tests"))),
     }
-    for processor in ("avx512", "avx2", "portable"):
+    for capability in ("avx512", "avx2", "default"):
         finished = subprocess.run(
             [sys.executable, script, tmp_path / "cache"],
-            env=environment | {"HF_DINO_CPU": processor},
+            env=environment | {"HF_DINO_CPU_CAPABILITY": capability},
             capture_output=True,
             text=True,
         )
-        if "no more than this processor has" in finished.stderr:
+        if "this CPU has at most" in finished.stderr:
             continue
         assert "clean" in finished.stdout, finished.stderr[-4000:]
     (log,) = (tmp_path / "cache").glob("*/build.log")

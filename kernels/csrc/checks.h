@@ -44,7 +44,8 @@ inline void check_device(const Tensor& value, const Tensor& other, const char* n
 // Lays the levels out one after another; together they must fill the sequence.
 inline Levels check_levels(const std::vector<int64_t>& spatial_shapes, int64_t sequence_length) {
   STD_TORCH_CHECK(
-      spatial_shapes.size() % 2 == 0 && !spatial_shapes.empty(), "spatial_shapes must be height and width of each level");
+      spatial_shapes.size() % 2 == 0 && !spatial_shapes.empty(),
+      "spatial_shapes must be height and width of each level");
   STD_TORCH_CHECK(
       spatial_shapes.size() <= 2 * kMaxLevels, "at most ", kMaxLevels, " levels, but there are ",
       spatial_shapes.size() / 2);
@@ -68,8 +69,8 @@ inline Levels check_levels(const std::vector<int64_t>& spatial_shapes, int64_t s
   return levels;
 }
 
-// Returns the sizes of one call. `points` is (batch, queries, heads, levels, points, 2): locations or offsets; `weights`
-// the same without the last axis: attention weights or logits.
+// Returns the sizes of one call. `points` is (batch, queries, heads, levels, points, 2): locations or offsets;
+// `weights` is the same without the last axis: attention weights or logits.
 inline AttentionShapes check_inputs(
     const Tensor& value, const std::vector<int64_t>& spatial_shapes, const Tensor& points, const Tensor& weights) {
   STD_TORCH_CHECK(value.dim() == 4, "value must be (batch, sequence, heads, channels), but has ", value.dim(), " axes");

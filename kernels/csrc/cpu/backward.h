@@ -48,11 +48,11 @@ void compute_point_grads(
   for (int64_t i = 0; i < padded_count; i += kSimdLanes<C>) {
     const Vec<C> dot_y0x0 = load(dots + kY0X0 * padded_count + i), dot_y0x1 = load(dots + kY0X1 * padded_count + i);
     const Vec<C> dot_y1x0 = load(dots + kY1X0 * padded_count + i), dot_y1x1 = load(dots + kY1X1 * padded_count + i);
-    const C* axis_weights = points.axis_weights(slot) + i;
-    const Vec<C> wx0 = load(axis_weights + kWx0 * padded_count), wx1 = load(axis_weights + kWx1 * padded_count);
-    const Vec<C> wy0 = load(axis_weights + kWy0 * padded_count), wy1 = load(axis_weights + kWy1 * padded_count);
-    const Vec<C> dwx0 = load(axis_weights + kDwx0 * padded_count), dwx1 = load(axis_weights + kDwx1 * padded_count);
-    const Vec<C> dwy0 = load(axis_weights + kDwy0 * padded_count), dwy1 = load(axis_weights + kDwy1 * padded_count);
+    const C* linear_weights = points.linear_weights(slot) + i;
+    const Vec<C> wx0 = load(linear_weights + kWx0 * padded_count), wx1 = load(linear_weights + kWx1 * padded_count);
+    const Vec<C> wy0 = load(linear_weights + kWy0 * padded_count), wy1 = load(linear_weights + kWy1 * padded_count);
+    const Vec<C> dwx0 = load(linear_weights + kDwx0 * padded_count), dwx1 = load(linear_weights + kDwx1 * padded_count);
+    const Vec<C> dwy0 = load(linear_weights + kDwy0 * padded_count), dwy1 = load(linear_weights + kDwy1 * padded_count);
     const Vec<C> dot_y0 = wx0 * dot_y0x0 + wx1 * dot_y0x1, dot_y1 = wx0 * dot_y1x0 + wx1 * dot_y1x1;
     const Vec<C> weight = load(points.weights(slot) + i);
     store(grad_weights + i, wy0 * dot_y0 + wy1 * dot_y1);

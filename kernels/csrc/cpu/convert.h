@@ -216,7 +216,8 @@ template <class T>
 void gather_rows(const T* from, int64_t from_stride, int64_t rows, int64_t length, T* to, int64_t to_stride) {
   constexpr int64_t kPrefetchDistance = 32;  // rows
   for (int64_t row = 0; row < rows; ++row) {
-    if (row + kPrefetchDistance < rows) prefetch_bytes(from + (row + kPrefetchDistance) * from_stride, length * sizeof(T));
+    const int64_t ahead = row + kPrefetchDistance;
+    if (ahead < rows) prefetch_bytes(from + ahead * from_stride, length * sizeof(T));
     copy_bytes(to + row * to_stride, from + row * from_stride, length * sizeof(T));
   }
 }

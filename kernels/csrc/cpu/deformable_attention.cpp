@@ -1,6 +1,6 @@
-// The operators on the CPU: tensors in, tensors out. Chooses the kernels for this CPU, decides whether heads are copied,
-// and shares the work among PyTorch's threads in parts that never write to one place: the result is the same, bit for
-// bit, for any number of threads.
+// The operators on the CPU: tensors in, tensors out. Chooses the kernels for this CPU, decides whether heads are
+// copied, and shares the work among PyTorch's threads in parts that never write to one place: the result is the same,
+// bit for bit, for any number of threads.
 #include <cstdlib>
 #include <cstring>
 #include <optional>
@@ -37,9 +37,8 @@ const CpuKernels& cpu_kernels() {
   const CpuKernels& best = best_cpu_kernels();
   if (requested == nullptr || *requested == '\0') return best;
   for (const CpuKernels* kernels : {kAvx512, kAvx2, kDefault}) {
-    if (kernels != nullptr && kernels->vec_bytes <= best.vec_bytes && std::strcmp(requested, kernels->capability) == 0) {
-      return *kernels;
-    }
+    const bool is_supported = kernels != nullptr && kernels->vec_bytes <= best.vec_bytes;
+    if (is_supported && std::strcmp(requested, kernels->capability) == 0) return *kernels;
   }
   STD_TORCH_CHECK(
       false, "HF_DINO_CPU_CAPABILITY must be avx512, avx2 or default, and this CPU has at most ", best.capability,

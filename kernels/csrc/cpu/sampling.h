@@ -17,7 +17,7 @@ constexpr int64_t kPrefetchRows = 4;   // how many rows ahead their points are p
 enum Corner { kY0X0, kY0X1, kY1X0, kY1X1, kNumCorners };
 
 // Weights along each axis, and their derivatives by the position.
-enum AxisWeight { kWx0, kWx1, kWy0, kWy1, kDwx0, kDwx1, kDwy0, kDwy1, kNumAxisWeights };
+enum LinearWeight { kWx0, kWx1, kWy0, kWy1, kDwx0, kDwx1, kDwy0, kDwy1, kNumLinearWeights };
 
 // Linear interpolation along one axis. The weights are the hat function max(0, 1 - distance) of each cell, so that a
 // cell beyond the border has weight zero by itself once (cell0, cell0 + 1) is moved inside the map.
@@ -113,7 +113,7 @@ class SamplePoints {
         weights_(kRowsPerBlock * grid.padded_count),
         cells_(kRowsPerBlock * grid.padded_count),
         corner_weights_(kRowsPerBlock * kNumCorners * grid.padded_count),
-        axis_weights_(with_grad ? kRowsPerBlock * kNumAxisWeights * grid.padded_count : 0),
+        linear_weights_(with_grad ? kRowsPerBlock * kNumLinearWeights * grid.padded_count : 0),
         cells_per_unit_(with_grad ? kRowsPerBlock * 2 * grid.padded_count : 0),
         scratch_(2 * grid.padded_count) {
     for (int64_t i = 0; i < kRowsPerBlock * 2 * grid.padded_count; ++i) sides_[i] = 1;
@@ -124,8 +124,10 @@ class SamplePoints {
   // Attention weight times bilinear weight: (corners, points).
   const C* corner_weights(int64_t slot) const { return &corner_weights_[slot * kNumCorners * grid_.padded_count]; }
   const C* weights(int64_t slot) const { return &weights_[slot * grid_.padded_count]; }
-  // (`AxisWeight`, points).
-  const C* axis_weights(int64_t slot) const { return &axis_weights_[slot * kNumAxisWeights * grid_.padded_count]; }
+  // (`LinearWeight`, points).
+  const C* linear_weights(int64_t slot) const {
+    return &linear_weights_[slot * kNumLinearWeights * grid_.padded_count];
+  }
   // By how many cells a position moves with its coordinate: x of every point, then y.
   const C* cells_per_unit(int64_t slot) const { return &cells_per_unit_[slot * 2 * grid_.padded_count]; }
 
@@ -156,7 +158,8 @@ class SamplePoints {
   template <bool kWithGrad>
   void compute_corners(const PointArgs& points, int64_t index, int64_t slot) {
     const int64_t padded_count = grid_.padded_count;
-    const C* xy = load_points(points.coords, points.dtype, 2 * index, 2 * grid_.count, 2 * padded_count, scratch_.get());
+    const C* xy =
+        load_points(points.coords, points.dtype, 2 * index, 2 * grid_.count, 2 * padded_count, scratch_.get());
     const C* centers = &centers_[slot * 2 * padded_count];
     const C* sides = &sides_[slot * 2 * padded_count];
     for (int64_t i = 0; i < padded_count; i += kSimdLanes<C>) {
@@ -187,15 +190,15 @@ class SamplePoints {
       if constexpr (kWithGrad) {
         store(&cells_per_unit_[slot * 2 * padded_count + ix], x_unit);
         store(&cells_per_unit_[slot * 2 * padded_count + iy], y_unit);
-        C* axis_weights = &axis_weights_[slot * kNumAxisWeights * padded_count + i];
-        store(axis_weights + kWx0 * padded_count, mask_and(inside, wx.w0));
-        store(axis_weights + kWx1 * padded_count, mask_and(inside, wx.w1));
-        store(axis_weights + kWy0 * padded_count, mask_and(inside, wy.w0));
-        store(axis_weights + kWy1 * padded_count, mask_and(inside, wy.w1));
-        store(axis_weights + kDwx0 * padded_count, mask_and(inside, wx.dw0()));
-        store(axis_weights + kDwx1 * padded_count, mask_and(inside, wx.dw1(has_x1)));
-        store(axis_weights + kDwy0 * padded_count, mask_and(inside, wy.dw0()));
-        store(axis_weights + kDwy1 * padded_count, mask_and(inside, wy.dw1(has_y1)));
+        C* linear_weights = &linear_weights_[slot * kNumLinearWeights * padded_count + i];
+        store(linear_weights + kWx0 * padded_count, mask_and(inside, wx.w0));
+        store(linear_weights + kWx1 * padded_count, mask_and(inside, wx.w1));
+        store(linear_weights + kWy0 * padded_count, mask_and(inside, wy.w0));
+        store(linear_weights + kWy1 * padded_count, mask_and(inside, wy.w1));
+        store(linear_weights + kDwx0 * padded_count, mask_and(inside, wx.dw0()));
+        store(linear_weights + kDwx1 * padded_count, mask_and(inside, wx.dw1(has_x1)));
+        store(linear_weights + kDwy0 * padded_count, mask_and(inside, wy.dw0()));
+        store(linear_weights + kDwy1 * padded_count, mask_and(inside, wy.dw1(has_y1)));
       }
     }
   }
@@ -224,7 +227,7 @@ class SamplePoints {
   Buffer<C> weights_;          // attention weights
   Buffer<Int<C>> cells_;
   Buffer<C> corner_weights_;
-  Buffer<C> axis_weights_, cells_per_unit_;  // only for gradients
+  Buffer<C> linear_weights_, cells_per_unit_;  // only for gradients
   Buffer<C> scratch_;
 };
 

@@ -50,8 +50,8 @@ void softmax(C* logits, int64_t count) {
   for (int64_t i = 0; i < padded_count; i += kSimdLanes<C>) store(logits + i, load(logits + i) * factor);
 }
 
-// The gradient of the logits, w * (g - sum(w * g)), for the rows [begin, end): g is the gradient of the weights w, which
-// is args.grad_weights plus, if not null, `grad_from_weights`: what reaches the weights other than through the sampling.
+// The gradient of the logits, w * (g - sum(w * g)), for the rows [begin, end). The gradient g of the weights w is
+// args.grad_weights plus, if not null, `grad_from_weights`: what reaches the weights other than through the sampling.
 template <class T>
 void softmax_backward(
     const BackwardArgs& args, const void* grad_from_weights, void* grad_logits, int64_t begin, int64_t end) {

@@ -101,8 +101,8 @@ inline Vec<Scalar> shuffle(Vec<Scalar> a, Vec<Scalar> b, Index, std::integer_seq
 #endif
 }
 
-// Every other block of kBlock lanes, starting with the first (kOdd = 0) or the second (kOdd = 1): those of a, then those
-// of b, within groups of kGroup lanes. For kGroup = 4, kBlock = 1, kOdd = 0: a0 a2 b0 b2 | a4 a6 b4 b6 | ...
+// Every other block of kBlock lanes, starting with the first (kOdd = 0) or the second (kOdd = 1): those of a, then
+// those of b, within groups of kGroup lanes. For kGroup = 4, kBlock = 1, kOdd = 0: a0 a2 b0 b2 | a4 a6 b4 b6 | ...
 template <int kTotal, int kGroup, int kBlock, int kOdd>
 struct DeinterleaveIndex {
   static constexpr int of(int lane) {

@@ -1,14 +1,15 @@
-// Where the gradient of value is summed up: by many threads at once, and always in at least 32 bits. Sums of 16-bit
-// numbers would lose a few percent at the coarse levels, whose cells are read a thousand times.
+// How the gradient of value is summed: by many threads at once, and always in at least 32 bits. Sums of 16-bit numbers
+// would lose a few percent at the coarse levels, whose cells are read a thousand times.
 #pragma once
 
-#include "bilinear.cuh"
+#include "work_layout.cuh"
 
 namespace hf_dino::cuda {
 
-__device__ __forceinline__ void add_at_once(double* sum, const double (&terms)[1]) { atomicAdd(sum, terms[0]); }
+__device__ __forceinline__ void atomic_add(double* sum, const double (&terms)[1]) { atomicAdd(sum, terms[0]); }
 
-__device__ __forceinline__ void add_at_once(float* sum, const float (&terms)[4]) {
+// One instruction for four numbers, from compute capability 9.0 on.
+__device__ __forceinline__ void atomic_add(float* sum, const float (&terms)[4]) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   atomicAdd(reinterpret_cast<float4*>(sum), make_float4(terms[0], terms[1], terms[2], terms[3]));
 #else
@@ -20,21 +21,21 @@ __device__ __forceinline__ void add_at_once(float* sum, const float (&terms)[4])
 // The fast way. The order of additions, and with it the last bits, differ from run to run.
 template <typename C>
 struct AtomicAccumulator {
-  using Cell = C;
-  Cell* sums;
+  using Sum = C;
+  Sum* sums;
 
   __device__ __forceinline__ void prepare() {}
 
   // Adds `weight` times the channels.
   template <int kCount>
-  __device__ __forceinline__ void add(Cell* sum, C weight, const C (&channels)[kCount]) const {
-    constexpr int kAtOnce = std::is_same_v<C, float> ? 4 : 1;
+  __device__ __forceinline__ void add(Sum* sum, C weight, const C (&channels)[kCount]) const {
+    constexpr int kTerms = std::is_same_v<C, float> ? 4 : 1;
 #pragma unroll
-    for (int i = 0; i < kCount; i += kAtOnce) {
-      C terms[kAtOnce];
+    for (int i = 0; i < kCount; i += kTerms) {
+      C terms[kTerms];
 #pragma unroll
-      for (int j = 0; j < kAtOnce; ++j) terms[j] = weight * channels[i + j];
-      add_at_once(sum + i, terms);
+      for (int j = 0; j < kTerms; ++j) terms[j] = weight * channels[i + j];
+      atomic_add(sum + i, terms);
     }
   }
 };
@@ -44,16 +45,16 @@ struct AtomicAccumulator {
 using Magnitude = unsigned long long;
 
 // The deterministic way: sums of 64-bit integers, which do not depend on their order, in units of a power of two. The
-// unit is as small as it may be without a sum that overflows: no share of a cell is above one, so no term is above the
-// product of the two largest magnitudes, and there are at most 2^log_terms terms. That leaves some 40 bits for a term,
-// where a float has 24. The price is twice the memory, and no vector atomics.
+// unit is as small as it can be without overflow: no bilinear weight is above one, so no term is above the product of
+// the two largest magnitudes, and there are at most 2^log_terms terms. That leaves some 40 bits for a term, where a
+// float has 24. The price is twice the memory, and no vector atomics.
 template <typename C>
 struct FixedPointAccumulator {
-  using Cell = unsigned long long;
-  Cell* sums;
+  using Sum = unsigned long long;
+  Sum* sums;
   const Magnitude* largest;  // two
   int32_t log_terms;
-  double inverse_scale, scale;  // of one; NaN where a magnitude is infinite or NaN, as the gradient then is everywhere
+  double inverse_scale, scale;  // the unit, and units per one; NaN where a magnitude is not finite, as the gradient is
 
   __device__ __forceinline__ void prepare() {
     const int32_t first = static_cast<int32_t>(largest[0] >> 52), second = static_cast<int32_t>(largest[1] >> 52);
@@ -68,11 +69,11 @@ struct FixedPointAccumulator {
   }
 
   template <int kCount>
-  __device__ __forceinline__ void add(Cell* sum, C weight, const C (&channels)[kCount]) const {
+  __device__ __forceinline__ void add(Sum* sum, C weight, const C (&channels)[kCount]) const {
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
       const long long term = __double2ll_rn(static_cast<double>(weight * channels[i]) * scale);
-      atomicAdd(sum + i, static_cast<Cell>(term));  // wraps around as signed numbers do
+      atomicAdd(sum + i, static_cast<Sum>(term));  // wraps around as signed numbers do
     }
   }
 
@@ -81,7 +82,8 @@ struct FixedPointAccumulator {
   }
 };
 
-// The two kernels around a backward pass that sums in fixed point; both walk over their numbers in strides.
+// The two kernels before and after a backward pass that sums in fixed point. Each thread takes every n-th number, where
+// n is the number of threads.
 template <typename T>
 __global__ void __launch_bounds__(kThreads)
     largest_magnitude_kernel(const T* numbers, int64_t count, Magnitude* largest) {
@@ -97,11 +99,11 @@ __global__ void __launch_bounds__(kThreads)
 
 template <typename C>
 __global__ void __launch_bounds__(kThreads)
-    read_fixed_point_kernel(FixedPointAccumulator<C> sum, int64_t count, C* numbers) {
-  sum.prepare();
+    read_fixed_point_kernel(FixedPointAccumulator<C> accumulator, int64_t count, C* numbers) {
+  accumulator.prepare();
   const int64_t stride = static_cast<int64_t>(gridDim.x) * kThreads;
   for (int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x; i < count; i += stride) {
-    numbers[i] = sum.read(i);
+    numbers[i] = accumulator.read(i);
   }
 }
 

@@ -25,7 +25,7 @@ class Device {
   explicit Device(const Tensor& tensor) : guard_(tensor.get_device_index()) {
     STD_TORCH_CHECK(
         aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream_) == 0,
-        "the current CUDA stream could not be found");
+        "the current CUDA stream cannot be read");
   }
 
   template <typename... Parameters, typename... Arguments>
@@ -36,7 +36,7 @@ class Device {
     config.stream = static_cast<cudaStream_t>(stream_);
     const cudaError_t status = cudaLaunchKernelEx(&config, kernel, arguments...);
     STD_TORCH_CHECK(
-        status == cudaSuccess, "deformable attention could not be launched: ", cudaGetErrorString(status),
+        status == cudaSuccess, "deformable attention cannot be launched: ", cudaGetErrorString(status),
         ". If there is no kernel image, compile for this GPU's architecture.");
   }
 
@@ -45,54 +45,54 @@ class Device {
   void* stream_ = nullptr;
 };
 
-// The tensor as kernels read it: of this type, contiguous, and aligned as whole vectors, which a view of a longer
+// The tensor as kernels read it: of this dtype, contiguous, and aligned to whole vectors, which a view of a longer
 // tensor need not be.
-Tensor prepared(const Tensor& tensor, ScalarType type) {
-  Tensor result = tensor.scalar_type() == type ? tensor : torch::stable::to(tensor, type);
+Tensor prepared(const Tensor& tensor, ScalarType dtype) {
+  Tensor result = tensor.scalar_type() == dtype ? tensor : torch::stable::to(tensor, dtype);
   if (!result.is_contiguous()) result = torch::stable::contiguous(result);
   const bool aligned = reinterpret_cast<uintptr_t>(result.const_data_ptr()) % 16 == 0;
   return aligned ? result : torch::stable::clone(result);
 }
 
 template <typename T>
-const T* read(const Tensor& tensor) {
+const T* read_ptr(const Tensor& tensor) {
   return static_cast<const T*>(tensor.const_data_ptr());
 }
 
 template <typename T>
-T* write(const Tensor& tensor) {
+T* write_ptr(const Tensor& tensor) {
   return static_cast<T*>(tensor.mutable_data_ptr());
 }
 
-Tensor empty(const Tensor& like, std::initializer_list<int64_t> sizes, ScalarType type) {
-  return torch::stable::new_empty(like, {sizes.begin(), sizes.size()}, type);
+Tensor empty(const Tensor& like, std::initializer_list<int64_t> sizes, ScalarType dtype) {
+  return torch::stable::new_empty(like, {sizes.begin(), sizes.size()}, dtype);
 }
 
-Tensor in_type_of(const Tensor& original, const Tensor& tensor) {
-  return tensor.scalar_type() == original.scalar_type() ? tensor : torch::stable::to(tensor, original.scalar_type());
+Tensor to_dtype_of(const Tensor& other, const Tensor& tensor) {
+  return tensor.scalar_type() == other.scalar_type() ? tensor : torch::stable::to(tensor, other.scalar_type());
 }
 
 bool has_static_shape(const AttentionShapes& shapes) {
-  return shapes.head_dim == StaticShape::kHeadDim && shapes.levels.count == StaticShape::kLevelCount &&
-         shapes.num_points == StaticShape::kPointCount;
+  return shapes.head_dim == StaticShape::kHeadDim && shapes.levels.count == StaticShape::kNumLevels &&
+         shapes.num_points == StaticShape::kNumPoints;
 }
 
-// The type in which kernels read points or weights. Only those for the usual shape read 16-bit ones as they are.
-ScalarType type_of_points(bool use_static, const Tensor& value, const Tensor& points) {
+// The dtype in which kernels read points or weights. Only those for the static shape read 16-bit ones as they are.
+ScalarType points_dtype(bool use_static, const Tensor& value, const Tensor& points) {
   return use_static ? points.scalar_type() : compute_dtype(value.scalar_type());
 }
 
-int64_t divide_up(int64_t x, int64_t divisor) { return (x + divisor - 1) / divisor; }
+int64_t divide_up(int64_t dividend, int64_t divisor) { return (dividend + divisor - 1) / divisor; }
 
-// `lanes` serve one item.
-KernelParams make_params(const AttentionShapes& shapes, int64_t head_dim, int lanes) {
+// `group_size` lanes serve one work item.
+KernelParams make_params(const AttentionShapes& shapes, int64_t head_dim, int group_size) {
   constexpr int64_t kLimit = std::numeric_limits<int32_t>::max() / 16;
   const int64_t items_per_image = shapes.num_queries * shapes.num_heads;
-  const int64_t blocks_per_image = divide_up(items_per_image, kThreads / lanes);
+  const int64_t blocks_per_image = divide_up(items_per_image, kThreads / group_size);
   STD_TORCH_CHECK(
       shapes.num_heads * head_dim <= kLimit && items_per_image <= kLimit &&
           shapes.points_per_head() <= kLimit && shapes.batch_size * blocks_per_image <= kLimit,
-      "too large for one launch: ", shapes.batch_size, " pictures, ", shapes.num_queries, " queries, ",
+      "too large for one launch: ", shapes.batch_size, " images, ", shapes.num_queries, " queries, ",
       shapes.num_heads, " heads of ", shapes.head_dim, " channels and ", shapes.points_per_head(),
       " points; split the batch or the queries");
   return {
@@ -106,7 +106,7 @@ KernelParams make_params(const AttentionShapes& shapes, int64_t head_dim, int la
       static_cast<int32_t>(blocks_per_image)};
 }
 
-// The types and the shape that a kernel is compiled for.
+// What a kernel is compiled for: the type of value, that of points and weights, and the shape.
 template <typename ValueType, typename PointsType, typename ShapeType>
 struct KernelTypes {
   using T = ValueType;
@@ -125,8 +125,8 @@ void dispatch_16_bit_types(bool use_static, ScalarType points, const Function& f
   }
 }
 
-// Calls `function` with the Kind for a value of this type and points and weights of that type. float64 serves to check
-// gradients and has no code for the usual shape.
+// Calls `function` with the KernelTypes for these dtypes. float64 serves to check gradients and has no kernels for the
+// static shape.
 template <typename Function>
 void dispatch_kernel_types(bool use_static, ScalarType value, ScalarType points, const Function& function) {
   switch (value) {
@@ -137,46 +137,49 @@ void dispatch_kernel_types(bool use_static, ScalarType value, ScalarType points,
     case ScalarType::BFloat16:
       return dispatch_16_bit_types<__nv_bfloat16>(use_static, points, function);
     default:
-      return use_static ? function(KernelTypes<float, float, StaticShape>{}) : function(KernelTypes<float, float, DynamicShape>{});
+      return use_static ? function(KernelTypes<float, float, StaticShape>{})
+                        : function(KernelTypes<float, float, DynamicShape>{});
   }
 }
 
 // What all operators share: the sizes, the device, and value, points and weights as kernels read them. The backward
-// pass that sums in fixed point has code for any shape only, and none for 16-bit values.
+// pass that sums in fixed point has kernels for the dynamic shape only, and none for 16-bit values.
 struct LaunchContext {
   AttentionShapes shapes;
   Device device;
   bool use_static;
-  ScalarType type;   // in which kernels read value
+  ScalarType dtype;  // in which kernels read value
   int64_t head_dim;  // with padding to whole vectors, of which there is at least one
   Tensor value, points, weights;
 
   LaunchContext(
-      const Tensor& value, const std::vector<int64_t>& spatial_shapes, const Tensor& points, const Tensor& weights,
+      const Tensor& value_, const std::vector<int64_t>& spatial_shapes, const Tensor& points_, const Tensor& weights_,
       bool deterministic = false)
-      : shapes(check_inputs(value, spatial_shapes, points, weights)),
-        device(value),
+      : shapes(check_inputs(value_, spatial_shapes, points_, weights_)),
+        device(value_),
         use_static(!deterministic && has_static_shape(shapes)),
-        type(deterministic ? compute_dtype(value.scalar_type()) : value.scalar_type()),
-        head_dim(vector_of(type) * std::max<int64_t>(divide_up(shapes.head_dim, vector_of(type)), 1)),
-        value(padded(value)),
-        points(prepared(points, type_of_points(use_static, value, points))),
-        weights(prepared(weights, type_of_points(use_static, value, points))) {}
+        dtype(deterministic ? compute_dtype(value_.scalar_type()) : value_.scalar_type()),
+        head_dim(vec_size() * std::max<int64_t>(divide_up(shapes.head_dim, vec_size()), 1)),
+        value(padded(value_)),
+        points(prepared(points_, points_dtype(use_static, value_, points_))),
+        weights(prepared(weights_, points_dtype(use_static, value_, points_))) {}
 
-  static int64_t vector_of(ScalarType type) {
-    return type == ScalarType::Double ? kVecSize<double> : type == ScalarType::Float ? kVecSize<float> : kVecSize<__half>;
+  // Channels in one vector.
+  int64_t vec_size() const {
+    return dtype == ScalarType::Double  ? kVecSize<double>
+           : dtype == ScalarType::Float ? kVecSize<float>
+                                        : kVecSize<__half>;
   }
 
-  ScalarType points_type() const { return points.scalar_type(); }
-  ScalarType compute() const { return compute_dtype(type); }
-  int lanes() const { return type == compute() ? kGroupSize<float> : kGroupSize<__half>; }
+  ScalarType compute() const { return compute_dtype(dtype); }
+  int group_size() const { return dtype == compute() ? kGroupSize<float> : kGroupSize<__half>; }
 
   bool is_padded() const { return head_dim != shapes.head_dim; }
 
   // The last axis is a head's channels.
   Tensor padded(const Tensor& tensor) const {
     return prepared(
-        is_padded() ? torch::stable::pad(tensor, {0, head_dim - shapes.head_dim}) : tensor, type);
+        is_padded() ? torch::stable::pad(tensor, {0, head_dim - shapes.head_dim}) : tensor, dtype);
   }
 
   Tensor unpadded(Tensor tensor) const {
@@ -186,7 +189,7 @@ struct LaunchContext {
 
   // The last axis is all heads' channels.
   Tensor padded_output(const Tensor& tensor) const {
-    if (!is_padded()) return prepared(tensor, type);
+    if (!is_padded()) return prepared(tensor, dtype);
     return padded(torch::stable::reshape(
         tensor, {shapes.batch_size, shapes.num_queries, shapes.num_heads, shapes.head_dim}));
   }
@@ -200,10 +203,10 @@ struct LaunchContext {
   }
 
   Tensor empty_output() const {
-    return empty(value, {shapes.batch_size, shapes.num_queries, shapes.num_heads * head_dim}, type);
+    return empty(value, {shapes.batch_size, shapes.num_queries, shapes.num_heads * head_dim}, dtype);
   }
 
-  // Gradients of value are summed up in at least 32 bits.
+  // The gradient of value is summed in at least 32 bits.
   Tensor zero_grad_value() const {
     return torch::stable::new_zeros(
         value, {shapes.batch_size, shapes.sequence_length, shapes.num_heads, head_dim}, compute());
@@ -213,90 +216,91 @@ struct LaunchContext {
     return empty(
         value,
         {shapes.batch_size, shapes.num_queries, shapes.num_heads, shapes.levels.count, shapes.num_points, 2},
-        points_type());
+        points.scalar_type());
   }
 
   Tensor empty_weights() const {
     return empty(
         value, {shapes.batch_size, shapes.num_queries, shapes.num_heads, shapes.levels.count, shapes.num_points},
-        points_type());
+        points.scalar_type());
   }
 
-  // Calls `function` with the Kind of this call and its Call and number of blocks, unless there is nothing to do.
+  // Calls `function` with KernelTypes, KernelParams and the number of blocks, unless there is nothing to do.
   template <typename Function>
   void run(const Function& function) const {
-    if (shapes.batch_size * shapes.num_queries * shapes.num_heads == 0) return;
-    dispatch_kernel_types(use_static, type, points_type(), [&](auto types) {
+    if (shapes.num_rows() == 0) return;
+    dispatch_kernel_types(use_static, dtype, points.scalar_type(), [&](auto types) {
       const KernelParams params = make_params(shapes, head_dim, kGroupSize<typename decltype(types)::T>);
       function(types, params, shapes.batch_size * params.blocks_per_image);
     });
   }
 };
 
-// Of kernels that walk over their numbers in strides: enough for any GPU.
-constexpr int64_t kMostBlocksInStrides = 4096;
+// For kernels whose threads take several numbers each: enough for any GPU.
+constexpr int64_t kMaxStridedBlocks = 4096;
 
-// At most this power of two points can read one cell: those of its picture, head and level.
-int32_t log_of_terms(const AttentionShapes& shapes) {
+// The power of two that bounds how many points read one cell: those of its image, head and level.
+int32_t log_num_terms(const AttentionShapes& shapes) {
   int32_t log = 0;
   while (shapes.num_queries * shapes.num_points > int64_t{1} << log) ++log;
   return log;
 }
 
 template <typename P>
-OffsetInput<P> offsets_of(const LaunchContext& context, const Tensor& references) {
+OffsetInput<P> make_offset_input(const LaunchContext& context, const Tensor& references) {
   OffsetInput<P> offsets{};
-  offsets.references = read<compute_t<P>>(references);
-  offsets.reference_size = static_cast<int32_t>(references.size(3));
-  offsets.step = compute_t<P>(0.5) / context.shapes.num_points;
-  offsets.offsets = read<P>(context.points);
+  offsets.references = read_ptr<compute_t<P>>(references);
+  offsets.reference_dim = static_cast<int32_t>(references.size(3));
+  offsets.box_unit = compute_t<P>(0.5) / context.shapes.num_points;
+  offsets.offsets = read_ptr<P>(context.points);
   return offsets;
 }
 
-// Neighbouring points whose gradients the lanes of a group can sum up, as a power of two: all of a level, or one.
-int32_t log_of_part(const AttentionShapes& shapes, int lanes) {
-  for (int32_t log = 0; 1 << log <= lanes; ++log) {
+// How many neighboring points the lanes of a group sum to one part of a reference's gradient, as a power of two: all
+// points of a level, or one.
+int32_t log_part_size(const AttentionShapes& shapes, int group_size) {
+  for (int32_t log = 0; 1 << log <= group_size; ++log) {
     if (shapes.num_points == 1 << log) return log;
   }
   return 0;
 }
 
-// Sums up the gradient of value while `points` and `weights` take those of the points and weights.
-template <typename KernelTypes, typename Points, typename Weights>
+// Sums the gradient of value, while `points` and `weights` store those of the points and weights.
+template <typename Types, typename Points, typename Weights>
 void launch_backward(
-    const LaunchContext& context, const KernelParams& params, int64_t blocks, const Tensor& grad_output, const Points& points,
-    const Weights& weights, bool deterministic, const Tensor& grad_value) {
-  using T = typename KernelTypes::T;
-  using Shape = typename KernelTypes::Shape;
+    const LaunchContext& context, const KernelParams& params, int64_t blocks, const Tensor& grad_output,
+    const Points& points, const Weights& weights, bool deterministic, const Tensor& grad_value) {
+  using T = typename Types::T;
+  using Shape = typename Types::Shape;
   using C = compute_t<T>;
   const Device& device = context.device;
-  const T* const grad = read<T>(grad_output);
-  const T* const value = read<T>(context.value);
-  C* const sums = write<C>(grad_value);
+  const T* const grad = read_ptr<T>(grad_output);
+  const T* const value = read_ptr<T>(context.value);
+  C* const sums = write_ptr<C>(grad_value);
   if (!deterministic) {
-    const AtomicAccumulator<C> sum{sums};
+    const AtomicAccumulator<C> accumulator{sums};
     return device.launch(
         backward_kernel<T, Shape, Points, Weights, AtomicAccumulator<C>>, blocks, params, grad, value, points, weights,
-        sum);
+        accumulator);
   }
   if constexpr (!Shape::kStatic && std::is_same_v<T, C>) {
     const int64_t count = grad_value.numel();
     const auto blocks_for = [](int64_t numbers) {
-      return std::clamp<int64_t>(numbers / (4 * kThreads), 1, kMostBlocksInStrides);
+      return std::clamp<int64_t>(numbers / (4 * kThreads), 1, kMaxStridedBlocks);
     };
     const Tensor integers = torch::stable::new_zeros(context.value, {count + 2}, ScalarType::Long);
-    Magnitude* const largest = write<Magnitude>(integers) + count;
-    const FixedPointAccumulator<C> sum{
-        write<unsigned long long>(integers), largest, log_of_terms(context.shapes), 0.0, 0.0};
+    Magnitude* const largest = write_ptr<Magnitude>(integers) + count;
+    const FixedPointAccumulator<C> accumulator{
+        write_ptr<unsigned long long>(integers), largest, log_num_terms(context.shapes), 0.0, 0.0};
     device.launch(
         largest_magnitude_kernel<C>, blocks_for(grad_output.numel()), grad, grad_output.numel(), largest);
     device.launch(
-        largest_magnitude_kernel<C>, blocks_for(context.weights.numel()), read<C>(context.weights),
+        largest_magnitude_kernel<C>, blocks_for(context.weights.numel()), read_ptr<C>(context.weights),
         context.weights.numel(), largest + 1);
     device.launch(
-        backward_kernel<T, Shape, Points, Weights, FixedPointAccumulator<C>>, blocks, params, grad, value, points, weights,
-        sum);
-    device.launch(read_fixed_point_kernel<C>, blocks_for(count), sum, count, sums);
+        backward_kernel<T, Shape, Points, Weights, FixedPointAccumulator<C>>, blocks, params, grad, value, points,
+        weights, accumulator);
+    device.launch(read_fixed_point_kernel<C>, blocks_for(count), accumulator, count, sums);
   }
 }
 
@@ -309,8 +313,8 @@ Tensor deformable_attention(
     using P = typename decltype(types)::P;
     context.device.launch(
         forward_kernel<T, typename decltype(types)::Shape, LocationInput<P>, WeightInput<P>>, blocks, params,
-        read<T>(context.value), LocationInput<P>{read<P>(context.points), nullptr},
-        WeightInput<P>{read<P>(context.weights)}, write<T>(output));
+        read_ptr<T>(context.value), LocationInput<P>{read_ptr<P>(context.points), nullptr},
+        WeightInput<P>{read_ptr<P>(context.weights)}, write_ptr<T>(output));
   });
   return context.unpadded_output(output);
 }
@@ -326,12 +330,12 @@ std::tuple<Tensor, Tensor, Tensor> deformable_attention_backward(
   context.run([&](auto types, const KernelParams& params, int64_t blocks) {
     using P = typename decltype(types)::P;
     launch_backward<decltype(types)>(
-        context, params, blocks, grad, LocationInput<P>{read<P>(context.points), write<P>(grad_locations)},
-        WeightsGradient<P>{read<P>(context.weights), write<P>(grad_weights)}, deterministic, grad_value);
+        context, params, blocks, grad, LocationInput<P>{read_ptr<P>(context.points), write_ptr<P>(grad_locations)},
+        WeightsGradient<P>{read_ptr<P>(context.weights), write_ptr<P>(grad_weights)}, deterministic, grad_value);
   });
   return {
-      in_type_of(value, context.unpadded(grad_value)), in_type_of(sampling_locations, grad_locations),
-      in_type_of(attention_weights, grad_weights)};
+      to_dtype_of(value, context.unpadded(grad_value)), to_dtype_of(sampling_locations, grad_locations),
+      to_dtype_of(attention_weights, grad_weights)};
 }
 
 std::tuple<Tensor, Tensor> fused_deformable_attention(
@@ -346,10 +350,10 @@ std::tuple<Tensor, Tensor> fused_deformable_attention(
     using P = typename decltype(types)::P;
     context.device.launch(
         forward_kernel<T, typename decltype(types)::Shape, OffsetInput<P>, LogitInput<P>>, blocks, params,
-        read<T>(context.value), offsets_of<P>(context, references),
-        LogitInput<P>{read<P>(context.weights), write<P>(weights), 0, 0}, write<T>(output));
+        read_ptr<T>(context.value), make_offset_input<P>(context, references),
+        LogitInput<P>{read_ptr<P>(context.weights), write_ptr<P>(weights), 0, 0}, write_ptr<T>(output));
   });
-  return {context.unpadded_output(output), in_type_of(attention_logits, weights)};
+  return {context.unpadded_output(output), to_dtype_of(attention_logits, weights)};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> fused_deformable_attention_backward(
@@ -362,33 +366,34 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> fused_deformable_attention_backward(
   if (grad_weights) check_grad_weights(attention_weights, *grad_weights);
   const Tensor grad = context.padded_output(grad_output);
   const Tensor references = prepared(reference_points, context.compute());
-  std::optional<Tensor> also_to_weights;
-  if (grad_weights) also_to_weights = prepared(*grad_weights, context.points_type());
+  std::optional<Tensor> grad_from_weights;
+  if (grad_weights) grad_from_weights = prepared(*grad_weights, context.points.scalar_type());
 
   const Tensor grad_value = context.zero_grad_value();
   const Tensor grad_offsets = context.empty_points(), grad_logits = context.empty_weights();
-  const int32_t log_part = log_of_part(shapes, context.lanes());
-  const Tensor reference_parts = empty(
+  const int32_t log_part = log_part_size(shapes, context.group_size());
+  const Tensor grad_reference_parts = empty(
       value,
       {shapes.batch_size, shapes.num_queries, shapes.num_heads, shapes.levels.count,
        shapes.num_points >> log_part, references.size(3)},
       context.compute());
   context.run([&](auto types, const KernelParams& params, int64_t blocks) {
     using P = typename decltype(types)::P;
-    OffsetInput<P> offsets = offsets_of<P>(context, references);
-    offsets.gradient = write<P>(grad_offsets);
-    offsets.reference_parts = write<compute_t<P>>(reference_parts);
+    OffsetInput<P> offsets = make_offset_input<P>(context, references);
+    offsets.grad_offsets = write_ptr<P>(grad_offsets);
+    offsets.grad_reference_parts = write_ptr<compute_t<P>>(grad_reference_parts);
     offsets.log_part = log_part;
     launch_backward<decltype(types)>(
         context, params, blocks, grad, offsets,
         LogitsGradient<P>{
-            read<P>(context.weights), also_to_weights ? read<P>(*also_to_weights) : nullptr, write<P>(grad_logits)},
+            read_ptr<P>(context.weights), grad_from_weights ? read_ptr<P>(*grad_from_weights) : nullptr,
+            write_ptr<P>(grad_logits)},
         deterministic, grad_value);
   });
   constexpr int64_t kHeadsAndPoints[] = {2, 4};
   return {
-      in_type_of(value, context.unpadded(grad_value)), torch::stable::sum(reference_parts, kHeadsAndPoints),
-      in_type_of(sampling_offsets, grad_offsets), in_type_of(attention_weights, grad_logits)};
+      to_dtype_of(value, context.unpadded(grad_value)), torch::stable::sum(grad_reference_parts, kHeadsAndPoints),
+      to_dtype_of(sampling_offsets, grad_offsets), to_dtype_of(attention_weights, grad_logits)};
 }
 
 }  // namespace

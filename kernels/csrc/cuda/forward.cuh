@@ -1,4 +1,5 @@
-// The forward pass: each group of lanes reads the cells of its item's points and adds them up in registers.
+// The forward pass: each group of lanes reads the cells of its work item's points and adds them up in registers. There
+// is no shared memory and no barrier; the loads of a round do not depend on one another, so that many are in flight.
 #pragma once
 
 #include "sampling_points.cuh"
@@ -16,32 +17,35 @@ __global__ void __launch_bounds__(kThreads, kForwardBlocks<T>) forward_kernel(
 
   for (int32_t channel_tile = 0; channel_tile < num_channel_tiles<T, Shape>(params); ++channel_tile) {
     const Channels channels = channels_of_lane<T, Shape>(channel_tile, params);
-    const T* const cell0 = value + item.value + channels.first;
-    C sum[kVecSize<T>] = {};
+    const T* const first_position = value + item.value + channels.first;
+    C sums[kVecSize<T>] = {};
 #pragma unroll
     for (int32_t round = 0; round < count; round += kGroup) {
+      // each lane computes the point `own` of this round ...
       const int32_t own = round + lane;
       SamplePoint<C> point{};
       if (own < count) {
         const int32_t level = own / Shape::num_points(params);
-        const C weight = weights.read(item, own);
-        if (channel_tile == 0 && item.active) weights.store(item, own, weight);
-        point = locate_point(points.position(item, own, level, params), weight, level, params.levels);
+        const C weight = weights.load_weight(item, own);
+        if (channel_tile == 0 && item.active) weights.store_weight(item, own, weight);
+        point = sample_point(points.position(item, own, level, params), weight, level, params.levels);
       }
-      const CornerWeights<C> shares = corner_weights(point);
+      const CornerWeights<C> corners = corner_weights(point);
+      // ... and its channels of all points of this round
 #pragma unroll(Shape::kStatic ? kGroup : 2)
       for (int source_lane = 0; source_lane < min(kGroup, count - round); ++source_lane) {
-        const CornerCells<C> cells = broadcast_point<Shape, kGroup>(point, shares, source_lane, round + source_lane, params.levels);
+        const CornerCells<C> cells =
+            broadcast_point<Shape, kGroup>(point, corners, source_lane, round + source_lane, params.levels);
 #pragma unroll
         for (int corner = 0; corner < 4; ++corner) {
           C numbers[kVecSize<T>];
-          load_vector(at_position(cell0, cells.positions[corner], params), channels.exist, numbers);
+          load_channels(at_position(first_position, cells.positions[corner], params), channels.exist, numbers);
 #pragma unroll
-          for (int i = 0; i < kVecSize<T>; ++i) sum[i] = fma(cells.weights[corner], numbers[i], sum[i]);
+          for (int i = 0; i < kVecSize<T>; ++i) sums[i] = fma(cells.weights[corner], numbers[i], sums[i]);
         }
       }
     }
-    if (item.active && channels.exist) store_vector(output + item.output + channels.first, sum);
+    if (item.active && channels.exist) store_channels(output + item.output + channels.first, sums);
   }
 }
 
