@@ -112,7 +112,7 @@ def pixel_values() -> torch.Tensor:
 @pytest.fixture
 def kernel():
     """The compiled operators; a build that fails is a failure wherever there is a compiler."""
-    if kernels.mode() == "off":
+    if kernels.get_mode() == "off":
         pytest.skip("HF_DINO_KERNELS=off")
     found = kernels.operators("cpu")
     if found is None and not any(map(shutil.which, ("g++", "clang++", "c++"))):

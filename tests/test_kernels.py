@@ -459,7 +459,7 @@ def test_address_sanitizer_finds_nothing(tmp_path, kernel):
         "from test_kernels import *\n"
         "from hf_dino import kernels\n"
         "from hf_dino.kernels.build import Builder\n"
-        f"kernel = kernels.load(Builder(Path({str(KERNELS)!r}), Path(sys.argv[1])).entry('cpu'))\n"
+        f"kernel = kernels.load(Builder(Path({str(KERNELS)!r}), Path(sys.argv[1])).get_or_build('cpu'))\n"
         "for name in SIZES:\n"
         "    for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):\n"
         "        inputs = random_inputs(name, 2, dtype)\n"
