@@ -82,7 +82,7 @@ def write_sources(folder: Path, files: dict[str, str]) -> Path:
 
 @pytest.fixture
 def sources(tmp_path: Path) -> Path:
-    """Sources laid out as the kernel's; what they make is a library, but registers nothing."""
+    """Write sources laid out as the kernel's; their library registers no operator."""
     return write_sources(
         tmp_path / "sources",
         {
@@ -98,7 +98,7 @@ def sources(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def operator_sources(tmp_path: Path) -> Path:
-    """Sources of an operator `same` for both devices, with a Python side that registers something once."""
+    """Write sources of an operator `same` for both devices, whose Python side registers something once."""
     return write_sources(
         tmp_path / "operator",
         {
@@ -132,7 +132,7 @@ def use(monkeypatch: pytest.MonkeyPatch) -> Callable[[Builder], None]:
 
 @pytest.fixture
 def compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Path]:
-    """Make a shell script the compiler; `"$@"` are its arguments. Returns a file that it may write to."""
+    """Make a shell script the compiler; `"$@"` are its arguments. Return a file that it may write to."""
 
     def replace(script: str) -> Path:
         path, notes = tmp_path / "compiler", tmp_path / "notes"
@@ -168,7 +168,7 @@ def wait_for(condition: Callable[[], object]) -> None:
 
 
 def runs(process_id: int) -> bool:
-    """Whether a process is there and not just waiting to be reaped."""
+    """Return whether a process runs, rather than waiting to be reaped."""
     state = subprocess.run(["ps", "-o", "stat=", "-p", str(process_id)], capture_output=True, text=True).stdout
     return bool(state.strip()) and not state.startswith("Z")
 
