@@ -576,7 +576,8 @@ def test_a_stream_that_breaks_off_names_the_cause_and_can_be_repeated(shapes, fo
 
 
 def test_a_stream_is_checked_like_any_other_dataset(folder, tmp_path, capsys):
-    assert hf_dino(["data", "check", folder, "--streaming", "--max_samples=2", "--cache_dir", tmp_path / "stream"]) == 0
+    stream = ["--streaming", "--max_samples=2", "--cache_dir", tmp_path / "stream"]
+    assert hf_dino(["data", "check", folder, *stream]) == 0
     assert "train: 1 of 2 images have no objects" in capsys.readouterr().out
 
 
