@@ -50,7 +50,7 @@ TOLERANCE = {"float64": 1e-9, "float32": 1e-4, "float16": 2e-3, "bfloat16": 1e-2
 
 def run(name: str, attend: Any, problem: Problem, backward: bool) -> tuple[Tensors, Tensors]:
     """Run once; return outputs and, with the backward pass, gradients of value, places and weights or logits."""
-    os.environ["HF_DINO_CPU"] = IMPLEMENTATIONS[name].cpu_path
+    os.environ["HF_DINO_CPU_CAPABILITY"] = IMPLEMENTATIONS[name].cpu_path
     inputs = problem.inputs[IMPLEMENTATIONS[name].form]
     with torch.set_grad_enabled(backward):
         outputs = attend(problem.levels, *inputs)

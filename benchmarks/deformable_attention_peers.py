@@ -135,7 +135,7 @@ class Implementation(NamedTuple):
 
     form: str
     make: Callable[[argparse.Namespace], Callable[..., Tensors]]
-    cpu_path: str = ""  # for HF_DINO_CPU: the best there is
+    cpu_path: str = ""  # for HF_DINO_CPU_CAPABILITY: the best there is
 
 
 DEFINITIONS = {"plain": "definition", "fused": "definition + softmax + locations"}

@@ -26,13 +26,13 @@ def write_coco(
 
     `replaced` are top-level entries of the file to write instead.
     """
-    records = folder / "images"
-    records.mkdir(parents=True, exist_ok=True)
+    image_folder = folder / "images"
+    image_folder.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(0)
     images = []
     for image_id, (height, width) in enumerate(sizes, start=1):
         name = f"{image_id}.png"
-        Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8)).save(records / name)
+        Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8)).save(image_folder / name)
         images.append({"id": image_id, "file_name": name, "height": height, "width": width})
     content = {
         "images": images,
@@ -42,4 +42,4 @@ def write_coco(
     }
     file = folder / "annotations.json"
     file.write_text(json.dumps(content))
-    return records, file
+    return image_folder, file

@@ -112,7 +112,7 @@ def pixel_values() -> torch.Tensor:
 @pytest.fixture
 def kernel():
     """The compiled operators; a build that fails is a failure wherever there is a compiler."""
-    if kernels.mode() == "off":
+    if kernels.get_mode() == "off":
         pytest.skip("HF_DINO_KERNELS=off")
     found = kernels.operators("cpu")
     if found is None and not any(map(shutil.which, ("g++", "clang++", "c++"))):
@@ -121,27 +121,27 @@ def kernel():
     return found
 
 
-PROCESSORS = ("avx512", "avx2", "portable")
+CPU_CAPABILITIES = ("avx512", "avx2", "default")
 
 
-@pytest.fixture(params=PROCESSORS)
-def processor(request, monkeypatch, kernel):
-    return _choose_processor(kernel, request.param, monkeypatch)
+@pytest.fixture(params=CPU_CAPABILITIES)
+def cpu_capability(request, monkeypatch, kernel):
+    return _set_cpu_capability(kernel, request.param, monkeypatch)
 
 
-@pytest.fixture(params=["definition", *PROCESSORS])
+@pytest.fixture(params=["definition", *CPU_CAPABILITIES])
 def backend(request, monkeypatch):
     """All that computes deformable attention on a CPU, in turn."""
     if request.param == "definition":
         monkeypatch.setitem(kernels._found, "cpu", None)
         return request.param
-    return _choose_processor(request.getfixturevalue("kernel"), request.param, monkeypatch)
+    return _set_cpu_capability(request.getfixturevalue("kernel"), request.param, monkeypatch)
 
 
-def _choose_processor(kernel, name, monkeypatch):
-    monkeypatch.setenv("HF_DINO_CPU", name)
+def _set_cpu_capability(kernel, name, monkeypatch):
+    monkeypatch.setenv("HF_DINO_CPU_CAPABILITY", name)
     try:
         kernel.registration.ops.cpu_vector_bytes()
     except RuntimeError:
-        pytest.skip(f"this processor has no {name}")
+        pytest.skip(f"this CPU has no {name}")
     return name

@@ -1,4 +1,4 @@
-"""The `shapes` dataset in every format that can be read, and small folders of each layout."""
+"""The `shapes` dataset in every format that can be read, and small files of each."""
 
 import json
 import shutil
@@ -15,9 +15,9 @@ SPLITS = {"train": "train", "val": "validation", "test": "test"}
 
 
 def write_shapes(folder: Path) -> Path:
-    """Shapes of 128 pixels: boxes are quarters of a pixel, and thus as fractions exact in single precision.
+    """Shapes of 128 pixels: boxes are multiples of a quarter pixel, exact in single precision as fractions.
 
-    Objects have no area, since the other formats could not say it; the second image for training has no objects.
+    Annotations have no area, which other formats do not support. The second training image has no objects.
     """
     generate_shapes(folder, seed=1, image_size=128, num_train=5, num_val=3, num_test=2)
     for split in SPLITS:
@@ -57,7 +57,7 @@ def as_coco(shapes: Path, folder: Path) -> None:
 
 
 def voc_xml(size: tuple[int, int], objects: list[tuple[str, list[float]]], difficult: str = "0") -> str:
-    """An annotation file; `size` is (height, width)."""
+    """Return the text of an annotation file; `size` is (height, width)."""
     return (
         f"<annotation><size><width>{size[1]}</width><height>{size[0]}</height><depth>3</depth></size>"
         + "".join(
@@ -70,7 +70,7 @@ def voc_xml(size: tuple[int, int], objects: list[tuple[str, list[float]]], diffi
 
 
 def as_voc(shapes: Path, folder: Path) -> None:
-    """As the devkit: all splits in one folder, told apart by lists."""
+    """As the devkit: all splits in one folder, with a list of images for each."""
     for name in ("JPEGImages", "Annotations", "ImageSets/Main"):
         (folder / name).mkdir(parents=True)
     for split in SPLITS:
@@ -84,7 +84,7 @@ def as_voc(shapes: Path, folder: Path) -> None:
 
 
 def yolo_lines(size: tuple[int, int], objects: list[tuple[int, list[float]]]) -> str:
-    """A label file; `size` is (height, width)."""
+    """Return the text of a label file; `size` is (height, width)."""
     height, width = size
     return "".join(
         f"{number} {(x + w / 2) / width!r} {(y + h / 2) / height!r} {w / width!r} {h / height!r}\n"
@@ -106,8 +106,8 @@ def as_yolo(shapes: Path, folder: Path) -> None:
     (folder / "data.yaml").write_text(f"path: /another/machine\n{splits}names: {names}\n")
 
 
-def as_image_folder(shapes: Path, folder: Path) -> None:
-    """As `datasets` reads: metadata.jsonl beside the images of each split."""
+def as_imagefolder(shapes: Path, folder: Path) -> None:
+    """As `datasets` reads it: metadata.jsonl next to the images of each split."""
     for split, name in SPLITS.items():
         shutil.copytree(shapes / split, folder / name)
         rows = [
@@ -121,24 +121,24 @@ def as_image_folder(shapes: Path, folder: Path) -> None:
         (folder / name / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-FORMATS = {"coco": as_coco, "voc": as_voc, "yolo": as_yolo, "datasets": as_image_folder}
+FORMATS = {"coco": as_coco, "voc": as_voc, "yolo": as_yolo, "datasets": as_imagefolder}
 
 
 def draw(path: Path, size: tuple[int, int] = (40, 60), seed: int = 0) -> None:
-    """A noise image of `size` (height, width)."""
+    """Write a noise image of `size` (height, width)."""
     path.parent.mkdir(parents=True, exist_ok=True)
     noise = np.random.default_rng(seed).integers(0, 256, (*size, 3), dtype=np.uint8)
     Image.fromarray(noise).save(path)
 
 
 def write(path: Path, text: str) -> None:
-    """A text file, with the folders above it."""
+    """Write a text file and its folders."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text)
 
 
 def coco_text(*names: str, box: tuple[float, ...] = (1, 2, 30, 20)) -> str:
-    """A COCO file of images of 40 x 60 pixels, each with one object of class cell."""
+    """Return the text of a COCO file of images of 40 x 60 pixels, each with one object of class cell."""
     return json.dumps(
         {
             "images": [{"id": n, "file_name": name, "height": 40, "width": 60} for n, name in enumerate(names)],

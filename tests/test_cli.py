@@ -13,7 +13,7 @@ from PIL import Image
 from command_line import hf_dino, train_arguments
 from conftest import tiny_model
 from hf_dino import DinoDetrImageProcessor
-from hf_dino.cli import data, evaluate
+from hf_dino.cli import data, evaluate, train
 from hf_dino.data import AUGMENTATIONS, SPLITS
 from hf_dino.data.convert import WRITERS
 from hf_dino.evaluation import ENGINES
@@ -82,7 +82,7 @@ def test_help_of_train_lists_options_by_what_they_are_about(capsys):
 
 
 def test_lists_take_several_values_or_none():
-    given = ["train", "--model-name-or-path=m", "--dataset=d", "--output-dir=o"]
+    given = ["--model-name-or-path=m", "--dataset=d", "--output-dir=o"]
     assert train_arguments([*given, "--freeze", "stem", "encoder", "--seed", 1]).freeze == ["stem", "encoder"]
     assert train_arguments([*given, "--freeze"]).freeze == []
     assert train_arguments([*given, "--image-size", 480, 640]).image_size == ["480", "640"]

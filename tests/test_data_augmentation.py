@@ -1,4 +1,4 @@
-"""Augmented images have the sizes of the recipe, and boxes stay on what they were drawn around."""
+"""Augmented images have the sizes of the recipe, and boxes follow their objects."""
 
 import math
 import pickle
@@ -106,7 +106,7 @@ def test_none_leaves_everything_as_it_is():
     assert (result.image, result.boxes, result.areas) == (image, boxes, areas)
     assert result.objects.tolist() == [0, 1]
     assert augmentation.output_shape(30, 40, boxes) == (30, 40)
-    assert torch.equal(torch.get_rng_state(), numbers), "no random number is drawn"
+    assert torch.equal(torch.get_rng_state(), numbers), "no random number is used"
 
 
 def test_areas_are_those_of_the_boxes_once_there_is_an_augmentation():
@@ -116,14 +116,12 @@ def test_areas_are_those_of_the_boxes_once_there_is_an_augmentation():
 
 def test_unknown_names():
     presets = "dino, dino-large, photometric, flip, none"
-    with pytest.raises(
-        InputError, match=f"unknown augmentation 'mosaic'; choose one of {presets}, or name a function"
-    ):
+    with pytest.raises(InputError, match=f"unknown augmentation 'mosaic'. Choose from {presets}, or name a function"):
         make_augmentation("mosaic", SIZE)
 
 
-def test_resize_rounds_as_the_original():
-    """800 of 1333 at aspect 2: the original shortens the short side to round(1333 / 2) first."""
+def test_resize_rounds_as_the_official_implementation():
+    """800 of 1333 at aspect ratio 2: the official implementation reduces the short side to round(1333 / 2) first."""
     resized = ResizeShortestEdge([800], 1333)(Image.new("RGB", (1000, 500)))
     assert resized.size == (1332, 666)
 
@@ -153,7 +151,7 @@ def test_large_sizes_are_half_as_large_again():
 
 
 def test_published_large_sizes():
-    """Short side 720 to 1200 in steps of 48, long side at most 2000, for a model of the original's size."""
+    """Short side 720 to 1200 in steps of 48, long side at most 2000, for a model of the official size."""
     _, choice = make_augmentation("dino-large", SIZE).transform.transforms
     resize, crop = choice.transforms
     assert resize.shortest_edges == list(range(720, 1201, 48))
@@ -162,11 +160,11 @@ def test_published_large_sizes():
     assert (before.shortest_edges, cut.shortest, cut.longest) == ([600, 750, 900], 576, 900)
 
 
-def test_large_of_a_model_that_is_large_already_is_said(caplog):
+def test_large_augmentation_of_a_large_model_is_a_warning(caplog):
     large = make_augmentation("dino-large", SIZE).evaluation_size
     assert not caplog.messages
     make_augmentation("dino-large", large)
-    assert "1800/3000 pixels, 1.5 times the model's 1200/2000; `dino` would stay" in caplog.text
+    assert "1800/3000 pixels, 1.5 times the model's 1200/2000. `dino` would keep" in caplog.text
 
 
 def test_photometric_changes_colors_and_is_otherwise_the_recipe():
@@ -184,18 +182,18 @@ def test_photometric_changes_colors_and_is_otherwise_the_recipe():
 
 
 @pytest.mark.parametrize("name", ["dino", "dino-large", "photometric", "flip"])
-def test_shapes_are_foretold_without_pixels(name):
+def test_output_shapes_are_predicted_without_pixels(name):
     augmentation = make_augmentation(name, {"shortest_edge": 40, "longest_edge": 67})
     boxes = torch.tensor([[3.0, 4.0, 20.0, 10.0]])
     for image_id, (height, width) in enumerate([(48, 64), (64, 48), (30, 100), (50, 50)] * 4):
         with seed_per_image(0, 1, image_id):
-            foretold = augmentation.output_shape(height, width, boxes)
+            predicted = augmentation.output_shape(height, width, boxes)
         with seed_per_image(0, 1, image_id):
             image = augment(augmentation, Image.new("RGB", (width, height)), boxes.tolist()).image
-        assert foretold == (image.height, image.width)
+        assert predicted == (image.height, image.width)
 
 
-def test_an_image_has_random_numbers_of_its_own():
+def test_each_image_has_its_own_random_state():
     def draw(*key):
         with seed_per_image(*key):
             return torch.rand(()).item()
@@ -207,7 +205,7 @@ def test_an_image_has_random_numbers_of_its_own():
     numbers = {draw(0, 0, 1), draw(0, 0, 2), draw(0, 1, 1), draw(1, 0, 1)}
     assert len(numbers) == 4
     assert draw(0, 0, 1) in numbers
-    assert [*first, *torch.rand(1).tolist()] == expected, "nothing is drawn from the numbers of others"
+    assert [*first, *torch.rand(1).tolist()] == expected, "the global random state is not advanced"
 
 
 OWN_SIZE = {"shortest_edge": 40, "longest_edge": 60}
@@ -221,7 +219,7 @@ IMPORTS = """
 
 
 def own_augmentation(folder, body, function="make"):
-    """A user's file whose functions are `body`; its augmentation."""
+    """Write a user's file with the functions of `body`, and return its augmentation."""
     file = folder / "own.py"
     file.write_text(textwrap.dedent(IMPORTS) + textwrap.dedent(body))
     return make_augmentation(f"{file}:{function}", OWN_SIZE)
@@ -238,7 +236,7 @@ def test_own_function_of_a_file(tmp_path):
     result = augment(augmentation, Image.new("RGB", (40, 30)), [[4, 6, 10, 5]])
     assert result.image.size == (30, 40)
     assert result.boxes.tolist() == [[6, 26, 5, 10]], "x, y, width, height again"
-    assert augmentation.output_shape(30, 40, torch.zeros(0, 4)) == (30, 40), "what a user does is not foretold"
+    assert augmentation.output_shape(30, 40, torch.zeros(0, 4)) == (30, 40), "assumed to keep the shape"
     assert augmentation.evaluation_size == OWN_SIZE
     assert augmentation.min_output_shape(30, 60) == (30, 60), "resized, whatever is cut away"
 
@@ -255,7 +253,7 @@ def test_own_function_of_a_module(tmp_path, monkeypatch):
     assert result.boxes.tolist() == [[27, 6, 9, 5]]
 
 
-def test_own_function_may_remove_boxes_and_say_that_it_resizes(tmp_path):
+def test_own_function_may_remove_boxes_and_resize(tmp_path):
     body = """
     def make(size):
         crop = v2.CenterCrop(20)
@@ -268,7 +266,7 @@ def test_own_function_may_remove_boxes_and_say_that_it_resizes(tmp_path):
     assert result.boxes.tolist() == [[1, 1, 5, 5]]
 
 
-def test_own_function_may_say_at_what_size_to_evaluate(tmp_path):
+def test_own_function_may_set_the_evaluation_size(tmp_path):
     body = """
     def make(size):
         large = {side: 2 * length for side, length in size.items()}
@@ -279,7 +277,7 @@ def test_own_function_may_say_at_what_size_to_evaluate(tmp_path):
     assert augmentation.min_output_shape(30, 30) == (80, 80)
 
 
-def test_own_augmentation_travels_to_another_process(tmp_path):
+def test_own_augmentation_can_be_pickled(tmp_path):
     body = """
     class Own(v2.Transform):
         def transform(self, inpt, params):
@@ -318,11 +316,11 @@ def test_own_class_may_replace_methods(tmp_path):
         assert (result.image.size, result.boxes.tolist(), result.objects.tolist()) == ((20, 10), [[1, 2, 3, 4]], [0])
         assert each.output_shape(30, 40, torch.zeros(0, 4)) == each.min_output_shape(30, 40) == (10, 20)
         assert (each.resizes, each.evaluation_size) == (True, OWN_SIZE)
-    with pytest.raises(InputError, match="another image or other boxes each time"):
+    with pytest.raises(InputError, match="another image or other boxes for the same seed"):
         own_augmentation(tmp_path, CLASS.format(number="random.random()"))
 
 
-def test_own_class_that_only_augments_does_not_foretell_the_shape(tmp_path):
+def test_own_class_without_output_shape_keeps_the_shape(tmp_path):
     body = (
         CLASS.format(number="0")
         .replace("def output_shape", "def other")
@@ -333,17 +331,17 @@ def test_own_class_that_only_augments_does_not_foretell_the_shape(tmp_path):
     assert augmentation.min_output_shape(30, 60) == (30, 60)
 
 
-WRONG = {
+INVALID = {
     "5": "must return a torchvision v2.Transform or an Augmentation, got 5",
-    "v2.ToImage()": "must return a PIL image, got Image; leave tensors and normalization",
+    "v2.ToImage()": r"must return a PIL image, got Image\. Leave tensors and normalization",
     "v2.Lambda(lambda boxes: boxes.as_subclass(torch.Tensor), BoundingBoxes)": "boxes as tv_tensors.BoundingBoxes",
-    "v2.Lambda(lambda image: image.resize((9, 7)), Image)": "is 7 x 9 pixels .* to one of 40 x 60: it must resize and",
+    "v2.Lambda(lambda image: image.resize((9, 7)), Image)": r"of 7 x 9 .* for 40 x 60\. Resize and crop both",
     "v2.SanitizeBoundingBoxes(min_size=15, labels_getter=None)": "returned 1 boxes for 2 objects",
-    "v2.Lambda(lambda image: image.rotate(random.random() * 90), Image)": "another image or other boxes each time",
+    "v2.Lambda(lambda image: image.rotate(random.random() * 90), Image)": "image or other boxes for the same seed",
 }
 
 
-@pytest.mark.parametrize("transform", WRONG)
+@pytest.mark.parametrize("transform", INVALID)
 def test_own_function_that_cannot_be_used(tmp_path, transform):
     body = f"""
     from PIL.Image import Image
@@ -351,14 +349,14 @@ def test_own_function_that_cannot_be_used(tmp_path, transform):
     def make(size):
         return {transform}
     """
-    with pytest.raises(InputError, match=WRONG[transform]):
+    with pytest.raises(InputError, match=INVALID[transform]):
         own_augmentation(tmp_path, body)
 
 
-def test_own_function_that_is_not_there(tmp_path):
-    with pytest.raises(InputError, match=r"nowhere\.py: there is no such Python file"):
+def test_own_function_that_is_not_found(tmp_path):
+    with pytest.raises(InputError, match=r"nowhere\.py: Python file not found"):
         make_augmentation("nowhere.py:make", OWN_SIZE)
-    with pytest.raises(InputError, match=r"own\.py has no function 'make'; it has .*build"):
+    with pytest.raises(InputError, match=r"own\.py:make: function not found\. .*own\.py has .*build"):
         own_augmentation(tmp_path, "def build(size): pass")
     with pytest.raises(InputError, match=r"no_such_package: cannot be imported .*PYTHONPATH, or name the file"):
         make_augmentation("no_such_package:make", OWN_SIZE)
@@ -368,7 +366,7 @@ def test_own_function_that_is_not_there(tmp_path):
 
 @pytest.mark.parametrize("name", ["dino", "dino-large", "flip"])
 @pytest.mark.parametrize("shape", [(60, 80), (30, 200), (70, 70)])
-def test_no_image_is_smaller_than_foretold(name, shape):
+def test_no_image_is_smaller_than_min_output_shape(name, shape):
     size = {"shortest_edge": 80, "longest_edge": 133}
     augmentation = make_augmentation(name, size)
     least = augmentation.min_output_shape(*shape)

@@ -1,4 +1,4 @@
-"""What would cost a night is found in a minute, and nothing of the user's is changed."""
+"""Faults of a dataset are found before training, and no file of the user is changed."""
 
 import json
 import logging
@@ -28,13 +28,13 @@ def contents(folder):
     return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def test_nothing_is_found_in_good_data_and_everything_is_counted(tmp_path):
+def test_a_valid_dataset_has_no_errors_and_is_counted(tmp_path):
     objects = [annotation(1, 3, [0, 0, 8, 8]), annotation(1, 7, [0, 0, 32, 32]), annotation(1, 7, [0, 0, 96, 96])]
     crowd = annotation(1, 3, [0, 0, 10, 10], iscrowd=1)
     report = check_data({"train": data(tmp_path, [*objects, crowd], sizes=[(100, 100)])})
     assert (report.errors, report.warnings) == ([], [])
     counts = report.counts["train"]
-    assert (counts.images, counts.without_objects, counts.objects, counts.crowds) == (1, 0, 3, 1)
+    assert (counts.num_images, counts.num_empty_images, counts.num_objects, counts.num_crowds) == (1, 0, 3, 1)
     assert counts.classes == {"dog": 1, "cat": 2}
     assert counts.sizes == {"small": 1, "medium": 1, "large": 1}
     report.raise_if_errors()
@@ -52,21 +52,21 @@ def test_images_missing_broken_and_of_another_size(tmp_path, decode):
     seen = []
     report = check_data({"train": read}, decode=decode, on_image=lambda: seen.append(1))
     messages = [
-        "1.png: there is no such image file",
-        "2.png: cannot be read as an image (it is of no known kind)",
-        "3.png: the annotations say 60 x 40 pixels (width x height) but the file has 60 x 41",
-        *(["4.png: cannot be read as an image"] if decode else []),  # whose head is whole
+        "1.png: image file not found",
+        "2.png: cannot be read as an image (not a known image format)",
+        "3.png: is annotated as 60 x 40 pixels (width x height), but the file has 60 x 41",
+        *(["4.png: cannot be read as an image"] if decode else []),  # whose header is complete
     ]
     assert len(report.errors) == len(messages)
     for error, message in zip(report.errors, messages):
         assert error.startswith("train: ")
         assert message in error
     assert len(seen) == 4
-    with pytest.raises(InputError, match=r"(?s)cannot be used:\ntrain: .*1\.png: there is no such"):
+    with pytest.raises(InputError, match=r"(?s)has errors:\ntrain: .*1\.png: image file not found"):
         report.raise_if_errors()
 
 
-def test_quick_check_accepts_images_that_lie_on_their_side_as_annotated(tmp_path):
+def test_the_check_of_headers_applies_the_exif_orientation(tmp_path):
     read = good(tmp_path)
     exif = Image.Exif()
     exif[0x0112] = 6
@@ -75,28 +75,28 @@ def test_quick_check_accepts_images_that_lie_on_their_side_as_annotated(tmp_path
     assert read.images[0].read().size == (60, 40)
 
 
-def test_boxes_that_were_put_right_are_told_with_their_images(tmp_path):
+def test_corrected_boxes_are_listed_with_their_images(tmp_path):
     boxes = [[5, 5, 0, 5], [70, 5, 9, 9], [-10, 30, 20, 20], [1, 1, 2, 2], [1, 1, 2, 2]]
     report = check_data({"train": data(tmp_path, [annotation(1, 3, box) for box in boxes])})
     assert report.errors == []
     assert report.warnings[:4] == [
         "train: 1 boxes have no width or no height: dropped; images/1.png",
         "train: 1 boxes lie outside their image: dropped; images/1.png",
-        "train: 1 boxes reach over the border of their image: clipped for training; images/1.png",
-        "train: 1 boxes are there twice, of the same class; images/1.png",
+        "train: 1 boxes extend beyond their image: clipped for training; images/1.png",
+        "train: 1 boxes are duplicates with the same class; images/1.png",
     ]
 
 
-def test_boxes_in_another_way_of_writing(tmp_path):
+def test_boxes_in_another_format(tmp_path):
     corners = [[20, 10, 50, 30], [30, 20, 55, 35], [2, 2, 20, 20]]
     wrong = data(tmp_path / "corners", [annotation(1, 3, box) for box in corners])
     (error,) = check_data({"train": wrong}).errors
     assert error == (
-        "train: boxes seem to be x0, y0, x1, y1, but must be x, y, width, height: as they are, 2 of 3 reach over the "
-        "border of their image"
+        "train: boxes seem to be x0, y0, x1, y1, but must be x, y, width, height: read so, 2 of 3 extend beyond "
+        "their image"
     )
     (error,) = check_data({"train": data(tmp_path / "b", [annotation(1, 3, [0.1, 0.2, 0.5, 0.3])])}).errors
-    assert "they seem to be fractions" in error
+    assert "Boxes seem to be fractions" in error
 
 
 def test_classes_that_differ_between_splits(tmp_path):
@@ -104,26 +104,26 @@ def test_classes_that_differ_between_splits(tmp_path):
     other = data(tmp_path / "b", [annotation(1, 5, [1, 2, 3, 4])], categories={5: "bird", 7: "cat"}, sizes=[(40, 70)])
     report = check_data({"train": train, "validation": other})
     assert report.errors == [
-        "validation: has objects of classes that train does not list: 'bird'; train's are 'dog', 'cat'"
+        "validation: has objects of classes that train does not have: 'bird'. The classes of train are 'dog', 'cat'"
     ]
-    assert "train: lists classes that another split does not list: 'dog'" in report.warnings
-    assert "validation: lists classes that another split does not list: 'bird'" in report.warnings
+    assert "train: has classes that another split does not have: 'dog'" in report.warnings
+    assert "validation: has classes that another split does not have: 'bird'" in report.warnings
     assert "validation: 1 of 2 classes have no objects: 'cat'" in report.warnings
 
 
-def test_the_same_image_in_two_splits_and_twice_in_one(tmp_path):
+def test_duplicate_images_within_and_between_splits(tmp_path):
     train = data(tmp_path / "a", [annotation(1, 3, [1, 2, 3, 4])], sizes=[(40, 60), (40, 60), (30, 30)])
     (tmp_path / "a" / "images" / "2.png").write_bytes((tmp_path / "a" / "images" / "1.png").read_bytes())
     validation = data(tmp_path / "b", [annotation(1, 3, [1, 2, 3, 4])])
     warnings = check_data({"train": train, "validation": validation}, decode=False).warnings
     assert "1 images are in both train and validation: images/1.png = images/2.png" in warnings
     only = check_data({"train": train}).warnings
-    assert "1 images are more than once in train: images/1.png = images/2.png" in only
+    assert "1 images are duplicated in train: images/1.png = images/2.png" in only
 
 
-def test_images_without_objects_and_nothing_to_learn(tmp_path):
+def test_images_without_objects_and_nothing_to_train_on(tmp_path):
     report = check_data({"train": data(tmp_path, sizes=[(40, 60), (30, 30)])})
-    assert report.errors == ["train: has no object to learn from"]
+    assert report.errors == ["train: has no objects to train on"]
     assert "train: 2 of 2 images have no objects" in report.warnings
     assert check_data({}).errors == []
 
@@ -157,7 +157,7 @@ def test_command_line_on_good_data(tmp_path, capsys):
         hf_dino(["data", "check", str(tmp_path / "shapes"), "--preview", str(sheet)])
 
 
-def test_command_line_tells_all_that_is_wrong(tmp_path, capsys):
+def test_command_line_reports_every_error(tmp_path, capsys):
     folder = tmp_path / "data"
     content = json.loads(coco_text("1.png", "2.png", "3.png"))
     content["annotations"] += [{"image_id": 9, "category_id": 1, "bbox": [1, 2, 3, 4]}]
@@ -169,10 +169,10 @@ def test_command_line_tells_all_that_is_wrong(tmp_path, capsys):
     assert hf_dino(["data", "check", str(folder), "--headers_only", "--num_workers", "1"]) == 1
     printed = capsys.readouterr().out
     for message in (
-        "annotations name image_id 9, which 'images' does not list",
-        "annotations name category_id 8, which 'categories' does not list",
+        "annotations have image_id 9, not listed in 'images'",
+        "annotations have category_id 8, not listed in 'categories'",
         "2.png: cannot be read as an image",
-        "3.png: there is no such image file",
+        "3.png: image file not found",
         "4 errors",
     ):
         assert message in printed
@@ -182,7 +182,7 @@ def test_command_line_tells_all_that_is_wrong(tmp_path, capsys):
 def test_command_line_on_a_pair_and_on_nothing(tmp_path):
     images, file = write_coco(tmp_path, [annotation(1, 3, [1, 2, 30, 20]), annotation(1, 7, [1, 2, 30, 20])])
     assert hf_dino(["data", "check", "--images", str(images), "--annotations", str(file)]) == 0
-    with pytest.raises(InputError, match="gone: there is no such folder"):
+    with pytest.raises(InputError, match="gone: folder not found"):
         hf_dino(["data", "check", str(tmp_path / "gone")])
     for source in ([], ["--images", images], [tmp_path, "--images", images]):
         assert hf_dino(["data", "check", *source]) == 2
@@ -196,7 +196,7 @@ VOC = voc_xml((40, 60), [("cell", [1, 2, 30, 20])])
     [
         (
             {"1.png": None, "1.xml": VOC, "2.png": None, "2.xml": "<annotation>", "3.xml": VOC},
-            ["2.xml: cannot be read as XML", "3.jpg: there is no such image file", "2 errors"],
+            ["2.xml: cannot be read as XML", "3.jpg: image file not found", "2 errors"],
         ),
         (
             {
@@ -205,7 +205,7 @@ VOC = voc_xml((40, 60), [("cell", [1, 2, 30, 20])])
                 "labels/1.txt": "7 0.5 0.5 0.2 0.2\n0 0.5 0.5 0.2 0.2\n",
                 "images/2.png": "no image",
             },
-            ["classes that have no name: 7 in ", "2.png: cannot be read as an image", "2 errors"],
+            ["classes without a name: 7 in ", "2.png: cannot be read as an image", "2 errors"],
         ),
     ],
 )
@@ -230,9 +230,9 @@ def test_augmented_samples_are_drawn(tmp_path):
     assert not (tmp_path / "b.png").exists()
 
 
-def test_a_sheet_is_a_new_image_of_a_known_format(tmp_path):
+def test_a_preview_is_a_new_image_of_a_known_format(tmp_path):
     sample = Sample(Image.new("RGB", (30, 20)), np.zeros((0, 4)), [], [], "nothing")
-    with pytest.raises(InputError, match="there is no image to draw"):
+    with pytest.raises(InputError, match="no images to draw"):
         draw_image_grid([], tmp_path / "a.png")
     with pytest.raises(InputError, match=r"images of kind '\.txt' cannot be written; use \.png or \.jpg"):
         draw_image_grid([sample], tmp_path / "a.txt")
@@ -245,7 +245,7 @@ def test_a_sheet_is_a_new_image_of_a_known_format(tmp_path):
 
 
 @pytest.mark.parametrize("words", [["data", "check", "gone", "--preview"], ["data", "augment", "gone", "--output"]])
-def test_a_sheet_that_cannot_be_drawn_is_heard_of_before_the_work(tmp_path, monkeypatch, words):
+def test_a_preview_that_cannot_be_drawn_is_an_error_before_the_work(tmp_path, monkeypatch, words):
     with pytest.raises(InputError, match=r"images of kind '\.fits' cannot be written"):
         hf_dino([*words, str(tmp_path / "sheet.fits")])
     monkeypatch.setitem(sys.modules, "supervision", None)
@@ -267,8 +267,8 @@ def test_options_of_a_stream_are_not_for_a_pair(tmp_path, capsys, option):
     assert "--streaming, --max_samples and --cache_dir need a DATASET" in capsys.readouterr().err
 
 
-def test_what_the_report_does_not_say_is_logged(tmp_path, capsys, monkeypatch):
-    """That a folder of a split is missing, but not what was done to boxes, which is in the report."""
+def test_warnings_that_the_report_does_not_contain_are_logged(tmp_path, capsys, monkeypatch):
+    """A missing folder is logged, corrected boxes are only in the report."""
     monkeypatch.setattr(logging.getLogger(), "handlers", [])
     files = {
         "data.yaml": "names: [cell]\ntrain: a\nval: [a, b]\n",
@@ -280,7 +280,5 @@ def test_what_the_report_does_not_say_is_logged(tmp_path, capsys, monkeypatch):
     assert hf_dino(["data", "check", str(tmp_path)]) == 0
     printed = capsys.readouterr()
     place = tmp_path / "b"
-    assert printed.err == (
-        f"{tmp_path / 'data.yaml'}: the validation split is left out, since {place} does not exist\n"
-    )
+    assert printed.err == (f"{tmp_path / 'data.yaml'}: ignoring the validation split, {place} not found\n")
     assert "1 boxes have no width or no height: dropped" in printed.out

@@ -1,4 +1,4 @@
-"""What is converted is read as the same data, and what a format cannot hold is said and never made up."""
+"""Converted datasets are read as the same data. What a format does not support is reported, never invented."""
 
 import io
 import json
@@ -11,13 +11,13 @@ from PIL import Image
 
 from coco_files import annotation, write_coco
 from command_line import hf_dino
-from data_formats import FORMATS, as_image_folder, coco_text, draw, voc_xml, write, write_shapes
+from data_formats import FORMATS, as_imagefolder, coco_text, draw, voc_xml, write, write_shapes
 from hf_dino.data import InputError, convert, convert_data, read_coco, read_data
 
 
 pytestmark = pytest.mark.usefixtures("datasets_cache")
 
-TARGETS = ("coco", "voc", "yolo")
+FORMAT_NAMES = ("coco", "voc", "yolo")
 
 
 @pytest.fixture(scope="module")
@@ -26,8 +26,8 @@ def shapes(tmp_path_factory):
 
 
 def saved_table(shapes, folder):
-    """Rows with bytes inside Arrow files, whose images are no files of their own."""
-    as_image_folder(shapes, folder.with_name("images"))
+    """Images inside Arrow files."""
+    as_imagefolder(shapes, folder.with_name("images"))
     datasets.load_dataset(str(folder.with_name("images"))).save_to_disk(str(folder))
 
 
@@ -40,7 +40,7 @@ def encoded(image):
 
 
 def named_boxes(data):
-    """Of each image, by the bytes of its file: its size, and classes and boxes in a fixed order."""
+    """Map the encoded image to its size, class names and boxes."""
     return {
         encoded(image): (
             (image.height, image.width),
@@ -62,7 +62,7 @@ def assert_same(converted, source, tolerance):
             corners, others = (
                 np.hstack([each[:, :2], each[:, :2] + each[:, 2:]]) for each in (boxes, got[content][2])
             )
-            # boxes are told to thousandths of a pixel
+            # supervision_to_xywh rounds to thousandths of a pixel
             np.testing.assert_allclose(others, corners, rtol=0, atol=tolerance(size) + 1e-3)
 
 
@@ -73,9 +73,9 @@ TOLERANCES = {
 }
 
 
-@pytest.mark.parametrize("form", TARGETS)
+@pytest.mark.parametrize("form", FORMAT_NAMES)
 @pytest.mark.parametrize("name", SOURCES)
-def test_the_same_data_is_read_of_what_was_converted(shapes, tmp_path, name, form):
+def test_a_converted_dataset_is_read_as_the_same_data(shapes, tmp_path, name, form):
     SOURCES[name](shapes, tmp_path / "source")
     source = read_data(tmp_path / "source")
     seen = []
@@ -83,7 +83,7 @@ def test_the_same_data_is_read_of_what_was_converted(shapes, tmp_path, name, for
     converted = read_data(tmp_path / "converted")
     assert_same(converted, source, TOLERANCES[form])
     for split, data in converted.items():
-        if form != "voc":  # which has no order of classes
+        if form != "voc":  # whose classes have no order
             assert list(data.categories.values()) == list(source[split].categories.values())
         assert Counter(data.categories.values()) == Counter(source[split].categories.values())
     assert any(not len(image.boxes) for image in converted["train"].images)
@@ -91,7 +91,7 @@ def test_the_same_data_is_read_of_what_was_converted(shapes, tmp_path, name, for
     assert [path.name for path in tmp_path.iterdir() if path.name.endswith(".part")] == []
 
 
-@pytest.mark.parametrize("form", TARGETS)
+@pytest.mark.parametrize("form", FORMAT_NAMES)
 def test_how_precise_boxes_are(tmp_path, form):
     rng = np.random.default_rng(0)
     size = (900, 1600)
@@ -144,7 +144,7 @@ def test_coco_keeps_ids_that_are_distinct(tmp_path):
 
 
 @pytest.mark.parametrize("form", ["voc", "yolo"])
-def test_crowds_and_areas_are_left_out_where_there_is_no_place_for_them(tmp_path, form):
+def test_crowds_and_areas_are_left_out_if_not_supported(tmp_path, form):
     objects = [
         annotation(1, 3, [1, 2, 30, 20], area=123.5),
         annotation(1, 3, [1, 2, 10, 10], area=100.04),
@@ -155,37 +155,37 @@ def test_crowds_and_areas_are_left_out_where_there_is_no_place_for_them(tmp_path
     assert image.boxes.tolist() == pytest.approx(np.array([[1, 2, 30, 20], [1, 2, 10, 10]]), abs=1e-2)
     classes = {
         "voc": [
-            "train: 1 classes have no objects, without which the format does not have them: left out",
-            "train: 1 classes have another number",
+            "train: 1 classes have no objects and cannot be listed in the format: left out",
+            "train: 1 classes have another id",
         ],
-        "yolo": ["train: 2 classes have another number"],
+        "yolo": ["train: 2 classes have another id"],
     }
     assert notes == [
-        "train: 2 crowd regions, which the format does not have: left out",
-        "train: 1 objects had the area of a mask: now that of their box",
+        "train: 2 iscrowd annotations, which the format does not support: left out",
+        "train: 1 objects had the area of a mask: replaced by that of the box",
         *classes[form],
     ]
 
 
 @pytest.mark.parametrize("form", ["voc", "yolo"])
-def test_boxes_that_rounding_loses_are_counted(tmp_path, form):
+def test_boxes_lost_by_rounding_are_counted(tmp_path, form):
     boxes = [[1599.7, 2, 0.3, 20], [20, 30, 0.001, 5], [1, 2, 30, 20]]
     objects = [annotation(1, 3, box) for box in boxes]
     source = {"train": read_coco(*write_coco(tmp_path, objects, sizes=[(900, 1600)], categories={3: "dog"}))}
     notes = convert_data(source, tmp_path / "out", form)
     (image,) = read_data(tmp_path / "out")["train"].images
     assert len(image.boxes) == 2
-    assert "train: 1 boxes are so small that rounding makes them vanish: lost" in notes
+    assert "train: 1 boxes are too small for the format's precision: lost" in notes
 
 
-def test_what_reading_dropped_is_said(tmp_path):
+def test_warnings_of_the_reader_are_returned(tmp_path):
     source = {
         "train": read_coco(*write_coco(tmp_path, [annotation(1, 3, box) for box in ([1, 2, 0, 4], [1, 2, 3, 4])]))
     }
     assert "train: 1 boxes have no width or no height: dropped" in convert_data(source, tmp_path / "out", "coco")
 
 
-@pytest.mark.parametrize("form", TARGETS)
+@pytest.mark.parametrize("form", FORMAT_NAMES)
 def test_images_of_one_name_do_not_overwrite_each_other(tmp_path, form):
     names = ("a/1.png", "b/1.png", "1.bmp", "1-2.png", "A.PNG", "nosuffix")
     write(tmp_path / "source" / "train.json", coco_text(*names))
@@ -199,11 +199,11 @@ def test_images_of_one_name_do_not_overwrite_each_other(tmp_path, form):
     assert {image.path.name for image in converted["train"].images} == {
         *("1.png", "1-2.png", "1-3.bmp", "1-2-4.png", "A.PNG", "nosuffix.png")
     }
-    assert any("4 images have a new name" in note for note in notes)
+    assert any("4 images were renamed" in note for note in notes)
 
 
-@pytest.mark.parametrize("form", TARGETS)
-def test_rows_without_names_are_numbered_and_get_the_suffix_of_their_kind(tmp_path, form):
+@pytest.mark.parametrize("form", FORMAT_NAMES)
+def test_rows_without_names_are_numbered_and_get_the_extension_of_their_format(tmp_path, form):
     rows = []
     for kind, seed in (("JPEG", 0), ("MPO", 1), ("WEBP", 2)):
         file = io.BytesIO()
@@ -223,33 +223,33 @@ def test_rows_without_names_are_numbered_and_get_the_suffix_of_their_kind(tmp_pa
     ]
 
 
-def test_images_of_a_kind_that_is_not_looked_for(tmp_path):
+def test_images_of_a_format_that_is_not_found_in_folders(tmp_path):
     write(tmp_path / "source" / "train.json", coco_text("1.ppm"))
     draw(tmp_path / "source" / "train" / "1.ppm")
     source = read_data(tmp_path / "source")
-    with pytest.raises(InputError, match=r"1\.ppm: is of the kind PPM, which is not looked for"):
+    with pytest.raises(InputError, match=r"1\.ppm: PPM images are not found in folders"):
         convert_data(source, tmp_path / "out", "yolo")
 
 
-@pytest.mark.parametrize("form", TARGETS)
-def test_boxes_that_reach_over_the_border_are_not_cut(tmp_path, form):
+@pytest.mark.parametrize("form", FORMAT_NAMES)
+def test_boxes_that_extend_beyond_the_image_are_not_clipped(tmp_path, form):
     objects = [annotation(1, 3, box) for box in ([-10, 30, 20, 20], [50, -5, 30, 60])]
     source = {"train": read_coco(*write_coco(tmp_path, objects))}
     convert_data(source, tmp_path / "out", form)
     assert_same(read_data(tmp_path / "out"), source, TOLERANCES[form])
 
 
-@pytest.mark.parametrize("form", TARGETS)
-def test_boxes_drawn_before_the_exif_rotation_stay_on_their_pixels(tmp_path, form):
+@pytest.mark.parametrize("form", FORMAT_NAMES)
+def test_boxes_annotated_without_exif_orientation_stay_on_their_pixels(tmp_path, form):
     images, file = write_coco(tmp_path, [annotation(n, 3, [1, 2, 30, 20]) for n in (1, 2, 3)], sizes=[(40, 60)] * 3)
     exif = Image.Exif()
     exif[0x0112] = 6
-    Image.new("RGB", (60, 40)).save(images / "1.png", exif=exif)  # annotated as stored
-    Image.new("RGB", (40, 60)).save(images / "2.png", exif=exif)  # annotated as shown
+    Image.new("RGB", (60, 40)).save(images / "1.png", exif=exif)  # annotated without its orientation
+    Image.new("RGB", (40, 60)).save(images / "2.png", exif=exif)  # annotated with its orientation
     source = {"train": read_coco(images, file)}
     notes = convert_data(source, tmp_path / "out", form)
     found = {image.path.name: image for image in read_data(tmp_path / "out")["train"].images}
-    left_out = [note for note in notes if "1 images whose boxes ignore their EXIF rotation" in note]
+    left_out = [note for note in notes if "1 images are annotated without their EXIF orientation" in note]
     assert len(left_out) == (form == "yolo")
     assert set(found) == {"2.png", "3.png"} | ({"1.png"} if form != "yolo" else set())
     for image in found.values():
@@ -258,7 +258,7 @@ def test_boxes_drawn_before_the_exif_rotation_stay_on_their_pixels(tmp_path, for
         assert image.boxes == pytest.approx(np.array([[1, 2, 30, 20]]), abs=1e-2)
 
 
-def test_classes_that_only_some_splits_list_have_one_number_in_all(tmp_path):
+def test_classes_of_only_some_splits_have_one_id_in_all(tmp_path):
     splits = {
         "train": read_coco(*write_coco(tmp_path / "a", [annotation(1, 3, [1, 2, 3, 4])])),
         "test": read_coco(*write_coco(tmp_path / "b", [annotation(1, 5, [1, 2, 3, 4])], categories={5: "bird"})),
@@ -272,8 +272,8 @@ def test_classes_that_only_some_splits_list_have_one_number_in_all(tmp_path):
 NAMES = {3: "a & <b>", 5: " blanks ", 7: "ключ: 'да'", 8: "no", 9: "1"}
 
 
-@pytest.mark.parametrize("form", TARGETS)
-def test_names_of_classes_are_kept_whatever_they_are(tmp_path, form):
+@pytest.mark.parametrize("form", FORMAT_NAMES)
+def test_any_class_name_is_kept(tmp_path, form):
     objects = [annotation(1, category_id, [1, 2, 3, 4]) for category_id in NAMES]
     convert_data({"train": read_coco(*write_coco(tmp_path, objects, categories=NAMES))}, tmp_path / "out", form)
     data = read_data(tmp_path / "out")["train"]
@@ -283,7 +283,7 @@ def test_names_of_classes_are_kept_whatever_they_are(tmp_path, form):
 def test_voc_needs_objects(tmp_path):
     crowd = [annotation(1, 3, [1, 2, 3, 4], iscrowd=1)]
     source = {"train": read_coco(*write_coco(tmp_path / "source", crowd, categories={3: "dog"}))}
-    with pytest.raises(InputError, match="there are no objects, at which alone"):
+    with pytest.raises(InputError, match="Pascal VOC stores class names only with objects"):
         convert_data(source, tmp_path / "out", "voc")
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
     for form in ("coco", "yolo"):
@@ -312,7 +312,7 @@ def test_command_line(tmp_path, capsys):
     words = ["data", "convert", str(source), "--format"]
     assert hf_dino([*words, "yolo", "--output_dir", str(tmp_path / "new" / "out")]) == 0
     printed = capsys.readouterr().out
-    assert "warning: train: 1 classes have another number" in printed
+    assert "warning: train: 1 classes have another id" in printed
     assert f"data: {tmp_path / 'new' / 'out'}" in printed.replace("\n", "")
     assert_same(read_data(tmp_path / "new" / "out"), read_data(source), TOLERANCES["yolo"])
     assert hf_dino(["data", "check", str(tmp_path / "new" / "out")]) == 0
@@ -325,9 +325,9 @@ def test_command_line(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("damage", "output", "message"),
     [
-        (lambda source: (source / "train" / "2.png").unlink(), "out", "1 of the images in"),
+        (lambda source: (source / "train" / "2.png").unlink(), "out", "1 images not found in"),
         (lambda source: (source / "train" / "2.png").write_bytes(b"no"), "out", "2.png: cannot be read as an image"),
-        (lambda source: draw(source / "train" / "2.png", (41, 60)), "out", "2.png: the annotations say 60 x 40"),
+        (lambda source: draw(source / "train" / "2.png", (41, 60)), "out", "2.png: is annotated as 60 x 40"),
         (lambda source: None, "source", "already exists"),
         (lambda source: None, "source/train.json", "is not changed"),
         (lambda source: None, "source/out", "is not changed"),
@@ -355,9 +355,9 @@ def test_a_full_disk_leaves_nothing_behind(tmp_path, monkeypatch):
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
 
-def test_half_a_dataset_never_has_the_name_and_does_not_stop_the_next(tmp_path):
+def test_a_partial_dataset_never_has_the_final_name_and_does_not_block_the_next(tmp_path):
     source = read_data(source_of_two(tmp_path / "source"))
-    write(tmp_path / ".out.part" / "val.json", "what a killed conversion left")
+    write(tmp_path / ".out.part" / "val.json", "from a killed conversion")
     there = []
     convert_data(source, tmp_path / "out", "coco", on_image=lambda: there.append((tmp_path / "out").exists()))
     assert there == [False] * 4
@@ -365,17 +365,17 @@ def test_half_a_dataset_never_has_the_name_and_does_not_stop_the_next(tmp_path):
     assert not (tmp_path / ".out.part").exists()
 
 
-def test_voc_objects_that_are_difficult_are_not_made_easy(tmp_path):
+def test_difficult_voc_objects_do_not_become_ordinary_ones(tmp_path):
     folder = tmp_path / "source"
     draw(folder / "1.png")
     write(folder / "1.xml", voc_xml((40, 60), [("cell", [1, 2, 30, 20])], difficult="1"))
     draw(folder / "2.png", seed=1)
     write(folder / "2.xml", voc_xml((40, 60), [("cell", [1, 2, 30, 20])]))
     notes = convert_data(read_data(folder), tmp_path / "out", "voc")
-    assert notes == ["train: 1 crowd regions, which the format does not have: left out"]
+    assert notes == ["train: 1 iscrowd annotations, which the format does not support: left out"]
     assert [len(image.boxes) for image in read_data(tmp_path / "out")["train"].images] == [0, 1]
 
 
 def test_an_unknown_format(tmp_path):
-    with pytest.raises(InputError, match="no format called 'kitti' to write; choose of coco, voc, yolo"):
+    with pytest.raises(InputError, match=r"cannot write the format 'kitti'\. Choose from coco, voc, yolo"):
         convert_data({}, tmp_path / "out", "kitti")

@@ -1,4 +1,4 @@
-"""Every kind of image file becomes the RGB pixels that its annotations were drawn on, or one clear error."""
+"""Every kind of image file becomes the RGB pixels that its annotations refer to, or one clear error."""
 
 import logging
 import struct
@@ -19,7 +19,7 @@ def gradient():
     return Image.fromarray(np.stack([rows * 6, columns * 4, rows + columns], axis=-1).astype(np.uint8))
 
 
-def save_turned(image, path, orientation=6):
+def save_with_orientation(image, path, orientation=6):
     exif = Image.Exif()
     exif[ExifTags.Base.Orientation] = orientation
     image.save(path, exif=exif)
@@ -40,7 +40,7 @@ def test_cmyk_jpeg_is_not_inverted(tmp_path):
     assert np.abs(np.asarray(read_image(tmp_path / "a.jpg"), dtype=int) - (200, 40, 40)).max() < 12
 
 
-def test_transparency_lies_on_white(tmp_path):
+def test_transparency_is_blended_with_white(tmp_path):
     Image.new("RGBA", (2, 1), (10, 20, 30, 0)).save(tmp_path / "a.png")
     assert np.asarray(read_image(tmp_path / "a.png"))[0, 0].tolist() == [255, 255, 255]
     palette = Image.new("P", (2, 1), 0)
@@ -49,8 +49,8 @@ def test_transparency_lies_on_white(tmp_path):
     assert np.asarray(read_image(tmp_path / "b.png"))[0, 0].tolist() == [255, 255, 255]
 
 
-def test_16_bit_keeps_its_range_and_is_logged_once(tmp_path, caplog, monkeypatch):
-    monkeypatch.setattr(images_module, "_reported", set())
+def test_16_bit_images_keep_their_range_and_are_logged_once(tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(images_module, "_warned", set())
     for name in ("a.png", "b.png"):
         Image.fromarray(np.array([[0, 257, 32896, 65535]], dtype=np.uint16)).save(tmp_path / name)
     with caplog.at_level(logging.WARNING):
@@ -68,39 +68,37 @@ def test_float_image_is_an_error(tmp_path):
         read_image(tmp_path / "a.tif")
 
 
-def test_exif_rotation_is_applied_unless_annotated_as_stored(gradient, tmp_path):
+def test_exif_orientation_is_applied_unless_annotated_without_it(gradient, tmp_path):
     path = tmp_path / "a.png"
-    save_turned(gradient, path)
-    turned = gradient.transpose(Image.Transpose.ROTATE_270)
-    assert read_image(path).tobytes() == turned.tobytes()
-    assert read_image(path, annotated_size=(60, 40)).tobytes() == turned.tobytes()
+    save_with_orientation(gradient, path)
+    upright = gradient.transpose(Image.Transpose.ROTATE_270)
+    assert read_image(path).tobytes() == upright.tobytes()
+    assert read_image(path, annotated_size=(60, 40)).tobytes() == upright.tobytes()
     assert read_image(path, annotated_size=(40, 60)).tobytes() == gradient.tobytes()
-    with pytest.raises(
-        InputError, match=r"a\.png: the annotations say 50 x 40 .* file has 60 x 40 \(EXIF orientation 6"
-    ):
+    with pytest.raises(InputError, match=r"a\.png: is annotated as 50 x 40 .* file has 60 x 40 \(EXIF orientation 6"):
         read_image(path, annotated_size=(40, 50))
 
 
 @pytest.mark.parametrize("orientation", range(10))
-def test_every_exif_orientation_is_turned_as_pillow_does(gradient, tmp_path, orientation):
+def test_every_exif_orientation_is_applied_as_pillow_does(gradient, tmp_path, orientation):
     path = tmp_path / "a.png"
-    save_turned(gradient, path, orientation)
+    save_with_orientation(gradient, path, orientation)
     with Image.open(path) as image:
         assert read_image(path).tobytes() == ImageOps.exif_transpose(image).tobytes()
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_the_head_of_a_file_tells_the_size_that_its_pixels_get(gradient, tmp_path, orientation):
+def test_the_header_gives_the_size_of_the_decoded_image(gradient, tmp_path, orientation):
     for name in ("a.png", "a.jpg", "a.tif"):
-        save_turned(gradient, tmp_path / name, orientation)
+        save_with_orientation(gradient, tmp_path / name, orientation)
         height, width = get_image_size(tmp_path / name)
         assert (height, width) == ((60, 40) if orientation >= 5 else (40, 60))
         assert read_image(tmp_path / name, annotated_size=(height, width)).size == (width, height)
 
 
-def test_exif_data_that_cannot_be_written_again_is_no_hindrance(gradient, tmp_path):
+def test_exif_data_that_pillow_cannot_rewrite(gradient, tmp_path):
     path = tmp_path / "a.jpg"
-    tags = [(0x0100, 9, 1, 0xFFFFFFFF), (0x0112, 3, 1, 6)]  # a width of -1, and turned by a quarter
+    tags = [(0x0100, 9, 1, 0xFFFFFFFF), (0x0112, 3, 1, 6)]  # a width of -1, and orientation 6
     entries = b"".join(struct.pack("<HHII", *tag) for tag in tags)
     gradient.save(path, exif=b"Exif\0\0II*\0" + struct.pack("<IH", 8, len(tags)) + entries + bytes(4))
     with Image.open(path) as image, pytest.raises(struct.error):
@@ -109,25 +107,25 @@ def test_exif_data_that_cannot_be_written_again_is_no_hindrance(gradient, tmp_pa
 
 
 @pytest.mark.parametrize("error", [OverflowError, TypeError, IndexError, struct.error])
-def test_whatever_pillow_stumbles_over_names_the_image(gradient, tmp_path, monkeypatch, error):
-    def stumble(image):
+def test_any_error_of_pillow_names_the_image(gradient, tmp_path, monkeypatch, error):
+    def fail(image):
         raise error("odd data")
 
     gradient.save(tmp_path / "a.png")
-    monkeypatch.setattr(Image.Image, "getexif", stumble)
+    monkeypatch.setattr(Image.Image, "getexif", fail)
     for read in (read_image, get_image_size):
-        with pytest.raises(InputError, match=r"a\.png: cannot be read as an image \(odd data\); repair or remove"):
+        with pytest.raises(InputError, match=r"a\.png: cannot be read as an image \(odd data\)\. Repair or remove"):
             read(tmp_path / "a.png")
 
 
-def test_an_image_that_is_too_large_for_pillow_is_sound(gradient, tmp_path, monkeypatch):
+def test_an_image_that_is_too_large_for_pillow_is_not_called_broken(gradient, tmp_path, monkeypatch):
     gradient.save(tmp_path / "a.png")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
     with pytest.raises(
-        InputError, match=r"a\.png: is larger .*2400 pixels.*; cut it into tiles, or raise PIL"
+        InputError, match=r"a\.png: is larger .*2400 pixels.*. Cut it into tiles, or raise PIL"
     ) as error:
         read_image(tmp_path / "a.png")
-    assert "repair" not in str(error.value)
+    assert "Repair" not in str(error.value)
 
 
 @pytest.mark.parametrize("damage", [lambda data: data[: len(data) // 2], lambda data: b"", lambda data: b"no image"])
@@ -141,7 +139,7 @@ def test_broken_file_is_named(gradient, tmp_path, damage, suffix):
 
 
 def test_missing_file_is_named(tmp_path):
-    with pytest.raises(InputError, match=r"gone\.png: there is no such image"):
+    with pytest.raises(InputError, match=r"gone\.png: image file not found"):
         read_image(tmp_path / "gone.png")
 
 
@@ -151,7 +149,7 @@ def test_list_images(gradient, tmp_path):
     (tmp_path / "notes.txt").touch()
     assert [path.name for path in list_images([tmp_path, tmp_path / "b.png"])] == ["a.JPG", "b.png", "b.png"]
     (tmp_path / "empty").mkdir()
-    with pytest.raises(InputError, match="empty: the folder holds no images"):
+    with pytest.raises(InputError, match="empty: the folder contains no images"):
         list_images([tmp_path / "empty"])
-    with pytest.raises(InputError, match="gone: there is no such"):
+    with pytest.raises(InputError, match="gone: file or folder not found"):
         list_images([tmp_path / "gone"])

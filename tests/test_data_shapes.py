@@ -1,4 +1,4 @@
-"""The shapes dataset: what is drawn is what is annotated, and no file is lost or written twice."""
+"""The shapes dataset: annotations match the images, and no file is lost or overwritten."""
 
 import json
 from pathlib import Path
@@ -86,8 +86,8 @@ def test_annotations_are_coco(tmp_path: Path) -> None:
     assert [category["name"] for category in coco.loadCats(coco.getCatIds())] == list(OUTLINES)
     assert len(coco.getImgIds()) == 6
     for image in coco.loadImgs(coco.getImgIds()):
-        with Image.open(folder / "train" / image["file_name"]) as record:
-            assert (record.size, record.mode) == ((image["width"], image["height"]), "RGB")
+        with Image.open(folder / "train" / image["file_name"]) as opened:
+            assert (opened.size, opened.mode) == ((image["width"], image["height"]), "RGB")
         for annotation in coco.loadAnns(coco.getAnnIds([image["id"]])):
             x, y, width, height = annotation["bbox"]
             assert min(x, y) >= 0
@@ -107,15 +107,15 @@ def test_the_same_dataset_is_used_again(tmp_path: Path) -> None:
 def test_nothing_else_is_overwritten(tmp_path: Path) -> None:
     folder = generate_shapes(tmp_path / "shapes", **SMALL)
     before = contents(folder)
-    with pytest.raises(InputError, match=r"another shapes dataset.*'seed': 0.*instead of.*'seed': 5"):
+    with pytest.raises(InputError, match=r"is another shapes dataset.*'seed': 0.*instead of.*'seed': 5"):
         generate_shapes(folder, seed=5, **SMALL)
     assert contents(folder) == before
     (folder / "val" / "000001.png").unlink()
-    with pytest.raises(InputError, match="lost files: 1 of 2 val images"):
+    with pytest.raises(InputError, match="files are missing, 1 of 2 val images found"):
         generate_shapes(folder, **SMALL)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "notes.txt").write_text("mine")
-    with pytest.raises(InputError, match="mine is not empty and holds no shapes dataset"):
+    with pytest.raises(InputError, match="mine: is not empty and not a shapes dataset"):
         generate_shapes(tmp_path / "mine", **SMALL)
     assert contents(tmp_path / "mine") == {"notes.txt": b"mine"}
 
@@ -132,7 +132,11 @@ def test_a_failure_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 @pytest.mark.parametrize(
     ("wrong", "message"),
-    [({"image_size": 8}, "image_size is 8"), ({"num_val": -1}, "must not be negative"), ({"seed": -1}, "seed=-1")],
+    [
+        ({"image_size": 8}, "image_size must be at least 32 pixels, got 8"),
+        ({"num_val": -1}, "must not be negative"),
+        ({"seed": -1}, "seed=-1"),
+    ],
 )
 def test_numbers_out_of_range(tmp_path: Path, wrong: dict[str, int], message: str) -> None:
     with pytest.raises(InputError, match=message):

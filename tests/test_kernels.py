@@ -1,4 +1,4 @@
-"""The compiled operators on the CPU against the definition: both forms, every dtype, every kind of processor."""
+"""The compiled CPU operators equal the reference implementation: both forms, every dtype, every CPU capability."""
 
 import itertools
 import os
@@ -54,14 +54,14 @@ def random_references(inputs, width, seed=1):
     )
 
 
-def fused_definition(value, shapes, reference_points, offsets, logits):
+def fused_reference(value, shapes, reference_points, offsets, logits):
     weights = logits.flatten(-2).softmax(-1).view_as(logits)
     locations = sampling_locations(offsets, reference_points, torch.tensor(shapes))
     return multi_scale_deformable_attention(value, shapes, locations, weights), weights
 
 
 def outputs_and_gradients(function, *inputs):
-    """Of the sum of all outputs times fixed random numbers."""
+    """Return outputs, and the gradients of the sum of all outputs times fixed random numbers."""
     leaves = [i.detach().clone().requires_grad_() if isinstance(i, torch.Tensor) else i for i in inputs]
     outputs = function(*leaves)
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
@@ -83,7 +83,7 @@ TOLERANCES = {torch.float64: 1e-13, torch.float32: 1e-5}
 
 @pytest.mark.parametrize("dtype", TOLERANCES)
 @pytest.mark.parametrize("size", SIZES)
-def test_equals_the_definition_with_its_gradients(kernel, processor, size, dtype):
+def test_equals_the_reference_with_its_gradients(kernel, cpu_capability, size, dtype):
     for batch_size in (1, 2):
         inputs = random_inputs(size, batch_size, dtype)
         results = outputs_and_gradients(kernel.deformable_attention, *inputs)
@@ -94,15 +94,15 @@ def test_equals_the_definition_with_its_gradients(kernel, processor, size, dtype
 @pytest.mark.parametrize("width", [2, 4])
 @pytest.mark.parametrize("dtype", TOLERANCES)
 @pytest.mark.parametrize("size", SIZES)
-def test_fused_equals_the_definition_with_its_gradients(kernel, processor, size, dtype, width):
+def test_fused_equals_the_reference_with_its_gradients(kernel, cpu_capability, size, dtype, width):
     value, shapes, locations, logits = inputs = random_inputs(size, 2, dtype)
     references = random_references(inputs, width)
     arguments = (value, shapes, references, 3 * locations, 2 * logits)
     results = outputs_and_gradients(kernel.fused_deformable_attention, *arguments)
-    assert_equal_to(results, outputs_and_gradients(fused_definition, *arguments), 10 * TOLERANCES[dtype])
+    assert_equal_to(results, outputs_and_gradients(fused_reference, *arguments), 10 * TOLERANCES[dtype])
 
 
-def test_gradcheck(kernel, processor):
+def test_gradcheck(kernel, cpu_capability):
     value, shapes, locations, weights = random_inputs("odd everywhere", batch_size=1)
     locations = locations + 0.01  # not where the gradient has a kink
     leaves = [tensor.requires_grad_() for tensor in (value, locations, weights)]
@@ -118,8 +118,8 @@ def test_gradcheck(kernel, processor):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("wide_points", [True, False])
 @pytest.mark.parametrize("size", ["as in DINO", "odd everywhere", "few queries"])
-def test_16_bits_are_rounded_once(kernel, processor, size, dtype, wide_points):
-    """At most twice the error of the definition in float32 from the same inputs, rounded to 16 bits at the end."""
+def test_16_bits_are_rounded_once(kernel, cpu_capability, size, dtype, wide_points):
+    """Check that the error is at most twice that of the reference in float32, rounded to 16 bits at the end."""
     value, shapes, locations, weights = random_inputs(size, 2, dtype)
     points = [tensor.float() if wide_points else tensor for tensor in (locations, weights)]
     results = outputs_and_gradients(kernel.deformable_attention, value, shapes, *points)
@@ -128,9 +128,9 @@ def test_16_bits_are_rounded_once(kernel, processor, size, dtype, wide_points):
     wide = [tensor.float() for tensor in exact]
     once = outputs_and_gradients(multi_scale_deformable_attention, wide[0], shapes, *wide[1:])
     # the incoming gradient is rounded for ours only, so the backward pass starts from what ours got
-    for result, exactly, definition in zip(results[:1], right[:1], once[:1]):
+    for result, exactly, reference in zip(results[:1], right[:1], once[:1]):
         assert result.dtype == dtype
-        allowed = (definition.to(dtype).double() - exactly).abs().max()
+        allowed = (reference.to(dtype).double() - exactly).abs().max()
         assert (result.double() - exactly).abs().max() <= 2 * allowed
     for result, exactly in zip(results[1:], right[1:]):
         precision = torch.finfo(dtype).eps
@@ -138,8 +138,8 @@ def test_16_bits_are_rounded_once(kernel, processor, size, dtype, wide_points):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_16_bit_numbers_of_every_kind_survive(kernel, processor, dtype):
-    """A weight of one on one cell reads every 16-bit number back: subnormal, infinite, none at all."""
+def test_16_bit_numbers_of_every_kind_survive(kernel, cpu_capability, dtype):
+    """Read every 16-bit number back by a weight of one on its cell: subnormal, infinite, NaN."""
     numbers = torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(dtype)
     value = numbers.view(1, 1, 1, -1)
     output = kernel.deformable_attention(
@@ -151,7 +151,7 @@ def test_16_bit_numbers_of_every_kind_survive(kernel, processor, dtype):
 
 
 @pytest.mark.parametrize("sizes", [(0, 5), (2, 0)])
-def test_empty(kernel, processor, sizes):
+def test_empty(kernel, cpu_capability, sizes):
     batch_size, num_queries = sizes
     value, shapes, locations, weights = random_inputs()
     value, locations, weights = (
@@ -170,7 +170,7 @@ def test_empty(kernel, processor, sizes):
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf"), 1e30, -1e30])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_locations_that_are_nowhere_read_zero(kernel, processor, dtype, bad):
+def test_locations_that_are_nowhere_read_zero(kernel, cpu_capability, dtype, bad):
     value, shapes, locations, weights = random_inputs(dtype=dtype)
     for axis in (0, 1):
         nowhere = locations.clone()
@@ -215,7 +215,7 @@ def test_inputs_and_gradients_need_not_be_contiguous(kernel):
 
 
 @pytest.mark.parametrize("size", ["as in DINO", "five points"])
-def test_the_number_of_threads_changes_no_bit(kernel, processor, size):
+def test_the_number_of_threads_changes_no_bit(kernel, cpu_capability, size):
     inputs = random_inputs(size, batch_size=1, dtype=torch.float32)
     references = random_references(inputs, 4)
     threads = torch.get_num_threads()
@@ -285,7 +285,7 @@ def test_reference_points_that_disagree_are_named(kernel, references, message):
 
 
 def test_dtypes_may_be_mixed(kernel):
-    """As they are under autocast: what is beside 16-bit values is computed with in 32 bits."""
+    """Mix dtypes as autocast does: what is beside 16-bit values is computed with in 32 bits."""
     value, shapes, locations, weights = random_inputs(dtype=torch.float32)
     references = random_references((value, shapes, locations, weights), 2)
     expected = kernel.fused_deformable_attention(value, shapes, references, locations, weights)
@@ -341,7 +341,7 @@ def test_the_layer_of_seven_arguments(kernel):
 
 
 class TestModel:
-    """The whole model with the compiled operators, and with the definition."""
+    """Run the whole model with the compiled operators, and with the reference implementation."""
 
     @pytest.fixture(autouse=True)
     def _backends(self, kernel, monkeypatch):
@@ -375,8 +375,8 @@ class TestModel:
             output.loss.backward()
             grads = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
             results.append((output.loss, output.logits, output.pred_boxes, *output.encoder_attentions, *grads))
-        for ours, definition in zip(*results, strict=True):
-            torch.testing.assert_close(ours, definition, rtol=1e-3, atol=2e-5)
+        for ours, reference in zip(*results, strict=True):
+            torch.testing.assert_close(ours, reference, rtol=1e-3, atol=2e-5)
 
     def test_a_layer_of_seven_arguments_can_take_its_place(self):
         class Other(torch.nn.Module):
@@ -448,7 +448,7 @@ class TestModel:
 
 @pytest.mark.slow
 def test_address_sanitizer_finds_nothing(tmp_path, kernel):
-    """The CPU code, compiled to check every access, on sizes that end next to the end of their memory."""
+    """Compile the CPU code to check every access, and run it on sizes that end next to the end of their memory."""
     compiler = os.environ.get("CXX", "g++")
     runtime = subprocess.run([compiler, "-print-file-name=libasan.so"], capture_output=True, text=True).stdout.strip()
     if not Path(runtime).is_absolute():
@@ -459,7 +459,7 @@ def test_address_sanitizer_finds_nothing(tmp_path, kernel):
         "from test_kernels import *\n"
         "from hf_dino import kernels\n"
         "from hf_dino.kernels.build import Builder\n"
-        f"kernel = kernels.load(Builder(Path({str(KERNELS)!r}), Path(sys.argv[1])).entry('cpu'))\n"
+        f"kernel = kernels.load(Builder(Path({str(KERNELS)!r}), Path(sys.argv[1])).get_or_build('cpu'))\n"
         "for name in SIZES:\n"
         "    for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):\n"
         "        inputs = random_inputs(name, 2, dtype)\n"
@@ -476,14 +476,14 @@ def test_address_sanitizer_finds_nothing(tmp_path, kernel):
         "ASAN_OPTIONS": "detect_leaks=0",
         "PYTHONPATH": os.pathsep.join(map(str, (KERNELS.parent / "src", KERNELS.parent / "tests"))),
     }
-    for processor in ("avx512", "avx2", "portable"):
+    for capability in ("avx512", "avx2", "default"):
         finished = subprocess.run(
             [sys.executable, script, tmp_path / "cache"],
-            env=environment | {"HF_DINO_CPU": processor},
+            env=environment | {"HF_DINO_CPU_CAPABILITY": capability},
             capture_output=True,
             text=True,
         )
-        if "no more than this processor has" in finished.stderr:
+        if "this CPU has at most" in finished.stderr:
             continue
         assert "clean" in finished.stdout, finished.stderr[-4000:]
     (log,) = (tmp_path / "cache").glob("*/build.log")

@@ -17,7 +17,7 @@ from hf_dino.deformable_attention_dino_detr import multi_scale_deformable_attent
 
 KERNELS = Path(__file__).parents[1] / "kernels"
 TORCH = Path(torch.__file__).parent
-OPERATORS = KERNELS / "csrc" / "cuda" / "operators.cu"
+OPERATORS = KERNELS / "csrc" / "cuda" / "deformable_attention.cu"
 STABLE_ABI = ["-std=c++17", "-DTORCH_TARGET_VERSION=0x020a000000000000", "-DUSE_CUDA"]
 # Set by the test that runs this file once more: options of the C++ compiler that make it watch every access.
 SANITIZER = os.environ.get("HF_DINO_TEST_SANITIZER", "").split()

@@ -274,7 +274,7 @@ def _categories_of_unread(splits: Mapping[str, TableSplit]) -> set[Any]:
 
 
 def _number_categories(used: set[Any]) -> dict[int, str]:
-    """Number categories that are names from 0, in alphabetical order. Categories that are numbers keep them."""
+    """Assign ids from 0 to categories that are names, in alphabetical order. Categories that are numbers keep them."""
     if all(isinstance(category, int) for category in used):
         return {number: str(number) for number in sorted(used)}
     return dict(enumerate(sorted(map(str, used))))

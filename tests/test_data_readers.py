@@ -1,10 +1,8 @@
-"""The same images give the same data and the same batches in every format; each layout is told by looking."""
+"""The same images give the same data and batches in every format, and every layout is detected."""
 
 import json
 import logging
 import pickle
-import shutil
-from pathlib import Path
 
 import datasets
 import numpy as np
@@ -14,7 +12,7 @@ import torch
 from command_line import hf_dino
 from data_formats import (
     FORMATS,
-    as_image_folder,
+    as_imagefolder,
     class_names,
     coco_text,
     draw,
@@ -28,11 +26,11 @@ from hf_dino.data import (
     DetectionDataset,
     InputError,
     TrainingCollator,
-    hub,
     label_of_category,
     make_augmentation,
     read_data,
 )
+from hf_dino.data.readers import hf_datasets
 
 
 pytestmark = pytest.mark.usefixtures("datasets_cache")
@@ -44,7 +42,7 @@ def shapes(tmp_path_factory):
 
 
 def contents(data):
-    """All that a model could be told about the images of a split."""
+    """Everything that a model is trained on."""
     return [
         {
             "image_id": image.image_id,
@@ -60,7 +58,7 @@ def contents(data):
 
 
 def batch(data, names, augmentation):
-    """The first three images of an epoch."""
+    """Return a batch of the first three images."""
     size = {"shortest_edge": 64, "longest_edge": 100}
     augment = make_augmentation(augmentation, size)
     labels = label_of_category(data, dict(enumerate(names)))
@@ -90,8 +88,8 @@ def test_the_same_images_give_the_same_data_and_batches(shapes, tmp_path, name):
             assert all(torch.equal(torch.as_tensor(label[key]), torch.as_tensor(other[key])) for key in label)
 
 
-def test_a_saved_table_is_read_from_its_file_by_other_processes_too(shapes, tmp_path):
-    as_image_folder(shapes, tmp_path / "images")
+def test_a_saved_table_is_pickled_without_its_images(shapes, tmp_path):
+    as_imagefolder(shapes, tmp_path / "images")
     datasets.load_dataset(str(tmp_path / "images")).save_to_disk(str(tmp_path / "saved"))
     data = read_data(tmp_path / "saved")
     expected = read_data(shapes)
@@ -103,7 +101,7 @@ def test_a_saved_table_is_read_from_its_file_by_other_processes_too(shapes, tmp_
 
 
 @pytest.mark.parametrize("form", ["dict of lists", "list of dicts", "columns"])
-def test_objects_of_hub_tables_in_their_several_forms(tmp_path, form):
+def test_every_form_of_objects_in_hub_tables(tmp_path, form):
     draw(tmp_path / "a.png")
     draw(tmp_path / "b.png")
     box, label = datasets.Sequence(datasets.Value("float32"), 4), datasets.ClassLabel(names=["cell", "virus"])
@@ -149,7 +147,7 @@ XML, LINES = voc_xml((40, 60), [("cell", [1, 2, 30, 20])]), yolo_lines((40, 60),
 ROW = json.dumps({"file_name": "1.png", "objects": {"bbox": [[1, 2, 30, 20]], "categories": ["cell"]}}) + "\n"
 TRAIN_AND_VALIDATION = ["train", "validation"]
 
-# what a folder holds, and the splits it has; text None is an image
+# files of a folder, and the splits it contains; None is an image
 LAYOUTS = {
     "coco": (
         {
@@ -260,7 +258,7 @@ def lay_out(folder, files):
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_every_layout_is_told_by_looking(tmp_path, name):
+def test_every_layout_is_detected(tmp_path, name):
     files, splits = LAYOUTS[name]
     data = read_data(lay_out(tmp_path / "cells", files))
     assert list(data) == splits
@@ -274,11 +272,11 @@ def test_every_layout_is_told_by_looking(tmp_path, name):
 def test_splits_can_be_chosen(tmp_path):
     folder = lay_out(tmp_path, LAYOUTS["voc"][0])
     assert list(read_data(folder, splits=["test"])) == ["test"]
-    with pytest.raises(InputError, match="has no split for validation; it has train"):
+    with pytest.raises(InputError, match=r"split validation not found\. It has train, test"):
         read_data(folder, splits=["train", "validation"])
-    with pytest.raises(InputError, match="has no split for validation"):
+    with pytest.raises(InputError, match="split validation not found"):
         read_data(folder, splits=["validation"])
-    with pytest.raises(InputError, match="there are no splits called val; choose of train, validation, test"):
+    with pytest.raises(InputError, match=r"unknown splits: val\. Choose from train, validation, test"):
         read_data(folder, splits=["val"])
 
 
@@ -290,7 +288,7 @@ def test_voc_counts_pixels_from_one_and_difficult_objects_are_crowds(tmp_path):
     assert (image.boxes.tolist(), image.iscrowd.tolist()) == ([[0, 0, 60, 40]], [1])
 
 
-def test_voc_lists_may_name_images_with_blanks_and_without_annotation_files(tmp_path):
+def test_voc_lists_may_contain_names_with_spaces_and_images_without_annotation_files(tmp_path):
     files = {
         "ImageSets/Main/train.txt": "a b\n2\n",
         "Annotations/a b.xml": XML,
@@ -299,8 +297,8 @@ def test_voc_lists_may_name_images_with_blanks_and_without_annotation_files(tmp_
     }
     data = read_data(lay_out(tmp_path, files))["train"]
     assert [(image.path.name, len(image.boxes)) for image in data.images] == [("a b.png", 1), ("2.png", 0)]
-    assert data.remarks == {
-        "images have no annotation file: taken to be without objects": [str(tmp_path / "JPEGImages" / "2.png")]
+    assert data.warnings == {
+        "images have no annotation file: treated as images without objects": [str(tmp_path / "JPEGImages" / "2.png")]
     }
 
 
@@ -313,7 +311,7 @@ def test_voc_classes_have_one_number_in_all_splits(tmp_path):
     assert [each.images[0].category_ids.tolist() for each in data.values()] == [[3, 1], [2, 3]]
 
 
-def test_size_is_the_images_where_the_xml_does_not_say_it(tmp_path):
+def test_size_is_read_from_the_image_if_the_xml_does_not_have_it(tmp_path):
     draw(tmp_path / "1.png", (30, 50))
     write(tmp_path / "1.xml", voc_xml((0, 0), [("cell", [1, 2, 3, 4])]))
     (image,) = read_data(tmp_path)["train"].images
@@ -337,10 +335,10 @@ def test_yolo_classes_without_names_are_their_numbers(tmp_path):
 
 
 BOXES = [[1, 2, 30, 20], [5, 5, 0, 5], [70, 5, 9, 9], [-10, 30, 20, 20]]
-REMARKS = {
+WARNINGS = {
     "boxes have no width or no height: dropped": 1,
     "boxes lie outside their image: dropped": 1,
-    "boxes reach over the border of their image: clipped for training": 1,
+    "boxes extend beyond their image: clipped for training": 1,
 }
 NOT_NUMBERS = {"boxes are not four finite numbers: dropped": 1}
 BAD_BOXES = {
@@ -352,14 +350,14 @@ BAD_BOXES = {
             ),
             "train/1.png": None,
         },
-        REMARKS | NOT_NUMBERS,
+        WARNINGS | NOT_NUMBERS,
     ),
     "voc": (
         {
             "1.png": None,
             "1.xml": voc_xml((40, 60), [("cell", box) for box in [BOXES[0], *BOXES[2:], [1, 2, 3, float("nan")]]]),
         },
-        {what: 1 for what in (*REMARKS, *NOT_NUMBERS) if "no width" not in what},
+        {what: 1 for what in (*WARNINGS, *NOT_NUMBERS) if "no width" not in what},
     ),
     "yolo": (
         {
@@ -367,7 +365,7 @@ BAD_BOXES = {
             "labels/1.txt": yolo_lines((40, 60), [(0, box) for box in BOXES]) + "0 0.5 0.5 -0.1 0.2\n",
             "classes.txt": "cell",
         },
-        REMARKS | NOT_NUMBERS,
+        WARNINGS | NOT_NUMBERS,
     ),
     "datasets": (
         {
@@ -376,58 +374,58 @@ BAD_BOXES = {
                 {"file_name": "1.png", "objects": {"bbox": [*BOXES, [1, 2, 3]], "categories": ["cell"] * 5}}
             ),
         },
-        REMARKS | NOT_NUMBERS,
+        WARNINGS | NOT_NUMBERS,
     ),
 }
 
 
 @pytest.mark.parametrize("name", BAD_BOXES)
-def test_bad_boxes_are_treated_alike_in_every_format(tmp_path, caplog, name):
-    files, remarks = BAD_BOXES[name]
+def test_invalid_boxes_are_treated_alike_in_every_format(tmp_path, caplog, name):
+    files, warnings = BAD_BOXES[name]
     with caplog.at_level(logging.WARNING, logger="hf_dino"):
         data = read_data(lay_out(tmp_path, files))["train"]
     (image,) = data.images
     assert image.boxes == pytest.approx(np.array([BOXES[0], BOXES[3]]), abs=1e-3)
-    assert {what: len(images) for what, images in data.remarks.items()} == remarks
-    assert all(f"{count} {what}" in caplog.text for what, count in remarks.items())
+    assert {what: len(images) for what, images in data.warnings.items()} == warnings
+    assert all(f"{count} {what}" in caplog.text for what, count in warnings.items())
 
 
 NOT_READABLE = {
     "nothing known": (
         {"notes.txt": "?"},
-        r"no known format. Looked for:\n  datasets: .*\n  YOLO: .*\n.*folder holds notes",
+        r"not in a known format. Looked for:\n  datasets: .*\n  YOLO: .*\n.*folder contains notes",
     ),
     "two files for a split": (
         {"train.json": coco_text("1.png"), "train_v2.json": coco_text("1.png"), "1.png": None},
-        r"cannot tell which is the train split: .*train\.json or .*train_v2\.json",
+        r"the train split may be .*train\.json or .*train_v2\.json",
     ),
     "yaml": ({"data.yaml": "names: [a"}, r"data\.yaml: cannot be read as YAML"),
     "yaml without classes": (
         {"data.yaml": "names: 3\ntrain: images"},
-        "names must be a list, or be numbered from 0; got 3",
+        "names must be a list or a mapping from class numbers, got 3",
     ),
     "yaml of empty folders": (
         {"data.yaml": YAML + "train: gone\nval: gone2\n"},
-        r"none of the folders that it names exists: gone, gone2",
+        r"folders not found: gone, gone2",
     ),
     "a class without a name": (
         {"images/1.png": None, "labels/1.txt": LINES.replace("0 ", "4 ", 1), "classes.txt": "cell"},
-        r"labels use classes that have no name: 4 in .*1\.txt; there are \{0: 'cell'\}",
+        r"labels use classes without a name: 4 in .*1\.txt\. The names are \{0: 'cell'\}",
     ),
     "a label without an image": (
         {"images/1.png": None, "labels/1.txt": LINES, "labels/2.txt": LINES},
-        r"2\.jpg: there is no such image file",
+        r"2\.jpg: image file not found",
     ),
     "voc without an image": (
         {"1.png": None, "1.xml": XML, "2.xml": XML},
-        r"1 of the images in .* are missing: 2\.jpg; restore them, or take them out",
+        r"1 images not found in .*: 2\.jpg\. Restore them, or remove them",
     ),
     "broken xml": ({"1.png": None, "1.xml": XML[:-9]}, r"1\.xml: cannot be read as XML \(unclosed token"),
-    "voc without objects": ({"1.png": None, "1.xml": voc_xml((40, 60), [])}, "no annotation file has an object"),
+    "voc without objects": ({"1.png": None, "1.xml": voc_xml((40, 60), [])}, "no annotation file contains an object"),
     "no json": ({"train.json": "[", "train/1.png": None}, r"train\.json: is not valid JSON"),
     "datasets without boxes": (
         {"metadata.jsonl": '{"file_name": "1.png", "objects": {"x": [1]}}', "1.png": None},
-        r"the objects of an image need boxes \(bbox, .*; got \{'x': \[1\]\}",
+        r"the objects of an image need boxes \(bbox, .*, got \{'x': \[1\]\}",
     ),
     "datasets without images": (
         {"metadata.jsonl": '{"file_name": "gone.png", "objects": {"bbox": []}}'},
@@ -469,33 +467,34 @@ def test_a_file_of_another_format_may_be_in_any_encoding(tmp_path):
     assert list(read_data(folder)) == ["train"]
 
 
-def test_no_such_folder_and_no_such_name(tmp_path, monkeypatch):
-    with pytest.raises(InputError, match="there is no such folder, and it cannot be a name on the Hub either"):
+def test_neither_a_folder_nor_an_id_on_the_hub(tmp_path, monkeypatch):
+    with pytest.raises(InputError, match="folder not found, and not an id on the Hub"):
         read_data(tmp_path / "gone")
-    with pytest.raises(InputError, match="there is no such folder, and it cannot be a name"):
+    with pytest.raises(InputError, match="folder not found, and not an id on the Hub"):
         read_data("a/b/c")
 
     (tmp_path / "mine" / "cells").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
     with pytest.raises(
-        InputError, match=r"there is no such folder; mine holds cells. On the Hub it is mine/cell@main"
+        InputError, match=r"folder not found; mine contains cells. For the Hub's mine/cell, write mine/cell@main"
     ):
         read_data("mine/cell")
 
-    def raise_input_error(**options):
+    def fail(**options):
         raise FileNotFoundError(f"no dataset {options}")
 
-    monkeypatch.setattr(hub._datasets(), "load_dataset", raise_input_error)
+    monkeypatch.setattr(hf_datasets._datasets(), "load_dataset", fail)
     asked = "{'path': 'owner/name', 'name': 'mini', 'revision': 'v1'}"
     with pytest.raises(
-        InputError, match=f"owner/name:mini@v1: is no folder here, and `datasets` cannot load it .no dataset {asked}"
+        InputError,
+        match=f"owner/name:mini@v1: is not a local folder, and `datasets` cannot load it .no dataset {asked}",
     ):
         read_data("owner/name:mini@v1")
-    with pytest.raises(InputError, match="mine/cell@main: is no folder here, and `datasets` cannot load it"):
+    with pytest.raises(InputError, match="mine/cell@main: is not a local folder, and `datasets` cannot load it"):
         read_data("mine/cell@main")
 
 
-def test_a_missing_library_is_asked_for_by_its_extra(tmp_path, monkeypatch):
+def test_a_missing_package_is_named_with_its_extra(tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "datasets", None)
     with pytest.raises(ImportError, match=r"needs datasets: pip install 'hf-dino\[hub-data\]'"):
         read_data(lay_out(tmp_path, LAYOUTS["datasets"][0]))
@@ -503,124 +502,88 @@ def test_a_missing_library_is_asked_for_by_its_extra(tmp_path, monkeypatch):
 
 @pytest.fixture
 def folder(shapes, tmp_path):
-    as_image_folder(shapes, tmp_path / "images")
+    as_imagefolder(shapes, tmp_path / "images")
     return tmp_path / "images"
 
 
-def test_a_stream_gives_the_same_and_is_fetched_once(shapes, folder, tmp_path, monkeypatch):
-    fetched = []
-    content = hub._content
-    monkeypatch.setattr(hub, "_content", lambda stored: fetched.append(stored) or content(stored))
-    first = read_data(folder, streaming=True, cache=tmp_path / "kept")
-    assert {split: contents(data) for split, data in first.items()} == {
-        split: contents(data) for split, data in read_data(shapes).items()
+@pytest.fixture
+def fetched(monkeypatch):
+    """Record the images that are read from outside of tables."""
+    fetched, read_bytes = [], hf_datasets._read_bytes
+
+    def read_and_record(image):
+        if image["bytes"] is None:
+            fetched.append(image["path"])
+        return read_bytes(image)
+
+    monkeypatch.setattr(hf_datasets, "_read_bytes", read_and_record)
+    return fetched
+
+
+def test_a_stream_gives_the_same_data_and_is_fetched_once(shapes, folder, tmp_path, fetched):
+    cache = tmp_path / "stream"
+    data = read_data(folder, streaming=True, cache_dir=cache)
+    assert len(fetched) == 10
+    assert {split: contents(each) for split, each in data.items()} == {
+        split: contents(each) for split, each in read_data(shapes).items()
     }
-    assert len(fetched) == 10
-    read_data(folder, streaming=True, cache=tmp_path / "kept")
-    assert len(fetched) == 10
+    assert data["train"].images[0].path.file_name == "000001.png"
+    fetched.clear()
+    read_data(folder, streaming=True, cache_dir=cache)
+    assert fetched == []
+    assert cache.is_dir()
     read_data(folder, streaming=True, splits=["test"])
-    assert len(fetched) == 12, "without a folder it is kept beside what `datasets` keeps"
-    assert len(list((tmp_path / "cache").rglob("*-images/test/*.png"))) == 2
+    assert len(fetched) == 2, "in the default cache of `datasets`"
+    assert list((tmp_path / "cache").rglob("*.arrow"))
 
 
-def test_a_stream_that_was_cut_short_goes_on_where_it_was(shapes, folder, tmp_path, monkeypatch):
-    content, kept = hub._content, tmp_path / "kept"
-    monkeypatch.setattr(hub, "_READ_AHEAD", 1)
-
-    def break_off(stored):
-        if stored["path"].endswith("4.png"):
-            raise ConnectionError("the net is down")
-        return content(stored)
-
-    monkeypatch.setattr(hub, "_content", break_off)
-    with pytest.raises(ConnectionError):
-        read_data(folder, streaming=True, splits=["train"], cache=kept)
-    rows = (kept / "train" / "metadata.jsonl").read_text()
-    assert rows.count("\n") == 3
-    (kept / "train" / "metadata.jsonl").write_text(rows + '{"file_name": "0000')  # as a killed process leaves it
-
-    fetched = []
-    monkeypatch.setattr(hub, "_content", lambda stored: fetched.append(stored["path"][-5]) or content(stored))
-    data = read_data(folder, streaming=True, splits=["train"], cache=kept)
-    assert fetched == ["4", "5"]
-    assert contents(data["train"]) == contents(read_data(shapes)["train"])
+def test_a_stream_can_be_limited(shapes, folder, tmp_path, fetched):
+    expected = contents(read_data(shapes)["train"])
+    for max_samples in (2, 4, None):
+        fetched.clear()
+        data = read_data(
+            folder, streaming=True, splits=["train"], cache_dir=tmp_path / "stream", max_samples=max_samples
+        )
+        assert len(fetched) == len(expected[:max_samples])
+        assert contents(data["train"]) == expected[:max_samples]
 
 
-def test_a_disk_that_is_too_small_for_a_stream_is_named_and_costs_no_image(shapes, folder, tmp_path, monkeypatch):
-    kept, write_bytes = tmp_path / "kept", Path.write_bytes
-
-    def write_half(path, content):
-        write_bytes(path, content[: len(content) // 2])
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(Path, "write_bytes", write_half)
-    with pytest.raises(OSError, match=f"No space left on device: '{kept / 'train'}'"):
-        read_data(folder, streaming=True, splits=["train"], cache=kept)
-    monkeypatch.undo()
-    data = read_data(folder, streaming=True, splits=["train"], cache=kept)
-    assert contents(data["train"]) == contents(read_data(shapes)["train"])
-
-
-def test_a_stream_can_be_limited_and_lengthened(shapes, folder, tmp_path):
-    def images(limit):
-        data = read_data(folder, streaming=True, splits=["train"], cache=tmp_path / "kept", limit=limit)
-        return contents(data["train"])
-
-    whole = contents(read_data(shapes)["train"])
-    assert images(2) == whole[:2]
-    assert images(4) == whole[:4]
-    assert images(1) == whole[:1]
-    assert images(None) == whole
-
-
-def test_a_stream_is_checked_like_any_other_data(folder, tmp_path, capsys):
-    kept = tmp_path / "kept"
-    assert hf_dino(["data", "check", folder, "--streaming", "--max_samples", 2, "--cache_dir", kept]) == 0
-    assert "train: 1 of 2 images have no objects" in capsys.readouterr().out
-    assert len(list(kept.rglob("*.png"))) == 6
-
-
-def test_a_folder_keeps_one_stream_only(folder, tmp_path):
-    kept, other = tmp_path / "kept", tmp_path / "other"
-    read_data(folder, streaming=True, cache=kept, limit=1)
-    before = {path: path.read_bytes() for path in kept.rglob("*") if path.is_file()}
-    shutil.copytree(folder, other)
-    with pytest.raises(InputError, match=f"kept: keeps the stream .*{folder}.*, not .*{other}.*; give another folder"):
-        read_data(other, streaming=True, cache=kept)
+def test_a_changed_dataset_is_streamed_again(folder, tmp_path):
+    options = {"streaming": True, "cache_dir": tmp_path / "stream", "max_samples": 1, "splits": ["train"]}
+    assert "disc" not in read_data(folder, **options)["train"].categories.values()
     metadata = folder / "train" / "metadata.jsonl"
-    metadata.write_text(metadata.read_text().replace("circle", "disc"))
-    with pytest.raises(InputError, match="kept: keeps the stream"):  # another version of it
-        read_data(folder, streaming=True, cache=kept)
-    assert {path: path.read_bytes() for path in kept.rglob("*") if path.is_file()} == before
+    metadata.write_text(
+        metadata.read_text().replace("circle", "disc").replace("square", "disc").replace("star", "disc")
+    )
+    metadata.write_text(metadata.read_text().replace("triangle", "disc").replace("cross", "disc"))
+    assert set(read_data(folder, **options)["train"].categories.values()) == {"disc"}
 
 
-def test_other_versions_and_configurations_are_other_streams(tmp_path):
-    stream = {"name": "owner/name", "configuration": "mini", "revision": "abc"}
-    hub._claim(tmp_path, stream)
-    hub._claim(tmp_path, stream)
-    for key in stream:
-        with pytest.raises(InputError, match=f'keeps the stream {{.*}}, not {{.*"{key}": "new"'):
-            hub._claim(tmp_path, stream | {key: "new"})
+def test_a_stream_that_breaks_off_names_the_cause_and_can_be_repeated(shapes, folder, tmp_path, monkeypatch):
+    read_bytes = hf_datasets._read_bytes
+
+    def break_off(image):
+        if image["path"].endswith("4.png"):
+            raise ConnectionError("the network is down")
+        return read_bytes(image)
+
+    monkeypatch.setattr(hf_datasets, "_read_bytes", break_off)
+    options = {"streaming": True, "splits": ["train"], "cache_dir": tmp_path / "stream"}
+    with pytest.raises(InputError, match=r"`datasets` cannot load it \(the network is down\)"):
+        read_data(folder, **options)
+    monkeypatch.setattr(hf_datasets, "_read_bytes", read_bytes)
+    assert contents(read_data(folder, **options)["train"]) == contents(read_data(shapes)["train"])
 
 
-def test_a_folder_of_the_user_does_not_keep_a_stream(folder, tmp_path):
-    own = lay_out(tmp_path / "own", LAYOUTS["datasets in folders of splits"][0])
-    before = {path: path.read_bytes() for path in own.rglob("*") if path.is_file()}
-    with pytest.raises(InputError, match="own: holds train, val, and no stream; give a new or empty folder"):
-        read_data(folder, streaming=True, cache=own)
-    after = {path: path.read_bytes() for path in own.rglob("*") if path.is_file() and path.name != ".lock"}
-    assert after == before
+def test_a_stream_is_checked_like_any_other_dataset(folder, tmp_path, capsys):
+    stream = ["--streaming", "--max_samples=2", "--cache_dir", tmp_path / "stream"]
+    assert hf_dino(["data", "check", folder, *stream]) == 0
+    assert "train: 1 of 2 images have no objects" in capsys.readouterr().out
 
 
-def test_a_first_use_that_was_killed_is_no_hindrance(folder, tmp_path):
-    (tmp_path / "kept").mkdir()
-    (tmp_path / "kept" / ".stream.part.json").write_text('{"na')
-    assert len(read_data(folder, streaming=True, cache=tmp_path / "kept", limit=1)["train"].images) == 1
-
-
-@pytest.mark.parametrize("option", [{"limit": 3}, {"cache": "c"}])
-def test_options_of_a_stream_need_one(shapes, option):
-    with pytest.raises(InputError, match="limit and cache are for a stream: give streaming as well"):
+@pytest.mark.parametrize("option", [{"max_samples": 3}, {"cache_dir": "c"}])
+def test_options_of_a_stream_require_streaming(shapes, option):
+    with pytest.raises(InputError, match="max_samples and cache_dir require streaming"):
         read_data(shapes, **option)
 
 
@@ -642,7 +605,7 @@ def test_a_saved_table_may_have_a_format(tmp_path, form):
 
 
 @pytest.mark.parametrize("form", ["voc", "datasets"])
-def test_classes_have_the_same_number_whichever_splits_are_read(tmp_path, form):
+def test_category_ids_do_not_depend_on_the_splits_that_are_read(tmp_path, form):
     for split, name in (("train", "zebra"), ("val", "bee"), ("test", "ant")):
         draw(tmp_path / "data" / split / "1.png")
         row = {"file_name": "1.png", "objects": {"bbox": [[1, 2, 3, 4]], "categories": [name]}}

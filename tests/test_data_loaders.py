@@ -1,7 +1,8 @@
-"""Who sees which image when: training order, equal sizes for evaluation."""
+"""Order of the images in training, equal sizes in evaluation, and workers that end with their program."""
 
 import subprocess
 import sys
+import textwrap
 from itertools import chain
 
 import numpy as np
@@ -34,7 +35,7 @@ def test_an_epoch_shows_every_image():
     assert len(epoch) == steps_per_epoch(10, 4)
     flat = list(chain(*epoch))
     assert sorted(flat[:10]) == list(range(10))
-    assert flat[10:] == flat[:2], "the last step is filled up from the beginning"
+    assert flat[10:] == flat[:2], "the last step is filled with the first images"
 
 
 def test_order_depends_on_seed_and_epoch_only():
@@ -44,7 +45,7 @@ def test_order_depends_on_seed_and_epoch_only():
 
 
 @pytest.mark.parametrize(("world_size", "accumulation"), [(2, 1), (1, 2), (2, 2), (4, 1)])
-def test_every_step_sees_the_same_images_however_it_is_shared_out(world_size, accumulation):
+def test_every_step_sees_the_same_images_however_it_is_split(world_size, accumulation):
     whole = batches(11, 4)
     shares = [
         batches(11, 4, rank=rank, world_size=world_size, gradient_accumulation_steps=accumulation)
@@ -55,7 +56,7 @@ def test_every_step_sees_the_same_images_however_it_is_shared_out(world_size, ac
         assert sorted(chain(*chain(*parts))) == sorted(images)
 
 
-def test_resuming_leaves_out_the_steps_that_are_done():
+def test_resuming_skips_the_completed_steps():
     assert (
         batches(10, 4, first_step=2, gradient_accumulation_steps=2)
         == batches(10, 4, gradient_accumulation_steps=2)[4:]
@@ -68,9 +69,9 @@ def test_fewer_images_than_a_step_needs():
     assert set(batch) == {0, 1, 2}
 
 
-def test_uneven_shares_are_an_error():
+def test_a_global_batch_that_cannot_be_split_evenly_is_an_error():
     with pytest.raises(
-        InputError, match=r"a batch of 6 .* 2 processes x 2 accumulated batches; choose a multiple of 4"
+        InputError, match=r"a global batch of 6 .* 2 processes x 2 accumulated batches. Choose a multiple of 4"
     ):
         batches(10, 6, world_size=2, gradient_accumulation_steps=2)
 
@@ -86,7 +87,7 @@ def padded(batches):
 
 @pytest.mark.parametrize(("length", "step_size"), [(50, 16), (48, 16), (3, 8), (20, 4)])
 @pytest.mark.parametrize(("world_size", "accumulation"), [(1, 1), (2, 1), (1, 2), (2, 2), (4, 1)])
-def test_like_shapes_change_who_sees_an_image_but_not_when(length, step_size, world_size, accumulation):
+def test_grouping_by_shape_keeps_the_images_of_a_step(length, step_size, world_size, accumulation):
     whole = batches(length, step_size)
     parts = {"world_size": world_size, "gradient_accumulation_steps": accumulation, "get_shape": SHAPES.__getitem__}
     shares = [batches(length, step_size, rank=rank, **parts) for rank in range(world_size)]
@@ -98,17 +99,17 @@ def test_like_shapes_change_who_sees_an_image_but_not_when(length, step_size, wo
     assert resumed == shares[0][accumulation:]
 
 
-def test_like_shapes_save_padding():
+def test_grouping_by_shape_reduces_padding():
     options = {"gradient_accumulation_steps": 8, "epoch": 3}
     before, after = (batches(48, 16, **options, **more) for more in ({}, {"get_shape": SHAPES.__getitem__}))
     assert padded(before) > 1.4
     assert padded(after) < 1.25
-    # tall before wide, and of each kind neighbors are the ones of like length
+    # tall before wide, and of each kind by length
     lengths = [width if width >= height else -height for height, width in (SHAPES[i] for i in chain(*after[:8]))]
     assert lengths == sorted(lengths)
 
 
-def test_processes_get_like_shapes_at_the_same_time():
+def test_processes_get_similar_shapes_at_the_same_time():
     shares = [
         batches(48, 16, rank=rank, world_size=2, gradient_accumulation_steps=4, get_shape=SHAPES.__getitem__)
         for rank in (0, 1)
@@ -119,7 +120,7 @@ def test_processes_get_like_shapes_at_the_same_time():
 
 @pytest.mark.parametrize("name", ["dino", "photometric", "flip", "none"])
 @pytest.mark.parametrize("size", [{"shortest_edge": 40, "longest_edge": 67}, {"height": 32, "width": 48}])
-def test_shapes_are_those_that_batches_have(tmp_path, name, size):
+def test_predicted_shapes_are_those_of_the_batches(tmp_path, name, size):
     sizes = [(40, 60), (60, 40), (30, 90), (50, 50)]
     objects = [annotation(image_id, 7, [3, 4, 20, 15]) for image_id in (1, 3)]
     augmentation = make_augmentation(name, size)
@@ -147,14 +148,14 @@ def collator(num_labels):
     return TrainingCollator(DinoDetrImageProcessor(size={"height": 32, "width": 32}), {3: 0, 7: 4}, num_labels, True)
 
 
-def test_a_label_that_the_model_lacks_is_found_before_the_model_sees_it(tmp_path):
+def test_a_label_that_the_model_does_not_have_is_an_error(tmp_path):
     data = DetectionDataset(read_coco(*write_coco(tmp_path, [annotation(1, 7, [0, 0, 5, 5])])))
     assert collator(num_labels=5)([data[0]])["labels"][0]["class_labels"].tolist() == [4]
     with pytest.raises(InputError, match=r"image_id \[1\].*class_labels\[0\] is 4, but the model has 4 labels"):
         collator(num_labels=4)([data[0]])
 
 
-def test_an_error_in_a_reading_process_is_one_line(tmp_path):
+def test_an_error_in_a_worker_is_one_line(tmp_path):
     images, file = write_coco(tmp_path, [])
     data = DetectionDataset(read_coco(images, file))
     Image.new("RGB", (5, 5)).save(images / "1.png")
@@ -164,35 +165,70 @@ def test_an_error_in_a_reading_process_is_one_line(tmp_path):
     with pytest.raises(InputError) as there:
         list(loader)
     assert str(there.value) == str(here.value)
-    assert "1.png: the annotations say 60 x 40 pixels" in str(here.value)
+    assert "1.png: is annotated as 60 x 40 pixels" in str(here.value)
 
 
-@pytest.mark.parametrize(("num_workers", "read_ahead"), [(0, None), (2, 8), (5, 4), (100, 2)])
-def test_images_of_a_whole_step_are_read_ahead(tmp_path, num_workers, read_ahead):
-    """By each of the processes that read, which make a batch each."""
+@pytest.mark.parametrize(("num_workers", "prefetch_factor"), [(0, None), (2, 8), (5, 4), (100, 2)])
+def test_workers_prefetch_a_whole_step(tmp_path, num_workers, prefetch_factor):
+    """Each worker makes one batch at a time."""
     data = DetectionDataset(read_coco(*write_coco(tmp_path, [])))
     sampler = TrainingBatchSampler(1, 16, seed=0, epoch=0, gradient_accumulation_steps=16)
-    assert training_loader(data, collator(5), sampler, num_workers=num_workers).prefetch_factor == read_ahead
+    assert training_loader(data, collator(5), sampler, num_workers=num_workers).prefetch_factor == prefetch_factor
 
 
-def test_an_error_while_others_read_ahead_ends_the_program(tmp_path):
-    """Readers leave signals to their parent, and the traceback holds what would end them."""
-    write_coco(tmp_path, [])
-    program = f"""
-import signal
+PROGRAM = """
+import os, signal, subprocess, sys, time
 from hf_dino import DinoDetrImageProcessor
 from hf_dino.data import DetectionDataset, TrainingBatchSampler, TrainingCollator, read_coco, training_loader
 
-data = DetectionDataset(read_coco({str(tmp_path / "images")!r}, {str(tmp_path / "annotations.json")!r}))
+data = DetectionDataset(read_coco({images!r}, {file!r}))
 sampler = TrainingBatchSampler(1, 1, seed=0, epoch=0)
 collate = TrainingCollator(DinoDetrImageProcessor(), {{}}, 1, True)
 
 def main():
     batches = iter(training_loader(data, collate, sampler, num_workers=1))
-    next(batches)
-    raise RuntimeError("something else")
+{body}
 
 main()
 """
-    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=100)
+
+
+def run_program(folder, body):
+    """Run `body` with an iterator over the batches of one image, in a process group of its own."""
+    images, file = write_coco(folder, [])
+    program = PROGRAM.format(images=str(images), file=str(file), body=textwrap.indent(textwrap.dedent(body), "    "))
+    command = [sys.executable, "-c", program]
+    return subprocess.run(command, capture_output=True, text=True, timeout=100, start_new_session=True)
+
+
+def test_a_program_ends_with_its_error_although_the_traceback_holds_the_workers(tmp_path):
+    """`multiprocessing` ends them with SIGTERM, which they ignore if it comes from elsewhere."""
+    ended = run_program(tmp_path, "next(batches)\nraise RuntimeError('something else')")
     assert ended.stderr.endswith("RuntimeError: something else\n")
+    assert ended.returncode == 1
+
+
+def test_a_broken_image_in_a_worker_ends_the_program(tmp_path):
+    body = f"""
+    open({str(tmp_path / "images" / "1.png")!r}, "wb").write(b"broken")
+    list(training_loader(data, collate, TrainingBatchSampler(1, 1, seed=0, epoch=0), num_workers=1))
+    """
+    ended = run_program(tmp_path, body)
+    assert "InputError: " in ended.stderr.splitlines()[-1]
+    assert "1.png: cannot be read as an image (not a known image format)" in ended.stderr.splitlines()[-1]
+    assert ended.returncode == 1
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1"])
+def test_workers_outlive_a_signal_to_their_process_group(tmp_path, name):
+    body = f"""
+    data.data.images *= 40
+    sampler = TrainingBatchSampler(40, 1, seed=0, epoch=0)
+    batches = iter(training_loader(data, collate, sampler, num_workers=2))
+    next(batches), next(batches)
+    signal.signal(signal.{name}, lambda number, frame: print("received", flush=True))
+    os.killpg(0, signal.{name})
+    print("batches", 2 + len(list(batches)))
+    """
+    ended = run_program(tmp_path, body)
+    assert (ended.stdout, ended.returncode) == ("received\nbatches 40\n", 0), ended.stderr
