@@ -5,11 +5,11 @@ from typing import Any
 
 from matplotlib import pyplot
 
-from deformable_attention_peers import DEFINITIONS, IMPLEMENTATIONS
+from deformable_attention_baselines import IMPLEMENTATIONS, REFERENCES
 
 
-# One family of colours for ours, another for the others.
-COLOURS = {
+# One family of colors for ours, another for the others.
+COLORS = {
     "hf_dino": "#1f5fa8",
     "hf_dino, AVX2": "#7fb2e5",
     "hf_dino, fused": "#0b2f5c",
@@ -22,7 +22,7 @@ COLOURS = {
 
 
 NOTE = (
-    "Times faster: than the definition of the same form. MiB: peak memory beyond the inputs; beyond results: without "
+    "Times faster: than the reference of the same form. MiB: peak memory beyond the inputs; beyond results: without "
     "outputs and gradients, as a multiple of the size of `value`. Every byte once: the time to copy what must move."
 )
 
@@ -64,7 +64,7 @@ def draw(path: Path, content: dict[str, Any]) -> None:
     panels: dict[str, list[dict[str, Any]]] = {}
     for one in content["measured"]:
         panels.setdefault(f"{one['shape']}, batch of {one['batch_size']}", []).append(one)
-    names = [name for name in COLOURS if content["implementations"][name] == "takes part"]
+    names = [name for name in COLORS if content["implementations"][name] == "takes part"]
     width = 0.84 / len(names)
     size = (3 + 0.55 * len(names) * max(map(len, panels.values())), 1 + 3.2 * len(panels))
     figure, axes = pyplot.subplots(len(panels), figsize=size, squeeze=False, layout="constrained")
@@ -80,11 +80,11 @@ def draw(path: Path, content: dict[str, Any]) -> None:
         axis.yaxis.set_major_formatter("{x:g}×")
         axis.set_xticks(range(len(groups)), [f"{one['dtype']}\n{one['pass']}" for one in groups])
         axis.set_title(heading, loc="left", fontweight="bold")
-        axis.set_ylabel("times faster than\nthe PyTorch definition")
+        axis.set_ylabel("times faster than\nthe PyTorch reference")
         axis.grid(axis="y", alpha=0.3)
         axis.set_axisbelow(True)
         axis.spines[["top", "right"]].set_visible(False)
-    handles: list[Any] = [pyplot.Rectangle((0, 0), 1, 1, color=COLOURS[name]) for name in names]
+    handles: list[Any] = [pyplot.Rectangle((0, 0), 1, 1, color=COLORS[name]) for name in names]
     labels = [name + fused_note(name) for name in names]
     handles.append(pyplot.Line2D([], [], color="black", linestyle=":"))
     labels.append("bound: every byte once, at copying speed")
@@ -96,18 +96,18 @@ def draw(path: Path, content: dict[str, Any]) -> None:
 
 def draw_bar(axis: Any, x: float, width: float, name: str, result: dict[str, Any]) -> None:
     if result["verdict"] != "right" or "times_faster" not in result:
-        axis.text(x, 1.1, result["verdict"].split(":")[0], rotation=90, ha="center", va="bottom", color=COLOURS[name])
+        axis.text(x, 1.1, result["verdict"].split(":")[0], rotation=90, ha="center", va="bottom", color=COLORS[name])
         return
     ratio = result["times_faster"]
-    axis.bar(x, ratio - 1, width * 0.92, bottom=1, color=COLOURS[name])
+    axis.bar(x, ratio - 1, width * 0.92, bottom=1, color=COLORS[name])
     axis.text(x, max(ratio, 1) * 1.05, f"{ratio:.3g}", ha="center", va="bottom", fontsize=8)
 
 
 def draw_bound(axis: Any, group: int, one: dict[str, Any]) -> None:
-    definition_ms = one["results"][DEFINITIONS["plain"]].get("median_ms")
-    if definition_ms:
-        axis.hlines(definition_ms / one["bound_ms"], group - 0.45, group + 0.45, color="black", linestyle=":")
+    reference_ms = one["results"][REFERENCES["plain"]].get("median_ms")
+    if reference_ms:
+        axis.hlines(reference_ms / one["bound_ms"], group - 0.45, group + 0.45, color="black", linestyle=":")
 
 
 def fused_note(name: str) -> str:
-    return f" (against {DEFINITIONS['fused']})" if IMPLEMENTATIONS[name].form == "fused" else ""
+    return f" (against {REFERENCES['fused']})" if IMPLEMENTATIONS[name].form == "fused" else ""

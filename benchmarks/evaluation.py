@@ -4,8 +4,8 @@
 
 Objects and detections are drawn by chance, 80 classes as unequally frequent as COCO's. `hf_dino` starts from a file of
 records as a model leaves it: gathered by picture, evaluated, accumulated and summarised. `pycocotools` has everything
-in its own data sets already and only evaluates and accumulates. Each lives in a process of its own, and they take
-turns. At full size a round takes several minutes.
+in its own data sets already and only evaluates and accumulates. Each lives in a process of its own, and
+their runs are interleaved. At full size a round takes several minutes.
 """
 
 import argparse
@@ -23,13 +23,13 @@ import numpy as np
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from evaluation_problems import generate
+from common.interleave import Candidate, interleave
+from common.machine import write_result
+from evaluation_inputs import generate
 from hf_dino.data import DetectionData
 from hf_dino.data.objects import objects_of
 from hf_dino.evaluation import DETECTION, ENGINES, METRICS, evaluate_coco
 from hf_dino.evaluation.detections import sorted_by_picture
-from machine import write_result
-from turns import Contender, take_turns
 
 
 def make_ours(folder: Path, engine: str) -> Callable[[], None]:
@@ -86,11 +86,11 @@ def main() -> None:
         data, detections = generate(args.pictures, args.detections)
         detections.tofile(folder / "detections")
         (folder / "data.pickle").write_bytes(pickle.dumps(data))
-        contenders: dict[str, Contender] = {
+        candidates: dict[str, Candidate] = {
             f"hf_dino, {engine}": (partial(make_ours, folder, engine), {}) for engine in ENGINES
         }
-        contenders |= {"pycocotools, evaluate and accumulate": (partial(make_pycocotools, folder), {})}
-        measured = take_turns(contenders, args.rounds)
+        candidates |= {"pycocotools, evaluate and accumulate": (partial(make_pycocotools, folder), {})}
+        measured = interleave(candidates, args.rounds)
         numbers = {name: json.loads((folder / f"{name}.json").read_text()) for name in (*ENGINES, "direct")}
 
     command = f"python benchmarks/evaluation.py --pictures {args.pictures} --detections {args.detections}"

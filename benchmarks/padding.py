@@ -13,9 +13,9 @@ from pathlib import Path
 import torch
 from torchvision.ops import box_iou
 
+from common.machine import write_result
 from hf_dino.data import list_pictures, read_image
 from hf_dino.loading import load_detector
-from machine import write_result
 
 
 def main() -> None:

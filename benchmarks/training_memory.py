@@ -30,7 +30,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-import machine
+from common import machine
 from forward import SHAPE
 from hf_dino import DinoDetrConfig, DinoDetrForObjectDetection
 from hf_dino.training import checkpoint_activations, freeze
