@@ -4,8 +4,8 @@
     python benchmarks/forward.py --device cuda --precision bf16 --compile
 
 All are two-stage with box refinement: ResNet-50, 4 levels, 6 + 6 layers, 900 queries, 91 classes, random weights. Each
-model lives in a process of its own, so that its peak memory is its own; their runs are interleaved, one pass at a time,
-and the medians are compared.
+model lives in a process of its own, so that its peak memory is its own; their runs are interleaved, one pass at a
+time, and the medians are compared.
 """
 
 import argparse
@@ -59,14 +59,12 @@ def make_transformers(num_queries: int = SHAPE["num_queries"], **overrides: Any)
     )
 
 
-def make_candidates(
-    build: Callable[[MakeModel], Any], overrides: dict[str, Any] | None = None
-) -> dict[str, Candidate]:
+def make_candidates(build: Callable[[MakeModel], Any], **overrides: Any) -> dict[str, Candidate]:
     """Return ours first, then what it is compared with.
 
     Args:
         build (`Callable`): Takes what makes a model, and returns what is to be run.
-        overrides (`dict`, *optional*): Fields of both configurations, such as `SMALL`.
+        overrides: Fields of both configurations, such as those of `SMALL`.
     """
     ours, peer = (partial(make, **overrides) if overrides else make for make in (make_ours, make_transformers))
     return {

@@ -75,7 +75,7 @@ class Run:
     def prepare(self) -> None:
         """Install what is missing, and begin to draw the images of the last stage."""
         self.say(install_missing(self.args.wheels, self.work / "site"))
-        size, train, validation = (64, 8, 4) if self.args.dry_run else (554, 205, 40)
+        size, train, validation = (128, 8, 4) if self.args.dry_run else (554, 205, 40)
         options = [f"--image-size={size}", f"--num-train={train}", f"--num-val={validation}", "--num-test=0"]
         command = ["-m", "hf_dino.data.shapes", f"--output={self.work / 'shapes'}", *options]
         self.drawing = self.start([sys.executable, *command])

@@ -71,7 +71,7 @@ def short_name(kernel: str) -> str:
     Example:
 
     ```python
-    >>> short_name("void hf_dino::cuda::backward_kernel<__nv_bfloat16, hf_dino::cuda::UsualShape>(hf_dino::cuda::Call)")
+    >>> short_name("void hf_dino::cuda::backward_kernel<__nv_bfloat16, hf_dino::cuda::UsualShape>(...)")
     'backward bfloat16'
 
     ```

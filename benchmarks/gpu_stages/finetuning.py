@@ -22,7 +22,7 @@ def script_arguments(data: Path, output: Path, stage: Stage) -> list[str]:
         config = data.parent / "resnet50.json"
         config.write_text(json.dumps({"freeze_batch_norm": False}))
     files = [f"--{split}-{kind}={path}" for split in ("train", "val") for kind, path in files_of(data, split).items()]
-    sizes = ["--image-size=64x64", "--batch-size=4", "--num-workers=0"] if stage.dry_run else full_size()
+    sizes = ["--image-size=128x128", "--batch-size=4", "--num-workers=0"] if stage.dry_run else full_size()
     schedule = ["--epochs=100000", "--lr-drop", "--backbone-lr-factor=1", "--report-every=2"]
     return [f"--config={config}", f"--output={output}", "--augmentation=flip", *files, *sizes, *schedule]
 
@@ -58,7 +58,10 @@ def read_history(path: Path) -> list[Row]:
 
 def train(row: Row, command: list[str], output: Path, stage: Stage) -> None:
     """Run the script, ask it to stop while there is time for that, and report its history."""
-    process = subprocess.Popen(command)
+    print(*command, flush=True)
+    printed = stage.work / "finetuning.txt"
+    with printed.open("w") as file:
+        process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT)
     seen: list[tuple[float, int]] = []  # when which step was first seen
     asked = False
     while process.poll() is None and stage.seconds_left() > 2:
@@ -75,6 +78,9 @@ def train(row: Row, command: list[str], output: Path, stage: Stage) -> None:
     exit_code = process.wait()
     row["ended"] = {143: "by itself, when asked to", -9: "killed"}.get(exit_code, f"with exit code {exit_code}")
     row["ok"] = asked and exit_code == 128 + signal.SIGTERM
+    print(printed.read_text(), flush=True)
+    if not row["ok"]:
+        row["last_line"] = (printed.read_text().splitlines() or [""])[-1][:200]
     summarize(row, read_history(output / "history.jsonl"), seen, 4 if stage.dry_run else BATCH_SIZE)
 
 
@@ -96,10 +102,5 @@ def main(stage: Stage) -> None:
         with stage.rows.case(name) as row:
             wait_for(work / "shapes", stage.deadline - SECONDS_TO_STOP)
             output = work / "finetuned"
-            command = [
-                sys.executable,
-                EXAMPLES / "finetune_coco.py",
-                *script_arguments(work / "shapes", output, stage),
-            ]
-            print(*command, flush=True)
-            train(row, list(map(str, command)), output, stage)
+            arguments = script_arguments(work / "shapes", output, stage)
+            train(row, [sys.executable, str(EXAMPLES / "finetune_coco.py"), *arguments], output, stage)
