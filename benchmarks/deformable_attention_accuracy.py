@@ -63,15 +63,16 @@ def _largest_error(results: Tensors, expected: Tensors, counted: tuple[torch.Ten
     return torch.tensor(errors).max().item()
 
 
-def fewest_bytes(inputs: Inputs, grad_value: torch.Tensor, backward: bool) -> int:
+def fewest_bytes(inputs: Inputs, grad_value: torch.Tensor, backward: bool, form: str = "plain") -> int:
     """Count every cell that some point reads, every location, weight and result, once; for gradients, inputs twice.
 
     Args:
         grad_value (`torch.Tensor`): The gradient of value, which is zero where nothing is read.
     """
-    value, *points = inputs.tensors["plain"]
+    value, *points = inputs.tensors[form]
     cells_read = int(grad_value.any(dim=-1).sum()) * HEAD_DIM * value.element_size()
-    forward = cells_read + size(*points) + size(inputs.grad_output)  # an output is as large as its gradient
+    outputs = [inputs.grad_output, *(points[-1:] if form == "fused" else [])]  # as large as gradients and logits
+    forward = cells_read + size(*points) + size(*outputs)
     return 2 * forward + size(value, *points) if backward else forward
 
 

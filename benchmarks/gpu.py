@@ -42,6 +42,7 @@ PATHS = [ROOT / "src", ROOT / "conversion", BENCHMARKS]
 
 
 RESERVED = 6  # seconds to end what still runs and to print the table
+TIME_IS_UP = "stopped: its time was up"
 GRACE = 4  # seconds in which a process may end by itself
 
 
@@ -70,6 +71,7 @@ class Run:
             "PYTHONUNBUFFERED": "1",
             "HF_HUB_OFFLINE": "1",
             "TRANSFORMERS_OFFLINE": "1",
+            "TORCHINDUCTOR_COMPILE_THREADS": "4",  # in each of three processes
         }
 
     def prepare(self) -> None:
@@ -81,7 +83,7 @@ class Run:
         self.drawing = self.start([sys.executable, *command])
 
     def start(self, command: list[str]) -> "subprocess.Popen[bytes]":
-        """Start a command in a session of its own, so that it can be ended with the processes that it starts."""
+        """Start a command in a process group of its own, so that it can be ended with the processes that it starts."""
         return subprocess.Popen(
             command,
             stdin=subprocess.DEVNULL,
@@ -89,7 +91,7 @@ class Run:
             stderr=subprocess.STDOUT,
             cwd=ROOT,
             env=self.environment,
-            start_new_session=True,
+            preexec_fn=os.setpgrp,
         )
 
     def run_group(self, names: list[str]) -> None:
@@ -103,7 +105,7 @@ class Run:
             rows = Rows(self.rows_path, current)
             for case in rows.unfinished():
                 rows.add(case, ok=False, error=ended)
-            again = ended.startswith("failed") and len(rows.begun()) > begun[current] and self.stage_left(current) > 1
+            again = ended != TIME_IS_UP and len(rows.begun()) > begun[current] and self.stage_left(current) > 1
             if not again:
                 self.close_stage(current, ended)
             pending = pending[pending.index(current) + (not again) :]
@@ -120,7 +122,7 @@ class Run:
         self.process = process
         pending, news = list(names), time.time()
         ended = ""
-        while process.poll() is None and not ended:
+        while process.poll() is None and pending and not ended:
             lines = self.read_new_lines()
             news = time.time() if lines else news
             for line in lines:
@@ -141,7 +143,7 @@ class Run:
     def overdue(self, name: str, news: float) -> str:
         """Return why a stage must end now; empty as long as it need not."""
         if self.stage_left(name) < 0:
-            return "stopped: its time was up"
+            return TIME_IS_UP
         stall = STAGES[name].stall
         return f"stopped: no news for {stall:.0f} s" if time.time() - news > stall else ""
 

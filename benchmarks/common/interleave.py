@@ -27,10 +27,11 @@ class Worker:
     Args:
         environment (`Mapping[str, str]`): Environment variables of the process, on top of this one's.
         device (`str`): `"cpu"` or `"cuda"`: which memory is measured, and whether a run ends when the GPU is done.
+        start_method (`str`): Of `multiprocessing`. With `"fork"`, which CUDA cannot take, nothing is imported again.
     """
 
-    def __init__(self, environment: Mapping[str, str], device: str = "cpu"):
-        context = multiprocessing.get_context("spawn")
+    def __init__(self, environment: Mapping[str, str], device: str = "cpu", start_method: str = "spawn"):
+        context: Any = multiprocessing.get_context(start_method)
         self.connection, theirs = context.Pipe()
         process = context.Process(target=_serve, args=(dict(environment), device, theirs), daemon=True)
         process.start()

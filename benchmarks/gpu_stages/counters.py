@@ -32,7 +32,7 @@ def command_for(ncu: str, names: tuple[str, ...], report: Path) -> list[str]:
     """Return the command that counts for the kernels of one call of each kind."""
     return [
         ncu, "--clock-control", "none", "--target-processes", "all",
-        "--kernel-name-base", "function", "--kernel-name", "regex:(forward|backward)_kernel",
+        "--kernel-name-base", "function", "--kernel-name", "regex:^(forward|backward)_kernel$",
         "--metrics", ",".join(METRICS[name] for name in names),
         "--csv", "--page", "raw", "--print-units", "base", "--log-file", str(report),
         sys.executable, "-m", "gpu_stages.operator_once", "--device", "cuda", "--size", "large",

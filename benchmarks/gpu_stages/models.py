@@ -54,6 +54,7 @@ class Models:
         size = (64, 96) if stage.dry_run else (800, 1333)
         self.overrides = SMALL if stage.dry_run else {}
         self.images, self.batch = random_images(1, *size), random_batch(*size, 2, OBJECTS)
+        self.start_method = "fork" if stage.dry_run else "spawn"
         self.rounds = 1 if stage.dry_run else ROUNDS
         self.workers: dict[str, Worker] = {}
 
@@ -83,7 +84,8 @@ class Models:
     def build(self, row: Row, variant: Variant) -> dict[str, Worker]:
         builds = self.builds(variant)
         for name, (build, environment) in builds.items():
-            self.workers.setdefault(name, Worker(environment, self.device))
+            if name not in self.workers:
+                self.workers[name] = Worker(environment, self.device, self.start_method)
             self.workers[name].start_building(build)
         built = {}
         for name in builds:

@@ -27,7 +27,7 @@ STAGES = {
     "operator": StageLimits("timing", 60, 25, "operator"),
     "tests": StageLimits("gpu_tests", 60, 60, "tests"),
     "sanitizer": StageLimits("sanitizer", 60, 40, "sanitizer"),
-    "models": StageLimits("models", 140, 60, "models"),
+    "models": StageLimits("models", 140, 100, "models"),
     "counters": StageLimits("counters", 60, 60, "counters"),
     "fine-tuning": StageLimits("finetuning", 480, 480, "fine-tuning"),  # what is left
 }
