@@ -15,7 +15,7 @@ from hf_dino.evaluation.records import rows_of
 
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
-from evaluation_problems import generate
+from evaluation_inputs import generate
 
 
 @pytest.fixture(scope="module")
