@@ -598,6 +598,23 @@ def test_toolkit_behind_a_wrapper_script(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 @needs_compiler
+def test_toolkit_without_the_shared_runtime_takes_the_one_of_pytorch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nvcc(tmp_path / "toolkit", monkeypatch)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(compilers, "TORCH", tmp_path / "site-packages" / "torch")
+    (tmp_path / "toolkit" / "lib64" / "libcudart.so.13").unlink()
+    found = compilers.find_cuda_compiler()
+    with pytest.raises(KernelError, match=r"has no libcudart\.so"):
+        found.link([], tmp_path / "library.so")
+    library = tmp_path / "site-packages" / "nvidia" / "cu13" / "lib" / "libcudart.so.13"
+    library.parent.mkdir(parents=True)
+    library.touch()
+    assert found.link([], tmp_path / "library.so")[-1] == str(library)
+
+
+@needs_compiler
 def test_cuda_home_comes_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     nvcc(tmp_path / "toolkit", monkeypatch, release="12.8")
     monkeypatch.setattr(torch.version, "cuda", "12.9")

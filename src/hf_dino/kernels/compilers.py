@@ -234,14 +234,16 @@ def _includes(include: Path) -> list[str]:
 
 
 def _cuda_runtime(nvcc: str) -> Path:
-    """Find the runtime library of the toolkit that nvcc belongs to.
+    """Find the runtime library of the toolkit that nvcc belongs to, or else the one that PyTorch brings.
 
-    Only nvcc knows its toolkit for certain: what the PATH finds may be a link, or a script that calls another.
+    Only nvcc knows its toolkit for certain: what the PATH finds may be a link, or a script that calls another. A
+    toolkit may have the static library alone, with which nvcc links programs; PyTorch's is of the same major version.
     """
     top = re.search(r"TOP=(.+)", _output(nvcc, "--dryrun", "-x", "cu", "-c", os.devnull, "-o", os.devnull))
     home = Path(top[1] if top else Path(nvcc).parents[1]).resolve()
-    for folder in ("lib64", "lib", "targets/x86_64-linux/lib", "targets/sbsa-linux/lib"):
-        for library in sorted((home / folder).glob("libcudart.so*")):
+    folders = [home / name for name in ("lib64", "lib", "targets/x86_64-linux/lib", "targets/sbsa-linux/lib")]
+    for folder in [*folders, *sorted(TORCH.parent.glob("nvidia/*/lib"))]:
+        for library in sorted(folder.glob("libcudart.so*")):
             return library
     raise KernelError(f"the CUDA toolkit in {home} has no libcudart.so: install its part cuda-cudart-dev")
 
