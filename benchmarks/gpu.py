@@ -204,7 +204,7 @@ class Run:
         """Return the result in few lines: the stages, then what failed, then the figures."""
         stages = [f"{name}: {stage['ended']} ({stage['seconds']} s)" for name, stage in self.stages.items()]
         failed = [format_row(row) for row in rows if not row.get("ok")]
-        figures = [format_row(row) for row in rows if row.get("ok") and row["stage"] != "correctness"]
+        figures = format_rows([row for row in rows if row.get("ok") and row["stage"] != "correctness"])
         checks = [row for row in rows if row["stage"] == "correctness"]
         right = sum(bool(row.get("ok")) for row in checks)
         lines = [*stages, f"correctness: {right} of {len(checks)} right", *figures, *(failed or ["nothing failed"])]
@@ -229,9 +229,26 @@ class Run:
 
 def format_row(row: Row) -> str:
     """Return a row in one line."""
-    figures = {name: value for name, value in row.items() if name not in ("stage", "case", "ok")}
+    figures = figures_of(row)
     mark = "" if row.get("ok") else "FAILED "
     return f"{mark}{row['stage']} | {row['case']} | {' '.join(f'{name}={value}' for name, value in figures.items())}"
+
+
+def format_rows(rows: list[Row]) -> list[str]:
+    """Return rows in lines; those with the same figures as their neighbors under one heading."""
+    lines = []
+    for (stage, *names), group in itertools.groupby(rows, lambda row: (row["stage"], *figures_of(row))):
+        same = list(group)
+        if len(same) < 3:
+            lines += map(format_row, same)
+            continue
+        lines.append(f"{stage} | {' | '.join(names)}")
+        lines += [" | ".join(["  " + row["case"], *map(str, figures_of(row).values())]) for row in same]
+    return lines
+
+
+def figures_of(row: Row) -> Row:
+    return {name: value for name, value in row.items() if name not in ("stage", "case", "ok")}
 
 
 def old_python_path() -> list[str]:

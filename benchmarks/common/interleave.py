@@ -7,6 +7,7 @@ import resource
 import statistics
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -39,7 +40,8 @@ class Worker:
 
     def start_building(self, build: Build) -> None:
         """Replace the work of the process; [`Worker.wait`] waits until it is built."""
-        self.connection.send(build)
+        with suppress(OSError):  # its process has ended: that is what `wait` then says
+            self.connection.send(build)
 
     def run(self) -> tuple[float, float]:
         """Run the work once; return its seconds, and its peak memory in MiB beyond what stood before its first run.
@@ -47,7 +49,8 @@ class Worker:
         Raises:
             WorkerError: If it fails.
         """
-        self.connection.send(_RUN)
+        with suppress(OSError):
+            self.connection.send(_RUN)
         return self.wait()
 
     def wait(self) -> Any:
@@ -58,7 +61,7 @@ class Worker:
         """
         try:
             succeeded, answer = self.connection.recv()
-        except (EOFError, ConnectionResetError):
+        except (EOFError, OSError):
             raise WorkerError("its process ended") from None
         if not succeeded:
             raise WorkerError(answer)
