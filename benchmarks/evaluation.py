@@ -1,10 +1,10 @@
 """Time and memory of scoring detections: all that we do from the file on, against pycocotools' two steps alone.
 
-    python benchmarks/evaluation.py [--pictures 5000] [--detections 300] [--rounds 2]
+    python benchmarks/evaluation.py [--images 5000] [--detections 300] [--rounds 2]
 
-Objects and detections are drawn by chance, 80 classes as unequally frequent as COCO's. `hf_dino` starts from a file of
-records as a model leaves it: gathered by picture, evaluated, accumulated and summarised. `pycocotools` has everything
-in its own data sets already and only evaluates and accumulates. Each lives in a process of its own, and
+Objects and detections are random, of 80 classes as unequally frequent as COCO's. `hf_dino` starts from a file of
+records as a model writes it: grouped by image, evaluated, accumulated and summarized. `pycocotools` has everything in
+its own datasets already and only evaluates and accumulates. Each lives in a process of its own, and
 their runs are interleaved. At full size a round takes several minutes.
 """
 
@@ -76,14 +76,14 @@ def make_pycocotools(folder: Path) -> Callable[[], None]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pictures", type=int, default=5000)
-    parser.add_argument("--detections", type=int, default=300, help="in each picture")
-    parser.add_argument("--rounds", type=int, default=2, help="beside one to warm up")
+    parser.add_argument("--images", type=int, default=5000, help="number of images (default: 5000)")
+    parser.add_argument("--detections", type=int, default=300, help="detections per image (default: 300)")
+    parser.add_argument("--rounds", type=int, default=2, help="rounds after one to warm up (default: 2)")
     args = parser.parse_args()
 
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        data, detections = generate(args.pictures, args.detections)
+        data, detections = generate(args.images, args.detections)
         detections.tofile(folder / "detections")
         (folder / "data.pickle").write_bytes(pickle.dumps(data))
         candidates: dict[str, Candidate] = {
@@ -93,9 +93,9 @@ def main() -> None:
         measured = interleave(candidates, args.rounds)
         numbers = {name: json.loads((folder / f"{name}.json").read_text()) for name in (*ENGINES, "direct")}
 
-    command = f"python benchmarks/evaluation.py --pictures {args.pictures} --detections {args.detections}"
+    command = f"python benchmarks/evaluation.py --images {args.images} --detections {args.detections}"
     content = {
-        "pictures": args.pictures,
+        "num_images": args.images,
         "detections": len(detections),
         "objects": len(objects_of(data)),
         **measured,

@@ -191,7 +191,7 @@ class Run:
     def write(self) -> None:
         """Write what is known so far."""
         rows = [parse_line(line) for line in self.rows_path.read_text().splitlines()]
-        content = {
+        content: dict[str, Any] = {
             "command": " ".join(["python", "benchmarks/gpu.py", *sys.argv[1:]]),
             "seconds": round(time.time() - self.started, 1),
             "stages": self.stages,
@@ -236,7 +236,7 @@ def format_row(row: Row) -> str:
 
 def format_rows(rows: list[Row]) -> list[str]:
     """Return rows in lines; those with the same figures as their neighbors under one heading."""
-    lines = []
+    lines: list[str] = []
     for (stage, *names), group in itertools.groupby(rows, lambda row: (row["stage"], *figures_of(row))):
         same = list(group)
         if len(same) < 3:

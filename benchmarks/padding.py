@@ -1,10 +1,10 @@
-"""How far detections move when a picture is padded because of another one in its batch.
+"""How far detections move when an image is padded because of another one in its batch.
 
     python benchmarks/padding.py --model runs/bccd --images DIR [--padding 32] [--threshold 0.3]
 
-Padding is masked in the transformer, but it reaches the borders of the backbone's features, as in the original. Each
-picture is detected alone and with so many pixels of padding to the right and below, and detections of one class that
-overlap by more than half are compared.
+Padding is masked in the transformer, but it reaches the borders of the backbone's features, as in the official
+implementation. Each image is run alone and with `--padding` pixels to the right and below; detections of one class
+that overlap by more than half are compared.
 """
 
 import argparse
@@ -22,19 +22,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True)
     parser.add_argument("--images", type=Path, required=True)
-    parser.add_argument("--limit", type=int, default=50, help="pictures")
-    parser.add_argument("--padding", type=int, default=32, help="pixels")
+    parser.add_argument("--limit", type=int, default=50, help="images at most (default: 50)")
+    parser.add_argument("--padding", type=int, default=32, help="padding in pixels (default: 32)")
     parser.add_argument("--threshold", type=float, default=0.3)
     args = parser.parse_args()
 
     model, processor = load_detector(args.model)
     shifts, score_changes, lost = [], [], 0
     for path in list_pictures([args.images])[: args.limit]:
-        picture = read_image(path)
-        alone = processor(images=picture, return_tensors="pt")
+        image = read_image(path)
+        alone = processor(images=image, return_tensors="pt")
         height, width = alone["pixel_values"].shape[-2:]
         padded_size = {"height": height + args.padding, "width": width + args.padding}
-        padded = processor(images=picture, return_tensors="pt", pad_size=padded_size)
+        padded = processor(images=image, return_tensors="pt", pad_size=padded_size)
         found = []
         for inputs in (alone, padded):
             with torch.no_grad():
@@ -52,8 +52,8 @@ def main() -> None:
     content = {
         "pixels": args.padding,
         "detections": len(shift) + lost,
-        "without_a_partner": lost,
-        "corner_shift_pixels_of_the_resized_picture": {
+        "unmatched": lost,
+        "corner_shift_pixels": {
             "median": round(shift.median().item(), 3),
             "95th_percentile": round(shift.quantile(0.95).item(), 3),
             "largest": round(shift.max().item(), 3),

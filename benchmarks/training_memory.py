@@ -1,8 +1,8 @@
-"""Peak memory of one training step of DINO, by backbone, size of the picture, checkpointing and precision.
+"""Peak memory of one training step of DINO, by backbone, image size, checkpointing and precision.
 
     OMP_NUM_THREADS=1 python benchmarks/training_memory.py [--rows resnet50 swin-l-checkpointing ...] [--limit 14]
 
-Random weights, 7 objects per picture, on the CPU of a Linux machine, as `examples/finetune_coco.py` trains: forward,
+Random weights, 7 objects per image, on the CPU of a Linux machine, as `examples/finetune_coco.py` trains: forward,
 losses, backward, clipping and AdamW, a ResNet's stem frozen. The optimizer has its moments before the step that is
 measured, as in every step of a run but the first. Of each row the result has
 
@@ -42,17 +42,17 @@ from key_tables import BACKBONES
 
 
 GIB = 2**30
-OBJECTS = 7  # per picture
-SMALL = 256  # side of the picture of the first step, which is not measured
+OBJECTS = 7  # per image
+SMALL = 256  # height and width of the image of the first step, which is not measured
 SWIN_L: dict[str, Any] = {"backbone_config": {**BACKBONES["swin_L_384_22k"], "out_indices": [2, 3, 4]}}
 
 
 class Row(NamedTuple):
-    """What is trained, and how."""
+    """A configuration to train."""
 
     height: int
     width: int
-    pictures: int = 1
+    images: int = 1
     checkpointing: bool = False
     bf16: bool = False
     config: dict[str, Any] = {}
@@ -60,7 +60,7 @@ class Row(NamedTuple):
 
 ROWS = {
     "resnet50": Row(800, 1333),
-    "resnet50-batch-2": Row(800, 1333, pictures=2),
+    "resnet50-batch-2": Row(800, 1333, images=2),
     "resnet50-checkpointing": Row(800, 1333, checkpointing=True),
     "resnet50-checkpointing-bf16": Row(800, 1333, checkpointing=True, bf16=True),
     "resnet50-large-checkpointing": Row(1200, 2000, checkpointing=True),
@@ -83,8 +83,8 @@ class Training:
         trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         self.optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True)
 
-    def step(self, height: int, width: int, pictures: int) -> None:
-        batch = random_batch(height, width, pictures, OBJECTS)
+    def step(self, height: int, width: int, images: int) -> None:
+        batch = random_batch(height, width, images, OBJECTS)
         with torch.autocast("cpu", torch.bfloat16, enabled=self.bf16):
             loss = self.model(**batch).loss
         loss.backward()
@@ -92,7 +92,7 @@ class Training:
         self.optimizer.step()
 
     def kept(self) -> int:
-        """Bytes of what stays from step to step: parameters, buffers and moments."""
+        """Return the bytes of what stays from step to step: parameters, buffers and moments."""
         moments = [tensor for state in self.optimizer.state.values() for tensor in state.values()]
         return size([*self.model.parameters(), *self.model.buffers(), *moments])
 
@@ -105,7 +105,7 @@ def size(tensors: Iterable[torch.Tensor]) -> int:
 
 
 def memory(field: str, process: str = "self") -> int:
-    """Bytes as Linux counts them, `VmRSS` now or `VmHWM` at the peak. A process that has ended has none."""
+    """Return bytes as Linux counts them, `VmRSS` now or `VmHWM` at the peak. A process that has ended has none."""
     found = re.search(rf"{field}:\s+(\d+) kB", Path(f"/proc/{process}/status").read_text())
     return int(found[1]) * 1024 if found else 0
 
@@ -114,13 +114,13 @@ def measure(row: Row, connection: Connection) -> None:
     """Send the bytes of the state and of all that is none of ours, then those of the peak."""
     Path("/proc/self/oom_score_adj").write_text("1000")  # should memory run out after all, nothing else is stopped
     training = Training(row)
-    training.step(SMALL, SMALL, pictures=1)
+    training.step(SMALL, SMALL, images=1)
     state = training.kept() + training.gradients()
     training.optimizer.zero_grad()
     others = memory("VmRSS") - training.kept()
     connection.send((state, others))
     Path("/proc/self/clear_refs").write_text("5")  # the peak counts from now on
-    training.step(row.height, row.width, row.pictures)
+    training.step(row.height, row.width, row.images)
     connection.send(memory("VmHWM") - others)
 
 

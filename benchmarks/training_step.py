@@ -279,7 +279,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     batch = random_batch(args.height, args.width, args.images, args.objects)
-    where = {"device": args.device, "precision": args.precision, "compiled": args.compile}
+    where: dict[str, Any] = {"device": args.device, "precision": args.precision, "compiled": args.compile}
     content = interleave(make_candidates(partial(make_same_step, batch=batch, **where)), args.rounds, args.device)
     seconds = content["median_seconds"]
     content["samples_per_second"] = {name: round(args.images / value, 3) for name, value in seconds.items()}

@@ -9,7 +9,9 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -264,3 +266,74 @@ def test_a_package_that_is_not_among_the_wheels_is_named(stages, tmp_path, monke
     monkeypatch.setattr(wheels, "required", lambda: {"no_such_package": "no-such-package==1.0"})
     said = wheels.install_missing(tmp_path, tmp_path / "site")
     assert said.startswith(f"no-such-package==1.0 not installed from {tmp_path}")
+
+
+class FakeCuda:
+    """A GPU whose clock is told how long a call takes, and which can refuse to be captured into a graph."""
+
+    def __init__(self, seconds, captures=True):
+        self.seconds, self.captures, self.now, self.replays = seconds, captures, 0.0, 0
+
+    def call(self):
+        self.now += self.seconds
+
+    def install(self, monkeypatch, cuda):
+        fake = self
+
+        class Event:
+            def __init__(self, enable_timing):
+                assert enable_timing
+
+            def record(self):
+                self.time = fake.now
+
+            def synchronize(self):
+                pass
+
+            def elapsed_time(self, end):
+                return 1000 * (end.time - self.time)
+
+        class Graph:
+            def replay(self):
+                fake.replays += 1
+                fake.now += fake.captured
+
+        @contextmanager
+        def capture(graph):
+            if not fake.captures:
+                raise RuntimeError("operation not permitted when stream is capturing")
+            before = fake.now
+            yield
+            fake.captured = fake.now - before
+
+        stream = SimpleNamespace(wait_stream=lambda other: None)
+        monkeypatch.setattr(cuda, "Event", Event)
+        monkeypatch.setattr(cuda, "CUDAGraph", Graph)
+        monkeypatch.setattr(cuda, "graph", capture)
+        monkeypatch.setattr(cuda, "Stream", lambda: stream)
+        monkeypatch.setattr(cuda, "current_stream", lambda: stream)
+        monkeypatch.setattr(cuda, "stream", lambda given: nullcontext())
+        monkeypatch.setattr(cuda, "synchronize", lambda: None)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "captures", "replayed"), [(1e-4, True, True), (1e-4, False, False), (3e-3, True, False)]
+)
+def test_short_calls_are_timed_in_graphs_and_others_one_by_one(stages, monkeypatch, seconds, captures, replayed):
+    timing, fake = stages("timing"), FakeCuda(seconds, captures)
+    fake.install(monkeypatch, timing.torch.cuda)
+    assert timing.median_seconds([fake.call] * 4, "cuda") == pytest.approx(seconds)
+    assert bool(fake.replays) == replayed
+
+
+def test_a_reference_without_enough_memory_leaves_our_times(stages, monkeypatch):
+    timing = stages("timing")
+
+    def fail(*given):
+        raise timing.torch.cuda.OutOfMemoryError
+
+    monkeypatch.setattr(timing, "fused_reference", fail)
+    row = {}
+    timing.measure(row, timing.Case("decoder-900", 1, "float32", (64, 96)), "cpu", 1e9, 1)
+    assert row["forward_ms"] > 0
+    assert row["training_speedup"] == "reference: out of memory"

@@ -162,12 +162,13 @@ def make_checks(device: str, image_size: tuple[int, int]) -> dict[str, Callable[
         for dtype in ("float32", "bfloat16"):
             case = Case("decoder-900", 2, dtype, image_size)
             checks[f"{form} deterministic {dtype}"] = partial(check_deterministic, form=form, case=case, device=device)
-    for (name, odd), dtype, form in itertools.product(ODD.items(), (torch.float32, torch.bfloat16), FORMS):
-        options = {"form": form, "odd": odd, "dtype": dtype, "device": device}
-        checks[f"{form} {name} {dtype}"] = partial(check_odd, **options, arranged=lambda tensor: tensor)
+    options: dict[str, Any] = {"device": device}
+    for (name, odd), dtype, form in itertools.product(ODD.items(), ("float32", "bfloat16"), FORMS):
+        given = {"form": form, "odd": odd, "dtype": getattr(torch, dtype), "arranged": lambda tensor: tensor}
+        checks[f"{form} {name} {dtype}"] = partial(check_odd, **options, **given)
     for form in FORMS:
-        options = {"form": form, "odd": next(iter(ODD.values())), "dtype": torch.float32, "device": device}
-        checks[f"{form} not contiguous"] = partial(check_odd, **options, arranged=scattered)
+        given = {"form": form, "odd": next(iter(ODD.values())), "dtype": torch.float32, "arranged": scattered}
+        checks[f"{form} not contiguous"] = partial(check_odd, **options, **given)
     return checks
 
 

@@ -60,7 +60,7 @@ class Models:
 
     def builds(self, variant: Variant) -> dict[str, Any]:
         """Return what builds the work of each process, and its environment."""
-        where = {"device": self.device, "precision": variant.precision, "compiled": variant.compiled}
+        where: dict[str, Any] = {"device": self.device, "precision": variant.precision, "compiled": variant.compiled}
         if variant.is_step:
             return make_candidates(partial(make_same_step, batch=self.batch, **where), **self.overrides)
         return make_candidates(partial(make_pass, pixel_values=self.images, **where), **self.overrides)
