@@ -31,7 +31,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from gpu_stages.rows import Row, Rows, parse_line
+from gpu_stages.rows import DRY_RUN_PATIENCE, Row, Rows, parse_line
 from gpu_stages.stages import STAGES
 from gpu_stages.wheels import install_missing
 
@@ -56,6 +56,7 @@ class Run:
 
     def __init__(self, args: argparse.Namespace, work: Path):
         self.args, self.work = args, work
+        self.patience = DRY_RUN_PATIENCE if args.dry_run else 1
         self.started = time.time()
         self.deadline = self.started + args.seconds - RESERVED
         self.output = args.output.resolve()
@@ -144,13 +145,13 @@ class Run:
         """Return why a stage must end now; empty as long as it need not."""
         if self.stage_left(name) < 0:
             return TIME_IS_UP
-        stall = STAGES[name].stall
+        stall = self.patience * STAGES[name].stall
         return f"stopped: no news for {stall:.0f} s" if time.time() - news > stall else ""
 
     def stage_left(self, name: str) -> float:
         """Return the seconds that a stage has left, a second more than it knows itself."""
         started = min(Rows(self.rows_path, name).started(), time.time())
-        return min(started + STAGES[name].seconds, self.deadline) + 1 - time.time()
+        return min(started + self.patience * STAGES[name].seconds, self.deadline) + 1 - time.time()
 
     def seconds_left(self) -> float:
         return self.deadline - time.time()

@@ -16,6 +16,8 @@ from typing import Any
 
 Row = dict[str, Any]
 
+DRY_RUN_PATIENCE = 5  # times the limits of a stage: a dry run may share few processors with others
+
 
 class Rows:
     """The rows of one stage in the file of all stages.

@@ -8,7 +8,7 @@ import signal
 import sys
 from pathlib import Path
 
-from gpu_stages.rows import Rows, Stage
+from gpu_stages.rows import DRY_RUN_PATIENCE, Rows, Stage
 from gpu_stages.stages import STAGES
 
 
@@ -34,7 +34,8 @@ def main() -> None:
     for name in args.names:
         rows = Rows(args.rows, name)
         started = rows.start()
-        deadline = min(started + STAGES[name].seconds, args.deadline)
+        patience = DRY_RUN_PATIENCE if args.dry_run else 1
+        deadline = min(started + patience * STAGES[name].seconds, args.deadline)
         module = importlib.import_module(f"gpu_stages.{STAGES[name].module}")
         module.main(Stage(rows, args.device, args.dry_run, deadline, args.work))
         rows.end()
