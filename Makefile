@@ -8,7 +8,7 @@ PYTEST_ARGS ?= -n 2 --dist loadfile --no-loadscope-reorder
 PYTEST = OMP_NUM_THREADS=1 $(1)/bin/python -m pytest -q $(PYTEST_ARGS)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-floor demo test test-all test-floor lint format
+.PHONY: help setup setup-floor demo test test-all test-floor gpu gpu-wheels lint format
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-12s %s\n", $$1, $$2}' Makefile
@@ -31,6 +31,12 @@ test-all: setup ## the tests, the slow ones too
 
 test-floor: setup-floor ## the tests on the oldest supported versions of torch and transformers
 	$(call PYTEST,$(FLOOR))
+
+gpu: ## build, check and measure the CUDA code on this machine's GPU in 8 minutes; needs no .venv (OUT=folder)
+	$(or $(PYTHON),python3) benchmarks/gpu.py $(GPU_ARGS)
+
+gpu-wheels: ## fetch what a GPU machine without network may lack, into wheels/
+	$(or $(PYTHON),python3) benchmarks/gpu_stages/wheels.py wheels
 
 lint: setup ## formatting, style and types; changes nothing
 	$(VENV)/bin/python -m ruff check

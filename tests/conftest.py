@@ -3,7 +3,6 @@
 import shutil
 from pathlib import Path
 
-import datasets
 import pytest
 import torch
 
@@ -37,6 +36,8 @@ def shared() -> Path:
 @pytest.fixture
 def datasets_cache(tmp_path, monkeypatch) -> None:
     """What `datasets` keeps goes into the test's own folder."""
+    import datasets  # not at the top: the tests that need a GPU run without it
+
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     datasets.disable_progress_bars()
 

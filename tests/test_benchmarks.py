@@ -19,10 +19,14 @@ def benchmark(monkeypatch, tmp_path):
     monkeypatch.syspath_prepend(BENCHMARKS)
     monkeypatch.setenv("HF_DINO_CPU_CAPABILITY", "")  # the benchmark sets both
     monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "")
-    monkeypatch.setattr(importlib.import_module("machine"), "RESULTS", tmp_path)
+    monkeypatch.setattr(importlib.import_module("common.machine"), "RESULTS", tmp_path)
     yield importlib.import_module("deformable_attention")
-    for path in BENCHMARKS.glob("*.py"):
-        sys.modules.pop(path.stem, None)
+    forget_benchmarks()
+
+
+def forget_benchmarks():
+    for path in BENCHMARKS.rglob("*.py"):
+        sys.modules.pop(".".join(path.relative_to(BENCHMARKS).with_suffix("").parts), None)
 
 
 def test_a_quick_run_measures_what_is_right(benchmark, tmp_path):
@@ -51,14 +55,14 @@ def case(benchmark):
 
 
 def test_a_wrong_result_gets_no_time(benchmark, case, monkeypatch):
-    peers = importlib.import_module("deformable_attention_peers")
+    baselines = importlib.import_module("deformable_attention_baselines")
 
     def make_wrong(options):
-        return lambda levels, value, *points: (1.01 * peers.definition(levels, value, *points)[0],)
+        return lambda levels, value, *points: (1.01 * baselines.reference(levels, value, *points)[0],)
 
-    monkeypatch.setitem(peers.IMPLEMENTATIONS, "mmcv", peers.Implementation("plain", make_wrong))
+    monkeypatch.setitem(baselines.IMPLEMENTATIONS, "mmcv", baselines.Implementation("plain", make_wrong))
     options = benchmark.parse(["--rounds=1"])
-    options.implementations = [*peers.DEFINITIONS.values(), "mmcv"]
+    options.implementations = [*baselines.REFERENCES.values(), "mmcv"]
     here = SimpleNamespace(examine=benchmark.examine)  # no child: it would not know the wrong one
     here.pool = SimpleNamespace(submit=lambda function, *given: SimpleNamespace(result=lambda: function(*given)))
     for one in benchmark.measure(case, options, 1e9, here):
@@ -66,23 +70,24 @@ def test_a_wrong_result_gets_no_time(benchmark, case, monkeypatch):
         assert row["verdict"] == "wrong result"
         assert row["relative_error"] == pytest.approx(0.01, rel=0.01)
         assert "median_ms" not in row
-        assert "median_ms" in one["results"]["definition"]
+        assert "median_ms" in one["results"]["reference"]
 
 
 def test_one_wrong_number_among_many_is_found(benchmark, case):
-    problem = benchmark.Problem(case, "cpu")
-    truth = benchmark.find_truth("plain", problem)
-    outputs, gradients = benchmark.run("definition", benchmark.definition, problem, True)
-    assert benchmark.relative_error((outputs, gradients), truth, problem.off_lines) < 1e-5
+    baselines = importlib.import_module("deformable_attention_baselines")
+    inputs = benchmark.Inputs(case, "cpu")
+    expected = benchmark.find_expected("plain", inputs)
+    outputs, gradients = benchmark.run("reference", baselines.reference, inputs, True)
+    assert benchmark.relative_error((outputs, gradients), expected, inputs.off_lines) < 1e-5
 
     for tensor in (*outputs, *gradients):
         first = tensor.detach()[(0,) * tensor.ndim]  # a view: what is written here is in the tensor
         kept = first.clone()
         for wrong in (torch.nan, kept + 100):
             first.fill_(wrong)
-            assert not benchmark.relative_error((outputs, gradients), truth, problem.off_lines) < 1e-4
+            assert not benchmark.relative_error((outputs, gradients), expected, inputs.off_lines) < 1e-4
         first.copy_(kept)
-    assert benchmark.relative_error((outputs, gradients), truth, problem.off_lines) < 1e-5
+    assert benchmark.relative_error((outputs, gradients), expected, inputs.off_lines) < 1e-5
 
 
 @pytest.mark.slow
@@ -92,7 +97,7 @@ def test_a_child_measures_memory_and_survives_failures_and_crashes(benchmark, ca
     with monkeypatch.context() as patch:
         patch.setattr(benchmark, "examine", os._exit)  # stands for a segmentation fault
         assert child.examine(3) == {"verdict": "fails: its process crashed"}
-    rows = [child.examine("definition", case, backward, options) for backward in (False, True)]
+    rows = [child.examine("reference", case, backward, options) for backward in (False, True)]
     child.pool.shutdown()
     assert [row["verdict"] for row in rows] == ["right", "right"]
     if sys.platform == "linux":

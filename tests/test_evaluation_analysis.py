@@ -14,7 +14,7 @@ from hf_dino.evaluation.error_analysis import IGNORED, TRUE_POSITIVE, best_f1_th
 
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
-from evaluation_problems import generate
+from evaluation_inputs import generate
 
 
 @pytest.fixture(scope="module")

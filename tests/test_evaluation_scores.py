@@ -16,7 +16,7 @@ from hf_dino.evaluation import ENGINES, METRICS, check_engine, coco_eval, detect
 
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
-from evaluation_problems import generate
+from evaluation_inputs import generate
 
 
 BOXES = {1: [10, 10, 40, 20], 2: [5, 5, 50, 60]}

@@ -28,7 +28,12 @@ def launch(tmp_path_factory):
         json.dumps(tiny_config(num_denoising=6, freeze_backbone_batch_norms=False).to_diff_dict())
     )
     shapes = generate_shapes(folder / "shapes", image_size=64, num_train=16, num_val=3, num_test=2)
-    options = [f"--config_name={folder / 'tiny.json'}", f"--dataset={shapes}", "--image_size=96", "--global_batch_size=8"]
+    options = [
+        f"--config_name={folder / 'tiny.json'}",
+        f"--dataset={shapes}",
+        "--image_size=96",
+        "--global_batch_size=8",
+    ]
     options += [
         "--num_train_epochs=2",
         "--ema_decay=0.9",

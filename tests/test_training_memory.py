@@ -21,8 +21,8 @@ def benchmark(monkeypatch):
     monkeypatch.syspath_prepend(BENCHMARKS)
     monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "")  # the benchmark sets it
     yield importlib.import_module("training_memory")
-    for path in BENCHMARKS.glob("*.py"):
-        sys.modules.pop(path.stem, None)
+    for path in BENCHMARKS.rglob("*.py"):
+        sys.modules.pop(".".join(path.relative_to(BENCHMARKS).with_suffix("").parts), None)
 
 
 def tiny_fields(**overrides):

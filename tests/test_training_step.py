@@ -19,16 +19,23 @@ BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 @pytest.fixture
 def benchmark(monkeypatch, tmp_path):
     monkeypatch.syspath_prepend(BENCHMARKS)
-    monkeypatch.setattr(importlib.import_module("machine"), "RESULTS", tmp_path)
+    monkeypatch.setattr(importlib.import_module("common.machine"), "RESULTS", tmp_path)
     benchmark = importlib.import_module("training_step")
-    monkeypatch.setattr(benchmark, "make_ours", make_small)
+    for module in (benchmark, importlib.import_module("forward")):
+        monkeypatch.setattr(module, "make_ours", make_small)
     yield benchmark
-    for path in BENCHMARKS.glob("*.py"):
-        sys.modules.pop(path.stem, None)
+    for path in BENCHMARKS.rglob("*.py"):
+        sys.modules.pop(".".join(path.relative_to(BENCHMARKS).with_suffix("").parts), None)
 
 
 def make_small():
     return tiny_model(id2label={label: str(label) for label in range(91)})
+
+
+def run_once(candidates, rounds, device):
+    for build, _ in candidates.values():
+        build()()
+    return {"median_seconds": dict.fromkeys(candidates, 0.5)}
 
 
 def test_time_within_something_else_counts_for_itself(benchmark, monkeypatch):
@@ -64,31 +71,26 @@ def test_the_matcher_and_the_losses_read_from_the_device_once(benchmark, pixel_v
     for counts, layers in (((3, 1), 3), ((2, 0), 2), ((0, 0), 3)):
         model, watch = tiny_model(decoder_layers=layers).train(), benchmark.Stopwatch()
         model.loss_function = benchmark.timed(watch, "losses", model.loss_function)
-        with watch("model"), benchmark.HostReads(watch) as reads:
+        with watch("model"), benchmark.HostSyncs(watch) as syncs:
             model(pixel_values, labels=make_labels(*counts))
-        assert reads.calls == ["model: __bool__", "losses: cpu"]
+        assert syncs.calls == ["model: __bool__", "losses: cpu"]
 
 
 def test_reads_are_seen(benchmark):
     watch, numbers = benchmark.Stopwatch(), torch.arange(2)
-    with watch("part"), benchmark.HostReads(watch) as reads:
+    with watch("part"), benchmark.HostSyncs(watch) as syncs:
         if numbers[0] == 0 and int(numbers[1]) == numbers[1].item():
             numbers.tolist()
-    assert reads.calls == [f"part: {name}" for name in ("__bool__", "__int__", "item", "tolist")]
+    assert syncs.calls == [f"part: {name}" for name in ("__bool__", "__int__", "item", "tolist")]
 
 
 def test_a_small_run_says_it_all(benchmark, tmp_path, monkeypatch):
-    def take_turns(contenders, rounds):
-        for build, _ in contenders.values():
-            build()()
-        return {"median_seconds": dict.fromkeys(contenders, 0.5)}
-
-    monkeypatch.setattr(benchmark, "take_turns", take_turns)
-    monkeypatch.setattr(benchmark, "make_transformers", make_small)
+    monkeypatch.setattr(benchmark, "interleave", run_once)
+    monkeypatch.setattr(importlib.import_module("forward"), "make_transformers", make_small)
     monkeypatch.setenv("HF_DINO_KERNELS", "off")  # the definition would do here
     benchmark.main(["--height=96", "--width=128", "--rounds=1", "--loader-steps=3"])
     result = json.loads((tmp_path / "training_step.json").read_text())
-    assert result["samples_per_second"] == {"hf_dino": 4.0, "hf_dino_definition": 4.0, "transformers": 4.0}
+    assert result["samples_per_second"] == {"hf_dino": 4.0, "hf_dino_reference": 4.0, "transformers": 4.0}
     parts = result["parts_of_hf_dino"]
     assert {"forward, backbone", "forward, decoder", "matcher", "losses", "backward", "optimizer"} <= parts[
         "percent"
@@ -96,21 +98,34 @@ def test_a_small_run_says_it_all(benchmark, tmp_path, monkeypatch):
     assert sum(parts["percent"].values()) == pytest.approx(100, abs=0.1)
     of_losses = sum(parts["percent"][name] for name in ("matcher", "losses", "losses, backward"))
     assert parts["matcher_and_losses_percent"] == pytest.approx(of_losses, abs=0.02)
-    assert parts["reads_by_the_host"] == ["forward, the rest: __bool__", "matcher: cpu"]
+    assert parts["host_syncs"] == ["forward, the rest: __bool__", "matcher: cpu"]
     waiting = result["waiting_for_two_workers"]
     assert waiting["steps"] == 3
     assert 0 <= waiting["percent_of_the_time_waited"] <= 100
     assert waiting["seconds_per_batch_of_the_loader_alone"] > 0
 
 
-def test_the_peer_can_take_the_step(benchmark, monkeypatch):
+def test_the_peer_can_take_the_step(benchmark):
     """With what it needs: labels of the same form, and a loss that reaches its parameters."""
     forward = importlib.import_module("forward")
-    config = forward.DeformableDetrConfig
-    small = {"d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 32, "decoder_ffn_dim": 32}
-    small |= {"num_queries": 9, "two_stage_num_proposals": 9}
-    monkeypatch.setattr(forward, "DeformableDetrConfig", lambda **fields: config(**fields | small))
-    monkeypatch.setattr(
-        forward, "ResNetConfig", partial(forward.ResNetConfig, hidden_sizes=[8, 8, 8, 8], embedding_size=8)
-    )
-    benchmark.make_same_step(forward.make_transformers, benchmark.random_batch(96, 128, 2, 3))()
+    peer = partial(forward.make_transformers, **forward.SMALL)
+    assert len(peer().model.encoder.layers) == 1
+    benchmark.make_same_step(peer, benchmark.random_batch(96, 128, 2, 3))()
+
+
+def test_the_wait_for_data_can_be_left_out(benchmark, tmp_path, monkeypatch):
+    monkeypatch.setattr(benchmark, "interleave", run_once)
+    monkeypatch.setattr(benchmark, "profile", lambda *given: {})
+    monkeypatch.setattr(importlib.import_module("forward"), "make_transformers", make_small)
+    monkeypatch.setenv("HF_DINO_KERNELS", "off")
+    benchmark.main(["--height=96", "--width=128", "--loader-steps=0"])
+    result = json.loads((tmp_path / "training_step.json").read_text())
+    assert "waiting_for_two_workers" not in result
+    assert "--loader-steps 0" in result["command"]
+
+
+@pytest.mark.parametrize("steps", [1, -1])
+def test_a_wait_that_cannot_be_measured_is_refused(benchmark, capsys, steps):
+    with pytest.raises(SystemExit):
+        benchmark.main([f"--loader-steps={steps}"])
+    assert f"--loader-steps must be 0 or at least 2, not {steps}" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""What a benchmark ran on, and where its result goes."""
+"""The machine that a benchmark ran on, and where its result goes."""
 
 import json
 import os
@@ -10,11 +10,11 @@ import torch
 import transformers
 
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(__file__).parents[1] / "results"
 
 
 def processor_name() -> str:
-    """The processor's name as Linux tells it, or as Python does."""
+    """Return the processor's name as Linux tells it, or as Python does."""
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())

@@ -1,4 +1,4 @@
-"""Images full of objects, crowds and detections that are right, nearly right and wrong, all drawn by chance."""
+"""Random images full of objects and crowds, with detections that are right, nearly right and wrong."""
 
 from pathlib import Path
 
@@ -18,10 +18,10 @@ def generate(
     decimals: int = 16,
     seed: int = 0,
 ) -> tuple[DetectionSplit, np.ndarray]:
-    """Draw a dataset, without image files, and `num_detections` of each image, strongest first.
+    """Make a dataset without image files, and `num_detections` of each image, sorted by descending score.
 
-    Scores have so many `decimals`; few make ties. Categories are as unequally frequent as COCO's, the last one has no
-    object, and every seventh image has none.
+    Scores are rounded to `decimals`; few make ties. Categories are as unequally frequent as COCO's, the last one has
+    no object, and every seventh image has none.
     """
     rng = np.random.default_rng(seed)
     frequency = 1 / np.arange(1, num_categories + 1)
@@ -56,6 +56,6 @@ def generate(
 
 
 def _boxes(rng: np.random.Generator, count: int) -> np.ndarray:
-    """x, y, width, height in pixels of an image of 640 x 480, of all sizes."""
+    """Return x, y, width, height in pixels of an image of 640 x 480, of all sizes."""
     size = np.exp(rng.uniform(np.log(8), np.log(400), (count, 2)))
     return np.concatenate([rng.uniform(0, 1, (count, 2)) * (np.array([640, 480]) - size.clip(max=470)), size], axis=1)

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from transformers.models.deformable_detr import modeling_deformable_detr
 
-from deformable_attention_problems import Levels
+from deformable_attention_inputs import Levels
 from hf_dino import kernels
 from hf_dino.deformable_attention_dino_detr import multi_scale_deformable_attention, sampling_locations
 
@@ -26,14 +26,14 @@ class UnavailableError(Exception):
     """Why an implementation cannot take part."""
 
 
-def definition(levels: Levels, value: torch.Tensor, locations: torch.Tensor, weights: torch.Tensor) -> Tensors:
+def reference(levels: Levels, value: torch.Tensor, locations: torch.Tensor, weights: torch.Tensor) -> Tensors:
     return (multi_scale_deformable_attention(value, levels.shapes, locations, weights),)
 
 
-def fused_definition(levels: Levels, value: torch.Tensor, references: torch.Tensor, *raw: torch.Tensor) -> Tensors:
+def fused_reference(levels: Levels, value: torch.Tensor, references: torch.Tensor, *raw: torch.Tensor) -> Tensors:
     offsets, logits = raw
     weights = logits.flatten(-2).softmax(dim=-1).view_as(logits)
-    return *definition(levels, value, sampling_locations(offsets, references, levels.tensor), weights), weights
+    return *reference(levels, value, sampling_locations(offsets, references, levels.tensor), weights), weights
 
 
 def compiled(options: argparse.Namespace) -> Any:
@@ -63,8 +63,8 @@ def of_seven_arguments(layer: Any) -> Callable[..., Tensors]:
     """What takes the place of transformers' layer: everything in the dtype of the values, as its models pass it."""
 
     def attend(levels: Levels, value: torch.Tensor, *points: torch.Tensor) -> Tensors:
-        places, weights = (tensor.to(value.dtype) for tensor in points)
-        return (layer(value, levels.tensor, levels.shapes, levels.starts, places, weights, len(value)),)
+        locations, weights = (tensor.to(value.dtype) for tensor in points)
+        return (layer(value, levels.tensor, levels.shapes, levels.starts, locations, weights, len(value)),)
 
     return attend
 
@@ -138,10 +138,10 @@ class Implementation(NamedTuple):
     cpu_path: str = ""  # for HF_DINO_CPU_CAPABILITY: the best there is
 
 
-DEFINITIONS = {"plain": "definition", "fused": "definition + softmax + locations"}
+REFERENCES = {"plain": "reference", "fused": "reference + softmax + locations"}
 IMPLEMENTATIONS = {
-    DEFINITIONS["plain"]: Implementation("plain", lambda options: definition),
-    DEFINITIONS["fused"]: Implementation("fused", lambda options: fused_definition),
+    REFERENCES["plain"]: Implementation("plain", lambda options: reference),
+    REFERENCES["fused"]: Implementation("fused", lambda options: fused_reference),
     "hf_dino": Implementation("plain", make_ours),
     "hf_dino, AVX2": Implementation("plain", make_ours_avx2, "avx2"),
     "hf_dino, fused": Implementation("fused", make_ours_fused),
@@ -156,7 +156,7 @@ IMPLEMENTATIONS = {
 
 
 def find_implementations(options: argparse.Namespace) -> dict[str, str]:
-    """Say of each implementation whether it takes part, and why not."""
+    """Return for each implementation that it takes part, or why not."""
     found = {}
     for name, implementation in IMPLEMENTATIONS.items():
         try:
