@@ -165,10 +165,8 @@ def profile(batch: Batch, rounds: int, device: str = "cpu", precision: str = "fp
         part.forward = timed(watch, f"forward, {name}", part.forward)
 
     rows = []
-    matching, loss_dino_detr.hungarian_match = (
-        loss_dino_detr.hungarian_match,
-        timed(watch, "matcher", loss_dino_detr.hungarian_match),
-    )
+    matcher = loss_dino_detr.hungarian_match
+    loss_dino_detr.hungarian_match = timed(watch, "matcher", matcher)
     with watch("forward, the rest"), HostSyncs(watch) as syncs, use_precision(precision, device):
         model(**batch)
     for _ in range(rounds + 1):
@@ -185,7 +183,7 @@ def profile(batch: Batch, rounds: int, device: str = "cpu", precision: str = "fp
         with watch("optimizer"):
             optimizer.step()
         rows.append(watch.seconds)
-    loss_dino_detr.hungarian_match = matching
+    loss_dino_detr.hungarian_match = matcher
 
     seconds = {name: statistics.median(row[name] for row in rows[1:]) for name in rows[0]}  # the first one warms up
     percent = {name: 100 * value / sum(seconds.values()) for name, value in seconds.items()}

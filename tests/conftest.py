@@ -130,10 +130,10 @@ def cpu_capability(request, monkeypatch, kernel):
     return _set_cpu_capability(kernel, request.param, monkeypatch)
 
 
-@pytest.fixture(params=["definition", *CPU_CAPABILITIES])
+@pytest.fixture(params=["reference", *CPU_CAPABILITIES])
 def backend(request, monkeypatch):
     """All that computes deformable attention on a CPU, in turn."""
-    if request.param == "definition":
+    if request.param == "reference":
         monkeypatch.setitem(kernels._found, "cpu", None)
         return request.param
     return _set_cpu_capability(request.getfixturevalue("kernel"), request.param, monkeypatch)

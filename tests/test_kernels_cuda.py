@@ -1,4 +1,4 @@
-"""The CUDA backend against the PyTorch definition: on the CPU, compiled for it and run lane by lane, and on a GPU."""
+"""The CUDA backend against the PyTorch reference: on the CPU, compiled for it and run lane by lane, and on a GPU."""
 
 import os
 import re

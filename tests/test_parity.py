@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import official_weights
-from conftest import FIXTURES, PROCESSORS
+from conftest import FIXTURES, CPU_CAPABILITIES
 from hf_dino import DinoDetrForObjectDetection, DinoDetrImageProcessor
 from hf_dino.conversion.convert import config_from_args, convert_state_dict
 
@@ -87,10 +87,10 @@ def test_outputs(backend, model, case):
 
 
 # test_kernels.py compares the gradients of all forms; an image without objects matters to the loss alone
-OFTEN = (("definition", "r50_4scale"), ("avx512", "r50_4scale"), ("definition", "r50_4scale_empty"))
+OFTEN = (("reference", "r50_4scale"), ("avx512", "r50_4scale"), ("reference", "r50_4scale_empty"))
 LOSSES = [
     pytest.param(name, case, marks=[] if (name, case) in OFTEN else pytest.mark.slow)
-    for name in ("definition", *PROCESSORS)
+    for name in ("reference", *CPU_CAPABILITIES)
     for case in OBJECT_COUNTS
 ]
 

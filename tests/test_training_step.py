@@ -87,7 +87,7 @@ def test_reads_are_seen(benchmark):
 def test_a_small_run_says_it_all(benchmark, tmp_path, monkeypatch):
     monkeypatch.setattr(benchmark, "interleave", run_once)
     monkeypatch.setattr(importlib.import_module("forward"), "make_transformers", make_small)
-    monkeypatch.setenv("HF_DINO_KERNELS", "off")  # the definition would do here
+    monkeypatch.setenv("HF_DINO_KERNELS", "off")  # the reference would do here
     benchmark.main(["--height=96", "--width=128", "--rounds=1", "--loader-steps=3"])
     result = json.loads((tmp_path / "training_step.json").read_text())
     assert result["samples_per_second"] == {"hf_dino": 4.0, "hf_dino_reference": 4.0, "transformers": 4.0}
