@@ -63,7 +63,7 @@ def make_arguments(recipe: Path | None, options: dict[str, Any]) -> FineTuningAr
     return FineTuningArguments(**values | given | {"config_overrides": overrides})
 
 
-METAVARS = {int: "INTEGER", int | None: "INTEGER", float: "NUMBER", float | None: "NUMBER"}
+METAVARS: dict[Any, str] = {int: "INTEGER", int | None: "INTEGER", float: "NUMBER", float | None: "NUMBER"}
 
 
 def _parameter(field: Field, group: str) -> inspect.Parameter:
@@ -94,7 +94,8 @@ _RECIPE = inspect.Parameter(
         typer.Option(help="YAML file with any of these options; those of the command line take precedence."),
     ],
 )
-_GROUPS = accumulate((FIRST_OF_GROUP.get(name, "") for name in OPTIONS), lambda last, new: new or last)
+_STARTS: list[str] = [FIRST_OF_GROUP.get(name, "") for name in OPTIONS]
+_GROUPS = accumulate(_STARTS, lambda group, start: start or group)
 _PARAMETERS = [_RECIPE, *map(_parameter, OPTIONS.values(), _GROUPS)]
 train.__signature__ = inspect.Signature(_PARAMETERS)  # type: ignore[attr-defined]
 train.__annotations__ = {each.name: each.annotation for each in _PARAMETERS}
