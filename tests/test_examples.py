@@ -95,6 +95,12 @@ def arguments(shapes, tiny_config):
     ]
 
 
+@pytest.fixture(autouse=True)
+def no_curves_before_the_end(monkeypatch):
+    """Skip the curves of an unfinished run, which take most of the time."""
+    monkeypatch.setattr("hf_dino.training.logging.plot_training_curves", lambda history, path: None)
+
+
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     return tmp_path_factory.mktemp("runs")

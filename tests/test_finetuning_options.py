@@ -36,6 +36,16 @@ def train(arguments):
 
 
 @pytest.fixture(autouse=True)
+def plots(monkeypatch):
+    """Count the rows of the curves that a run plots instead of drawing them, which takes most of the time."""
+    rows = []
+    monkeypatch.setattr(
+        "hf_dino.training.logging.plot_training_curves", lambda history, path: rows.append(len(history))
+    )
+    return rows
+
+
+@pytest.fixture(autouse=True)
 def fresh_accelerator():
     """Each run is to choose its precision, as in a process of its own."""
     AcceleratorState._reset_state(reset_partial_state=True)
@@ -126,13 +136,17 @@ OPTIONS = {
 
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
-def test_a_run_with_these_options_ends_the_same_when_it_was_interrupted(start, data, tmp_path, monkeypatch, options):
+def test_a_run_with_these_options_ends_the_same_when_it_was_interrupted(
+    start, data, tmp_path, monkeypatch, plots, options
+):
     """It dies after the second of its checkpoints is on the disk, between two evaluations."""
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     command = [*start, data, "--num_train_epochs=3", "--checkpointing_steps=2", *options]
     train([*command, f"--output_dir={whole}"])
     rows = [row for row in history(whole) if "loss" in row]
     assert len(rows) == (6 if "--early_stopping_patience=1" in options else 9)
+    assert plots[0] == 2, "after the first checkpoint"
+    assert plots[-1] == len(history(whole))
 
     save, saved = finetuning.save_checkpoint, []
 
