@@ -227,7 +227,7 @@ def test_workers_outlive_stop_signals_to_their_process_group(tmp_path):
     next(batches), next(batches)  # one of each worker
     for number in STOP_SIGNALS:
         signal.signal(number, lambda number, frame: print("received", int(number), flush=True))
-        command = ["sh", "-c", f"kill -{int(number)} -- -{os.getpgid(0)}"]  # as a scheduler, not as the parent
+        command = ["sh", "-c", f"kill -{int(number)} -{os.getpgid(0)}"]  # as a scheduler, not as the parent
         subprocess.run(command, check=True, start_new_session=True)
     print("batches", 2 + len(list(batches)))
     """
