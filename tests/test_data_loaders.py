@@ -1,5 +1,6 @@
 """Order of the images in training, equal sizes in evaluation, and workers that end with their program."""
 
+import signal
 import subprocess
 import sys
 import textwrap
@@ -177,16 +178,18 @@ def test_workers_prefetch_a_whole_step(tmp_path, num_workers, prefetch_factor):
 
 
 PROGRAM = """
-import os, signal, subprocess, sys, time
+import os, signal, subprocess
 from hf_dino import DinoDetrImageProcessor
 from hf_dino.data import DetectionDataset, TrainingBatchSampler, TrainingCollator, read_coco, training_loader
+from hf_dino.utils.signals import STOP_SIGNALS
 
 data = DetectionDataset(read_coco({images!r}, {file!r}))
-sampler = TrainingBatchSampler(1, 1, seed=0, epoch=0)
-collate = TrainingCollator(DinoDetrImageProcessor(), {{}}, 1, True)
+data.data.images.extend(39 * data.data.images)
+collate = TrainingCollator(DinoDetrImageProcessor(size={{"height": 32, "width": 32}}), {{}}, 1, True)
+sampler = TrainingBatchSampler(40, 1, seed=0, epoch=0)
 
 def main():
-    batches = iter(training_loader(data, collate, sampler, num_workers=1))
+    batches = iter(training_loader(data, collate, sampler, num_workers=2))
 {body}
 
 main()
@@ -194,7 +197,7 @@ main()
 
 
 def run_program(folder, body):
-    """Run `body` with an iterator over the batches of one image, in a process group of its own."""
+    """Run `body` with an iterator over 40 batches of an image, in a process group of its own."""
     images, file = write_coco(folder, [])
     program = PROGRAM.format(images=str(images), file=str(file), body=textwrap.indent(textwrap.dedent(body), "    "))
     command = [sys.executable, "-c", program]
@@ -211,7 +214,7 @@ def test_a_program_ends_with_its_error_although_the_traceback_holds_the_workers(
 def test_a_broken_image_in_a_worker_ends_the_program(tmp_path):
     body = f"""
     open({str(tmp_path / "images" / "1.png")!r}, "wb").write(b"broken")
-    list(training_loader(data, collate, TrainingBatchSampler(1, 1, seed=0, epoch=0), num_workers=1))
+    list(training_loader(data, collate, sampler, num_workers=2))
     """
     ended = run_program(tmp_path, body)
     assert "InputError: " in ended.stderr.splitlines()[-1]
@@ -219,16 +222,16 @@ def test_a_broken_image_in_a_worker_ends_the_program(tmp_path):
     assert ended.returncode == 1
 
 
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1"])
-def test_workers_outlive_a_signal_to_their_process_group(tmp_path, name):
-    body = f"""
-    data.data.images *= 40
-    sampler = TrainingBatchSampler(40, 1, seed=0, epoch=0)
-    batches = iter(training_loader(data, collate, sampler, num_workers=2))
-    next(batches), next(batches)
-    signal.signal(signal.{name}, lambda number, frame: print("received", flush=True))
-    os.killpg(0, signal.{name})
+def test_workers_outlive_stop_signals_to_their_process_group(tmp_path):
+    body = """
+    next(batches), next(batches)  # one of each worker
+    for number in STOP_SIGNALS:
+        signal.signal(number, lambda number, frame: print("received", int(number), flush=True))
+        command = ["sh", "-c", f"kill -{int(number)} -{os.getpgid(0)}"]  # as a scheduler, not as the parent
+        subprocess.run(command, check=True, start_new_session=True)
     print("batches", 2 + len(list(batches)))
     """
     ended = run_program(tmp_path, body)
-    assert (ended.stdout, ended.returncode) == ("received\nbatches 40\n", 0), ended.stderr
+    received = [f"received {int(number)}" for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)]
+    assert ended.stdout.splitlines() == [*received, "batches 40"], ended.stderr
+    assert ended.returncode == 0
