@@ -8,7 +8,7 @@ PYTEST_ARGS ?= -n 2 --dist loadfile --no-loadscope-reorder
 PYTEST = OMP_NUM_THREADS=1 $(1)/bin/python -m pytest -q $(PYTEST_ARGS)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-floor demo test test-all test-floor gpu gpu-wheels lint format
+.PHONY: help setup setup-floor demo test test-core test-all test-floor gpu gpu-wheels lint format
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-12s %s\n", $$1, $$2}' Makefile
@@ -25,6 +25,9 @@ demo: setup ## draw a dataset, train a small DINO on it, evaluate it, show a det
 
 test: setup ## the tests (PYTEST_ARGS="-k denoising" replaces the arguments)
 	$(call PYTEST,$(VENV))
+
+test-core: setup ## the tests of the flat core alone, in a minute
+	$(call PYTEST,$(VENV)) tests/core
 
 test-all: setup ## the tests, the slow ones too
 	$(call PYTEST,$(VENV)) -m ""
