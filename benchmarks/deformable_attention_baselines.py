@@ -60,7 +60,7 @@ def make_ours_fused(options: argparse.Namespace) -> Callable[..., Tensors]:
 
 
 def of_seven_arguments(layer: Any) -> Callable[..., Tensors]:
-    """What takes the place of transformers' layer: everything in the dtype of the values, as its models pass it."""
+    """Wrap a layer with the signature of transformers' own, whose models pass everything in the dtype of the values."""
 
     def attend(levels: Levels, value: torch.Tensor, *points: torch.Tensor) -> Tensors:
         locations, weights = (tensor.to(value.dtype) for tensor in points)
@@ -70,7 +70,7 @@ def of_seven_arguments(layer: Any) -> Callable[..., Tensors]:
 
 
 def in_32_bits(function: Callable[..., torch.Tensor]) -> Callable[..., Tensors]:
-    """What knows no 16-bit floats: its users convert before and after."""
+    """Wrap a function without half precision, which its users call in float32."""
 
     def attend(levels: Levels, value: torch.Tensor, *points: torch.Tensor) -> Tensors:
         return (function(levels, *(tensor.float() for tensor in (value, *points))).to(value.dtype),)

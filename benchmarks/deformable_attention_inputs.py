@@ -79,7 +79,7 @@ class Inputs:
 
     @property
     def off_lines(self) -> torch.Tensor:
-        """Which points are off the lines between cells: across one, the gradient by a point's location jumps."""
+        """Return which points are off the lines between cells, where the gradient of a sampling location jumps."""
         locations = self.tensors["plain"][1]
         cells = locations.detach().double() * self.levels.tensor.flip(1)[:, None] - 0.5
         return (cells - cells.round()).abs() > 1e-3

@@ -28,7 +28,7 @@ NOTE = (
 
 
 def write_table(path: Path, content: dict[str, Any]) -> None:
-    """A table per case: a row per implementation, the two passes side by side."""
+    """Write one table per case, with a row per implementation and both passes side by side."""
     columns = ["times faster", "MiB", "beyond results"]
     lines = []
     for forward, both in zip(content["measured"][::2], content["measured"][1::2]):
@@ -60,7 +60,7 @@ def cells(result: dict[str, Any]) -> list[Any]:
 
 
 def draw(path: Path, content: dict[str, Any]) -> None:
-    """A panel per shape and batch size, a group of bars per dtype and pass: how many times faster, on a log scale."""
+    """Plot the speed-ups on a log scale: one panel per shape and batch size, one group of bars per dtype and pass."""
     panels: dict[str, list[dict[str, Any]]] = {}
     for one in content["measured"]:
         panels.setdefault(f"{one['shape']}, batch of {one['batch_size']}", []).append(one)

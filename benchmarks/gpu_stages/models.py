@@ -97,7 +97,7 @@ class Models:
         return built
 
     def fail(self, row: Row, name: str, error: WorkerError) -> None:
-        """Note a failure, and start the process anew next time: an error of the GPU stays."""
+        """Record a failure and restart the process for the next case: an error of the GPU stays in the process."""
         row["ok"] = False
         row[f"{name}_error"] = str(error).splitlines()[0][:150]
         self.workers.pop(name).close()

@@ -249,7 +249,7 @@ def test_build_that_is_killed_leaves_nothing_in_the_way(
     process.kill()
     process.communicate()
     for process_id in map(int, notes.read_text().split()):
-        os.kill(process_id, signal.SIGKILL)  # nobody is left to end them
+        os.kill(process_id, signal.SIGKILL)  # no parent is left to end them
     assert list(cache.glob(".*.part"))
 
     compiler(f'exec {COMPILER} "$@"')  # of the same name: the same entry

@@ -220,7 +220,7 @@ def test_a_file_is_known_wherever_it_is(tmp_path):
 
 
 def test_random_numbers_that_cannot_be_read_are_heard_of(tmp_path, caplog):
-    """Accelerate would go on with others, and say so to nobody."""
+    """Accelerate would resume with others, silently."""
     accelerator, *_ = make_run()
     save_checkpoint(accelerator, tmp_path, TrainingState({}, step=1))
     checkpoint = tmp_path / "step_00000001"
@@ -298,7 +298,7 @@ def test_where_a_run_starts(tmp_path, caplog):
     assert "is restarted" in caplog.text
     with pytest.raises(InputError, match="is not empty"):
         resolve_resume_checkpoint(output, checkpoints, resume=False, overwrite=False)
-    (output / "config.json").touch()  # a model that somebody may want to keep
+    (output / "config.json").touch()  # a model that the user may want to keep
     with pytest.raises(InputError, match="has no checkpoint to resume from"):
         resolve_resume_checkpoint(output, checkpoints, resume=True, overwrite=False)
 

@@ -1,4 +1,4 @@
-"""Fine-tuning with weights, gradients and optimizer state shared out among two processes (PyTorch's FSDP2)."""
+"""Fine-tuning with weights, gradients and optimizer state sharded over two processes (PyTorch's FSDP2)."""
 
 import json
 import os
