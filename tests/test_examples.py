@@ -177,7 +177,7 @@ def test_bad_input_leaves_the_old_run_alone(finished, examples, arguments, shape
     run = shutil.copytree(finished, tmp_path / "run")
     before = sorted(path.name for path in run.rglob("*"))
     bad = [*arguments, f"--output={run}", "--overwrite", f"--train-images={tmp_path / 'gone'}"]
-    with pytest.raises(InputError, match="gone: there is no such folder of images"):
+    with pytest.raises(InputError, match="gone: image folder not found"):
         examples["finetune_coco"].main(bad)
     assert sorted(path.name for path in run.rglob("*")) == before
 
@@ -432,7 +432,7 @@ def test_raw_coco_ids(examples, tmp_path):
     [
         (["--image-size=16"], "become as small as 10 x 10 pixels: .* too few to choose num_queries=20 from: use"),
         (["--image-size=8x64", "--augmentation=none"], "become as small as 8 x 64 pixels"),
-        (["--batch-size=5"], "a batch of 5 images cannot be shared out evenly to 1 processes x 2 accumulated"),
+        (["--batch-size=5"], "a global batch of 5 images cannot be split evenly into 1 processes x 2 accumulated"),
     ],
 )
 def test_what_no_step_could_do_is_heard_of_before_there_is_a_folder(examples, arguments, tmp_path, wrong, message):

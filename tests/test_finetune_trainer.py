@@ -247,7 +247,7 @@ def test_wrong_input_is_heard_of_before_anything_is_written(example, arguments, 
     output = f"--output_dir={tmp_path / 'run'}"
     for wrong, message in (
         (f"--resume_from_checkpoint={tmp_path}", "holds no checkpoint to resume from; start without"),
-        (f"--data={tmp_path / 'gone'}", "gone: there is no such folder"),
+        (f"--data={tmp_path / 'gone'}", "gone: folder not found"),
         (f"--model={tmp_path}", r"it has no config\.json"),
         ("--image_size=big", "--image-size big: expected SHORTEST"),
         ("--augmentation=hard", "unknown augmentation 'hard'"),
