@@ -94,7 +94,9 @@ def train(accumulation, as_one_batch=with_effective_batch):
     images = [
         batch
         for epoch in range(7)
-        for batch in TrainingBatchSampler(len(labels), 4, seed=0, epoch=epoch, gradient_accumulation_steps=accumulation, **processes)
+        for batch in TrainingBatchSampler(
+            len(labels), 4, seed=0, epoch=epoch, gradient_accumulation_steps=accumulation, **processes
+        )
     ][: STEPS * accumulation]
     batches = ({"pixel_values": pixel_values[batch], "labels": [labels[i] for i in batch]} for batch in images)
     losses, gradients = [], []
