@@ -84,7 +84,7 @@ class TrainingState:
 
     @property
     def is_evaluated(self) -> bool:
-        """Whether the model of this step was evaluated, so that a resumed run does not evaluate it again."""
+        """Return whether the model of this step was evaluated, so that a resumed run does not evaluate it again."""
         return self.step > 0 and self.evaluated_step == self.step
 
     @property
