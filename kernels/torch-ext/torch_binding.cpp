@@ -1,9 +1,10 @@
-// The schema of the four operators. What they mean is written in hf_dino/deformable_attention_dino_detr.py, which
-// defines them in PyTorch; csrc/cpu and csrc/cuda implement them; torch-ext/hf_dino_deformable_attention joins each
-// forward with its backward.
+// The schema of the four operators. hf_dino/deformable_attention_dino_detr.py has their reference implementation in
+// PyTorch; csrc/cpu and csrc/cuda implement them; torch-ext/hf_dino_deformable_attention joins each forward operator
+// with its backward operator.
 #include <torch/csrc/stable/library.h>
 
-// `spatial_shapes` is height and width of each level in turn: numbers, not a tensor, so that no device has to be asked.
+// `spatial_shapes` is the height and width of each level in turn: numbers, not a tensor on the GPU, which would have to
+// be waited for.
 STABLE_TORCH_LIBRARY_FRAGMENT(TORCH_EXTENSION_NAME, library) {
   library.def(
       "deformable_attention("
@@ -22,7 +23,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(TORCH_EXTENSION_NAME, library) {
       "Tensor sampling_offsets, Tensor attention_weights, bool deterministic) -> (Tensor, Tensor, Tensor, Tensor)");
 }
 
-#if defined(CPU_KERNEL) || defined(CUDA_KERNEL)  // kernel-builder, which imports the library as a Python module
+#if defined(CPU_KERNEL) || defined(CUDA_KERNEL)  // set by kernel-builder, which imports the library as a Python module
 #include "registration.h"
 REGISTER_EXTENSION(TORCH_EXTENSION_NAME)
 #endif

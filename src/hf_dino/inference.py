@@ -1,7 +1,6 @@
 """Detect objects in images and draw them."""
 
 from collections import Counter
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -61,11 +60,11 @@ def draw_objects(
     return detections
 
 
-def plan_outputs(images: Sequence[Path], output: Path) -> dict[Path, Path]:
+def plan_outputs(images: list[Path], output: Path) -> dict[Path, Path]:
     """Map each image file to the file that its drawing is written to.
 
     Args:
-        images (`Sequence[Path]`): Image files, and directories of them.
+        images (`list[Path]`): Image files, and directories of them.
         output (`Path`): An image file for a single image. Otherwise a directory, in which each drawing is a PNG file
             with the name of its image.
 

@@ -1,74 +1,75 @@
-// The forward pass: one loop without branches reads four rows of channels per place.
+// The forward pass: for every sampling point, a loop without branches reads the channels of four cells.
 #pragma once
 
 #include <algorithm>
 
-#include "places.h"
+#include "sampling.h"
 #include "softmax.h"
 
 namespace {
 
-// Adds kVectors vectors of channels of a row's places [begin, end) to `sums`, where they are in the order of load_pair.
-// The two rows of cells are added up by themselves, because an addition has to wait for the one before it.
-template <int kVectors, class T, class C>
-inline void gather(
-    const T* value, const Geometry<C>& geometry, int64_t row, int64_t begin, int64_t end, C* sums) {
-  const int64_t whole = geometry.whole;
-  const Integer<C>* cells = &geometry.places.cell[row * whole];
-  const C* corners = &geometry.places.corners[row * kCorners * whole];
-  Vector<C> above[kVectors], under[kVectors] = {};
-  for (int v = 0; v < kVectors; ++v) above[v] = load(sums + v * kLanes<C>);
+// Adds kUnroll vectors of channels of a row's points [begin, end) to `sums`, which are in the order of load_pair.
+// Cells at y0 and at y1 have accumulators of their own, because an addition has to wait for the one before it.
+template <int kUnroll, class T, class C>
+inline void gather_points(
+    const T* value, const SampleGrid<C>& grid, const SamplePoints<C>& points, int64_t slot, int64_t begin, int64_t end,
+    C* sums) {
+  const int64_t padded_count = grid.padded_count;
+  const Int<C>* cells = points.cells(slot);
+  const C* corner_weights = points.corner_weights(slot);
+  Vec<C> sum_y0[kUnroll], sum_y1[kUnroll] = {};
+  for (int v = 0; v < kUnroll; ++v) sum_y0[v] = load(sums + v * kSimdLanes<C>);
   for (int64_t i = begin; i < end; ++i) {
-    const int64_t right = geometry.right[i];
-    const T* top = value + cells[i] * geometry.stride;
-    const T* bottom = top + geometry.below[i];
-    const C w0 = corners[kTopLeft * whole + i], w1 = corners[kTopRight * whole + i];
-    const C w2 = corners[kBottomLeft * whole + i], w3 = corners[kBottomRight * whole + i];
-    if constexpr (kVectors == 1) {
-      above[0] += load(top) * w0;
-      above[0] += load(top + right) * w1;
-      under[0] += load(bottom) * w2;
-      under[0] += load(bottom + right) * w3;
+    const int64_t x1 = grid.x1_offset[i];
+    const T* y0 = value + cells[i] * grid.cell_stride;
+    const T* y1 = y0 + grid.y1_offset[i];
+    const C w_y0x0 = corner_weights[kY0X0 * padded_count + i], w_y0x1 = corner_weights[kY0X1 * padded_count + i];
+    const C w_y1x0 = corner_weights[kY1X0 * padded_count + i], w_y1x1 = corner_weights[kY1X1 * padded_count + i];
+    if constexpr (kUnroll == 1) {
+      sum_y0[0] += load(y0) * w_y0x0;
+      sum_y0[0] += load(y0 + x1) * w_y0x1;
+      sum_y1[0] += load(y1) * w_y1x0;
+      sum_y1[0] += load(y1 + x1) * w_y1x1;
     }
-    Vector<C> a, b;
-    for (int v = 0; v + 1 < kVectors; v += 2) {
-      const int64_t channel = v * kLanes<C>;
-      load_pair(top + channel, &a, &b);
-      above[v] += a * w0, above[v + 1] += b * w0;
-      load_pair(bottom + channel, &a, &b);
-      under[v] += a * w2, under[v + 1] += b * w2;
-      load_pair(top + right + channel, &a, &b);
-      above[v] += a * w1, above[v + 1] += b * w1;
-      load_pair(bottom + right + channel, &a, &b);
-      under[v] += a * w3, under[v + 1] += b * w3;
+    Vec<C> a, b;
+    for (int v = 0; v + 1 < kUnroll; v += 2) {
+      const int64_t channel = v * kSimdLanes<C>;
+      load_pair(y0 + channel, &a, &b);
+      sum_y0[v] += a * w_y0x0, sum_y0[v + 1] += b * w_y0x0;
+      load_pair(y1 + channel, &a, &b);
+      sum_y1[v] += a * w_y1x0, sum_y1[v + 1] += b * w_y1x0;
+      load_pair(y0 + x1 + channel, &a, &b);
+      sum_y0[v] += a * w_y0x1, sum_y0[v + 1] += b * w_y0x1;
+      load_pair(y1 + x1 + channel, &a, &b);
+      sum_y1[v] += a * w_y1x1, sum_y1[v + 1] += b * w_y1x1;
     }
   }
-  for (int v = 0; v < kVectors; ++v) store(sums + v * kLanes<C>, above[v] + under[v]);
+  for (int v = 0; v < kUnroll; ++v) store(sums + v * kSimdLanes<C>, sum_y0[v] + sum_y1[v]);
 }
 
-// The rows of one thread. With copies in the order (picture, head, query): the cells of one head are copied next to
-// each other, where the caches hold more of them. Without, (picture, query, head): the heads of a query look at the
-// same region.
+// The rows [begin, end) of one thread. With copies, in the order (image, head, query): the cells of one head are copied
+// next to each other, so that the caches hold more of them. Without, (image, query, head): the heads of a query look at
+// the same region.
 template <class T>
-class Forward {
-  using C = Compute<T>;
-  static constexpr int64_t kMany = kVectors<C> * kLanes<C>;
+class ForwardPass {
+  using C = compute_t<T>;
+  static constexpr int64_t kUnrolledChannels = kMaxUnroll<C> * kSimdLanes<C>;
 
  public:
-  explicit Forward(const ForwardArguments& arguments)
-      : arguments_(arguments),
-        sizes_(arguments.sizes),
-        cells_(end_of_level(sizes_.levels, sizes_.levels.count - 1)),
-        stride_(sizes_.num_heads * sizes_.head_dim),
-        whole_channels_(padded<C>(sizes_.head_dim)),
-        geometry_(
-            sizes_, arguments.points.reference_width, 0, sizes_.levels.count,
-            arguments.copies ? whole_channels_ : stride_, false),
-        sums_(kBlock * whole_channels_),
-        copy_(arguments.copies ? cells_ * whole_channels_ : 0) {}
+  explicit ForwardPass(const ForwardArgs& args)
+      : args_(args),
+        shapes_(args.shapes),
+        value_stride_(shapes_.num_heads * shapes_.head_dim),
+        padded_channels_(padded<C>(shapes_.head_dim)),
+        grid_(
+            shapes_, args.points.reference_dim, 0, shapes_.levels.count,
+            args.copy_heads ? padded_channels_ : value_stride_),
+        points_(grid_, false),
+        sums_(kRowsPerBlock * padded_channels_),
+        head_copy_(args.copy_heads ? shapes_.sequence_length * padded_channels_ : 0) {}
 
   void run(int64_t begin, int64_t end) {
-    if (arguments_.copies) {
+    if (args_.copy_heads) {
       run_by_level(begin, end);
     } else {
       run_row_by_row(begin, end);
@@ -77,123 +78,128 @@ class Forward {
 
  private:
   struct Row {
-    int64_t batch, head, outer;  // outer: picture and query
-    int64_t index;               // picture, query and head
+    int64_t image, head;
+    int64_t batch_query;  // of (image, query)
+    int64_t index;        // of (image, query, head)
   };
 
   Row locate(int64_t row) const {
-    const int64_t heads = sizes_.num_heads, queries = sizes_.num_queries;
-    const int64_t batch = row / (heads * queries);
-    const int64_t head = arguments_.copies ? row / queries % heads : row % heads;
-    const int64_t outer = arguments_.copies ? batch * queries + row % queries : row / heads;
-    return {batch, head, outer, outer * heads + head};
+    const int64_t heads = shapes_.num_heads, queries = shapes_.num_queries;
+    const int64_t image = row / (heads * queries);
+    const int64_t head = args_.copy_heads ? row / queries % heads : row % heads;
+    const int64_t batch_query = args_.copy_heads ? image * queries + row % queries : row / heads;
+    return {image, head, batch_query, batch_query * heads + head};
   }
 
-  // Blocks of rows of one head. What neighbours read on one level fits the innermost cache.
+  // Blocks of rows of one head, level by level: what neighboring queries read on one level fits the innermost cache.
   void run_by_level(int64_t begin, int64_t end) {
     while (begin < end) {
-      const int64_t end_of_head = (begin / sizes_.num_queries + 1) * sizes_.num_queries;
-      const int64_t last = std::min({begin + kBlock, end_of_head, end});
+      const int64_t end_of_head = (begin / shapes_.num_queries + 1) * shapes_.num_queries;
+      const int64_t last = std::min({begin + kRowsPerBlock, end_of_head, end});
       copy_head(locate(begin));
       for (int64_t row = begin; row < last; ++row) set_references(locate(row), row - begin);
-      for (int64_t row = begin; row < last; ++row) prepare(row, row - begin);
-      for (int64_t level = 0; level < sizes_.levels.count; ++level) {
-        const int64_t first = level * sizes_.num_points;
+      for (int64_t row = begin; row < last; ++row) load_row(row, row - begin);
+      for (int64_t level = 0; level < shapes_.levels.count; ++level) {
+        const int64_t first = level * shapes_.num_points;
         for (int64_t row = begin; row < last; ++row) {
-          read(copy_.get(), first, first + sizes_.num_points, row - begin);
+          gather_row(head_copy_.get(), first, first + shapes_.num_points, row - begin);
         }
       }
-      for (int64_t row = begin; row < last; ++row) write(locate(row), row - begin);
+      for (int64_t row = begin; row < last; ++row) store_row(locate(row), row - begin);
       begin = last;
     }
   }
 
-  // The places of a row are found, and their cells asked for, while the row before it is read.
+  // Two slots in turn: the next row is loaded, and its cells prefetched, before the current one is read.
   void run_row_by_row(int64_t begin, int64_t end) {
-    prepare_and_prefetch(begin);
+    load_and_prefetch_row(begin);
     for (int64_t row = begin; row < end; ++row) {
-      if (row + 1 < end) prepare_and_prefetch(row + 1);
-      read(value_of(locate(row)), 0, geometry_.count, row % 2);
-      write(locate(row), row % 2);
+      if (row + 1 < end) load_and_prefetch_row(row + 1);
+      gather_row(head_value(locate(row)), 0, grid_.count, row % 2);
+      store_row(locate(row), row % 2);
     }
   }
 
-  void prepare_and_prefetch(int64_t row) {
+  void load_and_prefetch_row(int64_t row) {
     set_references(locate(row), row % 2);
-    prepare(row, row % 2);
-    geometry_.prefetch_cells(value_of(locate(row)), sizes_.head_dim, row % 2);
+    load_row(row, row % 2);
+    points_.prefetch_cells(head_value(locate(row)), shapes_.head_dim, row % 2);
   }
 
-  const T* value_of(const Row& row) const {
-    return static_cast<const T*>(arguments_.value) + row.batch * cells_ * stride_ + row.head * sizes_.head_dim;
+  // The row's head at the first cell of its image.
+  const T* head_value(const Row& row) const {
+    return static_cast<const T*>(args_.value) + row.image * shapes_.sequence_length * value_stride_ +
+           row.head * shapes_.head_dim;
   }
 
   void copy_head(const Row& row) {
-    const int64_t of = row.batch * sizes_.num_heads + row.head;
-    if (copied_ == of) return;
-    copied_ = of;
-    collect_rows(value_of(row), stride_, cells_, sizes_.head_dim, copy_.get(), whole_channels_);
+    const int64_t head = row.image * shapes_.num_heads + row.head;
+    if (copied_head_ == head) return;
+    copied_head_ = head;
+    gather_rows(
+        head_value(row), value_stride_, shapes_.sequence_length, shapes_.head_dim, head_copy_.get(), padded_channels_);
   }
 
-  void set_references(const Row& row, int64_t place) {
-    if (arguments_.points.references == nullptr) return;
-    const int64_t width = arguments_.points.reference_width;
-    const C* references = static_cast<const C*>(arguments_.points.references);
-    geometry_.set_references(references + row.outer * sizes_.levels.count * width, width, place);
+  void set_references(const Row& row, int64_t slot) {
+    if (args_.points.references == nullptr) return;
+    const int64_t reference_dim = args_.points.reference_dim;
+    const C* references = static_cast<const C*>(args_.points.references);
+    points_.set_references(
+        references + row.batch_query * shapes_.levels.count * reference_dim, reference_dim, slot);
   }
 
-  void prepare(int64_t row, int64_t place) {
-    const Points& points = arguments_.points;
-    const int64_t index = locate(row).index * geometry_.count;
-    C* weights = geometry_.read_weights(points, index, place);
+  void load_row(int64_t row, int64_t slot) {
+    const PointArgs& points = args_.points;
+    const int64_t index = locate(row).index * grid_.count;
+    C* weights = points_.load_weights(points, index, slot);
     if (points.references != nullptr) {
-      softmax(weights, geometry_.count);
-      write_points(weights, geometry_.count, arguments_.softmax_weights, points.type, index);
+      softmax(weights, grid_.count);
+      store_points(weights, grid_.count, args_.softmax_weights, points.dtype, index);
     }
-    geometry_.template place<false>(points, index, place);
-    prefetch(row + kAhead);
-    std::memset(static_cast<void*>(&sums_[place * whole_channels_]), 0, whole_channels_ * sizeof(C));
+    points_.template compute_corners<false>(points, index, slot);
+    prefetch_row(row + kPrefetchRows);
+    std::memset(static_cast<void*>(&sums_[slot * padded_channels_]), 0, padded_channels_ * sizeof(C));
   }
 
-  void prefetch(int64_t row) const {
-    if (row >= sizes_.batch_size * sizes_.num_heads * sizes_.num_queries) return;
-    geometry_.prefetch_points(arguments_.points, locate(row).index * geometry_.count);
+  void prefetch_row(int64_t row) const {
+    if (row < shapes_.num_rows()) points_.prefetch_points(args_.points, locate(row).index * grid_.count);
   }
 
-  void read(const T* value, int64_t begin, int64_t end, int64_t place) {
-    C* sums = &sums_[place * whole_channels_];
+  void gather_row(const T* value, int64_t begin, int64_t end, int64_t slot) {
+    C* sums = &sums_[slot * padded_channels_];
     int64_t channel = 0;
-    for (; channel + kMany <= whole_channels_; channel += kMany) {
-      gather<kVectors<C>>(value + channel, geometry_, place, begin, end, sums + channel);
+    for (; channel + kUnrolledChannels <= padded_channels_; channel += kUnrolledChannels) {
+      gather_points<kMaxUnroll<C>>(value + channel, grid_, points_, slot, begin, end, sums + channel);
     }
-    for (; channel < whole_channels_; channel += kLanes<C>) {
-      gather<1>(value + channel, geometry_, place, begin, end, sums + channel);
+    for (; channel < padded_channels_; channel += kSimdLanes<C>) {
+      gather_points<1>(value + channel, grid_, points_, slot, begin, end, sums + channel);
     }
   }
 
-  void write(const Row& row, int64_t place) {
-    C* sums = &sums_[place * whole_channels_];
-    for (int64_t end = kMany; end <= whole_channels_; end += kMany) {
-      for (int v = 0; v + 1 < kVectors<C>; v += 2) {
-        C* pair = sums + end - kMany + v * kLanes<C>;
-        store_pair<T>(pair, load(pair), load(pair + kLanes<C>));
+  void store_row(const Row& row, int64_t slot) {
+    C* sums = &sums_[slot * padded_channels_];
+    for (int64_t end = kUnrolledChannels; end <= padded_channels_; end += kUnrolledChannels) {
+      for (int v = 0; v + 1 < kMaxUnroll<C>; v += 2) {
+        C* pair = sums + end - kUnrolledChannels + v * kSimdLanes<C>;
+        store_pair<T>(pair, load(pair), load(pair + kSimdLanes<C>));
       }
     }
-    write_channels(sums, sizes_.head_dim, static_cast<T*>(arguments_.output) + row.index * sizes_.head_dim);
+    store_channels(sums, shapes_.head_dim, static_cast<T*>(args_.output) + row.index * shapes_.head_dim);
   }
 
-  const ForwardArguments& arguments_;
-  const Sizes& sizes_;
-  const int64_t cells_, stride_, whole_channels_;
-  Geometry<C> geometry_;
-  Buffer<C> sums_;
-  Buffer<T> copy_;  // of the cells of one head
-  int64_t copied_ = -1;
+  const ForwardArgs& args_;
+  const AttentionShapes& shapes_;
+  const int64_t value_stride_, padded_channels_;  // elements from a cell to the next one, in value and in copies
+  const SampleGrid<C> grid_;
+  SamplePoints<C> points_;
+  Buffer<C> sums_;       // (slots, padded_channels)
+  Buffer<T> head_copy_;  // (sequence, padded_channels): the cells of one head
+  int64_t copied_head_ = -1;
 };
 
 template <class T>
-void forward(const ForwardArguments& arguments, int64_t begin, int64_t end) {
-  Forward<T>(arguments).run(begin, end);
+void forward(const ForwardArgs& args, int64_t begin, int64_t end) {
+  ForwardPass<T>(args).run(begin, end);
 }
 
 }  // namespace

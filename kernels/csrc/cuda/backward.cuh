@@ -1,174 +1,140 @@
-// The backward pass, mapped as the forward pass is. Each group of lanes reads the cells of its points once more. A
-// lane adds its channels' share of the gradient to each cell, and multiplies its channels of the cell by the output's
-// gradient. Those products are then summed over the group in such a way that each lane ends up with the points that it
-// owns, and writes their gradients: no shared memory, no barrier, and nothing but the cells has to be zero at first.
+// The backward pass, laid out as the forward pass. Each group of lanes reads the cells of its points once more. A lane
+// adds its channels' share of the output's gradient to each cell, and multiplies its channels of the cell by the
+// output's gradient. These products are then summed over the group in such a way that each lane ends up with the dot
+// products of the points that it owns, and stores their gradients: no shared memory, no barrier, and nothing but the
+// cells has to be zero at first.
 #pragma once
 
-#include "points.cuh"
-#include "sums.cuh"
+#include "accumulators.cuh"
+#include "sampling_points.cuh"
 
 namespace hf_dino::cuda {
 
-// Collects the gradients of an item's attention weights, as its lanes find them round by round.
+// Stores the gradients of a work item's attention weights, as its lanes find them round by round.
 template <typename P>
 struct WeightsGradient {
   const P* weights;
-  P* gradient;
+  P* grad_weights;
 
   template <typename Shape, int kGroup>
   struct Collector {
     __device__ __forceinline__ void add(
-        const WeightsGradient& all, const Item& item, int32_t, int32_t own, Compute<P>, Compute<P> slope) {
-      all.gradient[item.points + own] = narrow<P>(slope);
+        const WeightsGradient& all, const WorkItem& item, int32_t, int32_t own, compute_t<P>, compute_t<P> grad) {
+      all.grad_weights[item.points + own] = from_compute<P>(grad);
     }
 
-    __device__ __forceinline__ void finish(const WeightsGradient&, const Item&, const Call&) {}
+    __device__ __forceinline__ void finish(const WeightsGradient&, const WorkItem&, const KernelParams&) {}
   };
 };
 
-// The same where the weights p are the softmax of logits. The logits' gradient is p * (g - sum(p * g)), where g is the
-// weights'.
+// The same where the weights w are the softmax of logits. The gradient of the logits is w * (g - sum(w * g)), where g
+// is the gradient of the weights.
 template <typename P>
 struct LogitsGradient {
   const P* weights;
-  const P* grad_weights;  // what reaches the weights other than through the sampling, or null
-  P* gradient;
+  const P* grad_from_weights;  // what reaches the weights other than through the sampling, or null
+  P* grad_logits;
 
   template <typename Shape, int kGroup>
   struct Collector {
-    // Until the sum is known, the slopes wait in registers, or where their results will be if there may be any number.
-    Compute<P> slopes[Shape::kFixed ? UsualShape::kLevelCount * UsualShape::kPointCount / kGroup : 1];
-    Compute<P> total = 0;
+    // Until the sum is known, the gradients of the weights wait in registers or, with a dynamic shape, in the output.
+    compute_t<P> grads[Shape::kStatic ? StaticShape::kNumLevels * StaticShape::kNumPoints / kGroup : 1];
+    compute_t<P> total = 0;
 
     __device__ __forceinline__ void add(
-        const LogitsGradient& all, const Item& item, int32_t round, int32_t own, Compute<P> weight,
-        Compute<P> slope) {
-      if (all.grad_weights != nullptr) slope += widen(load(all.grad_weights + item.points + own));
-      total = fma(weight, slope, total);
-      if constexpr (Shape::kFixed) {
-        slopes[round / kGroup] = slope;
+        const LogitsGradient& all, const WorkItem& item, int32_t round, int32_t own, compute_t<P> weight,
+        compute_t<P> grad) {
+      if (all.grad_from_weights != nullptr) grad += to_compute(load(all.grad_from_weights + item.points + own));
+      total = fma(weight, grad, total);
+      if constexpr (Shape::kStatic) {
+        grads[round / kGroup] = grad;
       } else {
-        static_assert(std::is_same_v<P, Compute<P>>, "waiting must not round");
-        all.gradient[item.points + own] = slope;
+        static_assert(std::is_same_v<P, compute_t<P>>, "the output must hold the gradient without rounding");
+        all.grad_logits[item.points + own] = grad;
       }
     }
 
-    __device__ __forceinline__ void finish(const LogitsGradient& all, const Item& item, const Call& call) {
+    __device__ __forceinline__ void finish(
+        const LogitsGradient& all, const WorkItem& item, const KernelParams& params) {
       total = sum_over_lanes(total, kGroup);
-      const int32_t count = Shape::points_per_head(call), lane = lane_in_group<kGroup>();
+      const int32_t count = Shape::points_per_head(params), lane = lane_in_group<kGroup>();
 #pragma unroll
       for (int32_t round = 0; round < count; round += kGroup) {
         const int32_t own = round + lane;
         if (own >= count || !item.active) continue;
-        P* const place = all.gradient + item.points + own;
-        const Compute<P> weight = widen(load(all.weights + item.points + own));
-        if constexpr (Shape::kFixed) {
-          *place = narrow<P>(weight * (slopes[round / kGroup] - total));
+        P* const to = all.grad_logits + item.points + own;
+        const compute_t<P> weight = to_compute(load(all.weights + item.points + own));
+        if constexpr (Shape::kStatic) {
+          *to = from_compute<P>(weight * (grads[round / kGroup] - total));
         } else {
-          *place = weight * (*place - total);
+          *to = weight * (*to - total);
         }
       }
     }
   };
 };
 
-// Lane j of a group gets the sum over its lanes of numbers[j]. Each step halves what a lane has to sum: kGroup - 1
-// shuffles in all, instead of kGroup * log2(kGroup).
-template <int kGroup, typename Number>
-__device__ __forceinline__ Number transposed_sum(Number (&numbers)[kGroup]) {
-  const int32_t lane = lane_in_group<kGroup>();
-#pragma unroll
-  for (int half = kGroup / 2; half > 0; half /= 2) {
-    const bool upper = (lane & half) != 0;
-#pragma unroll
-    for (int i = 0; i < half; ++i) {
-      const Number mine = upper ? numbers[i + half] : numbers[i];
-      const Number theirs = upper ? numbers[i] : numbers[i + half];
-      numbers[i] = mine + from_opposite_lane(theirs, half);
-    }
-  }
-  return numbers[0];
-}
-
-// The gradients of one point, given the products of the output's gradient with its four cells, row by row.
-template <typename Number>
-struct PointSlopes {
-  Number weight;
-  Spot<Number> spot;
-};
-
-template <typename Number>
-__device__ __forceinline__ PointSlopes<Number> point_slopes(const Point<Number>& point, const Number (&products)[4]) {
-  if (!point.inside) return {};
-  const Neighbours<Number>&x = point.x, &y = point.y;
-  const Number upper = x.first * products[0] + x.second * products[1];
-  const Number lower = x.first * products[2] + x.second * products[3];
-  const Number upper_slope = x.first_slope * products[0] + x.second_slope * products[1];
-  const Number lower_slope = x.first_slope * products[2] + x.second_slope * products[3];
-  return {
-      y.first * upper + y.second * lower,
-      {point.weight * (y.first * upper_slope + y.second * lower_slope),
-       point.weight * (y.first_slope * upper + y.second_slope * lower)}};
-}
-
-template <typename T, typename Shape, typename Points, typename Weights, typename Sum>
+template <typename T, typename Shape, typename Points, typename Weights, typename Accumulator>
 __global__ void __launch_bounds__(kThreads, kBackwardBlocks<T>) backward_kernel(
-    const __grid_constant__ Call call, const T* grad_output, const T* value, const Points points,
-    const Weights weights, Sum grad_value) {
-  using Number = Compute<T>;
-  constexpr int kGroup = kLanes<T>;
-  const int32_t lane = lane_in_group<kGroup>(), count = Shape::points_per_head(call);
-  const Item item = this_item<Shape, kGroup>(call);
+    const __grid_constant__ KernelParams params, const T* grad_output, const T* value, const Points points,
+    const Weights weights, Accumulator grad_value) {
+  using C = compute_t<T>;
+  constexpr int kGroup = kGroupSize<T>;
+  const int32_t lane = lane_in_group<kGroup>(), count = Shape::points_per_head(params);
+  const WorkItem item = current_work_item<Shape, kGroup>(params);
   typename Weights::template Collector<Shape, kGroup> collector;
   grad_value.prepare();
 
 #pragma unroll
   for (int32_t round = 0; round < count; round += kGroup) {
+    // each lane computes the point `own` of this round ...
     const int32_t own = round + lane;
     const bool present = own < count && item.active;
-    const int32_t level = present ? own / Shape::num_points(call) : 0;
-    Number weight = 0;
-    Point<Number> point{};
+    const int32_t level = present ? own / Shape::num_points(params) : 0;
+    C weight = 0;
+    SamplePoint<C> point{};
     if (present) {
-      weight = widen(load(weights.weights + item.points + own));
-      point = place_point(points.spot(item, own, level, call), weight, level, call.levels);
+      weight = to_compute(load(weights.weights + item.points + own));
+      point = sample_point(points.position(item, own, level, params), weight, level, params.levels);
     }
-    const CellWeights<Number> shares = cell_weights(point);
+    const CornerWeights<C> corners = corner_weights(point);
 
-    Number products[4][kGroup] = {};
-    for (int32_t strip = 0; strip < num_strips<T, Shape>(call); ++strip) {
-      const Channels channels = channels_of_lane<T, Shape>(strip, call);
-      const T* const first_cell = value + item.value + channels.first;
-      typename Sum::Cell* const first_sum = grad_value.sums + item.value + channels.first;
-      Number grads[kVector<T>];
-      load_vector(grad_output + item.output + channels.first, channels.exist, grads);
+    // ... and its channels of all points of this round
+    C products[4][kGroup] = {};
+    for (int32_t channel_tile = 0; channel_tile < num_channel_tiles<T, Shape>(params); ++channel_tile) {
+      const Channels channels = channels_of_lane<T, Shape>(channel_tile, params);
+      const T* const first_position = value + item.value + channels.first;
+      typename Accumulator::Sum* const first_sum = grad_value.sums + item.value + channels.first;
+      C grads[kVecSize<T>];
+      load_channels(grad_output + item.output + channels.first, channels.exist, grads);
 #pragma unroll
-      for (int owner = 0; owner < kGroup; ++owner) {
-        if (round + owner >= count) break;
-        const Cells<Number> cells = visit<Shape, kGroup>(point, shares, owner, round + owner, call.levels);
+      for (int source_lane = 0; source_lane < kGroup; ++source_lane) {
+        if (round + source_lane >= count) break;
+        const CornerCells<C> cells =
+            broadcast_point<Shape, kGroup>(point, corners, source_lane, round + source_lane, params.levels);
 #pragma unroll
         for (int corner = 0; corner < 4; ++corner) {
-          Number numbers[kVector<T>];
-          load_vector(at_position(first_cell, cells.positions[corner], call), channels.exist, numbers);
+          C numbers[kVecSize<T>];
+          load_channels(at_position(first_position, cells.positions[corner], params), channels.exist, numbers);
 #pragma unroll
-          for (int i = 0; i < kVector<T>; ++i) {
-            products[corner][owner] = fma(grads[i], numbers[i], products[corner][owner]);
+          for (int i = 0; i < kVecSize<T>; ++i) {
+            products[corner][source_lane] = fma(grads[i], numbers[i], products[corner][source_lane]);
           }
           if (channels.exist) {
-            grad_value.add(at_position(first_sum, cells.positions[corner], call), cells.weights[corner], grads);
+            grad_value.add(at_position(first_sum, cells.positions[corner], params), cells.weights[corner], grads);
           }
         }
       }
     }
 
-    Number own_products[4];
+    C dots[4];  // of the point `own`
 #pragma unroll
-    for (int corner = 0; corner < 4; ++corner) own_products[corner] = transposed_sum<kGroup>(products[corner]);
-    const PointSlopes<Number> slopes = point_slopes(point, own_products);
-    points.template take_gradient<Shape>(item, own, slopes.spot, level, present, call);
-    if (present) collector.add(weights, item, round, own, weight, slopes.weight);
+    for (int corner = 0; corner < 4; ++corner) dots[corner] = transposed_sum<kGroup>(products[corner]);
+    const PointGrads<C> point_gradients = point_grads(point, dots);
+    points.template store_grad<Shape>(item, own, point_gradients.position, level, present, params);
+    if (present) collector.add(weights, item, round, own, weight, point_gradients.weight);
   }
-  collector.finish(weights, item, call);
+  collector.finish(weights, item, params);
 }
 
 }  // namespace hf_dino::cuda

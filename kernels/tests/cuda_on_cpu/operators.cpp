@@ -14,4 +14,4 @@ AOTITorchError cuda_on_cpu_get_current_stream(int32_t, void**) { return 0; }
 #include "../../torch-ext/torch_binding.cpp"
 
 #define CUDA CPU  // the dispatch key that the operators are registered for
-#include "../../csrc/cuda/operators.cu"
+#include "../../csrc/cuda/deformable_attention.cu"

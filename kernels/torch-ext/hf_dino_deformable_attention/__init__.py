@@ -4,7 +4,7 @@ Two forms of one operator. Both run on CPUs and CUDA devices in float32, float64
 and work under autocast, `torch.compile(fullgraph=True)` and `torch.export`. Locations, softmax and sums are computed
 in at least 32 bits; 16-bit results are rounded once. They can be differentiated once, by backward().
 
-A cell of `value` that is infinite or no number may reach queries that look beside it, or outside of the map.
+A cell of `value` that is infinite or NaN may reach queries that look beside it, or outside the map.
 """
 
 from collections.abc import Sequence
@@ -21,7 +21,7 @@ def deformable_attention(
     sampling_locations: torch.Tensor,
     attention_weights: torch.Tensor,
 ) -> torch.Tensor:
-    """Read every feature level at a few points per query and add up what was read.
+    """Return the weighted sum of a few points of every feature level, for each query and head.
 
     Args:
         value (`torch.Tensor` of shape `(batch_size, sequence_length, num_heads, head_dim)`):
@@ -29,9 +29,9 @@ def deformable_attention(
         spatial_shapes (`Sequence[tuple[int, int]]` of length `num_levels`):
             `(height, width)` of each level, in cells; they add up to `sequence_length`.
         sampling_locations (`torch.Tensor` of shape `(batch_size, num_queries, num_heads, num_levels, num_points, 2)`):
-            (x, y) as fractions of the map. Points outside, or that are no number, read zero.
+            (x, y) as fractions of the map. Points outside, and NaN, read zero.
         attention_weights (`torch.Tensor` of shape `(batch_size, num_queries, num_heads, num_levels, num_points)`):
-            How much each point counts.
+            Weight of each point.
 
     Returns:
         `torch.Tensor` of shape `(batch_size, num_queries, num_heads * head_dim)`, in the dtype of `value`.
@@ -50,7 +50,7 @@ def fused_deformable_attention(
     sampling_offsets: torch.Tensor,
     attention_logits: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """[`deformable_attention`] around reference points, with the softmax over the points of all levels inside.
+    """Compute [`deformable_attention`] around reference points, from attention logits instead of weights.
 
     Args:
         value, spatial_shapes: As for [`deformable_attention`].
@@ -59,7 +59,7 @@ def fused_deformable_attention(
         sampling_offsets (`torch.Tensor` of shape `(batch_size, num_queries, num_heads, num_levels, num_points, 2)`):
             (x, y), in cells around a point; around a box, an offset of `num_points` reaches its edge.
         attention_logits (`torch.Tensor` of shape `(batch_size, num_queries, num_heads, num_levels, num_points)`):
-            Attention weights before the softmax.
+            Attention weights before the softmax over the points of all levels.
 
     Returns:
         The output, `(batch_size, num_queries, num_heads * head_dim)` in the dtype of `value`, and the attention
@@ -83,7 +83,7 @@ def _compute_dtype(value: torch.Tensor) -> torch.dtype:
 
 
 def _of_one_dtype(value: torch.Tensor, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """What the operators take beside `value`: all in its dtype, or all in the dtype that is computed with."""
+    """Convert tensors to what the operators take: all in the dtype of `value`, or all in the one computed with."""
     if all(tensor.dtype == value.dtype for tensor in tensors):
         return tensors
     return tuple(tensor.to(_compute_dtype(value)) for tensor in tensors)

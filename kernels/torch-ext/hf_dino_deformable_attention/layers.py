@@ -1,11 +1,11 @@
-"""The operator as a layer that takes the place of `kernels-community/deformable-detr`'s."""
+"""The operator as a layer that can replace the one of `kernels-community/deformable-detr`."""
 
 import torch
 from torch import nn
 
 
 class MultiScaleDeformableAttention(nn.Module):
-    """Stateless, with the seven arguments that transformers' layers pass. See [`deformable_attention`]."""
+    """Call [`deformable_attention`] with the seven arguments that transformers' layers pass; has no state."""
 
     has_backward = True
     can_torch_compile = True

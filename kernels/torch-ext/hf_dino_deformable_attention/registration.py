@@ -1,7 +1,7 @@
-"""What PyTorch has to know of the operators beside their code: shapes of results, and gradients.
+"""Register the shapes of the results of the operators, and their gradients.
 
-Autocast needs no rule of its own: the operators take 16-bit values beside locations of 32 bits, which is what it makes
-of a model, and the functions of this package bring other mixtures to such a one.
+Autocast needs no rule of its own: under it, the operators get 16-bit values and 32-bit locations, which they take. The
+functions of this package convert other mixtures of dtypes.
 """
 
 from typing import Any
@@ -60,7 +60,7 @@ def _gradients(ctx: Any, grad_output: torch.Tensor) -> tuple[Any, ...]:
 
 def _keep_fused(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
     value, ctx.spatial_shapes, references, offsets, _ = inputs
-    ctx.set_materialize_grads(False)  # nearly nobody differentiates by the weights that are returned
+    ctx.set_materialize_grads(False)  # the weights that are returned rarely have a gradient
     ctx.save_for_backward(value, references, offsets, output[1])
 
 
@@ -84,8 +84,8 @@ def _fused_gradients(ctx: Any, grad_output: torch.Tensor | None, grad_weights: t
 
 def _refuse(ctx: Any, *grads: torch.Tensor) -> None:
     raise RuntimeError(
-        "the compiled deformable attention can be differentiated once only; for second derivatives use the definition "
-        "in PyTorch (in hf_dino: HF_DINO_KERNELS=off)"
+        "the compiled deformable attention can be differentiated once only; for second derivatives use the reference "
+        "implementation in PyTorch (in hf_dino: HF_DINO_KERNELS=off)"
     )
 
 

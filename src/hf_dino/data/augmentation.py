@@ -289,17 +289,14 @@ def _check_determinism(augmentation: Augmentation, name: str, width: int, height
             results.append((augmented.image.tobytes(), augmented.boxes.tolist()))
     if results[0] != results[1]:
         raise InputError(
-            f"{name}: returned another image or other boxes for the same seed. Use only torch's random state, which is "
-            "seeded for each image, so that a run can be repeated and resumed"
+            f"{name}: returned another image or other boxes for the same seed. Use only torch's random state, which "
+            "is seeded for each image, so that a run can be repeated and resumed"
         )
 
 
 def _import_user_function(name: str) -> Callable[[dict[str, int]], Any]:
     module_name, _, function = name.rpartition(":")
-    if module_name.endswith(".py"):
-        module = _import_file(Path(module_name))
-    else:
-        module = _import_module(module_name)
+    module = _import_file(Path(module_name)) if module_name.endswith(".py") else _import_module(module_name)
     if not callable(found := getattr(module, function, None)):
         functions = [each for each, value in vars(module).items() if callable(value) and not each.startswith("_")]
         raise InputError(f"{name}: function not found. {module_name} has {', '.join(functions) or 'no functions'}")

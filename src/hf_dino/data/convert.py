@@ -8,7 +8,7 @@ Only boxes are converted; masks and keypoints are not read.
 | YOLO | `data.yaml`, `images/train/`, `labels/train/` | 7.5e-6 of the side: 0.015 pixels of 2000 | iscrowd, areas |
 | Pascal VOC | `train/JPEGImages/`, `train/Annotations/` | half a pixel | iscrowd, areas, classes without objects |
 
-The other splits are called `val` and `test`. Classes keep their order. COCO also keeps their ids and those of the images
+The other splits are called `val` and `test`. Classes keep their order. COCO also keeps their ids and those of images,
 if they are unique over all splits; YOLO numbers classes from 0, and Pascal VOC has only names.
 """
 

@@ -284,7 +284,7 @@ def training_loader(
         # all batches of a step: their objects are counted before the first forward
         prefetch_factor=max(2, -(-batches.gradient_accumulation_steps // num_workers)) if num_workers else None,
         pin_memory=torch.cuda.is_available(),
+        worker_init_fn=ignore_stop_signals,
         # a separate generator, so that starting a loader does not advance the random numbers of the denoising queries
         generator=torch.Generator(),
-        worker_init_fn=ignore_stop_signals,
     )

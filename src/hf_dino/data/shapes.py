@@ -1,9 +1,9 @@
 """Generate the `shapes` dataset: images of circles, squares, triangles, stars and crosses, in the COCO format.
 
-It needs no download, so a detector can be trained and evaluated anywhere. Shapes of all sizes, roughly upright and each
-class with a typical hue, overlap each other and extend beyond the image. Lines and blobs that are not objects, uneven
-light and noise make detection harder. Every image depends only on the seed, its split and its number, so splits share
-no image and a larger dataset begins with the images of a smaller one.
+It needs no download, so a detector can be trained and evaluated anywhere. Shapes of all sizes, roughly upright and
+each class with a typical hue, overlap each other and extend beyond the image. Lines and blobs that are not objects,
+uneven light and noise make detection harder. Every image depends only on the seed, its split and its number, so splits
+share no image and a larger dataset begins with the images of a smaller one.
 
     python -m hf_dino.data.shapes --output shapes --num-train 2000
 """

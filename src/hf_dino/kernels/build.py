@@ -1,59 +1,59 @@
-"""Compile the kernel into a private cache, once for all processes.
+"""Compile the kernel into a cache, once for all processes.
 
-An entry of the cache is laid out as kernel-builder lays out a build variant; the `kernels` library loads it as well:
+An entry of the cache is laid out as a build variant of Hugging Face's kernel-builder, so that the `kernels` library
+can load it too:
 
-    cpu-<what it is made from>-<what compiled it>/
+    cpu-<hash of the sources>-<hash of all else>/
     ├── __init__.py, …              the Python side, copied from kernels/torch-ext
     ├── _ops.py                     loads the libraries beside it
     ├── hf_dino_kernels_cpu.so      an entry for CUDA has both: the schema is in this one
     ├── hf_dino_kernels_cuda.so
-    ├── metadata.json               for the `kernels` library; has a digest of every other file
-    └── build.json, build.log       how it was made
-
-An entry is made in a temporary folder and moved to its place as the last step: it is whole, or it is not there.
+    ├── metadata.json               for the `kernels` library
+    └── build.log                   the commands, and what they printed
 """
 
-import base64
 import hashlib
 import json
-import logging
 import os
 import platform
 import shlex
 import shutil
 import signal
 import subprocess
-import tempfile
+import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
+from typing import IO
 
 import torch
+from filelock import FileLock, Timeout
 
-from ..utils.io import write_json
+from ..utils.io import atomic_directory
 from .compilers import (
     CPP_FLAGS,
     CUDA_FLAGS,
     DEFINITIONS,
     NAMESPACE,
     X86_FLAGS,
-    Compiler,
-    CudaCompiler,
     KernelError,
-    find_compiler,
+    compile_command,
+    link_command,
     requested_architectures,
 )
 
 
-logger = logging.getLogger(__name__)
-
-NAME = "hf-dino-deformable-attention"  # as in kernels/build.toml, and so is the version
-VERSION = 1
-PACKAGE = Path("torch-ext", NAME.replace("-", "_"))
+METADATA = {  # for the `kernels` library; name and version as in kernels/build.toml
+    "name": "hf-dino-deformable-attention",
+    "id": NAMESPACE,
+    "version": 1,
+    "license": "Apache-2.0",
+    "python-depends": [],
+}
+PACKAGE = Path("torch-ext", "hf_dino_deformable_attention")
 SOURCES = {"cpu": ("torch-ext/torch_binding.cpp", "csrc/cpu/*.cpp"), "cuda": ("csrc/cuda/*.cu",)}
 TIME_LIMIT = 600  # seconds for one build
-SHOWN_LINES = 15  # of what a compiler prints before it fails
+SHOWN_LINES = 15  # of the output of a compiler that fails
 
 OPS_PY = f'''"""The operators of the libraries beside this file, which hf_dino.kernels compiled."""
 
@@ -74,7 +74,7 @@ def add_op_namespace_prefix(name: str) -> str:
 
 
 class Builder:
-    """Finds what is compiled, or compiles it.
+    """Finds the compiled kernel in a cache, or compiles it.
 
     Args:
         sources (`Path`): The folder that holds csrc and torch-ext.
@@ -87,24 +87,23 @@ class Builder:
         self.cache = cache
         self.time_limit = time_limit
         self._failures: dict[str, KernelError] = {}
-        self._temporary: tempfile.TemporaryDirectory[str] | None = None
-
-    def find(self, device_type: str) -> Path | None:
-        """Return the entry for `"cpu"` or `"cuda"`, or `None` if it is still to be compiled.
-
-        Raises:
-            KernelError: If it is not there, and there is no compiler either.
-        """
-        try:
-            entry = self.cache / self._name(device_type, find_compiler(device_type))
-        except KernelError:
-            if entry_of_other := self._compiled_elsewhere(device_type):
-                return entry_of_other
-            raise
-        return entry if is_whole(entry) else None
 
     def entry(self, device_type: str) -> Path:
-        """Return the entry for `"cpu"` or `"cuda"`, compiled if need be. A failure is remembered, not repeated.
+        """Return the folder of the entry for `"cpu"` or `"cuda"`, which need not exist yet.
+
+        The compiler is not part of its name, so that a container image may be used without the one that made it.
+
+        Raises:
+            KernelError: If there are no sources.
+        """
+        cuda = [CUDA_FLAGS, torch.version.cuda, requested_architectures()] if device_type == "cuda" else []
+        machine = [sys.platform, platform.machine(), platform.libc_ver()]
+        flags = [CPP_FLAGS, X86_FLAGS, DEFINITIONS, os.environ.get("CXX")]
+        name = [device_type, hash_sources(self.sources), short_hash([torch.__version__, *machine, *flags, *cuda])]
+        return self.cache / "-".join(name)
+
+    def get_or_build(self, device_type: str) -> Path:
+        """Return the entry for `"cpu"` or `"cuda"`, compiled if it is not there. A failure is not tried again.
 
         Raises:
             KernelError: If it is not there and cannot be compiled.
@@ -112,225 +111,122 @@ class Builder:
         if error := self._failures.get(device_type):
             raise error
         try:
-            return self.find(device_type) or self._make(device_type, find_compiler(device_type))
+            entry = self.entry(device_type)
+            return entry if is_complete(entry) else self._build_once(entry, device_type)
         except KernelError as error:
             self._failures[device_type] = error
             raise
 
-    def _inputs(self, device_type: str) -> dict[str, str]:
-        flags = [*CPP_FLAGS, X86_FLAGS, *DEFINITIONS, *(CUDA_FLAGS if device_type == "cuda" else [])]
-        return {
-            "sources": digest_of(self.sources),
-            "torch": torch.__version__,
-            "platform": f"{platform.system()} {platform.machine()}",
-            "flags": str(flags),
-            "architectures": requested_architectures() if device_type == "cuda" else "",
-        }
-
-    def _name(self, device_type: str, compiler: Compiler) -> str:
-        return f"{device_type}-{short_hash(self._inputs(device_type))}-{short_hash(compiler)}"
-
-    def _compiled_elsewhere(self, device_type: str) -> Path | None:
-        """Find an entry by a compiler that is not here, as in a container image that is made in two stages."""
-        entries = self.cache.glob(f"{device_type}-{short_hash(self._inputs(device_type))}-????????")
-        return next(filter(is_whole, sorted(entries)), None)
-
-    def _make(self, device_type: str, compiler: Compiler) -> Path:
-        others = [self.entry("cpu")] if device_type == "cuda" else []
+    def _build_once(self, entry: Path, device_type: str) -> Path:
+        others = [self.get_or_build("cpu")] if device_type == "cuda" else []
         try:
-            return self._make_in(self.cache, device_type, compiler, others)
-        except OSError as error:
-            return self._make_in_private(error, device_type, compiler, others)
-
-    def _make_in(self, cache: Path, device_type: str, compiler: Compiler, others: list[Path]) -> Path:
-        entry = cache / self._name(device_type, compiler)
-        cache.mkdir(mode=0o700, parents=True, exist_ok=True)
-        with locked(entry.with_suffix(".lock"), self.time_limit):
-            if not is_whole(entry):  # else another process was faster
-                self._build(entry, device_type, compiler, others)
-        return entry
-
-    def _make_in_private(self, reason: OSError, device_type: str, compiler: Compiler, others: list[Path]) -> Path:
-        """Compile for this process only."""
-        try:
-            folder = self._temporary or tempfile.TemporaryDirectory(prefix="hf_dino-", ignore_cleanup_errors=True)
-            entry = self._make_in(Path(folder.name), device_type, compiler, others)
-        except OSError as error:
+            self.cache.mkdir(mode=0o700, parents=True, exist_ok=True)
+            with FileLock(f"{entry}.lock", timeout=self.time_limit):  # which the system releases after kill -9
+                if not is_complete(entry):  # else another process was faster
+                    self._build(entry, device_type, others)
+        except Timeout:
+            raise KernelError(f"another process has held {entry}.lock for {self.time_limit:.0f} s: end it") from None
+        except (OSError, NotImplementedError) as error:  # the latter on file systems without locks
             raise KernelError(
-                f"no folder can be written, not {self.cache} ({reason}) and no other ({error})"
+                f"the kernel cannot be built in {self.cache}: {error}; set XDG_CACHE_HOME to a folder that can be "
+                "written and has space"
             ) from error
-        if self._temporary is None:
-            logger.warning(
-                "The operators of hf_dino were compiled for this process only, since %s cannot be written (%s). Let "
-                "XDG_CACHE_HOME name a folder that can, and they are compiled once.",
-                self.cache,
-                str(reason),
-            )
-        self._temporary = folder
         return entry
 
-    def _build(self, entry: Path, device_type: str, compiler: Compiler, others: list[Path]) -> None:
-        start = time.monotonic()
-        for leftover in entry.parent.glob(f"{entry.name}.*.tmp"):  # of builds that were killed: the lock is ours
-            shutil.rmtree(leftover, ignore_errors=True)
-        with tempfile.TemporaryDirectory(
-            prefix=f"{entry.name}.", suffix=".tmp", dir=entry.parent, ignore_cleanup_errors=True
-        ) as work:
-            draft = Path(work, "entry")
-            shutil.copytree(self.sources / PACKAGE, draft, ignore=shutil.ignore_patterns("__pycache__"))
+    def _build(self, entry: Path, device_type: str, others: list[Path]) -> None:
+        deadline = time.monotonic() + self.time_limit
+        shutil.rmtree(entry, ignore_errors=True)  # an incomplete one
+        with atomic_directory(entry) as draft:
+            package = self.sources / PACKAGE
+            shutil.copytree(package, draft, ignore=shutil.ignore_patterns("__pycache__"), dirs_exist_ok=True)
+            (draft / "_ops.py").write_text(OPS_PY)
             for library in (path for other in others for path in other.glob("*.so")):
                 shutil.copy(library, draft)
-            log = self._compile(device_type, compiler, draft, Path(work), start + self.time_limit)
-            (draft / "build.log").write_text(log)
-            (draft / "_ops.py").write_text(OPS_PY)
-            made_from = {**self._inputs(device_type), "compiler": str(compiler)}
-            write_json(draft / "build.json", {**made_from, "seconds": round(time.monotonic() - start, 1)})
-            write_json(draft / "metadata.json", metadata(draft, device_type, compiler))
-            shutil.rmtree(entry, ignore_errors=True)  # a damaged one
-            os.replace(draft, entry)
+            self._compile(device_type, draft, deadline)
+            (draft / "metadata.json").write_text(json.dumps({**METADATA, "backend": {"type": device_type}}, indent=2))
 
-    def _compile(self, device_type: str, compiler: Compiler, draft: Path, work: Path, deadline: float) -> str:
+    def _compile(self, device_type: str, draft: Path, deadline: float) -> None:
         sources = [path for pattern in SOURCES[device_type] for path in sorted(self.sources.glob(pattern))]
         # Of a function that several files instantiate the linker keeps the first: let it be one that always runs.
         sources.sort(key=lambda source: source.name in X86_FLAGS)
+        work, log = draft / "objects", draft / "build.log"
+        work.mkdir()
         objects = [work / f"{source.name}.o" for source in sources]
-        compile_all = [compiler.compile(*pair, self.sources / "csrc") for pair in zip(sources, objects)]
-        link = compiler.link(objects, draft / f"{NAMESPACE}_{device_type}.so")
-        return run_all(compile_all, work, deadline) + run_all([link], work, deadline)
+        compile_all = [compile_command(*pair, self.sources / "csrc") for pair in zip(sources, objects)]
+        run_all(compile_all, log, deadline)
+        run_all([link_command(objects, draft / f"{NAMESPACE}_{device_type}.so", device_type)], log, deadline)
+        shutil.rmtree(work)
 
 
-def run_all(commands: list[list[str]], work: Path, deadline: float) -> str:
-    """Run commands side by side and return them with what they printed.
+def run_all(commands: list[list[str]], log: Path, deadline: float) -> None:
+    """Run commands side by side, and append them and what they print to a log.
 
-    No command outlives the call: when one fails, when time is up or when the user interrupts, the others are ended.
+    No command outlives the call: when one fails, when time is up or when the user interrupts, the others are killed.
 
     Args:
         commands (`list[list[str]]`): Each a program with its arguments.
-        work (`Path`): A folder for what they print.
+        log (`Path`): Made if it does not exist.
         deadline (`float`): By the clock of `time.monotonic`.
 
     Raises:
         KernelError: If one fails, or if they take too long.
     """
-    jobs = os.environ.get("MAX_JOBS", "")
+    jobs = os.environ.get("MAX_JOBS", "")  # as for torch.utils.cpp_extension
     limit = max(1, int(jobs)) if jobs.isdecimal() else min(4, os.cpu_count() or 1)
-    outputs = [work / f"{index}.log" for index in range(len(commands))]
-    waiting, running = list(range(len(commands))), dict[int, subprocess.Popen[bytes]]()
-    try:
-        while waiting or running:
-            while waiting and len(running) < limit:
-                index = waiting.pop(0)
-                running[index] = start_process(commands[index], outputs[index])
-            time.sleep(0.01)
-            for index in [index for index, process in running.items() if process.poll() is not None]:
-                if running.pop(index).returncode != 0:
-                    raise KernelError(failure(commands[index], outputs[index]))
-            if time.monotonic() > deadline:
-                raise KernelError("compiling takes too long: MAX_JOBS sets how many compilers run side by side")
-    finally:
-        for process in running.values():
-            end_process(process)
-    return "".join(f"{shlex.join(command)}\n{printed(output)}" for command, output in zip(commands, outputs))
-
-
-def start_process(command: list[str], output: Path) -> "subprocess.Popen[bytes]":
-    """Start a command in a session of its own, so that it can be ended with the processes that it starts."""
-    with output.open("wb") as file:
-        return subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
-        )
-
-
-def end_process(process: "subprocess.Popen[bytes]") -> None:
-    """End a command and the processes that it started."""
-    with suppress(ProcessLookupError, PermissionError):  # it has just ended by itself
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-
-
-def failure(command: list[str], output: Path) -> str:
-    """Say what failed, with the last lines that it printed."""
-    lines = printed(output).splitlines()[-SHOWN_LINES:]
-    return "\n    ".join(["this command failed:", shlex.join(command), *(lines or ["(it printed nothing)"])])
-
-
-def printed(output: Path) -> str:
-    """Read what a command printed; compilers quote sources in any encoding."""
-    return output.read_text(errors="replace")
-
-
-@contextmanager
-def locked(path: Path, time_limit: float) -> Iterator[None]:
-    """Hold a lock that one process can hold at a time; the system releases it when that process ends, or is killed.
-
-    Raises:
-        KernelError: If another process holds it for longer than `time_limit` seconds.
-    """
-    import fcntl  # not on Windows, where nothing is compiled
-
-    deadline = time.monotonic() + time_limit
-    with path.open("a") as file:
-        while True:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() > deadline:
-                    raise KernelError(f"another process has held {path} for {time_limit:.0f} s: end it") from None
-                time.sleep(0.05)
+    waiting, running = list(commands), list[subprocess.Popen[bytes]]()
+    with log.open("ab") as output:
+        output.write("".join(f"{shlex.join(command)}\n" for command in commands).encode())
+        output.flush()
+        start = output.tell()
         try:
-            yield
+            while waiting or running:
+                while waiting and len(running) < limit:
+                    running.append(_start(waiting.pop(0), output))
+                time.sleep(0.01)
+                if failed := [process for process in running if process.poll()]:
+                    raise KernelError(_failure(failed[0], log.read_bytes()[start:]))
+                running = [process for process in running if process.returncode is None]
+                if time.monotonic() > deadline:
+                    raise KernelError("compiling takes too long: set MAX_JOBS to the number of compilers at a time")
         finally:
-            fcntl.flock(file, fcntl.LOCK_UN)  # closing is not enough where a process was forked meanwhile
+            for process in running:
+                with suppress(ProcessLookupError, PermissionError):  # it has just ended by itself
+                    os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
 
 
-def metadata(entry: Path, device_type: str, compiler: Compiler) -> dict[str, object]:
-    """Describe an entry in the words of the `kernels` library."""
-    architectures = {"archs": list(compiler.architectures)} if isinstance(compiler, CudaCompiler) else {}
-    return {
-        "name": NAME,
-        "id": NAMESPACE,
-        "version": VERSION,
-        "license": "Apache-2.0",
-        "python-depends": [],
-        "backend": {"type": device_type, **architectures},
-        "digest": {"algorithm": "sha256", "files": digests(entry)},
-    }
+def _start(command: list[str], output: IO[bytes]) -> "subprocess.Popen[bytes]":
+    # in a session of its own, so that it can be killed with the processes that it starts
+    return subprocess.Popen(
+        command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
+    )
 
 
-def digests(entry: Path) -> dict[str, str]:
-    """Hash every file but metadata.json, as the `kernels` library does."""
-    files = [path for path in sorted(entry.rglob("*")) if path.is_file() and path.parent.name != "__pycache__"]
-    return {
-        path.relative_to(entry).as_posix(): base64.b64encode(hashlib.sha256(path.read_bytes()).digest()).decode()
-        for path in files
-        if path.name != "metadata.json"
-    }
+def _failure(process: "subprocess.Popen[bytes]", printed: bytes) -> str:
+    lines = printed.decode(errors="replace").splitlines()[-SHOWN_LINES:] or ["(it printed nothing)"]
+    return "\n    ".join(["this command failed:", shlex.join(map(str, process.args)), *lines])  # type: ignore[arg-type]
 
 
-def is_whole(entry: Path) -> bool:
-    """Tell whether an entry is there, with no file missing or damaged: a library cut short would end the process."""
-    try:
-        recorded = json.loads((entry / "metadata.json").read_text())["digest"]["files"]
-        return bool(recorded == digests(entry))
-    except (OSError, ValueError, LookupError, TypeError):
-        return False
+def is_complete(entry: Path) -> bool:
+    """Return whether an entry can be loaded; it gets its name when all is written, but files may have been deleted."""
+    return all((entry / name).is_file() for name in ("__init__.py", "_ops.py", "metadata.json")) and any(
+        entry.glob(f"{NAMESPACE}_*.so")
+    )
 
 
-def digest_of(sources: Path) -> str:
-    """Hash all that is compiled, included or copied, with its names.
+def hash_sources(sources: Path) -> str:
+    """Hash all files that are compiled, included or copied, with their names.
 
     Raises:
-        KernelError: If it is not there.
+        KernelError: If there are none.
     """
     files = [path for folder in ("csrc", "torch-ext") for path in sorted((sources / folder).rglob("*"))]
     files = [path for path in files if path.suffix in (".cpp", ".h", ".cu", ".cuh", ".py")]
     if not files:
-        raise KernelError(f"the sources of the kernel are not in {sources}: install hf-dino anew")
-    names_and_contents = [(path.relative_to(sources).as_posix(), path.read_bytes()) for path in files]
-    return short_hash([*names_and_contents, OPS_PY])
+        raise KernelError(f"the sources of the kernel are not in {sources}: reinstall hf-dino")
+    return short_hash([[(path.relative_to(sources).as_posix(), path.read_bytes()) for path in files], OPS_PY])
 
 
 def short_hash(content: object) -> str:
-    """Eight letters, enough to tell the entries of one cache apart."""
+    """Return eight letters, enough to tell the entries of one cache apart."""
     return hashlib.sha256(repr(content).encode()).hexdigest()[:8]

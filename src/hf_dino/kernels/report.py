@@ -1,82 +1,62 @@
 """Report which kernels are used on this machine and why: `hf-dino kernels`."""
 
-import json
-from contextlib import suppress
-from pathlib import Path
+import shlex
 
 import torch
 
-from ..kernels import default_builder, find_prebuilt, impossible, load, mode
-from .compilers import KernelError, find_compiler
+from ..kernels import get_builder, get_mode, load, unsupported_reason
+from .build import is_complete
+from .compilers import KernelError, find_cpp_compiler, find_nvcc
 
 
-def report_kernels(build: bool) -> int:
-    """Print which implementation each type of device uses.
+def report_kernels(build: bool = False) -> int:
+    """Print which kernels are used on this machine and why.
 
     Args:
-        build (`bool`): Compile and load kernels that are not compiled yet.
+        build (`bool`, *optional*, defaults to `False`): Compile what is not compiled yet, and load it.
 
     Returns:
-        `int`: 1 if a kernel is missing that is required or was to be compiled, otherwise 0.
+        `int`: 1 if a kernel that is required or was to be compiled is missing, otherwise 0.
 
     Raises:
-        ValueError: If the environment variable `HF_DINO_KERNELS` has an unknown value.
+        ValueError: If `HF_DINO_KERNELS` is not auto, off or require.
     """
-    mode()
+    print_line("HF_DINO_KERNELS", get_mode())
     print_line("PyTorch", f"{torch.__version__}, {f'CUDA {torch.version.cuda}' if torch.version.cuda else 'no CUDA'}")
-    print_line("HF_DINO_KERNELS", mode())
-    print_line("sources", default_builder().sources)
-    print_line("cache", default_builder().cache)
-    usable = [report(device_type, build) for device_type in device_types()]
-    return 1 if not all(usable) and (build or mode() == "require") else 0
+    print_line("sources", get_builder().sources)
+    print_line("cache", get_builder().cache)
+    usable = [report_device(device_type, build) for device_type in device_types()]
+    return 0 if all(usable) or not (build or get_mode() == "require") else 1
 
 
 def device_types() -> list[str]:
-    """The CPU; and CUDA where there is a GPU, or where one can be compiled for, as when a container image is made."""
-    if torch.cuda.is_available():
-        return ["cpu", "cuda"]
-    with suppress(KernelError):
-        if not impossible("cuda") and find_compiler("cuda"):
-            return ["cpu", "cuda"]
-    return ["cpu"]
+    """Return the CPU, and CUDA where there is a GPU or one can be compiled for, as when a container image is made."""
+    if not torch.cuda.is_available():
+        try:
+            find_nvcc()
+        except KernelError:
+            return ["cpu"]
+    return ["cpu", "cuda"]
 
 
-def report(device_type: str, build: bool) -> bool:
-    """Print what is used on one type of device; return whether that is the kernel."""
+def report_device(device_type: str, build: bool) -> bool:
+    """Print what is used on one type of device; return whether that can be the kernel."""
     print(f"\n{device_type}")
+    builder = get_builder()
     try:
-        kernel = find(device_type, build)
+        if reason := unsupported_reason(device_type):
+            raise KernelError(reason)
+        entry = builder.get_or_build(device_type) if build else builder.entry(device_type)
+        if build:
+            load(entry)
+        if not is_complete(entry):
+            print_line("compiler", find_nvcc() if device_type == "cuda" else shlex.join(find_cpp_compiler()))
     except KernelError as error:
-        print_line("used", f"the definition in PyTorch: {error}")
+        print_line("used", f"the reference implementation in PyTorch: {error}")
         return False
-    with suppress(KernelError):
-        print_line("compiler", find_compiler(device_type))
-    if kernel is None and mode() == "off":
-        print_line("used", "the definition in PyTorch: HF_DINO_KERNELS=off")
-        return True
-    if kernel is None:
-        print_line("used", "the kernel, once it is compiled: the first use does that, or --build")
-        return True
-    print_line("kernel", kernel)
-    if (kernel / "build.json").is_file():  # kernel-builder does not write one
-        print_line("compiled in", f"{json.loads((kernel / 'build.json').read_text())['seconds']} s")
-    print_line("used", "the definition in PyTorch: HF_DINO_KERNELS=off" if mode() == "off" else "the kernel")
+    used = f"the kernel in {entry}" if is_complete(entry) else "the kernel, compiled at its first use or by --build"
+    print_line("used", "the reference implementation in PyTorch: HF_DINO_KERNELS=off" if get_mode() == "off" else used)
     return True
-
-
-def find(device_type: str, build: bool) -> Path | None:
-    """Return the folder of the kernel, or `None` if it is still to be compiled.
-
-    Raises:
-        KernelError: If it is not there and cannot be compiled, or cannot be loaded.
-    """
-    if reason := impossible(device_type):
-        raise KernelError(reason)
-    if not build:
-        return find_prebuilt(device_type) or default_builder().find(device_type)
-    kernel = find_prebuilt(device_type) or default_builder().entry(device_type)
-    load(kernel)
-    return kernel
 
 
 def print_line(name: str, text: object) -> None:

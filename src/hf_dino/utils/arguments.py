@@ -10,9 +10,9 @@ def parse_image_size(words: Sequence[str]) -> dict[str, int]:
     """Parse the size that an image processor resizes images to.
 
     Args:
-        words (`Sequence[str]`): Values of `--image_size`, in pixels: the shortest and the longest edge, or the shortest
-            edge alone for a longest edge in the proportion of the official implementation, or `HEIGHTxWIDTH` for
-            exactly that size.
+        words (`Sequence[str]`): Values of `--image_size`, in pixels: the shortest and the longest edge, or the
+            shortest edge alone for a longest edge in the proportion of the official implementation, or `HEIGHTxWIDTH`
+            for exactly that size.
 
     Returns:
         `dict[str, int]`: `shortest_edge` and `longest_edge`, or `height` and `width`.

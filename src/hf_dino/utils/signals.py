@@ -12,9 +12,9 @@ STOP_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1
 def ignore_stop_signals(worker_id: int) -> None:
     """Let a DataLoader worker outlive stop signals, which often go to all processes of a job: `worker_init_fn`.
 
-    The parent process still needs batches to finish its step. It ends its workers with SIGTERM, so that signal is
-    ignored only if another process sends it. Where the sender cannot be determined (macOS, Windows), SIGTERM keeps
-    its default effect.
+    The parent process still needs batches to finish its step. Only a SIGTERM from the parent ends the worker: torch
+    and `multiprocessing` would wait forever for one that ignores it. Where the sender cannot be determined (macOS,
+    Windows), and in workers that are spawned rather than forked, SIGTERM may keep its effect.
 
     Args:
         worker_id (`int`): Not used.
@@ -30,4 +30,4 @@ def ignore_stop_signals(worker_id: int) -> None:
 def _exit_on_sigterm_from(sender: int) -> None:
     while signal.sigwaitinfo({signal.SIGTERM}).si_pid != sender:
         pass
-    os._exit(0)  # as torch's own handler does: the parent reports any other status as a crash
+    os._exit(0)  # as torch's own handler: any other status would be reported as a crash

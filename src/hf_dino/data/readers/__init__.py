@@ -90,10 +90,10 @@ def read_data(
     if not streaming and (max_samples is not None or cache_dir is not None):
         raise InputError("max_samples and cache_dir require streaming. Add streaming, or remove them")
     read, found = _find_splits(source, splits, streaming, max_samples, Path(cache_dir) if cache_dir else None)
-    if missing := [split for split in splits if split not in found]:
-        available = f". It has {summarize_list(found)}" if found else ""
-        raise InputError(f"{source}: split {summarize_list(missing)} not found{available}")
-    selected = {split: found[split] for split in SPLITS if split in found and (not splits or split in splits)}
+    available = [split for split in SPLITS if split in found]
+    if missing := [split for split in splits if split not in available]:
+        raise InputError(f"{source}: split {summarize_list(missing)} not found. It has {summarize_list(available)}")
+    selected = {split: found[split] for split in available if not splits or split in splits}
     data = read(selected, source, on_error)
     return {
         split: require_image_files(each) if on_error is raise_input_error else each for split, each in data.items()

@@ -141,8 +141,8 @@ def _check_lists(content: Any, source: Path) -> None:
     if not isinstance(content, dict) or any(not isinstance(content.get(part), list) for part in _REQUIRED_FIELDS):
         found = sorted(content) if isinstance(content, dict) else type(content).__name__
         raise InputError(
-            f"{source}: is not a COCO detection file, which has lists named {summarize_list(_REQUIRED_FIELDS)}; it has "
-            f"{found}"
+            f"{source}: is not a COCO detection file, which has lists named {summarize_list(_REQUIRED_FIELDS)}; it "
+            f"has {found}"
         )
     for part, fields in _REQUIRED_FIELDS.items():
         for entry in content[part]:

@@ -40,8 +40,8 @@ def group_by_split(named_paths: Iterable[tuple[str, Path]]) -> dict[str, Path]:
         split = split_from_name(name)
         if split in found:
             raise InputError(
-                f"the {split} split may be {found[split]} or {path}. Move one of them away, or give a folder of images "
-                "and its COCO file"
+                f"the {split} split may be {found[split]} or {path}. Move one of them away, or give a folder of "
+                "images and its COCO file"
             )
         if split:
             found[split] = path
