@@ -1,4 +1,4 @@
-"""The example with transformers' `Trainer` runs as a user runs it: train, stop, go on, load, push."""
+"""The example with transformers' `Trainer` runs as a user runs it: train, stop, resume, load, push."""
 
 import importlib
 import json
@@ -44,7 +44,7 @@ def shapes(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    """A model of other classes, to be fine-tuned."""
+    """Return a model of other classes, to be fine-tuned."""
     folder = tmp_path_factory.mktemp("model")
     tiny_model(backbone_config=BACKBONE, freeze_backbone_batch_norms=False).save_pretrained(folder)
     DinoDetrImageProcessor(size={"shortest_edge": 80, "longest_edge": 133}).save_pretrained(folder)
@@ -53,7 +53,7 @@ def model(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def arguments(shapes, model):
-    """Two epochs of three steps, of which the last has one batch and the others two; an evaluation in mid-epoch."""
+    """Return options for two epochs of three steps, the last one with one batch and the others with two."""
     return [
         f"--model_name_or_path={model}",
         f"--dataset={shapes}",
@@ -73,7 +73,7 @@ def arguments(shapes, model):
 
 @pytest.fixture(scope="module")
 def finished(example, arguments, tmp_path_factory):
-    """A finished run, and the epochs whose images it saw."""
+    """Return a finished run and the epochs of its images."""
     run, epochs = tmp_path_factory.mktemp("runs") / "uninterrupted", []
 
     class Watched(example.DetectionDataset):
@@ -116,7 +116,7 @@ def test_a_run_leaves_a_model_that_loads_and_numbers_that_are_its_own(finished, 
     assert (run / "modeling_dino_detr.py").is_file()
 
 
-def test_every_epoch_is_augmented_anew_and_the_backbone_learns_slower(finished):
+def test_every_epoch_is_augmented_differently_and_the_backbone_has_a_lower_learning_rate(finished):
     run, epochs = finished
     assert epochs == [0] * 10 + [1] * 10
     groups = torch.load(run / "checkpoint-6" / "optimizer.pt", weights_only=False)["param_groups"]
@@ -140,7 +140,7 @@ def test_a_resumed_run_equals_the_uninterrupted_one(finished, example, arguments
         example.main([*arguments, output])
     with pytest.raises(InputError, match="uninterrupted: is not empty"):  # it is another run's
         example.main([*arguments, f"--output_dir={finished[0]}", f"--resume_from_checkpoint={tmp_path / 'run'}"])
-    (tmp_path / "run" / "checkpoint-5").mkdir()  # whose writing was cut short
+    (tmp_path / "run" / "checkpoint-5").mkdir()  # a partial one
     torch.manual_seed(1234)  # nothing may depend on the state of this process
     example.main([*arguments, output, "--resume_from_checkpoint", str(tmp_path / "run")])
 
@@ -197,7 +197,7 @@ def test_accumulated_batches_are_as_one_big_batch(example, arguments, tmp_path):
     assert losses[2] == pytest.approx(losses[0], rel=1e-4)
 
 
-def test_what_is_pushed_is_the_whole_model(example, arguments, tmp_path, monkeypatch):
+def test_the_complete_model_is_pushed(example, arguments, tmp_path, monkeypatch):
     uploads = []
 
     def create_repo(*args, **kwargs):
@@ -252,7 +252,7 @@ def test_wrong_arguments_are_one_line(example, arguments, tmp_path, capsys, wron
     assert not (tmp_path / "run").exists()
 
 
-def test_wrong_input_is_heard_of_before_anything_is_written(example, arguments, tmp_path):
+def test_wrong_input_is_reported_before_anything_is_written(example, arguments, tmp_path):
     output = f"--output_dir={tmp_path / 'run'}"
     for wrong, message in (
         (f"--resume_from_checkpoint={tmp_path}", "has no checkpoint to resume from; remove"),

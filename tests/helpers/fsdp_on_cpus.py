@@ -1,4 +1,4 @@
-"""Runs an example with its weights sharded over processes on CPUs, which Accelerate does on accelerators only.
+"""Run a script with weights sharded over processes on CPUs, which Accelerate supports on accelerators only.
 
 torchrun --nproc_per_node 2 tests/helpers/fsdp_on_cpus.py examples/finetune_coco.py ...
 """
@@ -22,11 +22,11 @@ _init = PartialState.__init__
 def init_as_if_on_gpus(self: PartialState, cpu: bool = False, **kwargs: Any) -> None:
     _init(self, cpu, **kwargs)
     if self.distributed_type == DistributedType.MULTI_CPU:
-        self.distributed_type = DistributedType.MULTI_GPU  # for which ACCELERATE_USE_FSDP is heeded
+        self.distributed_type = DistributedType.MULTI_GPU  # for which Accelerate reads ACCELERATE_USE_FSDP
 
 
 if __name__ == "__main__":
-    settings = yaml.safe_load(CONFIG.read_text(encoding="utf-8"))["fsdp_config"]  # as `accelerate launch` passes it on
+    settings = yaml.safe_load(CONFIG.read_text(encoding="utf-8"))["fsdp_config"]  # as `accelerate launch` passes it
     os.environ |= {name.upper(): str(value) for name, value in settings.items()} | {"ACCELERATE_USE_FSDP": "true"}
     PartialState.__init__ = init_as_if_on_gpus
     sys.argv = sys.argv[1:]

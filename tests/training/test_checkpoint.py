@@ -1,4 +1,4 @@
-"""Checkpoints: everything comes back, each is whole or not there, and nothing else is touched."""
+"""Checkpoints: they restore everything, are complete or absent, and leave other files alone."""
 
 import json
 import os
@@ -39,10 +39,10 @@ from hf_dino.utils.io import atomic_update_directory, write_json
 
 
 def make_run(with_scaler=False):
-    """A trained model with statistics, its optimizer and average, held by an accelerator."""
+    """Return an accelerator with a trained model that has batch norm statistics, its optimizer and EMA weights."""
     torch.manual_seed(0)
     accelerator = Accelerator(cpu=True)
-    if with_scaler:  # which accelerate only makes for GPUs
+    if with_scaler:  # which accelerate makes for GPUs only
         accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
     model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2), nn.Linear(2, 1))
     model, optimizer = accelerator.prepare(model, torch.optim.AdamW(model.parameters(), lr=0.1))
@@ -57,13 +57,13 @@ def train(accelerator, model, optimizer, average, steps=2):
     for _ in range(steps):
         loss = model(torch.randn(4, 2)).square().sum()
         (loss if scaler is None else scaler.scale(loss)).backward()
-        optimizer.step()  # accelerate's, which has the scaler step it
+        optimizer.step()  # of accelerate, which calls the scaler
         optimizer.zero_grad()
         average.update()
 
 
 def draws():
-    """The next number of every generator."""
+    """Return the next number of every generator."""
     return random.random(), float(np.random.random()), torch.rand(1).item()  # noqa: NPY002
 
 
@@ -109,7 +109,7 @@ def test_checkpoints_keep_the_latest_and_the_best(tmp_path):
         state.step, state.best_step = step, best
         save_checkpoint(accelerator, tmp_path, state)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step_00000003", "step_00000004"]
-    state.best_step, state.best_ap = 4, 0.5  # evaluated after it was written
+    state.best_step, state.best_ap = 4, 0.5  # evaluated after the checkpoint was written
     save_checkpoint(accelerator, tmp_path, state)
     assert [path.name for path in tmp_path.iterdir()] == ["step_00000004"]
     assert get_last_checkpoint(tmp_path) == checkpoint_path(tmp_path, 4)
@@ -142,7 +142,7 @@ def test_nothing_but_checkpoints_is_deleted(tmp_path):
 
 
 def test_old_checkpoints_are_there_until_the_new_one_is_on_the_disk(tmp_path, monkeypatch):
-    """The order that a power cut tests: each file, then the names in the folder, the rename, and its name."""
+    """Check the order that survives a power cut: sync each file and the folder, rename it, sync the new name."""
     accelerator, *_ = make_run()
     state, steps = TrainingState({}, step=1), []
     save_checkpoint(accelerator, tmp_path, state)
@@ -189,7 +189,7 @@ def test_an_error_that_has_nothing_to_do_with_the_disk_is_raised_as_it_is(tmp_pa
         save_checkpoint(accelerator, tmp_path, TrainingState({}))
 
 
-def test_a_run_goes_on_with_its_own_settings_only(tmp_path):
+def test_a_run_is_resumed_with_its_own_settings_only(tmp_path):
     accelerator, *_ = make_run()
     save_checkpoint(accelerator, tmp_path, TrainingState({"seed": 1, "size": (3, 4)}))
     (path,) = tmp_path.iterdir()
@@ -219,8 +219,8 @@ def test_a_file_is_known_wherever_it_is(tmp_path):
     assert file_fingerprint(None) not in (one, changed)
 
 
-def test_random_numbers_that_cannot_be_read_are_heard_of(tmp_path, caplog):
-    """Accelerate would resume with others, silently."""
+def test_unreadable_random_states_are_reported(tmp_path, caplog):
+    """Accelerate would continue with other random numbers silently."""
     accelerator, *_ = make_run()
     save_checkpoint(accelerator, tmp_path, TrainingState({}, step=1))
     checkpoint = tmp_path / "step_00000001"
@@ -244,10 +244,10 @@ def test_random_numbers_that_cannot_be_read_are_heard_of(tmp_path, caplog):
 Usage = namedtuple("Usage", "free")
 
 
-def test_too_small_a_disk_is_heard_of_before_the_first_step(tmp_path, monkeypatch, caplog):
+def test_too_small_a_disk_is_reported_before_the_first_step(tmp_path, monkeypatch, caplog):
     _, model, optimizer, _ = make_run()
     numbers = sum(parameter.numel() for parameter in model.parameters())
-    statistics = 4 * (2 + 2) + 8  # mean and variance, and a long number that counts
+    statistics = 4 * (2 + 2) + 8  # mean and variance in float32, and a counter in int64
     size = 4 * 3 * numbers + statistics
     checks = {2 * size - 1: (InputError, False), 2 * size: (None, True), 3 * size: (None, False)}
     for free, (error, warns) in checks.items():
@@ -259,15 +259,15 @@ def test_too_small_a_disk_is_heard_of_before_the_first_step(tmp_path, monkeypatc
         else:
             check_disk_space(tmp_path / "new" / "run", model, optimizer)
         assert ("up to 3 are needed" in caplog.text) == warns
-    (tmp_path / "step_00000001").mkdir()  # which the run that goes on will replace
+    (tmp_path / "step_00000001").mkdir()  # which the resumed run replaces
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: Usage(size))
     check_disk_space(tmp_path, model, optimizer)
     with pytest.raises(InputError, match="2 are needed"):
         check_disk_space(tmp_path, model, optimizer, model.parameters())
 
 
-@pytest.mark.parametrize("spoilt", ["nothing", "a weight", "a statistic", "the optimizer"])
-def test_a_spoilt_state_does_not_replace_a_good_one(tmp_path, spoilt):
+@pytest.mark.parametrize("nonfinite", ["nothing", "a weight", "a statistic", "the optimizer"])
+def test_a_nonfinite_state_does_not_replace_a_finite_one(tmp_path, nonfinite):
     accelerator, model, optimizer, _ = make_run()
     state = TrainingState({}, step=1)
     save_checkpoint(accelerator, tmp_path, state)
@@ -278,9 +278,9 @@ def test_a_spoilt_state_does_not_replace_a_good_one(tmp_path, spoilt):
         "a statistic": model[1].running_var,
         "the optimizer": optimizer.state[model[2].weight]["exp_avg"],
     }
-    targets[spoilt].view(-1)[0] = torch.inf
+    targets[nonfinite].view(-1)[0] = torch.inf
     told = save_emergency_checkpoint(accelerator, model, optimizer, tmp_path, state)
-    if spoilt == "nothing":
+    if nonfinite == "nothing":
         assert [path.name for path in tmp_path.iterdir()] == ["step_00000002"]
         assert told == f"The state before this step is saved in {tmp_path / 'step_00000002'}"
     else:
@@ -303,7 +303,7 @@ def test_where_a_run_starts(tmp_path, caplog):
         resolve_resume_checkpoint(output, checkpoints, resume=True, overwrite=False)
 
 
-def test_a_folder_that_another_run_has_used_meanwhile_is_left_alone(tmp_path):
+def test_a_folder_that_another_run_has_used_in_the_meantime_is_left_alone(tmp_path):
     accelerator, *_ = make_run()
     with lock_output_dir(accelerator, tmp_path, None, overwrite=False):
         save_checkpoint(accelerator, tmp_path, TrainingState({}, step=1))
@@ -382,11 +382,11 @@ def test_overwrite_leaves_somebody_elses_folder_alone(tmp_path, content):
 
 
 def test_where_all_write_together_the_one_that_cannot_does_not_wait_for_the_others(tmp_path, monkeypatch):
-    """They wait for it already, inside of what saves: it has to end, so that the launcher ends them."""
+    """The others already wait for it inside save_state, so it has to end for the launcher to end them."""
     accelerator, *_ = make_run()
     monkeypatch.setattr(accelerator.state, "distributed_type", DistributedType.FSDP)
     monkeypatch.setattr(accelerator, "save_state", lambda path: os.truncate(tmp_path / "gone", 0))
-    monkeypatch.setattr(checkpoint_module, "all_gather_unique", lambda text: pytest.fail("waits for ever"))
+    monkeypatch.setattr(checkpoint_module, "all_gather_unique", lambda text: pytest.fail("waits indefinitely"))
     with pytest.raises(InputError, match=r"could not be written \(.*gone.*then start again"):
         save_checkpoint(accelerator, tmp_path, TrainingState({}, step=3))
 

@@ -1,6 +1,6 @@
-"""Two processes learn what one would from the same images, and none waits for a gradient that never comes.
+"""Two processes train as one does on the same images, and none waits for a gradient that never comes.
 
-Both processes are started once and go through all cases; the tests look at what they wrote down.
+Both processes are started once and run all cases; the tests check the results they saved.
 """
 
 import itertools
@@ -27,15 +27,16 @@ NUM_PROCESSES = 2
 # Without noise, since the number of denoising groups, and so of random numbers, depends on a process's own images.
 NO_NOISE = {"label_noise_ratio": 0.0, "box_noise_scale": 0.0}
 
-# Config fields, and objects of four images, of which each process has two. Denoising queries that fill up an image
-# take part in attention, as in the original: so with denoising each process needs an image as full as the fullest.
+# Config fields, and objects of four images, of which each process has two. Padding among the denoising queries
+# takes part in attention, as in the official implementation: with denoising, each process needs an image with the
+# maximum number of objects.
 SAME_AS_ONE_PROCESS = {
     "equal counts": ({}, (3, 1, 1, 3)),
     "unequal counts": ({}, (3, 3, 0, 3)),
     "plain denoising": ({"denoising": "plain"}, (3, 3, 0, 3)),
     "no denoising": ({"denoising": "none"}, (4, 1, 2, 0)),
     "no objects on one process": ({"denoising": "none"}, (3, 2, 0, 0)),
-    "heads of their own": ({"share_decoder_heads": False, "box_refinement": "look_forward_once"}, (3, 1, 1, 3)),
+    "separate heads": ({"share_decoder_heads": False, "box_refinement": "look_forward_once"}, (3, 1, 1, 3)),
 }
 
 NOTHING_UNUSED = {
@@ -43,9 +44,9 @@ NOTHING_UNUSED = {
     for denoising, selection in itertools.product(("contrastive", "plain", "none"), ("mixed", "pure", "static"))
 } | {
     "swin": {"backbone_config": TINY_SWIN},
-    "batch norm learns": {"freeze_backbone_batch_norms": False},
+    "trained batch norm": {"freeze_backbone_batch_norms": False},
     "look forward once": {"box_refinement": "look_forward_once"},
-    "heads of their own": {"share_decoder_heads": False},
+    "separate heads": {"share_decoder_heads": False},
     "last layer only": {"auxiliary_loss": False},
 }
 # Objects of the images that a training of 20 steps goes through seven times, four images per step
@@ -56,7 +57,7 @@ OBJECTS_RUN_OUT = [(3, 1, 2, 0), (3, 1, 0, 0), (0, 0, 0, 0)]  # somewhere, on on
 
 
 def learn(network, counts, first=0, last=4):
-    """Loss and gradients of those of the four images from `first` to `last`; the images are always the same."""
+    """Return loss and gradients for the images from `first` to `last` of four images that are always the same."""
     parameters = dict(network.named_parameters())
     dtype = next(iter(parameters.values())).dtype
     pixel_values = torch.randn(4, 3, 96, 128, generator=torch.Generator().manual_seed(0), dtype=dtype)
@@ -73,7 +74,7 @@ def noiseless_model(overrides):
 
 
 def without_gradient(network, first, last):
-    """Names of parameters that some step leaves without a gradient; DDP would fail or wait in the step after it."""
+    """Return the parameters without a gradient in some step; DDP would fail or wait in the next one."""
     for counts in OBJECTS_RUN_OUT:
         loss, gradients = learn(network, counts, first, last)
         assert loss.isfinite()
@@ -84,20 +85,17 @@ def without_gradient(network, first, last):
 
 
 def train(accumulation, as_one_batch=with_effective_batch):
-    """Take 20 steps as the training script does; say which images each was made of, its losses and gradients."""
+    """Take 20 steps as `FineTuner` does. Return the images of each, its losses and gradients."""
     accelerator = Accelerator(cpu=True, gradient_accumulation_steps=accumulation)
     model = tiny_model(**NO_NOISE).train()
     model, optimizer = accelerator.prepare(model, torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=1e-4))
     pixel_values = torch.randn(len(OBJECTS_OF_IMAGES), 3, 96, 128, generator=torch.Generator().manual_seed(0))
     labels = make_labels(*OBJECTS_OF_IMAGES)
     processes = {"rank": accelerator.process_index, "world_size": accelerator.num_processes}
-    images = [
-        batch
-        for epoch in range(7)
-        for batch in TrainingBatchSampler(
-            len(labels), 4, seed=0, epoch=epoch, gradient_accumulation_steps=accumulation, **processes
-        )
-    ][: STEPS * accumulation]
+    options = {"seed": 0, "gradient_accumulation_steps": accumulation, **processes}
+    images = [batch for epoch in range(7) for batch in TrainingBatchSampler(len(labels), 4, epoch=epoch, **options)][
+        : STEPS * accumulation
+    ]
     batches = ({"pixel_values": pixel_values[batch], "labels": [labels[i] for i in batch]} for batch in images)
     losses, gradients = [], []
     for batch in as_one_batch(batches, accelerator):
@@ -112,7 +110,7 @@ def train(accumulation, as_one_batch=with_effective_batch):
                 accelerator.clip_grad_norm_(model.parameters(), 0.1)
             optimizer.step()
             optimizer.zero_grad()
-    # a row per step, of all its batches in this process
+    # a row per step, over its micro-batches in this process
     return {
         "images": torch.tensor(images).view(STEPS, -1).tolist(),
         "losses": torch.tensor(losses, dtype=torch.float64).view(STEPS, -1).mean(dim=1).tolist(),
@@ -121,7 +119,7 @@ def train(accumulation, as_one_batch=with_effective_batch):
 
 
 def train_with_average(network, first=0, last=4, calls=1):
-    """Take two steps; say what the averaged weights are, and what they find in `calls` runs of this process alone."""
+    """Take two steps. Return the EMA weights, and the logits they give in `calls` runs of this process alone."""
     average = ExponentialMovingAverage(network, 0.9)
     optimizer = torch.optim.SGD(network.parameters(), lr=0.01)
     for _ in range(2):
@@ -137,8 +135,8 @@ def train_with_average(network, first=0, last=4, calls=1):
     return {"logits": logits, "state": state, "resumed": resumed.state_dict()}
 
 
-def share_out(network, reshard_after_forward=None):
-    """Let the processes have a part of the weights each, as FSDP2 does."""
+def shard(network, reshard_after_forward=None):
+    """Shard the weights over the processes with FSDP2."""
     mesh = init_device_mesh("cpu", (NUM_PROCESSES,))
     for part in (network.model.backbone, *network.model.encoder.layers, *network.model.decoder.layers, network):
         fully_shard(part, mesh=mesh, reshard_after_forward=reshard_after_forward)
@@ -147,7 +145,7 @@ def share_out(network, reshard_after_forward=None):
 
 @torch.no_grad()
 def kept_whole(network):
-    """The parameters that are whole after a forward, in which all processes take part."""
+    """Return the parameters that stay unsharded after a forward of all processes."""
     network(torch.ones(1, 3, 96, 128))
     kept = {name for name, parameter in network.named_parameters() if not isinstance(parameter, DTensor)}
     for part in network.modules():
@@ -157,8 +155,8 @@ def kept_whole(network):
 
 
 def kept_before_and_after(reshard_after_forward):
-    """What a forward keeps whole before and after a model was run by each process alone, and the parameters."""
-    network = share_out(tiny_model(), reshard_after_forward).eval()
+    """Return what a forward leaves unsharded before and after each process ran the model alone, and all parameters."""
+    network = shard(tiny_model(), reshard_after_forward).eval()
     before = kept_whole(network)
     with summon_full_params(network), torch.no_grad():
         network(torch.ones(1, 3, 96, 128))
@@ -167,7 +165,7 @@ def kept_before_and_after(reshard_after_forward):
 
 def run_process(rank, folder):
     torch.set_num_threads(1)
-    # for accelerate, which finds the processes connected already
+    # for accelerate; the process group is initialized below
     os.environ |= {
         "MASTER_ADDR": "localhost",
         "WORLD_SIZE": str(NUM_PROCESSES),
@@ -187,7 +185,7 @@ def run_process(rank, folder):
         for case, overrides in NOTHING_UNUSED.items()
     }
     trained = {accumulation: train(accumulation) for accumulation in (1, 2)}
-    shared = train_with_average(share_out(tiny_model(**NO_NOISE)), first, last, calls=1 + 2 * rank)
+    shared = train_with_average(shard(tiny_model(**NO_NOISE)), first, last, calls=1 + 2 * rank)
     kept = {setting: kept_before_and_after(setting) for setting in (None, True, False)}
     seen = {"learned": learned, "unused": unused, "trained": trained, "shared": shared, "kept": kept}
     torch.save(seen, folder / f"{rank}.pt")
@@ -196,14 +194,14 @@ def run_process(rank, folder):
 
 @pytest.fixture(scope="module")
 def processes(tmp_path_factory):
-    """What each process wrote down."""
+    """Return the results of each process."""
     folder = tmp_path_factory.mktemp("processes")
     torch.multiprocessing.spawn(run_process, (folder,), nprocs=NUM_PROCESSES)
     return [torch.load(folder / f"{rank}.pt") for rank in range(NUM_PROCESSES)]
 
 
 @pytest.mark.parametrize("case", SAME_AS_ONE_PROCESS)
-def test_two_processes_learn_what_one_does(processes, case):
+def test_two_processes_train_what_one_does(processes, case):
     overrides, counts = SAME_AS_ONE_PROCESS[case]
     loss_alone, gradients_alone = learn(noiseless_model(overrides), counts)
     losses, gradients = zip(*(process["learned"][case] for process in processes))
@@ -218,7 +216,7 @@ def test_every_parameter_gets_a_gradient_on_every_process(processes, case):
 
 
 def gap(gradients, others):
-    """The largest distance of a parameter's gradients, relative to their length or 1e-4 of that of all.
+    """Return the largest distance of a parameter's gradients, relative to their norm or 1e-4 of the global norm.
 
     Some are zero but for rounding: biases of keys, before a softmax, and those before a group norm of single channels.
     """
@@ -229,12 +227,12 @@ def gap(gradients, others):
 
 @pytest.fixture(scope="module")
 def trained_alone():
-    """By one process and in one batch: what all others must equal."""
+    """Train on one process with one batch per step: the reference for all others."""
     return train(accumulation=1)
 
 
 def assert_same_training(trained, expected):
-    """That all processes of one training together did in each step what a single one did in another."""
+    """Check that the processes of one training together did in each step what a single process did in another."""
     for step in range(STEPS):
         images = [image for process in trained for image in process["images"][step]]
         assert sorted(images) == sorted(expected["images"][step])
@@ -260,7 +258,7 @@ def test_without_the_effective_batch_they_do_not(trained_alone):
 
 
 @pytest.mark.filterwarnings("ignore:FSDP2-wrapped module")
-def test_shared_out_weights_are_averaged_and_run_in_each_process_alone(processes):
+def test_sharded_weights_are_averaged_and_run_in_each_process_alone(processes):
     expected = train_with_average(tiny_model(**NO_NOISE))
     for process in processes:
         torch.testing.assert_close(process["shared"], expected, rtol=1e-4, atol=1e-5)
@@ -268,11 +266,11 @@ def test_shared_out_weights_are_averaged_and_run_in_each_process_alone(processes
 
 
 @pytest.mark.parametrize("setting", [None, True, False])
-def test_which_weights_stay_whole_after_a_forward_is_as_it_was(processes, setting):
+def test_which_weights_stay_unsharded_after_a_forward_does_not_change(processes, setting):
     for process in processes:
         before, after, parameters = process["kept"][setting]
         assert before == after
-        # torch's own choice: the weights of the model itself, which are needed again at once, but not those of parts
+        # torch's default: the root's weights stay unsharded, as they are needed again at once, those of parts do not
         assert 0 < len(before) < len(parameters) if setting is None else before == (set() if setting else parameters)
 
 
@@ -286,10 +284,10 @@ def test_the_effective_batch_counts_the_objects_of_all_batches():
 
 
 class OneProcessOfMany:
-    """As a launcher starts one process for one GPU: gathering would ask the others, of which there are none."""
+    """An accelerator of one process, for which gathering would fail."""
 
     num_processes = 1
 
 
-def test_one_process_asks_nobody():
+def test_one_process_does_not_communicate():
     assert asdict(effective_batch([make_labels(2, 0)], OneProcessOfMany())) == {"num_boxes": 2, "max_num_objects": 2}

@@ -1,4 +1,4 @@
-"""The average of the weights: what it is, that it comes and goes without a trace, and that a resumed run goes on."""
+"""EMA weights: their definition, that using them leaves no trace, and that a resumed run continues them."""
 
 import pytest
 import torch
@@ -18,7 +18,7 @@ def assert_same(first, second):
 
 
 class Network(nn.Module):
-    """A frozen layer, one that learns, and a batch norm with statistics."""
+    """A frozen layer, a trained one, and a batch norm with statistics."""
 
     def __init__(self):
         super().__init__()
@@ -59,11 +59,11 @@ def test_the_average_is_that_of_the_definition():
     assert not torch.equal(averaged["norm.running_mean"], model.norm.running_mean), "buffers are averaged too"
 
 
-def test_the_ramp_never_falls_and_ends_at_the_decay():
-    ramp = [get_decay(updates, 0.999) for updates in range(12_000)]
-    assert ramp == sorted(ramp)
-    assert ramp[0] == 0.1
-    assert ramp[-1] == 0.999
+def test_the_warm_up_never_falls_and_ends_at_the_decay():
+    warmup = [get_decay(updates, 0.999) for updates in range(12_000)]
+    assert warmup == sorted(warmup)
+    assert warmup[0] == 0.1
+    assert warmup[-1] == 0.999
     assert get_decay(10**9, 0.999) == 0.999
 
 
@@ -102,7 +102,7 @@ def test_a_model_of_lower_precision_is_averaged_in_float32():
     average = ExponentialMovingAverage(model, 0.999)
     average.updates = 10**6
     nn.init.constant_(model.weight, 2.0)
-    for _ in range(100):  # each moves it by less than bfloat16 can tell
+    for _ in range(100):  # each changes it by less than bfloat16 can represent
         average.update()
     with average.average_parameters():
         assert model.weight.dtype == torch.bfloat16

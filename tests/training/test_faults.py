@@ -1,4 +1,4 @@
-"""Nothing is lost: processes are killed, disks are full, and every run ends where an undisturbed one does."""
+"""Nothing is lost: processes are killed, disks are full, and every run ends as an uninterrupted one does."""
 
 import multiprocessing
 import os
@@ -35,7 +35,7 @@ FILE_EVENTS = {"os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.truncate"}
 
 @pytest.fixture(scope="module")
 def processes():
-    """Starts processes in a moment: they are copies of one that has imported everything."""
+    """Start processes quickly, as forks of one that has imported everything."""
     context = multiprocessing.get_context("forkserver")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
@@ -51,7 +51,7 @@ def run(processes, function, *args, **options):
 
 
 def finish(processes, output):
-    """Let a run go on to its end and return what it leaves."""
+    """Let a run finish and return its output."""
     process = run(processes, small_training.train, output)
     process.join()
     assert process.exitcode == 0
@@ -59,8 +59,8 @@ def finish(processes, output):
 
 
 @pytest.fixture(scope="module")
-def undisturbed(processes, tmp_path_factory):
-    return finish(processes, tmp_path_factory.mktemp("undisturbed") / "run")
+def uninterrupted(processes, tmp_path_factory):
+    return finish(processes, tmp_path_factory.mktemp("uninterrupted") / "run")
 
 
 def assert_equal(one, other):
@@ -83,8 +83,8 @@ def die_at(output, number):
     small_training.train(output)
 
 
-def check_deaths(processes, undisturbed, folder, numbers):
-    """Kill a run at each of these changes, which are fewer than `numbers` has, and compare how it ends."""
+def check_deaths(processes, uninterrupted, folder, numbers):
+    """Kill a run at each of these changes until there are no more, and compare how it ends."""
     deaths = 0
     for number in numbers:
         process = run(processes, die_at, folder / str(number), number)
@@ -93,21 +93,21 @@ def check_deaths(processes, undisturbed, folder, numbers):
             break
         assert process.exitcode == -signal.SIGKILL
         deaths += 1
-        assert_equal(finish(processes, folder / str(number)), undisturbed)
+        assert_equal(finish(processes, folder / str(number)), uninterrupted)
     return deaths
 
 
-def test_killed_between_any_two_changes_of_its_files_a_run_ends_the_same(processes, undisturbed, tmp_path):
-    assert check_deaths(processes, undisturbed, tmp_path, range(3, 1000, 41)) >= 3
+def test_killed_between_any_two_changes_of_its_files_a_run_ends_the_same(processes, uninterrupted, tmp_path):
+    assert check_deaths(processes, uninterrupted, tmp_path, range(3, 1000, 41)) >= 3
 
 
 @pytest.mark.slow
-def test_killed_at_every_change_of_its_files_a_run_ends_the_same(processes, undisturbed, tmp_path):
-    assert check_deaths(processes, undisturbed, tmp_path, range(1, 1000)) >= 80
+def test_killed_at_every_change_of_its_files_a_run_ends_the_same(processes, uninterrupted, tmp_path):
+    assert check_deaths(processes, uninterrupted, tmp_path, range(1, 1000)) >= 80
 
 
 def kill_at_random(processes, output, longest, rng):
-    """Start, kill and start again until the run is through; return how often it was killed."""
+    """Start, kill and restart a run until it ends; return how often it was killed."""
     kills = 0
     while True:
         process = run(processes, small_training.train, output)
@@ -117,23 +117,23 @@ def kill_at_random(processes, output, longest, rng):
         if process.exitcode == 0:
             return kills
         kills += 1
-        longest *= 1.2  # so that it comes to an end on a slow machine too
+        longest *= 1.2  # so that it ends on a slow machine too
 
 
-def test_killed_at_random_moments_a_run_ends_the_same(processes, undisturbed, tmp_path):
+def test_killed_at_random_moments_a_run_ends_the_same(processes, uninterrupted, tmp_path):
     begin = time.perf_counter()
     finish(processes, tmp_path / "timed")
     seconds = time.perf_counter() - begin
     # three lives make at most 3.64 / 10 of the run, so a machine that is suddenly twice as fast kills often enough too
     assert kill_at_random(processes, tmp_path / "run", seconds / 10, random.Random(0)) >= 3
-    assert_equal(finish(processes, tmp_path / "run"), undisturbed)
+    assert_equal(finish(processes, tmp_path / "run"), uninterrupted)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(10))
-def test_killed_at_many_random_moments_a_run_ends_the_same(processes, undisturbed, tmp_path, seed):
+def test_killed_at_many_random_moments_a_run_ends_the_same(processes, uninterrupted, tmp_path, seed):
     kill_at_random(processes, tmp_path / "run", 0.1, random.Random(seed))
-    assert_equal(finish(processes, tmp_path / "run"), undisturbed)
+    assert_equal(finish(processes, tmp_path / "run"), uninterrupted)
 
 
 def send_at(step, number, now):
@@ -142,13 +142,13 @@ def send_at(step, number, now):
 
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1"])
-def test_a_signal_stops_the_run_after_the_step_with_the_usual_status(processes, undisturbed, tmp_path, name):
+def test_a_signal_stops_the_run_after_the_step_with_the_usual_status(processes, uninterrupted, tmp_path, name):
     number = getattr(signal, name)
     process = run(processes, small_training.train, tmp_path, after_step=partial(send_at, 5, number))
     process.join()
     assert process.exitcode == 128 + number
     assert get_last_checkpoint(tmp_path / "checkpoints").name == "step_00000005", "not one that was due anyway"
-    assert_equal(finish(processes, tmp_path), undisturbed)
+    assert_equal(finish(processes, tmp_path), uninterrupted)
 
 
 def send_twice(pause, now):
@@ -173,7 +173,7 @@ def train_as(rank, port, output, **options):
 
 
 def two(processes, output, options):
-    """Run two processes that train together, each with its options, and return their statuses."""
+    """Run two processes that train together, each with its options, and return their exit statuses."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
@@ -195,12 +195,12 @@ def test_two_processes_stop_after_the_same_step_and_each_gets_its_random_numbers
         torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
 
 
-def wait_for_ever(now):
+def wait_indefinitely(now):
     time.sleep(600)
 
 
-def test_two_runs_do_not_share_a_folder(processes, undisturbed, tmp_path):
-    first = run(processes, small_training.train, tmp_path, after_step=wait_for_ever)
+def test_two_runs_do_not_share_a_folder(processes, uninterrupted, tmp_path):
+    first = run(processes, small_training.train, tmp_path, after_step=wait_indefinitely)
     try:
         while not (tmp_path / "history.jsonl").exists() or not (tmp_path / "history.jsonl").read_text():
             time.sleep(0.01)
@@ -211,12 +211,12 @@ def test_two_runs_do_not_share_a_folder(processes, undisturbed, tmp_path):
     finally:
         first.kill()
         first.join()
-    assert_equal(finish(processes, tmp_path), undisturbed)
+    assert_equal(finish(processes, tmp_path), uninterrupted)
 
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """A folder with room for 400 KiB."""
+    """Return a folder with 400 KiB of space."""
     mount = ["mount", "-t", "tmpfs", "-o", "size=400k", "tmpfs", str(tmp_path)]
     try:
         subprocess.run(mount, check=True, capture_output=True)
@@ -238,7 +238,7 @@ def trained(seed=0):
 
 @pytest.mark.parametrize("left", [0, 30, 70, 130])
 def test_a_full_disk_costs_no_earlier_checkpoint(small_disk, left):
-    """As many KiB are `left` as make torch, safetensors or Python the one that finds the disk full."""
+    """The KiB that are `left` decide whether torch, safetensors or Python finds the disk full."""
     accelerator, model = trained()
     state = TrainingState({}, step=1)
     save_checkpoint(accelerator, small_disk, state)
@@ -268,7 +268,7 @@ def train_with_small_files(output, limit):
     small_training.train(output)
 
 
-def test_a_run_on_a_full_disk_goes_on_once_there_is_space(processes, undisturbed, tmp_path):
+def test_a_run_on_a_full_disk_resumes_once_there_is_space(processes, uninterrupted, tmp_path):
     process = run(processes, small_training.train, tmp_path, after_step=partial(send_at, 5, signal.SIGKILL))
     process.join()
     last = get_last_checkpoint(tmp_path / "checkpoints")
@@ -277,12 +277,12 @@ def test_a_run_on_a_full_disk_goes_on_once_there_is_space(processes, undisturbed
     process.join()
     assert process.exitcode == 1
     assert get_last_checkpoint(tmp_path / "checkpoints") == last
-    assert_equal(finish(processes, tmp_path), undisturbed)
+    assert_equal(finish(processes, tmp_path), uninterrupted)
 
 
 @pytest.mark.slow
-def test_a_launcher_passes_signals_on_and_the_run_goes_on(tmp_path):
-    """The same from outside, as a job scheduler does it: a signal to everything that the job has started."""
+def test_a_launcher_forwards_signals_and_the_run_is_resumed(tmp_path):
+    """As from a job scheduler: a signal to every process that the job has started."""
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
     script = [str(Path(small_training.__file__)), str(tmp_path)]

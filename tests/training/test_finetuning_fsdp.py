@@ -22,7 +22,7 @@ ON_CPUS = str(ROOT / "tests" / "helpers" / "fsdp_on_cpus.py")
 
 @pytest.fixture(scope="module")
 def launch(tmp_path_factory):
-    """Gives the command of two processes for a script and an output folder."""
+    """Return the command of two processes for a script and an output folder."""
     folder = tmp_path_factory.mktemp("start")
     (folder / "tiny.json").write_text(
         json.dumps(tiny_config(num_denoising=6, freeze_backbone_batch_norms=False).to_diff_dict())
@@ -54,8 +54,8 @@ def in_processes():
 
 
 @pytest.fixture(scope="module")
-def shared_out(launch, in_processes, tmp_path_factory):
-    run = tmp_path_factory.mktemp("runs") / "shared_out"
+def sharded(launch, in_processes, tmp_path_factory):
+    run = tmp_path_factory.mktemp("runs") / "sharded"
     subprocess.run(launch(run, ON_CPUS, EXAMPLE), check=True, **in_processes)
     return run
 
@@ -65,9 +65,9 @@ def results(run):
     return rows, load_file(run / "model.safetensors")
 
 
-def test_it_learns_what_processes_with_whole_copies_learn(launch, in_processes, shared_out, tmp_path):
+def test_it_trains_as_processes_with_full_copies_do(launch, in_processes, sharded, tmp_path):
     subprocess.run(launch(tmp_path / "copies", EXAMPLE), check=True, **in_processes)
-    (ours, weights), (theirs, expected) = results(shared_out), results(tmp_path / "copies")
+    (ours, weights), (theirs, expected) = results(sharded), results(tmp_path / "copies")
     assert [sorted(row) for row in ours] == [sorted(row) for row in theirs]
     for row, other in zip(ours, theirs):
         assert row == pytest.approx(other, rel=1e-4)
@@ -75,11 +75,11 @@ def test_it_learns_what_processes_with_whole_copies_learn(launch, in_processes, 
 
 
 @pytest.mark.slow
-def test_killed_it_goes_on_as_if_nothing_had_been(launch, in_processes, shared_out, tmp_path):
+def test_a_killed_run_resumes_as_if_it_had_not_been_killed(launch, in_processes, sharded, tmp_path):
     command = launch(tmp_path / "run", ON_CPUS, EXAMPLE)
     job = subprocess.Popen(command, start_new_session=True, **in_processes)
     kill_once_there(job, tmp_path / "run" / "checkpoints" / "step_00000002")
     subprocess.run([*command, "--resume_from_checkpoint"], check=True, **in_processes)
-    (ours, weights), (theirs, expected) = results(tmp_path / "run"), results(shared_out)
+    (ours, weights), (theirs, expected) = results(tmp_path / "run"), results(sharded)
     assert ours == theirs
     torch.testing.assert_close(weights, expected, rtol=0, atol=0)

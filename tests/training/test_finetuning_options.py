@@ -1,4 +1,4 @@
-"""Every option of fine-tuning on real, if small, runs: each format trains the same, each option outlives a kill."""
+"""Every option in small runs: each dataset format trains the same model, and runs with each option can be resumed."""
 
 import itertools
 import json
@@ -47,7 +47,7 @@ def plots(monkeypatch):
 
 @pytest.fixture(autouse=True)
 def fresh_accelerator():
-    """Each run is to choose its precision, as in a process of its own."""
+    """Let each run choose its precision, as in a process of its own."""
     AcceleratorState._reset_state(reset_partial_state=True)
     yield
     AcceleratorState._reset_state(reset_partial_state=True)
@@ -55,7 +55,7 @@ def fresh_accelerator():
 
 @pytest.fixture(scope="module")
 def start(tmp_path_factory):
-    """A detector in a file, and what makes three steps of it quick."""
+    """Return the options of a tiny model and of fast steps."""
     config = tmp_path_factory.mktemp("config") / "tiny.json"
     config.write_text(json.dumps(tiny_config(num_denoising=6, freeze_backbone_batch_norms=False).to_diff_dict()))
     sizes = ["--image_size=96", "--global_batch_size=4", "--per_device_eval_batch_size=2"]
@@ -89,7 +89,7 @@ def assert_same_run(one, other):
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
-    """Pascal VOC lists no classes, they are those of the objects by alphabet: so here they are that from the start."""
+    """Return shapes with the classes that Pascal VOC can express: those of the objects, in alphabetical order."""
     folder = write_shapes(tmp_path_factory.mktemp("formats") / "shapes")
     content = {split: json.loads((folder / f"{split}.json").read_text()) for split in ("train", "val", "test")}
     names = {each["id"]: each["name"] for each in content["train"]["categories"]}
@@ -139,7 +139,7 @@ OPTIONS = {
 def test_a_run_with_these_options_ends_the_same_when_it_was_interrupted(
     start, data, tmp_path, monkeypatch, plots, options
 ):
-    """It dies after the second of its checkpoints is on the disk, between two evaluations."""
+    """It is killed after its second checkpoint was written, between two evaluations."""
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     command = [*start, data, "--num_train_epochs=3", "--checkpointing_steps=2", *options]
     train([*command, f"--output_dir={whole}"])
@@ -165,8 +165,8 @@ def test_a_run_with_these_options_ends_the_same_when_it_was_interrupted(
     assert_same_run(cut, whole)
 
 
-def test_a_resumed_run_of_another_length_says_where_the_learning_rate_jumps(start, data, tmp_path, caplog):
-    """The configuration's file may have moved, but neither it nor the validation images may have changed."""
+def test_a_resumed_run_of_another_length_warns_where_the_learning_rate_jumps(start, data, tmp_path, caplog):
+    """The configuration file may move, but neither it nor the validation images may change."""
     config, *others = start
     command = [*others, data, "--lr_scheduler_type=cosine", f"--output_dir={tmp_path / 'run'}"]
     train([*command, config, "--max_train_steps=2"])
@@ -192,7 +192,7 @@ def test_a_resumed_run_of_another_length_says_where_the_learning_rate_jumps(star
         train([*command, f"--config_name={moved}", "--resume_from_checkpoint"])
 
 
-def test_a_run_that_is_too_short_for_its_schedule_says_so(start, data, tmp_path, caplog):
+def test_a_run_that_is_too_short_for_its_schedule_warns(start, data, tmp_path, caplog):
     command = [
         *start,
         data,
@@ -247,7 +247,7 @@ def test_the_command_that_repeats_a_run_has_the_precision(given, chosen, expecte
 
 
 @pytest.mark.parametrize("last", [1, 2, 3], ids=["last evaluation", "validation of the export", "test of the export"])
-def test_a_signal_is_heard_until_the_model_is_written(start, data, tmp_path, monkeypatch, last):
+def test_signals_are_handled_until_the_model_is_written(start, data, tmp_path, monkeypatch, last):
     run, evaluate, calls = tmp_path / "run", finetuning.evaluate_model, []
 
     def evaluate_and_get_a_signal(*args, **options):
@@ -291,7 +291,7 @@ def test_a_backbone_from_a_folder_is_where_training_starts(start, data, tmp_path
 
 
 def test_a_recipe_and_an_augmentation_of_ones_own(start, data, tmp_path):
-    """The recipe's values are taken; what is said on the command line wins."""
+    """The values of the recipe are used, and the command line takes precedence."""
     (tmp_path / "mine.py").write_text(UPSIDE_DOWN)
     recipe = tmp_path / "mine.yaml"
     recipe.write_text(
@@ -310,7 +310,7 @@ def test_a_recipe_and_an_augmentation_of_ones_own(start, data, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_compiled_run_learns_the_same(start, data, tmp_path):
+def test_a_compiled_run_trains_the_same_model(start, data, tmp_path):
     for name, options in (("plain", []), ("compiled", ["--torch_compile"])):
         train([*start, data, "--max_train_steps=3", *options, f"--output_dir={tmp_path / name}"])
     torch.testing.assert_close(weights(tmp_path / "compiled"), weights(tmp_path / "plain"), rtol=1e-3, atol=1e-4)

@@ -1,4 +1,4 @@
-"""What a run tells: history files, curves, progress and trackers, the same after a resumption."""
+"""The log of a run: history, curves, progress and trackers, the same after it was resumed."""
 
 import io
 import json
@@ -62,11 +62,11 @@ def test_a_new_run_in_the_same_folder_starts_with_an_empty_history(tmp_path):
     assert read(tmp_path) == []
 
 
-def test_a_file_that_cannot_be_written_ends_no_run_and_is_made_whole_later(tmp_path, caplog):
+def test_a_file_that_cannot_be_written_ends_no_run_and_is_completed_later(tmp_path, caplog):
     history = new_history(tmp_path)
     history.add(ROWS[0])
     (tmp_path / "history.jsonl").unlink()
-    (tmp_path / "history.jsonl").mkdir()  # as good as open in a program that lets no other write
+    (tmp_path / "history.jsonl").mkdir()  # as unwritable as a file that another program locks
     history.add(ROWS[1])
     assert "history.jsonl" in caplog.text
     (tmp_path / "history.jsonl").rmdir()
@@ -109,7 +109,7 @@ def shown(is_terminal):
 
 
 @pytest.mark.parametrize("is_terminal", [True, False])
-def test_progress_says_what_is_measured(is_terminal):
+def test_progress_shows_what_is_measured(is_terminal):
     text, measured = shown(is_terminal)
     for part in (
         "epoch 1.50",
@@ -150,7 +150,7 @@ def scalars(folder, tag):
     return [(event.step, event.value) for event in events.Scalars(tag)]
 
 
-def test_a_resumed_run_goes_on_in_tensorboard(tmp_path):
+def test_a_resumed_run_continues_in_tensorboard(tmp_path):
     pytest.importorskip("tensorboard")
 
     def log(state, steps, value):

@@ -1,4 +1,4 @@
-"""The watch on the loss: what it averages, when it stops a run, and that it finds the cause."""
+"""The loss monitor: its averages, when it stops a run, and that it finds the cause."""
 
 import copy
 from functools import partial
@@ -16,7 +16,7 @@ INF, NAN = float("inf"), float("nan")
 
 
 class SavedState:
-    """Counts its calls, and takes the random number that the checkpoint would have."""
+    """Count the calls, and sample a random number where a checkpoint would be saved."""
 
     def __init__(self):
         self.calls = 0
@@ -57,7 +57,7 @@ def test_monitor_averages_and_forgets():
     monitor = make_monitor()
     assert check(monitor, 1.0, 2.0) == {"loss": 4.5, "loss_ce": 1.5, "loss_bbox": 1.5, "loss_giou": 1.5}
     assert check(monitor, 3.0, norm=0.1)["loss"] == 9
-    # over the steps, each of which counts once
+    # over the steps, with equal weights
     assert monitor.averages() == {"loss": 6.75, "loss_ce": 2.25, "loss_bbox": 2.25, "loss_giou": 2.25}
     check(monitor, 4.0)
     assert monitor.averages()["loss"] == 12
@@ -72,7 +72,7 @@ def test_where_a_scaler_leaves_steps_out_ten_in_a_row_may_be_wrong():
     check(monitor, 1.0)
     for step in range(10):
         check(monitor, 1.0, 1.0, step=step, norm=INF)
-    assert monitor.averages()["loss"] == 3, "of what was learned from"
+    assert monitor.averages()["loss"] == 3, "of the steps that were taken"
     assert monitor.on_failure.calls == 0
     with pytest.raises(FloatingPointError, match=r"step 10 .*loss is inf.* image_id 11"):
         check(monitor, INF, step=10)
@@ -95,7 +95,7 @@ def test_a_resumed_run_averages_what_the_whole_one_would_have():
 
 
 def step(monitor, model, *batches):
-    """A step as a training does it, up to where the optimizer would take it."""
+    """Take a step as `FineTuner` does, up to the optimizer."""
     for batch in batches:
         monitor.begin(batch)
         outputs = model(**batch)
@@ -104,7 +104,7 @@ def step(monitor, model, *batches):
     return monitor.check(12, nn.utils.clip_grad_norm_(model.parameters(), 0.1))
 
 
-def test_an_image_that_spoils_the_loss_is_named_and_the_state_before_it_is_saved():
+def test_an_image_with_a_nonfinite_loss_is_named_and_the_state_before_it_is_saved():
     model = tiny_model().train()
     files = {41: "a/one.jpg", 7: "a/two.jpg"}
     monitor = make_monitor(model, files=files)
@@ -137,9 +137,9 @@ def test_a_step_that_is_fine_costs_no_random_numbers_and_keeps_nothing():
     assert not monitor._losses
 
 
-def spoil(value, in_gradient, module, inputs, output):
-    """A hook that now and then makes a number of a layer's output, or of its gradient, `value`."""
-    if torch.rand(1) < 0.5:  # found again only by who draws the same numbers
+def corrupt(value, in_gradient, module, inputs, output):
+    """Set, in half of the calls, a value of a layer's output or of its gradient to `value`."""
+    if torch.rand(1) < 0.5:  # repeated only with the same random numbers
         return None
     if in_gradient:
         output.register_hook(lambda gradient: gradient * value)
@@ -157,7 +157,7 @@ def spoil(value, in_gradient, module, inputs, output):
 )
 def test_the_first_layer_that_is_not_finite_is_named(place, value, in_gradient):
     model = tiny_model().train()
-    model.model.get_submodule(place).register_forward_hook(partial(spoil, value, in_gradient))
+    model.model.get_submodule(place).register_forward_hook(partial(corrupt, value, in_gradient))
     monitor = make_monitor(model)
     torch.manual_seed(0)
     steps = (step(monitor, model, make_batch(1)) for _ in range(20))
@@ -177,7 +177,7 @@ def test_a_weight_that_is_not_finite_is_named():
 
 @pytest.mark.parametrize("overrides", [{}, {"query_selection": "pure"}, {"query_selection": "static"}])
 def test_nothing_is_named_where_nothing_is_wrong(overrides):
-    """Also where images are padded, whose positions outside have boxes at infinity on purpose."""
+    """Also for padded images, which have infinite boxes in the padding on purpose."""
     model = tiny_model(**overrides).train()
     batch = make_batch(1, 2)
     mask = torch.ones(2, 64, 96)

@@ -55,7 +55,7 @@ def test_groups_of_the_same_rate_are_one():
     assert any("sampling_offsets" in name for name in second) and not any("sampling_offsets" in name for name in first)
 
 
-def test_a_backbone_may_stand_still_without_being_frozen():
+def test_a_backbone_may_have_a_learning_rate_of_zero():
     groups = names_by_rate(tiny_model(), backbone_lr_multiplier=0.0)
     assert all(".backbone.body." in name for name in groups[0.0])
 
@@ -65,10 +65,10 @@ def test_nothing_to_train_is_an_error():
         get_param_groups(tiny_model().requires_grad_(False), 1e-3, 0.1)
 
 
-def test_steps_fall_to_a_tenth_at_each_drop():
-    drops = get_milestones([0.5, 11], total_steps=1200, steps_per_epoch=100)
-    assert drops == [600, 1100]
-    factor = get_lr_multiplier("multi_step", total_steps=1200, milestones=drops, warmup_steps=10)
+def test_the_learning_rate_decays_to_a_tenth_at_each_milestone():
+    milestones = get_milestones([0.5, 11], total_steps=1200, steps_per_epoch=100)
+    assert milestones == [600, 1100]
+    factor = get_lr_multiplier("multi_step", total_steps=1200, milestones=milestones, warmup_steps=10)
     assert [factor(step) for step in (0, 9, 10, 599, 600, 1100)] == pytest.approx([0.1, 1, 1, 1, 0.1, 0.01])
 
 
@@ -168,7 +168,7 @@ def test_an_unknown_stage_is_an_error_that_names_those_there_are():
         freeze(tiny_model(), ["decoder", "backbone.stage5"])
 
 
-def test_frozen_stages_stay_and_all_else_learns(pixel_values):
+def test_frozen_stages_do_not_change_and_everything_else_is_trained(pixel_values):
     model = tiny_model(freeze_backbone_batch_norms=False).train()
     stages = ["backbone.stage2", "encoder"]
     freeze(model, stages)
@@ -196,8 +196,8 @@ def test_batch_norms_are_frozen_at_once_and_thaw_with_their_weights():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_compiled_layers_learn_the_same_and_are_compiled_once(monkeypatch, checkpointing):
-    # all of it but writing and compiling C++
+def test_compiled_layers_train_the_same_and_are_compiled_once(monkeypatch, checkpointing):
+    # everything but generating and compiling C++
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
     torch.compiler.reset()
     torch._dynamo.utils.counters.clear()
@@ -232,7 +232,7 @@ def test_compiled_layers_learn_the_same_and_are_compiled_once(monkeypatch, check
         ([0.3, 0.2, 0.1], None, False),
     ],
 )
-def test_a_run_stops_when_nothing_got_better(scores, patience, stops):
+def test_a_run_stops_when_nothing_improves(scores, patience, stops):
     assert should_stop_early(scores, patience) is stops
 
 

@@ -3,7 +3,6 @@
 import inspect
 import logging
 from dataclasses import MISSING, Field
-from itertools import accumulate
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -66,14 +65,20 @@ def make_arguments(recipe: Path | None, options: dict[str, Any]) -> FineTuningAr
 METAVARS: dict[Any, str] = {int: "INTEGER", int | None: "INTEGER", float: "NUMBER", float | None: "NUMBER"}
 
 
-def _parameter(field: Field, group: str) -> inspect.Parameter:
-    """Make the typer option of a field of `FineTuningArguments`, listed under the heading `group`."""
+def _heading(name: str) -> str:
+    """Return the heading above an option: that of its group, which begins at or before it."""
+    names = list(OPTIONS)
+    return [FIRST_OF_GROUP[each] for each in names[: names.index(name) + 1] if each in FIRST_OF_GROUP][-1]
+
+
+def _parameter(field: Field) -> inspect.Parameter:
+    """Make the typer option of a field of `FineTuningArguments`."""
     is_flag, several, default = field.type is bool, field.metadata["metavar"], field.default
     option = typer.Option(
         f"--{field.name}/--no_{field.name}" if is_flag else f"--{field.name}",
         help=field.metadata["help"] + ("" if is_flag or default in (None, MISSING) else f" Default: {default}."),
         metavar=several or METAVARS.get(field.type),
-        rich_help_panel=group,
+        rich_help_panel=_heading(field.name),
     )
     kind: Any = bool if is_flag else list[str] if several else str
     is_required = default is MISSING and field.default_factory is MISSING
@@ -94,8 +99,6 @@ _RECIPE = inspect.Parameter(
         typer.Option(help="YAML file with any of these options; those of the command line take precedence."),
     ],
 )
-_STARTS: list[str] = [FIRST_OF_GROUP.get(name, "") for name in OPTIONS]
-_GROUPS = accumulate(_STARTS, lambda group, start: start or group)
-_PARAMETERS = [_RECIPE, *map(_parameter, OPTIONS.values(), _GROUPS)]
+_PARAMETERS = [_RECIPE, *map(_parameter, OPTIONS.values())]
 train.__signature__ = inspect.Signature(_PARAMETERS)  # type: ignore[attr-defined]
 train.__annotations__ = {each.name: each.annotation for each in _PARAMETERS}
