@@ -8,7 +8,7 @@ PYTEST_ARGS ?= -n 2 --dist loadfile --no-loadscope-reorder
 PYTEST = OMP_NUM_THREADS=1 $(1)/bin/python -m pytest -q $(PYTEST_ARGS)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-floor demo test test-all test-floor lint format
+.PHONY: help setup setup-floor demo test test-core test-all test-floor gpu gpu-wheels lint format
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-12s %s\n", $$1, $$2}' Makefile
@@ -26,11 +26,20 @@ demo: setup ## draw a dataset, train a small DINO on it, evaluate it, show a det
 test: setup ## the tests (PYTEST_ARGS="-k denoising" replaces the arguments)
 	$(call PYTEST,$(VENV))
 
+test-core: setup ## the tests of the flat core alone, in a minute
+	$(call PYTEST,$(VENV)) tests/core
+
 test-all: setup ## the tests, the slow ones too
 	$(call PYTEST,$(VENV)) -m ""
 
 test-floor: setup-floor ## the tests on the oldest supported versions of torch and transformers
 	$(call PYTEST,$(FLOOR))
+
+gpu: ## build, check and measure the CUDA code on this machine's GPU in 8 minutes; needs no .venv (OUT=folder)
+	$(or $(PYTHON),python3) benchmarks/gpu.py $(GPU_ARGS)
+
+gpu-wheels: ## fetch what a GPU machine without network may lack, into wheels/
+	$(or $(PYTHON),python3) benchmarks/gpu_stages/wheels.py wheels
 
 lint: setup ## formatting, style and types; changes nothing
 	$(VENV)/bin/python -m ruff check

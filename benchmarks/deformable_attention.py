@@ -8,10 +8,10 @@ The encoder asks from the center of every cell of an image of 800 x 1333, with t
 and noise of 1.5 cells; the decoder asks from random boxes. With 16-bit values, raw offsets and logits are of their
 dtype, and locations and weights of 32 bits, as in the model under autocast; what takes one dtype only gets it.
 
-What gives a wrong output or gradient is not timed, unless with `--time-wrong`. The others take turns, each of one call
-that is not measured and some that are, and medians are compared with the definition in plain PyTorch. The bound moves
-every byte once, as fast as this machine copies: only data that stays in caches is faster. Memory includes outputs and
-gradients, unless it says "beyond results".
+What gives a wrong output or gradient is not timed, unless with `--time-wrong`. The others are interleaved, each with
+one call that is not measured and some that are, and medians are compared with the reference in plain PyTorch. The
+bound moves every byte once, as fast as this machine copies: only data that stays in caches is faster. Memory includes
+outputs and gradients, unless it says "beyond results".
 """
 
 import argparse
@@ -31,35 +31,15 @@ from typing import Any
 
 import torch
 
-import machine
-from deformable_attention_peers import (
-    DEFINITIONS,
-    IMPLEMENTATIONS,
-    Tensors,
-    definition,
-    find_implementations,
-    fused_definition,
-)
-from deformable_attention_problems import HEAD_DIM, QUERIES, STRIDES, Case, Problem
+from common import machine
+from deformable_attention_accuracy import fewest_bytes, find_expected, relative_error, rounded, run, size
+from deformable_attention_baselines import IMPLEMENTATIONS, REFERENCES, Tensors, find_implementations
+from deformable_attention_inputs import SHAPES, Case, Inputs
 from deformable_attention_report import draw, write_table
 
 
 PASSES = {"forward": False, "forward+backward": True}
 TOLERANCE = {"float64": 1e-9, "float32": 1e-4, "float16": 2e-3, "bfloat16": 1e-2}  # relative, in the Euclidean norm
-
-
-def run(name: str, attend: Any, problem: Problem, backward: bool) -> tuple[Tensors, Tensors]:
-    """Run once; return outputs and, with the backward pass, gradients of value, places and weights or logits."""
-    os.environ["HF_DINO_CPU_CAPABILITY"] = IMPLEMENTATIONS[name].cpu_path
-    inputs = problem.inputs[IMPLEMENTATIONS[name].form]
-    with torch.set_grad_enabled(backward):
-        outputs = attend(problem.levels, *inputs)
-    if not backward:
-        return outputs, ()
-    return outputs, torch.autograd.grad(outputs[0], [x for x in inputs if x.requires_grad], problem.grad_output)
-
-
-# --- What is right, and with how much memory: found out in a process of its own, because wrong code may kill it
 
 
 class Child:
@@ -84,11 +64,14 @@ class Child:
 
 
 def examine(name: str, case: Case, backward: bool, options: argparse.Namespace) -> dict[str, Any]:
-    """Verdict, error, peak memory beyond the inputs, and beyond the results too."""
+    """Return verdict, error, peak memory beyond the inputs, and beyond the results too.
+
+    Called in a process of its own, because wrong code may end it.
+    """
     attend = IMPLEMENTATIONS[name].make(options)
-    problem, truths = prepare(case, options.device)
-    truth = truths[IMPLEMENTATIONS[name].form]
-    error = relative_error(run(name, attend, problem, backward), truth, problem.off_lines)
+    inputs, expected = prepare(case, options.device)
+    results = run(name, attend, inputs, backward)
+    error = relative_error(results, expected[IMPLEMENTATIONS[name].form], inputs.off_lines)
     verdict = "right" if error <= TOLERANCE[case.dtype] else "wrong result"
     row = {"verdict": verdict, "relative_error": rounded(error, 2)}
     if options.device == "cpu" and sys.platform != "linux":
@@ -99,62 +82,35 @@ def examine(name: str, case: Case, backward: bool, options: argparse.Namespace) 
         torch.cuda.reset_peak_memory_stats()
     else:
         Path("/proc/self/clear_refs").write_text("5")  # the peak counts from now on
-    outputs, gradients = run(name, attend, problem, backward)
+    del results
+    outputs, gradients = run(name, attend, inputs, backward)
     extra = memory(options.device, "peak") - before
     torch.cuda.empty_cache()  # the process that takes the time needs it
-    beyond = max(extra - size(*outputs, *gradients), 0) / size(problem.inputs["plain"][0])
+    beyond = max(extra - size(*outputs, *gradients), 0) / size(inputs.tensors["plain"][0])
     return {**row, "peak_memory_mib": round(extra / 2**20, 1), "memory_beyond_results_in_values": round(beyond, 2)}
 
 
 @functools.lru_cache(maxsize=1)
-def prepare(case: Case, device: str) -> tuple[Problem, dict[str, tuple[Tensors, Tensors]]]:
-    problem = Problem(case, device)
-    return problem, {form: find_truth(form, problem) for form in DEFINITIONS}
+def prepare(case: Case, device: str) -> tuple[Inputs, dict[str, tuple[Tensors, Tensors]]]:
+    inputs = Inputs(case, device)
+    return inputs, {form: find_expected(form, inputs) for form in REFERENCES}
 
 
-def find_truth(form: str, problem: Problem) -> tuple[Tensors, Tensors]:
-    """What `run` should return, by the definition in 64 bits; some queries at a time, to need little memory."""
-    attend: Any = {"plain": definition, "fused": fused_definition}[form]
-    inputs = [x.detach().double().requires_grad_(x.requires_grad) for x in problem.inputs[form]]
-    parts = []
-    for image in range(len(inputs[0])):
-        for start in range(0, inputs[1].shape[1], 4096):
-            some = slice(image, image + 1), slice(start, start + 4096)
-            outputs = attend(problem.levels, inputs[0][some[0]], *(x[some] for x in inputs[1:]))
-            outputs[0].backward(problem.grad_output[some].double())
-            parts.append([output.detach() for output in outputs])
-    outputs = tuple(torch.cat(pieces, dim=1).unflatten(1, (len(inputs[0]), -1))[0] for pieces in zip(*parts))
-    return outputs, tuple(x.grad for x in inputs if x.grad is not None)
-
-
-def relative_error(results: tuple[Tensors, Tensors], truth: tuple[Tensors, Tensors], off_lines: torch.Tensor) -> float:
-    """The largest of all outputs and gradients, in the Euclidean norm; NaN if there is one anywhere."""
-    errors = []
-    for found, expected in zip(results, truth):
-        for position, (one, other) in enumerate(zip(found, expected)):
-            counts = off_lines if expected is truth[1] and position == 1 else 1
-            errors.append(((one.double() - other) * counts).norm() / (other * counts).norm())
-    return torch.stack(errors).max().item()
-
-
-# --- How long it takes
-
-
-def take_turns(contenders: dict[str, Any], problem: Problem, backward: bool, rounds: int) -> dict[str, float]:
-    """Median seconds of a call, each contender once per round."""
-    clock = seconds_on_gpu if problem.grad_output.is_cuda else seconds_on_cpu
-    seconds: dict[str, list[float]] = {name: [] for name in contenders}
+def interleave(candidates: dict[str, Any], inputs: Inputs, backward: bool, rounds: int) -> dict[str, float]:
+    """Return median seconds of a call, each candidate once per round."""
+    clock = seconds_on_gpu if inputs.grad_output.is_cuda else seconds_on_cpu
+    seconds: dict[str, list[float]] = {name: [] for name in candidates}
     for _ in range(rounds):
-        for name, attend in contenders.items():
-            call = functools.partial(run, name, attend, problem, backward)
-            call()  # not measured: what the others left in caches and allocators is no contender's business
+        for name, attend in candidates.items():
+            call = functools.partial(run, name, attend, inputs, backward)
+            call()  # not measured: what the others left in caches and allocators must not count
             seconds[name].append(clock(call))
     torch.cuda.empty_cache()
     return {name: statistics.median(times) for name, times in seconds.items()}
 
 
 def seconds_on_cpu(call: Any, turn: float = 0.1) -> float:
-    """Median of as many calls as a turn of so many seconds has room for, but one at least."""
+    """Return the median of as many calls as a turn of this many seconds has time for, but at least one."""
     times: list[float] = []
     while sum(times) < turn:
         start = time.perf_counter()
@@ -164,7 +120,7 @@ def seconds_on_cpu(call: Any, turn: float = 0.1) -> float:
 
 
 def seconds_on_gpu(call: Any, calls: int = 20) -> float:
-    """Of one call among several that are queued at once, or the time of launching them would be measured."""
+    """Time one call among several that are queued at once, or the time of launching them would be measured."""
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     start.record()
     for _ in range(calls):
@@ -175,7 +131,7 @@ def seconds_on_gpu(call: Any, calls: int = 20) -> float:
 
 
 def memory(device: str, which: str) -> int:
-    """Bytes in use `"now"`, or their `"peak"`: of PyTorch's allocator on a GPU, else of this process."""
+    """Return bytes in use `"now"`, or their `"peak"`: of PyTorch's allocator on a GPU, else of this process."""
     if device == "cuda":
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() if which == "peak" else torch.cuda.memory_allocated()
@@ -183,49 +139,33 @@ def memory(device: str, which: str) -> int:
     return int(status[status.index("VmHWM:" if which == "peak" else "VmRSS:") + 1]) * 1024
 
 
-def size(*tensors: torch.Tensor) -> int:
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-
-
 def copy_bandwidth(device: str, mebibytes: int) -> float:
-    """Bytes read and written per second when a large tensor is copied."""
+    """Return the bytes read and written per second when a large tensor is copied."""
     source = torch.ones(mebibytes * 2**18, device=device)
     target = torch.empty_like(source)
     clock = seconds_on_gpu if device == "cuda" else seconds_on_cpu
     return 2 * size(source) / statistics.median([clock(lambda: target.copy_(source)) for _ in range(9)])
 
 
-def fewest_bytes(case: Case, backward: bool, device: str) -> int:
-    """Every cell that some point reads, every location, weight and result, once; gradients: the inputs once more."""
-    problem, truths = prepare(case, device)
-    value, *points = problem.inputs["plain"]
-    grad_value = truths["plain"][1][0]
-    cells_read = int(grad_value.any(dim=-1).sum()) * HEAD_DIM * value.element_size()
-    forward = cells_read + size(*points) + size(problem.grad_output)  # an output is as large as its gradient
-    return 2 * forward + size(value, *points) if backward else forward
-
-
-def rounded(number: float, digits: int) -> float:
-    return float(f"{number:.{digits}g}")
-
-
-# --- The story
+def bound_bytes(case: Case, backward: bool, device: str) -> int:
+    inputs, expected = prepare(case, device)
+    return fewest_bytes(inputs, expected["plain"][1][0], backward)
 
 
 def measure(case: Case, options: argparse.Namespace, bandwidth: float, child: Child) -> list[dict[str, Any]]:
-    """Both passes of one case, all implementations that take part."""
+    """Measure both passes of one case with all implementations that take part."""
     measured = []
     for pass_name, backward in PASSES.items():
         rows = {name: child.examine(name, case, backward, options) for name in options.implementations}
         timed = ("right", "wrong result") if options.time_wrong else ("right",)
-        contenders = {name: IMPLEMENTATIONS[name].make(options) for name in rows if rows[name]["verdict"] in timed}
-        problem = Problem(case, options.device)
-        seconds = take_turns(contenders, problem, backward, options.rounds)
+        candidates = {name: IMPLEMENTATIONS[name].make(options) for name in rows if rows[name]["verdict"] in timed}
+        inputs = Inputs(case, options.device)
+        seconds = interleave(candidates, inputs, backward, options.rounds)
         for name, median in seconds.items():
             rows[name]["median_ms"] = rounded(1000 * median, 4)
-            if baseline := seconds.get(DEFINITIONS[IMPLEMENTATIONS[name].form]):
+            if baseline := seconds.get(REFERENCES[IMPLEMENTATIONS[name].form]):
                 rows[name]["times_faster"] = rounded(baseline / median, 3)
-        fewest = child.pool.submit(fewest_bytes, case, backward, options.device).result()
+        fewest = child.pool.submit(bound_bytes, case, backward, options.device).result()
         bound_ms = rounded(1000 * fewest / bandwidth, 3)
         measured.append({**case._asdict(), "pass": pass_name, "bound_ms": bound_ms, "results": rows})
     return measured
@@ -233,15 +173,14 @@ def measure(case: Case, options: argparse.Namespace, bandwidth: float, child: Ch
 
 def parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    shapes = [*STRIDES, *QUERIES]
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--shapes", nargs="+", choices=shapes, default=["encoder-4scale", "decoder-900"])
+    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=["encoder-4scale", "decoder-900"])
     parser.add_argument("--batch-sizes", nargs="+", type=int, default=[1])
     parser.add_argument("--dtypes", nargs="+", choices=TOLERANCE, default=["float32", "bfloat16"])
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--hub", action="store_true", help="download kernels-community/deformable-detr and compare it")
     parser.add_argument("--time-wrong", action="store_true", help="time what gives wrong results, too; it may crash")
-    parser.add_argument("--quick", action="store_true", help="a tiny image, one round: only to see that it works")
+    parser.add_argument("--quick", action="store_true", help="a tiny image and one round, to check that it works")
     options = parser.parse_args(arguments)
     if options.rounds < 1 or min(options.batch_sizes) < 1:
         parser.error("--rounds and --batch-sizes must be at least 1")
@@ -256,14 +195,14 @@ def main(arguments: list[str] | None = None) -> None:
     found = find_implementations(options)
     options.implementations = [name for name, state in found.items() if state == "takes part"]
     device = torch.cuda.get_device_name() if options.device == "cuda" else machine.processor_name()
-    image = (64, 96) if options.quick else (800, 1333)
+    image_size = (64, 96) if options.quick else (800, 1333)
     if options.quick:
         options.rounds = 1
     bandwidth = copy_bandwidth(options.device, 8 if options.quick else 256)
     child = Child()
     measured = [
         one
-        for case in itertools.product(options.shapes, options.batch_sizes, options.dtypes, [image])
+        for case in itertools.product(options.shapes, options.batch_sizes, options.dtypes, [image_size])
         for one in measure(Case(*case), options, bandwidth, child)
     ]
     child.pool.shutdown()

@@ -5,7 +5,7 @@ from typing import Any
 
 from matplotlib import pyplot
 
-from deformable_attention_peers import DEFINITIONS, IMPLEMENTATIONS
+from deformable_attention_baselines import IMPLEMENTATIONS, REFERENCES
 
 
 # One family of colors for ours, another for the others.
@@ -22,13 +22,13 @@ COLORS = {
 
 
 NOTE = (
-    "Times faster: than the definition of the same form. MiB: peak memory beyond the inputs; beyond results: without "
+    "Times faster: than the reference of the same form. MiB: peak memory beyond the inputs; beyond results: without "
     "outputs and gradients, as a multiple of the size of `value`. Every byte once: the time to copy what must move."
 )
 
 
 def write_table(path: Path, content: dict[str, Any]) -> None:
-    """A table per case: a row per implementation, the two passes side by side."""
+    """Write one table per case, with a row per implementation and both passes side by side."""
     columns = ["times faster", "MiB", "beyond results"]
     lines = []
     for forward, both in zip(content["measured"][::2], content["measured"][1::2]):
@@ -60,7 +60,7 @@ def cells(result: dict[str, Any]) -> list[Any]:
 
 
 def draw(path: Path, content: dict[str, Any]) -> None:
-    """A panel per shape and batch size, a group of bars per dtype and pass: how many times faster, on a log scale."""
+    """Plot the speed-ups on a log scale: one panel per shape and batch size, one group of bars per dtype and pass."""
     panels: dict[str, list[dict[str, Any]]] = {}
     for one in content["measured"]:
         panels.setdefault(f"{one['shape']}, batch of {one['batch_size']}", []).append(one)
@@ -80,7 +80,7 @@ def draw(path: Path, content: dict[str, Any]) -> None:
         axis.yaxis.set_major_formatter("{x:g}×")
         axis.set_xticks(range(len(groups)), [f"{one['dtype']}\n{one['pass']}" for one in groups])
         axis.set_title(heading, loc="left", fontweight="bold")
-        axis.set_ylabel("times faster than\nthe PyTorch definition")
+        axis.set_ylabel("times faster than\nthe PyTorch reference")
         axis.grid(axis="y", alpha=0.3)
         axis.set_axisbelow(True)
         axis.spines[["top", "right"]].set_visible(False)
@@ -104,10 +104,10 @@ def draw_bar(axis: Any, x: float, width: float, name: str, result: dict[str, Any
 
 
 def draw_bound(axis: Any, group: int, one: dict[str, Any]) -> None:
-    definition_ms = one["results"][DEFINITIONS["plain"]].get("median_ms")
-    if definition_ms:
-        axis.hlines(definition_ms / one["bound_ms"], group - 0.45, group + 0.45, color="black", linestyle=":")
+    reference_ms = one["results"][REFERENCES["plain"]].get("median_ms")
+    if reference_ms:
+        axis.hlines(reference_ms / one["bound_ms"], group - 0.45, group + 0.45, color="black", linestyle=":")
 
 
 def fused_note(name: str) -> str:
-    return f" (against {DEFINITIONS['fused']})" if IMPLEMENTATIONS[name].form == "fused" else ""
+    return f" (against {REFERENCES['fused']})" if IMPLEMENTATIONS[name].form == "fused" else ""

@@ -2,10 +2,10 @@
 
     python benchmarks/evaluation.py [--images 5000] [--detections 300] [--rounds 2]
 
-Objects and detections are drawn by chance, 80 classes as unequally frequent as COCO's. `hf_dino` starts from a file of
-records as a model leaves it: gathered by image, evaluated, accumulated and summarized. `pycocotools` has everything
-in its own datasets already and only evaluates and accumulates. Each lives in a process of its own, and they take
-turns. At full size a round takes several minutes.
+Objects and detections are random, of 80 classes as unequally frequent as COCO's. `hf_dino` starts from a file of
+records as a model writes it: grouped by image, evaluated, accumulated and summarized. `pycocotools` has everything in
+its own datasets already and only evaluates and accumulates. Each lives in a process of its own, and
+their runs are interleaved. At full size a round takes several minutes.
 """
 
 import argparse
@@ -23,12 +23,12 @@ import numpy as np
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from evaluation_problems import generate
+from common.interleave import Candidate, interleave
+from common.machine import write_result
+from evaluation_inputs import generate
 from hf_dino.data import DetectionSplit, to_annotation_array
 from hf_dino.evaluation import DETECTION_DTYPE, ENGINES, METRICS, evaluate_coco
 from hf_dino.evaluation.predictions import sort_by_image
-from machine import write_result
-from turns import Contender, take_turns
 
 
 def make_ours(folder: Path, engine: str) -> Callable[[], None]:
@@ -75,9 +75,9 @@ def make_pycocotools(folder: Path) -> Callable[[], None]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--images", type=int, default=5000)
-    parser.add_argument("--detections", type=int, default=300, help="in each image")
-    parser.add_argument("--rounds", type=int, default=2, help="beside one to warm up")
+    parser.add_argument("--images", type=int, default=5000, help="number of images (default: 5000)")
+    parser.add_argument("--detections", type=int, default=300, help="detections per image (default: 300)")
+    parser.add_argument("--rounds", type=int, default=2, help="rounds after one to warm up (default: 2)")
     args = parser.parse_args()
 
     with tempfile.TemporaryDirectory() as temporary:
@@ -85,16 +85,16 @@ def main() -> None:
         data, detections = generate(args.images, args.detections)
         detections.tofile(folder / "detections")
         (folder / "data.pickle").write_bytes(pickle.dumps(data))
-        contenders: dict[str, Contender] = {
+        candidates: dict[str, Candidate] = {
             f"hf_dino, {engine}": (partial(make_ours, folder, engine), {}) for engine in ENGINES
         }
-        contenders |= {"pycocotools, evaluate and accumulate": (partial(make_pycocotools, folder), {})}
-        measured = take_turns(contenders, args.rounds)
+        candidates |= {"pycocotools, evaluate and accumulate": (partial(make_pycocotools, folder), {})}
+        measured = interleave(candidates, args.rounds)
         numbers = {name: json.loads((folder / f"{name}.json").read_text()) for name in (*ENGINES, "direct")}
 
     command = f"python benchmarks/evaluation.py --images {args.images} --detections {args.detections}"
     content = {
-        "images": args.images,
+        "num_images": args.images,
         "detections": len(detections),
         "objects": len(to_annotation_array(data)),
         **measured,

@@ -1,73 +1,144 @@
 """Time and memory of one forward pass: ours, ours without compiled operators, and transformers' Deformable DETR.
 
     python benchmarks/forward.py [--height 800] [--width 1066] [--rounds 5]
+    python benchmarks/forward.py --device cuda --precision bf16 --compile
 
-All are two-stage with box refinement: ResNet-50, 4 levels, 6 + 6 layers, 900 queries, 91 classes, fp32, random
-weights. Each model lives in a process of its own, so that its peak memory is its own; they take turns, one pass at a
+All are two-stage with box refinement: ResNet-50, 4 levels, 6 + 6 layers, 900 queries, 91 classes, random weights. Each
+model lives in a process of its own, so that its peak memory is its own; their runs are interleaved, one pass at a
 time, and the medians are compared.
 """
 
 import argparse
+import functools
 from collections.abc import Callable
+from copy import deepcopy
 from functools import partial
 from typing import Any
 
 import torch
 from transformers import DeformableDetrConfig, DeformableDetrForObjectDetection, ResNetConfig
 
+from common.interleave import Candidate, interleave
+from common.machine import write_result
+from common.precision import PRECISIONS, use_precision
 from hf_dino import DinoDetrConfig, DinoDetrForObjectDetection
-from machine import write_result
-from turns import take_turns
 
 
 SHAPE: dict[str, Any] = {"num_queries": 900, "num_labels": 91}
 BACKBONE = {"out_features": ["stage2", "stage3", "stage4"]}
+SMALL: dict[str, Any] = {  # to check that everything works
+    "backbone_config": ResNetConfig(**BACKBONE, embedding_size=8, hidden_sizes=[8, 8, 8, 8], depths=[1, 1, 1, 1]),
+    "d_model": 32,
+    "encoder_layers": 1,
+    "decoder_layers": 1,
+    "encoder_ffn_dim": 32,
+    "decoder_ffn_dim": 32,
+    "num_queries": 9,
+}
+
+MakeModel = Callable[[], torch.nn.Module]
 
 
-def make_ours() -> torch.nn.Module:
-    return DinoDetrForObjectDetection(DinoDetrConfig(**SHAPE))
+def make_ours(**overrides: Any) -> torch.nn.Module:
+    return DinoDetrForObjectDetection(DinoDetrConfig(**SHAPE | overrides))
 
 
-def make_transformers() -> torch.nn.Module:
-    config = DeformableDetrConfig(
-        **SHAPE,
-        backbone_config=ResNetConfig(**BACKBONE),
-        two_stage=True,
-        two_stage_num_proposals=900,
-        with_box_refine=True,
-        encoder_ffn_dim=2048,
-        decoder_ffn_dim=2048,
-        auxiliary_loss=True,
+def make_transformers(num_queries: int = SHAPE["num_queries"], **overrides: Any) -> torch.nn.Module:
+    fields: dict[str, Any] = {
+        "backbone_config": ResNetConfig(**BACKBONE),
+        "two_stage": True,
+        "two_stage_num_proposals": num_queries,
+        "with_box_refine": True,
+        "encoder_ffn_dim": 2048,
+        "decoder_ffn_dim": 2048,
+        "auxiliary_loss": True,
+    }
+    return DeformableDetrForObjectDetection(
+        DeformableDetrConfig(**SHAPE | {"num_queries": num_queries} | fields | overrides)
     )
-    return DeformableDetrForObjectDetection(config)
 
 
-def make_pass(make: Callable[[], torch.nn.Module], pixel_values: torch.Tensor) -> Callable[[], None]:
-    model = make().eval()
+def make_candidates(build: Callable[[MakeModel], Any], **overrides: Any) -> dict[str, Candidate]:
+    """Return ours first, then what it is compared with.
+
+    Args:
+        build (`Callable`): Takes what makes a model, and returns what is to be run.
+        overrides: Fields of both configurations, such as those of `SMALL`.
+    """
+    ours, peer = (partial(make, **overrides) if overrides else make for make in (make_ours, make_transformers))
+    return {
+        "hf_dino": (partial(build, ours), {"HF_DINO_KERNELS": "require"}),
+        "hf_dino_reference": (partial(build, ours), {"HF_DINO_KERNELS": "off"}),
+        "transformers": (partial(build, peer), {}),
+    }
+
+
+@functools.cache
+def _made(make: MakeModel) -> torch.nn.Module:
+    torch.manual_seed(0)
+    return make()
+
+
+def make_model(make: MakeModel, device: str = "cpu", compiled: bool = False) -> Any:
+    """Return a model of its own on a device; initializing the weights takes seconds and is done once per process."""
+    model: Any = deepcopy(_made(make)).to(device)
+    if compiled:  # as hf_dino.training does, which needs more packages than a benchmark may ask for
+        for layer in (*model.model.encoder.layers, *model.model.decoder.layers):
+            layer.compile(dynamic=True)
+    return model
+
+
+def make_pass(
+    make: MakeModel, pixel_values: torch.Tensor, device: str = "cpu", precision: str = "fp32", compiled: bool = False
+) -> Callable[[], None]:
+    model, pixel_values = make_model(make, device, compiled).eval(), pixel_values.to(device)
 
     def run() -> None:
-        with torch.no_grad():
+        with torch.no_grad(), use_precision(precision, device):
             model(pixel_values)
 
     return run
 
 
+def random_images(batch_size: int, height: int, width: int) -> torch.Tensor:
+    return torch.randn(batch_size, 3, height, width, generator=torch.Generator().manual_seed(0))
+
+
+def add_device_options(parser: argparse.ArgumentParser) -> None:
+    """Add where and how a whole model runs."""
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where the models run (default: cpu)")
+    parser.add_argument("--precision", choices=PRECISIONS, default="fp32", help="arithmetic (default: fp32)")
+    parser.add_argument("--compile", action="store_true", help="compile the layers of all models with torch.compile")
+
+
+def command_of(name: str, args: argparse.Namespace) -> str:
+    """Return the command line that repeats a run."""
+    values = {option.replace("_", "-"): value for option, value in vars(args).items() if value is not False}
+    options = [f"--{option}" if value is True else f"--{option} {value}" for option, value in values.items()]
+    return " ".join([f"python benchmarks/{name}.py", *options])
+
+
+def result_name(name: str, args: argparse.Namespace) -> str:
+    """Return the name of a result: that of the CPU in float32 is the plain one."""
+    if (args.device, args.precision, args.compile) == ("cpu", "fp32", False):
+        return name
+    return "_".join([name, args.device, args.precision, *(["compiled"] if args.compile else [])])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--height", type=int, default=800)
-    parser.add_argument("--width", type=int, default=1066)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--batch-size", type=int, default=1, help="number of images (default: 1)")
+    parser.add_argument("--height", type=int, default=800, help="of the images, in pixels (default: 800)")
+    parser.add_argument("--width", type=int, default=1066, help="of the images, in pixels (default: 1066)")
+    parser.add_argument("--rounds", type=int, default=5, help="runs of each model (default: 5)")
+    add_device_options(parser)
     args = parser.parse_args()
 
-    pixel_values = torch.randn(1, 3, args.height, args.width, generator=torch.Generator().manual_seed(0))
-    contenders = {
-        "hf_dino": (partial(make_pass, make_ours, pixel_values), {"HF_DINO_KERNELS": "require"}),
-        "hf_dino_definition": (partial(make_pass, make_ours, pixel_values), {"HF_DINO_KERNELS": "off"}),
-        "transformers": (partial(make_pass, make_transformers, pixel_values), {}),
-    }
-    command = f"python benchmarks/forward.py --height {args.height} --width {args.width} --rounds {args.rounds}"
-    content = take_turns(contenders, args.rounds)
-    write_result("forward", command, content)
+    images = random_images(args.batch_size, args.height, args.width)
+    where: dict[str, Any] = {"device": args.device, "precision": args.precision, "compiled": args.compile}
+    candidates = make_candidates(partial(make_pass, pixel_values=images, **where))
+    content = interleave(candidates, args.rounds, args.device)
+    write_result(result_name("forward", args), command_of("forward", args), content)
 
 
 if __name__ == "__main__":

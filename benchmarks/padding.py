@@ -2,9 +2,9 @@
 
     python benchmarks/padding.py --model runs/bccd --images DIR [--padding 32] [--threshold 0.3]
 
-Padding is masked in the transformer, but it reaches the borders of the backbone's features, as in the original. Each
-image is detected alone and with so many pixels of padding to the right and below, and detections of one class that
-overlap by more than half are compared.
+Padding is masked in the transformer, but it reaches the borders of the backbone's features, as in the official
+implementation. Each image is run alone and with `--padding` pixels to the right and below; detections of one class
+that overlap by more than half are compared.
 """
 
 import argparse
@@ -13,17 +13,17 @@ from pathlib import Path
 import torch
 from torchvision.ops import box_iou
 
+from common.machine import write_result
 from hf_dino.data import list_images, read_image
 from hf_dino.hub import load_model_and_processor
-from machine import write_result
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True)
     parser.add_argument("--images", type=Path, required=True)
-    parser.add_argument("--limit", type=int, default=50, help="images")
-    parser.add_argument("--padding", type=int, default=32, help="pixels")
+    parser.add_argument("--limit", type=int, default=50, help="images at most (default: 50)")
+    parser.add_argument("--padding", type=int, default=32, help="padding in pixels (default: 32)")
     parser.add_argument("--threshold", type=float, default=0.3)
     args = parser.parse_args()
 
@@ -52,8 +52,8 @@ def main() -> None:
     content = {
         "pixels": args.padding,
         "detections": len(shift) + lost,
-        "without_a_partner": lost,
-        "corner_shift_pixels_of_the_resized_image": {
+        "unmatched": lost,
+        "corner_shift_pixels": {
             "median": round(shift.median().item(), 3),
             "95th_percentile": round(shift.quantile(0.95).item(), 3),
             "largest": round(shift.max().item(), 3),

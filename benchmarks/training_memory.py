@@ -1,4 +1,4 @@
-"""Peak memory of one training step of DINO, by backbone, size of the image, checkpointing and precision.
+"""Peak memory of one training step of DINO, by backbone, image size, checkpointing and precision.
 
     OMP_NUM_THREADS=1 python benchmarks/training_memory.py [--rows resnet50 swin-l-checkpointing ...] [--limit 14]
 
@@ -29,7 +29,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-import machine
+from common import machine
 from forward import SHAPE
 from hf_dino import DinoDetrConfig, DinoDetrForObjectDetection
 from hf_dino.conversion.key_tables import BACKBONES
@@ -39,12 +39,12 @@ from training_step import random_batch
 
 GIB = 2**30
 OBJECTS = 7  # per image
-SMALL = 256  # side of the image of the first step, which is not measured
+SMALL = 256  # height and width of the image of the first step, which is not measured
 SWIN_L: dict[str, Any] = {"backbone_config": {**BACKBONES["swin_L_384_22k"], "out_indices": [2, 3, 4]}}
 
 
 class Row(NamedTuple):
-    """What is trained, and how."""
+    """A configuration to train."""
 
     height: int
     width: int
@@ -88,7 +88,7 @@ class Training:
         self.optimizer.step()
 
     def kept(self) -> int:
-        """Bytes of what stays from step to step: parameters, buffers and moments."""
+        """Return the bytes of what stays from step to step: parameters, buffers and moments."""
         moments = [tensor for state in self.optimizer.state.values() for tensor in state.values()]
         return size([*self.model.parameters(), *self.model.buffers(), *moments])
 
@@ -101,7 +101,7 @@ def size(tensors: Iterable[torch.Tensor]) -> int:
 
 
 def memory(field: str, process: str = "self") -> int:
-    """Bytes as Linux counts them, `VmRSS` now or `VmHWM` at the peak. A process that has ended has none."""
+    """Return bytes as Linux counts them, `VmRSS` now or `VmHWM` at the peak. A process that has ended has none."""
     found = re.search(rf"{field}:\s+(\d+) kB", Path(f"/proc/{process}/status").read_text())
     return int(found[1]) * 1024 if found else 0
 

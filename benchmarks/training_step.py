@@ -1,11 +1,13 @@
-"""One training step of DINO-4scale ResNet-50: time and memory beside others', its parts, and its wait for data.
+"""One training step of DINO-4scale ResNet-50: time and memory compared with others', its parts, and its wait for data.
 
     python benchmarks/training_step.py [--height 480] [--width 640] [--images 2] [--objects 7] [--rounds 5]
+    python benchmarks/training_step.py --device cuda --precision bf16 --compile
 
-Random weights, fp32: forward, losses, backward, clipping and a step of AdamW. Compared are ours, ours without compiled
+Random weights: forward, losses, backward, clipping and a step of AdamW. Compared are ours, ours without compiled
 operators, and transformers' Deformable DETR of the same size, which has no denoising queries: it does less. The parts
 are those of ours with compiled operators, the losses' own backward pass included. The wait is for a loader with two
 workers that augments images as for training; on a small machine its workers and the step share the processors.
+`--loader-steps 0` leaves the wait out.
 """
 
 import argparse
@@ -21,14 +23,32 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate.utils import send_to_device
 from PIL import Image
 from torch.overrides import TorchFunctionMode
 
-from forward import make_ours, make_transformers
+from common.interleave import interleave
+from common.machine import write_result
+from common.precision import use_precision
+from forward import (
+    MakeModel,
+    add_device_options,
+    command_of,
+    make_candidates,
+    make_model,
+    make_ours,
+    result_name,
+)
 from hf_dino import DinoDetrImageProcessor, loss_dino_detr
-from hf_dino.data import AnnotatedImage, DetectionDataset, DetectionSplit, TrainingBatchSampler, TrainingCollator, make_augmentation, training_loader
-from machine import write_result
-from turns import take_turns
+from hf_dino.data import (
+    AnnotatedImage,
+    DetectionDataset,
+    DetectionSplit,
+    TrainingBatchSampler,
+    TrainingCollator,
+    make_augmentation,
+    training_loader,
+)
 
 
 Batch = dict[str, Any]
@@ -36,9 +56,14 @@ NUM_LABELS = 91
 
 
 class Stopwatch:
-    """Adds up seconds by name. What is timed within something else counts for itself alone."""
+    """Adds up seconds by name. What is timed within something else counts for itself alone.
 
-    def __init__(self) -> None:
+    Args:
+        synchronize (`Callable`): Waits until an accelerator is done with what it was asked for.
+    """
+
+    def __init__(self, synchronize: Callable[[], None] = lambda: None) -> None:
+        self.synchronize = synchronize
         self.seconds: dict[str, float] = {}
         self.running: list[str] = []
         self.last = 0.0
@@ -53,13 +78,14 @@ class Stopwatch:
 
     def _pass_on(self) -> None:
         """Count the time since the last change for whatever was running."""
+        self.synchronize()
         now = time.perf_counter()
         if self.running:
             self.seconds[self.running[-1]] = self.seconds.get(self.running[-1], 0.0) + now - self.last
         self.last = now
 
 
-class HostReads(TorchFunctionMode):
+class HostSyncs(TorchFunctionMode):
     """Lists the calls that tell the host a tensor's values, for which it would wait for an accelerator."""
 
     READS = ("cpu", "item", "tolist", "__bool__", "__int__", "__float__", "__index__", "nonzero", "unique")
@@ -94,7 +120,7 @@ class SeparateLoss:
         torch.autograd.backward(values, gradients)
 
 
-def random_batch(height: int, width: int, images: int, objects: int) -> Batch:
+def random_batch(height: int, width: int, num_images: int, objects: int) -> Batch:
     generator = torch.Generator().manual_seed(0)
     sides = torch.tensor([0.5, 0.5, 0.3, 0.3])
     labels = [
@@ -102,48 +128,51 @@ def random_batch(height: int, width: int, images: int, objects: int) -> Batch:
             "class_labels": torch.randint(NUM_LABELS, (objects,), generator=generator),
             "boxes": sides + 0.2 * (torch.rand(objects, 4, generator=generator) - 0.5),
         }
-        for _ in range(images)
+        for _ in range(num_images)
     ]
-    return {"pixel_values": torch.randn(images, 3, height, width, generator=generator), "labels": labels}
+    return {"pixel_values": torch.randn(num_images, 3, height, width, generator=generator), "labels": labels}
 
 
-def make_step(make: Callable[[], torch.nn.Module]) -> Callable[[Batch], None]:
-    """Build a model and what takes it a step further with a batch."""
-    torch.manual_seed(0)
-    model = make().train()
+def make_step(
+    make: MakeModel, device: str = "cpu", precision: str = "fp32", compiled: bool = False
+) -> Callable[[Batch], None]:
+    """Build a model and what takes it a step further with a batch, wherever that is."""
+    model = make_model(make, device, compiled).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
 
     def step(batch: Batch) -> None:
         optimizer.zero_grad()
-        model(**batch).loss.backward()
+        with use_precision(precision, device):
+            loss = model(**send_to_device(batch, device)).loss
+        loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 0.1)
         optimizer.step()
 
     return step
 
 
-def make_same_step(make: Callable[[], torch.nn.Module], batch: Batch) -> Callable[[], None]:
-    return partial(make_step(make), batch)
+def make_same_step(make: MakeModel, batch: Batch, device: str = "cpu", **options: Any) -> Callable[[], None]:
+    return partial(make_step(make, device, **options), send_to_device(batch, device))
 
 
-def profile(batch: Batch, rounds: int) -> dict[str, Any]:
-    """Median seconds of each part of a step, their percentages, and what the host reads of tensors, in which part."""
-    torch.manual_seed(0)
-    model: Any = make_ours().train()
-    watch = Stopwatch()
+def profile(batch: Batch, rounds: int, device: str = "cpu", precision: str = "fp32") -> dict[str, Any]:
+    """Return median seconds of each part of a step, their percentages, and what the host reads of tensors in which."""
+    model, batch = make_model(make_ours, device).train(), send_to_device(batch, device)
+    watch = Stopwatch(torch.cuda.synchronize if device == "cuda" else lambda: None)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
     separate = model.loss_function = SeparateLoss(timed(watch, "losses", model.loss_function))
     for name, part in model.model.named_children():
         part.forward = timed(watch, f"forward, {name}", part.forward)
 
     rows = []
-    matching, loss_dino_detr.match = loss_dino_detr.match, timed(watch, "matcher", loss_dino_detr.match)
-    with watch("forward, the rest"), HostReads(watch) as reads:
+    matcher = loss_dino_detr.hungarian_match
+    loss_dino_detr.hungarian_match = timed(watch, "matcher", matcher)
+    with watch("forward, the rest"), HostSyncs(watch) as syncs, use_precision(precision, device):
         model(**batch)
     for _ in range(rounds + 1):
         watch.seconds = {}
         optimizer.zero_grad()
-        with watch("forward, the rest"):
+        with watch("forward, the rest"), use_precision(precision, device):
             loss = model(**batch).loss
         with watch("losses, backward"):
             loss.backward()
@@ -154,7 +183,7 @@ def profile(batch: Batch, rounds: int) -> dict[str, Any]:
         with watch("optimizer"):
             optimizer.step()
         rows.append(watch.seconds)
-    loss_dino_detr.match = matching
+    loss_dino_detr.hungarian_match = matcher
 
     seconds = {name: statistics.median(row[name] for row in rows[1:]) for name in rows[0]}  # the first one warms up
     percent = {name: 100 * value / sum(seconds.values()) for name, value in seconds.items()}
@@ -163,7 +192,7 @@ def profile(batch: Batch, rounds: int) -> dict[str, Any]:
         "seconds": {name: round(value, 4) for name, value in seconds.items()},
         "percent": {name: round(value, 2) for name, value in percent.items()},
         "matcher_and_losses_percent": round(matcher_and_losses, 2),
-        "reads_by_the_host": reads.calls,
+        "host_syncs": syncs.calls,
     }
 
 
@@ -190,9 +219,11 @@ def draw_images(folder: Path, count: int, height: int, width: int, objects: int)
     return DetectionSplit(folder / "none.json", images, {label: f"class {label}" for label in range(NUM_LABELS)})
 
 
-def measure_waiting(height: int, width: int, batch_size: int, objects: int, steps: int) -> dict[str, Any]:
-    """Train for some steps on images from files; say how long they took and how long the batches were waited for."""
-    step, waiting, working = make_step(make_ours), [], []
+def measure_waiting(
+    step: Callable[[Batch], None], height: int, width: int, batch_size: int, objects: int, steps: int
+) -> dict[str, Any]:
+    """Train for some steps on image files; return how long they took and how long the batches were waited for."""
+    waiting, working = [], []
     processor = DinoDetrImageProcessor(size={"height": height, "width": width})
     collate = TrainingCollator(processor, {label: label for label in range(NUM_LABELS)}, NUM_LABELS, do_resize=False)
     with tempfile.TemporaryDirectory() as folder:
@@ -220,32 +251,47 @@ def measure_waiting(height: int, width: int, batch_size: int, objects: int, step
     }
 
 
-def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--height", type=int, default=480)
-    parser.add_argument("--width", type=int, default=640)
-    parser.add_argument("--images", type=int, default=2)
-    parser.add_argument("--objects", type=int, default=7, help="per image")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--loader-steps", type=int, default=20)
-    args = parser.parse_args(argv)
+def synchronized(step: Callable[[Batch], None]) -> Callable[[Batch], None]:
+    """Return a step on the GPU that ends when the GPU is done."""
 
+    def run(batch: Batch) -> None:
+        step(batch)
+        torch.cuda.synchronize()
+
+    return run
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--height", type=int, default=480, help="of the images, in pixels (default: 480)")
+    parser.add_argument("--width", type=int, default=640, help="of the images, in pixels (default: 640)")
+    parser.add_argument("--images", type=int, default=2, help="images per step (default: 2)")
+    parser.add_argument("--objects", type=int, default=7, help="objects per image (default: 7)")
+    parser.add_argument("--rounds", type=int, default=5, help="steps of each model (default: 5)")
+    steps = "steps that wait for a loader, at least 2, or 0 to leave that out (default: 20)"
+    parser.add_argument("--loader-steps", type=int, default=20, help=steps)
+    add_device_options(parser)
+    args = parser.parse_args(argv)
+    if args.loader_steps < 0 or args.loader_steps == 1:
+        parser.error(f"--loader-steps must be 0 or at least 2, not {args.loader_steps}: the first step is not counted")
+    return args
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse(argv)
     batch = random_batch(args.height, args.width, args.images, args.objects)
-    contenders = {
-        "hf_dino": (partial(make_same_step, make_ours, batch), {"HF_DINO_KERNELS": "require"}),
-        "hf_dino_definition": (partial(make_same_step, make_ours, batch), {"HF_DINO_KERNELS": "off"}),
-        "transformers": (partial(make_same_step, make_transformers, batch), {}),
-    }
-    content = take_turns(contenders, args.rounds)
+    where: dict[str, Any] = {"device": args.device, "precision": args.precision, "compiled": args.compile}
+    content = interleave(make_candidates(partial(make_same_step, batch=batch, **where)), args.rounds, args.device)
     seconds = content["median_seconds"]
     content["samples_per_second"] = {name: round(args.images / value, 3) for name, value in seconds.items()}
     os.environ.setdefault("HF_DINO_KERNELS", "require")
-    content["parts_of_hf_dino"] = profile(batch, args.rounds)
-    content["waiting_for_two_workers"] = measure_waiting(
-        args.height, args.width, args.images, args.objects, args.loader_steps
-    )
-    options = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in vars(args).items())
-    write_result("training_step", f"python benchmarks/training_step.py {options}", content)
+    content["parts_of_hf_dino"] = profile(batch, args.rounds, args.device, args.precision)
+    if args.loader_steps:
+        step = make_step(make_ours, **where)
+        step = synchronized(step) if args.device == "cuda" else step
+        sizes = (args.height, args.width, args.images, args.objects, args.loader_steps)
+        content["waiting_for_two_workers"] = measure_waiting(step, *sizes)
+    write_result(result_name("training_step", args), command_of("training_step", args), content)
 
 
 if __name__ == "__main__":

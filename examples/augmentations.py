@@ -1,4 +1,4 @@
-"""An augmentation of one's own: `--augmentation examples/augmentations.py:microscope`."""
+"""A custom augmentation: `--augmentation examples/augmentations.py:microscope`."""
 
 from collections.abc import Mapping
 
@@ -8,7 +8,7 @@ from hf_dino.data import Augmentation, make_augmentation
 
 
 def microscope(size: Mapping[str, int]) -> Augmentation:
-    """Images that have no up and down: the original's augmentation and other colors, upside down half of the time.
+    """Augment images without an up and a down: the official augmentation, other colors, and vertical flips.
 
     Args:
         size (`Mapping[str, int]`): As for `hf_dino.data.make_augmentation`.

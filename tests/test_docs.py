@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from conftest import tiny_model
+from helpers.models import tiny_model
 from hf_dino import DinoDetrImageProcessor
 
 

@@ -3,7 +3,7 @@
 import pytest
 from huggingface_hub import ModelCard
 
-from conftest import tiny_config
+from helpers.models import tiny_config
 from hf_dino import DinoDetrConfig
 from hf_dino.model_card import converted_card, finetuned_card, training_command
 

@@ -22,8 +22,8 @@ FORBIDDEN = {
     r"nobody|everybody|somebody": "the process, the user",
     # transformers writes American English
     r"\w*(?:[Cc]entre[sd]?|[Cc]olour\w*|[Bb]ehaviour\w*|[Nn]eighbour\w*|[Ff]avour\w*)": "-er, -or",
-    r"\w*(?:[Nn]ormal|[Ii]nitial|[Rr]ecogn|[Ss]ummar|[Oo]rgan|[Ss]erial|[Gg]eneral|[Ll]ocal)is(?:e|ed|es|er|ing|ation)": "-ize",
-    r"[Oo]ptimis(?:e|ed|es|er|ers|ing|ation)|[Aa]nalys(?:e|ed|er|ing)": "optimize, analyze",
+    r"\w*(?:[Nn]ormal|[Ii]nitial|[Rr]ecogn|[Oo]ptim|[Oo]rgan)is(?:e|ed|es|er|ers|ing|ation)": "-ize",
+    r"\w*(?:[Ss]erial|[Gg]eneral|[Ll]ocal|[Ss]ummar)is(?:e|ed|es|ing|ation)|[Aa]nalys(?:e|ed|ing)": "-ize, -yze",
     r"\w*[Ll]icence\w*|[Gg]rey\w*|[Ll]abelled|[Cc]ancelled|[Aa]rtefact\w*": "license, gray, labeled, artifact",
 }
 THIS = Path(__file__).name

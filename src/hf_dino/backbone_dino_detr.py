@@ -1,75 +1,48 @@
-"""From images to feature levels: backbone, neck, masks, position embeddings and valid ratios.
+"""Images to feature levels: backbone, neck, masks, position embeddings and valid ratios.
 
-Paper: Deformable DETR, https://arxiv.org/abs/2010.04159, appendix A.2; DINO, https://arxiv.org/abs/2203.03605, A.1.
+Papers: Deformable DETR, https://arxiv.org/abs/2010.04159, appendix A.2; DINO, https://arxiv.org/abs/2203.03605, A.1.
 """
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import MODEL_FOR_BACKBONE_MAPPING, AutoBackbone, PreTrainedConfig
-from transformers.utils import ModelOutput
 
 from .boxes_dino_detr import sine_wavelengths
 from .configuration_dino_detr import DinoDetrConfig
-from .initialization_dino_detr import init_as
-
-
-@dataclass
-class DinoDetrFeatureLevels(ModelOutput):
-    r"""
-    Everything the transformer knows about a batch of images. Each level is flattened row by row and the levels are
-    joined from fine to coarse, so `sequence_length == sum(height * width)`.
-
-    Args:
-        features (`torch.Tensor` of shape `(batch_size, sequence_length, d_model)`): Projected feature maps.
-        position_embeddings (`torch.Tensor` of shape `(batch_size, sequence_length, d_model)`):
-            Where in its image and on which level a position lies.
-        mask (`torch.Tensor` of shape `(batch_size, sequence_length)` and dtype bool): `True` is image.
-        valid_ratios (`torch.Tensor` of shape `(batch_size, num_feature_levels, 2)`):
-            Unpadded fraction of each map, (width, height).
-        spatial_shapes (`torch.Tensor` of shape `(num_feature_levels, 2)` and dtype int64): (height, width) in cells.
-        level_start_index (`torch.Tensor` of shape `(num_feature_levels,)` and dtype int64): First row of each level.
-        spatial_shapes_list (`list[tuple[int, int]]`): `spatial_shapes` for those who must not wait for the device.
-    """
-
-    features: torch.Tensor = None
-    position_embeddings: torch.Tensor = None
-    mask: torch.Tensor = None
-    valid_ratios: torch.Tensor = None
-    spatial_shapes: torch.Tensor = None
-    level_start_index: torch.Tensor = None
-    spatial_shapes_list: list[tuple[int, int]] = None
+from .feature_levels_dino_detr import DinoDetrFeatureLevels
+from .initialization_dino_detr import init_as, level_embedding, xavier_zero_bias
 
 
 class DinoDetrBackbone(nn.Module):
-    """A transformers backbone, and the neck that brings its maps to one width and adds coarser ones."""
+    """Extract feature maps with a transformers backbone, project them to `d_model` and add coarser levels."""
 
     _gradient_checkpointing_func: Callable  # set together with `gradient_checkpointing`
 
     def __init__(self, config: DinoDetrConfig):
         super().__init__()
         self.config = config
-        self.gradient_checkpointing = False  # switched by `gradient_checkpointing_enable`
+        self.gradient_checkpointing = False  # set by `gradient_checkpointing_enable`
         body_config: Any = config.backbone_config
         body_config._attn_implementation = backbone_attn_implementation(body_config, body_config._attn_implementation)
         self.body = AutoBackbone.from_config(body_config)
-        self.channels_last = _gives_channels_last(self.body)
+        self.channels_last = _is_channels_last(self.body)
         _freeze_unused_norm(self.body)
 
         channels = list(self.body.channels)
         extra_levels = config.num_feature_levels - len(channels)
-        # The first extra level reads the backbone's last map itself, not its projection; each next one the one before.
+        # The first extra level is made from the backbone's last map, not from its projection; each further one from
+        # the level before it.
         extra_channels = [channels[-1], *[config.d_model] * (extra_levels - 1)][:extra_levels]
-        self.projections = nn.ModuleList(
-            [_project(nn.Conv2d(width, config.d_model, kernel_size=1)) for width in channels]
-            + [_project(nn.Conv2d(width, config.d_model, 3, stride=2, padding=1)) for width in extra_channels]
+        self.input_proj = nn.ModuleList(
+            [_make_projection(nn.Conv2d(dim, config.d_model, kernel_size=1)) for dim in channels]
+            + [_make_projection(nn.Conv2d(dim, config.d_model, 3, stride=2, padding=1)) for dim in extra_channels]
         )
         self.level_embed = nn.Parameter(torch.empty(config.num_feature_levels, config.d_model))
-        init_as("level_embedding", self)
+        init_as(level_embedding, self)
 
         if config.freeze_backbone_batch_norms:
             for norm in self.batch_norms():
@@ -79,7 +52,7 @@ class DinoDetrBackbone(nn.Module):
         return [module for module in self.body.modules() if isinstance(module, (nn.BatchNorm2d, nn.SyncBatchNorm))]
 
     def train(self, mode: bool = True) -> "DinoDetrBackbone":
-        """As `nn.Module.train`, but frozen batch norms stay in evaluation mode."""
+        """Set training mode as `nn.Module.train` does, but leave frozen batch norms in evaluation mode."""
         super().train(mode)
         for norm in self.batch_norms():
             if self.config.freeze_backbone_batch_norms or not norm.weight.requires_grad:
@@ -92,17 +65,18 @@ class DinoDetrBackbone(nn.Module):
             pixel_values (`torch.Tensor` of shape `(batch_size, 3, height, width)`): Normalized, padded images.
             pixel_mask (`torch.Tensor` of shape `(batch_size, height, width)`): 1 is image, 0 is padding.
         """
-        maps = self.project(self.read_body(pixel_values))
-        masks = [_resize_mask(pixel_mask, level.shape[-2:]) for level in maps]
+        feature_maps = self.project_features(self.extract_features(pixel_values))
+        masks = [_resize_mask(pixel_mask, feature_map.shape[-2:]) for feature_map in feature_maps]
         positions = [self.sine_position_embedding(mask) + embed for mask, embed in zip(masks, self.level_embed)]
 
-        spatial_shapes_list = [(level.shape[-2], level.shape[-1]) for level in maps]
+        spatial_shapes_list = [(feature_map.shape[-2], feature_map.shape[-1]) for feature_map in feature_maps]
         spatial_shapes = torch.tensor(spatial_shapes_list).to(pixel_values.device, non_blocking=True)
         level_lengths = spatial_shapes.prod(dim=1)
-        features = torch.cat([level.flatten(2).transpose(1, 2) for level in maps], dim=1)
+        features = torch.cat([feature_map.flatten(2).transpose(1, 2) for feature_map in feature_maps], dim=1)
+        position_embeddings = torch.cat([position.flatten(1, 2) for position in positions], dim=1)
         return DinoDetrFeatureLevels(
             features=features,
-            position_embeddings=torch.cat([level.flatten(1, 2) for level in positions], dim=1).to(features.dtype),
+            position_embeddings=position_embeddings.to(features.dtype),
             mask=torch.cat([mask.flatten(1) for mask in masks], dim=1),
             valid_ratios=torch.stack([_valid_ratio(mask) for mask in masks], dim=1),
             spatial_shapes=spatial_shapes,
@@ -110,30 +84,30 @@ class DinoDetrBackbone(nn.Module):
             spatial_shapes_list=spatial_shapes_list,
         )
 
-    def read_body(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """The backbone's own maps, each `(batch_size, channels, height, width)`, from fine to coarse."""
+    def extract_features(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Return the backbone's feature maps, each `(batch_size, channels, height, width)`, from fine to coarse."""
         if self.gradient_checkpointing and self.training and not self.body.supports_gradient_checkpointing:
             if not pixel_values.requires_grad:
-                # Reentrant checkpointing trains only what depends on an input that asks for a gradient.
+                # Reentrant checkpointing trains only what depends on an input that requires a gradient.
                 pixel_values = pixel_values.detach().requires_grad_()
-            return self._gradient_checkpointing_func(self._read_body, pixel_values)
-        return self._read_body(pixel_values)
+            return self._gradient_checkpointing_func(self._backbone_features, pixel_values)
+        return self._backbone_features(pixel_values)
 
-    def _read_body(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        maps = self.body(pixel_values).feature_maps
-        return tuple(level.permute(0, 3, 1, 2) for level in maps) if self.channels_last else tuple(maps)
+    def _backbone_features(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        feature_maps = self.body(pixel_values).feature_maps
+        return tuple(each.permute(0, 3, 1, 2) if self.channels_last else each for each in feature_maps)
 
-    def project(self, maps: tuple[torch.Tensor, ...]) -> list[torch.Tensor]:
-        """All levels at width d_model: the backbone's, then each further one from the map before it."""
-        levels = [projection(level) for projection, level in zip(self.projections, maps)]
-        source = maps[-1]
-        for projection in self.projections[len(maps) :]:
-            source = projection(source)
-            levels.append(source)
-        return levels
+    def project_features(self, feature_maps: tuple[torch.Tensor, ...]) -> list[torch.Tensor]:
+        """Project the feature maps to `d_model` channels and append coarser maps, each made from the one before."""
+        projected = [projection(feature_map) for projection, feature_map in zip(self.input_proj, feature_maps)]
+        coarsest = feature_maps[-1]
+        for projection in self.input_proj[len(feature_maps) :]:
+            coarsest = projection(coarsest)
+            projected.append(coarsest)
+        return projected
 
     def sine_position_embedding(self, mask: torch.Tensor) -> torch.Tensor:
-        """Sines and cosines of where a cell lies between the first and the last unpadded cell of its column and row.
+        """Embed the position of each cell between the first and the last unpadded cell of its column and row.
 
         Args:
             mask (`torch.Tensor` of shape `(batch_size, height, width)` and dtype bool): `True` is image.
@@ -142,11 +116,11 @@ class DinoDetrBackbone(nn.Module):
             `torch.Tensor` of shape `(batch_size, height, width, d_model)`, float32; y in the first half, then x.
         """
         config = self.config
-        width = config.d_model // 2
-        wavelengths = sine_wavelengths(width, config.positional_encoding_temperature, mask.device)
+        dim = config.d_model // 2
+        wavelengths = sine_wavelengths(dim, config.positional_encoding_temperature, mask.device)
         halves = []
         for axis in (1, 2):
-            index = mask.cumsum(axis, dtype=torch.float32)  # 1, 2, 3, ... In 16 bits it would stop counting at 2048.
+            index = mask.cumsum(axis, dtype=torch.float32)  # 1, 2, 3, ...; fp16 cannot count beyond 2048
             last = index.narrow(axis, index.shape[axis] - 1, 1)
             fraction = (index + config.positional_encoding_offset) / (last + 1e-6)
             angle = 2 * math.pi * fraction[..., None] / wavelengths
@@ -155,50 +129,34 @@ class DinoDetrBackbone(nn.Module):
 
 
 def backbone_attn_implementation(config: PreTrainedConfig, requested: str | None) -> str | None:
-    """The attention that a backbone is to use when the model is told to use `requested`.
+    """Return the attention implementation for a backbone whose model was given `requested`.
 
-    Backbones without attention, such as ResNet, refuse `"sdpa"`; they need not hear of it.
+    Backbones without attention, such as ResNet, raise an error when they are given `"sdpa"`, so they get `"eager"`.
     """
     has_attention = MODEL_FOR_BACKBONE_MAPPING[type(config)]._supports_sdpa
     return "eager" if requested == "sdpa" and not has_attention else requested
 
 
-def cell_centers(height: int, width: int, device: torch.device) -> torch.Tensor:
-    """Centers of the cells of a map, row by row: `(height * width, 2)`, (x, y) in cells.
-
-    Example:
-
-    ```python
-    >>> cell_centers(1, 2, torch.device("cpu")).tolist()
-    [[0.5, 0.5], [1.5, 0.5]]
-
-    ```
-    """
-    y = torch.arange(height, device=device, dtype=torch.float32) + 0.5
-    x = torch.arange(width, device=device, dtype=torch.float32) + 0.5
-    return torch.stack([x.expand(height, width), y[:, None].expand(height, width)], dim=-1).flatten(0, 1)
-
-
-def _project(convolution: nn.Conv2d) -> nn.Sequential:
-    return nn.Sequential(init_as("xavier_zero_bias", convolution), nn.GroupNorm(32, convolution.out_channels))
+def _make_projection(convolution: nn.Conv2d) -> nn.Sequential:
+    return nn.Sequential(init_as(xavier_zero_bias, convolution), nn.GroupNorm(32, convolution.out_channels))
 
 
 def _resize_mask(pixel_mask: torch.Tensor, size: torch.Size) -> torch.Tensor:
-    """The mask of a feature map, `(batch_size, height, width)`: each cell asks one pixel, as in the original."""
+    """Resize a mask to a feature map, `(batch_size, height, width)`: nearest pixel, as the official implementation."""
     return nn.functional.interpolate(pixel_mask[:, None].float(), size=size)[:, 0].bool()
 
 
 def _valid_ratio(mask: torch.Tensor) -> torch.Tensor:
-    """Unpadded (width, height) of a map as fractions, `(batch_size, 2)`; images lie in the upper left corner."""
+    """Return the unpadded fractions (width, height), `(batch_size, 2)`; images are in the upper left corner."""
     return torch.stack([mask[:, 0, :].float().mean(dim=1), mask[:, :, 0].float().mean(dim=1)], dim=-1)
 
 
-def _gives_channels_last(body: nn.Module) -> bool:
-    """Timm's Swin and a few others give (batch, height, width, channels), and transformers hands that on."""
+def _is_channels_last(body: nn.Module) -> bool:
+    """Return whether maps are `(batch, height, width, channels)`, as those of timm's Swin and a few others."""
     return str(getattr(getattr(body, "_backbone", None), "output_fmt", "NCHW")).endswith("NHWC")
 
 
 def _freeze_unused_norm(body: Any) -> None:
-    """Transformers' Swin backbone computes a final norm and drops the result: DDP would miss its gradient."""
+    """Freeze the final norm of transformers' Swin, whose result is not used: DDP would wait for its gradient."""
     if hasattr(body, "swin"):
         body.swin.layernorm.requires_grad_(False)

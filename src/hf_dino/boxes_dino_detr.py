@@ -1,26 +1,24 @@
-"""Boxes as the decoder handles them: their logits, their sine embedding, and the head that moves them.
+"""Box arithmetic: logits, refinement, sine embedding and generalized IoU.
 
-Everything here keeps boxes in at least 32 bits: a box in bf16 is off by up to 2 pixels in 1000.
+Boxes are kept in float32 or higher: in bf16 a box would be off by up to 2 pixels in 1000.
 """
 
 import math
 
 import torch
-from torch import nn
-
-from .initialization_dino_detr import init_as
+from torchvision.ops import box_convert
 
 
-# Of the decoder's boxes; the temperature of feature positions is a field of the config.
+# Temperature of the decoder's box embedding; that of feature positions is a field of the config.
 BOX_TEMPERATURE = 10000  # IDEA-Research/DINO, models/dino/utils.py, gen_sineembed_for_position
 
-# The original's bound, not transformers' 1e-5: boxes at the border of the image depend on it
-# (IDEA-Research/DINO, util/misc.py:575).
+# The bound of the official implementation (IDEA-Research/DINO, util/misc.py:575). transformers uses 1e-5, which gives
+# other boxes at the border of the image.
 INVERSE_SIGMOID_EPSILON = 1e-3
 
 
 def at_least_float32(tensor: torch.Tensor) -> torch.Tensor:
-    """Widen 16-bit floats; leave 32 and 64 bits alone.
+    """Upcast half precision to float32; leave float32 and float64 unchanged.
 
     Example:
 
@@ -34,7 +32,7 @@ def at_least_float32(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def inverse_sigmoid(fraction: torch.Tensor) -> torch.Tensor:
-    """The logit of a fraction, with both odds bounded from below by 1e-3.
+    """Return the logit log(p / (1 - p)) of a fraction p, with both p and 1 - p bounded from below by 1e-3.
 
     Args:
         fraction (`torch.Tensor`): Any shape; clamped to [0, 1].
@@ -51,16 +49,30 @@ def inverse_sigmoid(fraction: torch.Tensor) -> torch.Tensor:
     ```
     """
     fraction = fraction.clamp(min=0, max=1)
-    odds_for = fraction.clamp(min=INVERSE_SIGMOID_EPSILON)
-    odds_against = (1 - fraction).clamp(min=INVERSE_SIGMOID_EPSILON)
-    return torch.log(odds_for / odds_against)
+    p = fraction.clamp(min=INVERSE_SIGMOID_EPSILON)
+    one_minus_p = (1 - fraction).clamp(min=INVERSE_SIGMOID_EPSILON)
+    return torch.log(p / one_minus_p)
 
 
-def sine_wavelengths(width: int, temperature: float, device: torch.device) -> torch.Tensor:
-    """Wavelengths of a sine embedding, each twice: for the sine and for the cosine (Attention is all you need, 3.5).
+def refine_bboxes(reference_points: torch.Tensor, deltas: torch.Tensor) -> torch.Tensor:
+    """Move boxes by predicted changes of their logits.
+
+    Args:
+        reference_points (`torch.Tensor` of shape `(..., 4)`):
+            Center x, center y, width, height, fractions; float32 or higher.
+        deltas (`torch.Tensor` of shape `(..., 4)`): Output of a box head.
 
     Returns:
-        `torch.Tensor` of shape `(width,)` and dtype float32, from 1 to nearly `temperature`, in units of 2π.
+        `torch.Tensor` of shape `(..., 4)`, as `reference_points`.
+    """
+    return (at_least_float32(deltas) + inverse_sigmoid(reference_points)).sigmoid()
+
+
+def sine_wavelengths(dim: int, temperature: float, device: torch.device) -> torch.Tensor:
+    """Return the wavelengths of a sine embedding, each twice: for sine and cosine (Attention Is All You Need, 3.5).
+
+    Returns:
+        `torch.Tensor` of shape `(dim,)` and dtype float32, from 1 to nearly `temperature`, in units of 2π.
 
     Example:
 
@@ -70,47 +82,50 @@ def sine_wavelengths(width: int, temperature: float, device: torch.device) -> to
 
     ```
     """
-    pair = torch.arange(width, device=device).div(2, rounding_mode="floor")
-    return temperature ** (2 * pair / width)
+    pair = torch.arange(dim, device=device).div(2, rounding_mode="floor")
+    return temperature ** (2 * pair / dim)
 
 
-def sine_box_embedding(boxes: torch.Tensor, width: int) -> torch.Tensor:
-    """Embed each of a box's four numbers in sines and cosines (DAB-DETR, https://arxiv.org/abs/2201.12329, eq. 6).
+def sine_box_embedding(boxes: torch.Tensor, dim: int) -> torch.Tensor:
+    """Embed each coordinate of a box in sines and cosines (DAB-DETR, https://arxiv.org/abs/2201.12329, eq. 6).
 
     Args:
         boxes (`torch.Tensor` of shape `(..., 4)`): Center x, center y, width, height; fractions.
-        width (`int`): Numbers per coordinate; even.
+        dim (`int`): Width of the embedding of one coordinate; even.
 
     Returns:
-        `torch.Tensor` of shape `(..., 4 * width)`, in the order y, x, width, height, sine and cosine alternating.
+        `torch.Tensor` of shape `(..., 4 * dim)`, in the order y, x, width, height, sine and cosine alternating.
     """
     y_x_width_height = torch.stack([boxes[..., 1], boxes[..., 0], boxes[..., 2], boxes[..., 3]], dim=-1)
-    angle = 2 * math.pi * y_x_width_height[..., None] / sine_wavelengths(width, BOX_TEMPERATURE, boxes.device)
+    angle = 2 * math.pi * y_x_width_height[..., None] / sine_wavelengths(dim, BOX_TEMPERATURE, boxes.device)
     return torch.stack([angle[..., 0::2].sin(), angle[..., 1::2].cos()], dim=-1).flatten(-3)
 
 
-class DinoDetrMLPPredictionHead(nn.Module):
-    """Linear layers with ReLU between them; `rule` is how all but the last are initialized, `last_rule` the last."""
+def generalized_box_iou(boxes: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
+    """Return the IoU minus the fraction of the smallest enclosing box that neither box covers.
 
-    def __init__(self, widths: list[int], *, rule: str, last_rule: str):
-        super().__init__()
-        rules = [rule] * (len(widths) - 2) + [last_rule]
-        self.layers = nn.ModuleList(
-            init_as(rule, nn.Linear(width_in, width_out))
-            for rule, width_in, width_out in zip(rules, widths, widths[1:])
-        )
+    Unlike torchvision's, it broadcasts and adds 1e-6 to both divisors, as the official implementation does, which
+    changes the fourth digit for small boxes.
 
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        for layer in self.layers[:-1]:
-            hidden_states = layer(hidden_states).relu_()
-        return self.layers[-1](hidden_states)
+    Args:
+        boxes, others (`torch.Tensor` of shape `(..., 4)`): Center x, center y, width, height; fractions.
 
+    Returns:
+        `torch.Tensor` of the broadcast shape `(...)`, in [-1, 1].
 
-def make_bbox_head(d_model: int) -> DinoDetrMLPPredictionHead:
-    """A head from a query to the change of its box's four logits; a fresh one changes nothing."""
-    return DinoDetrMLPPredictionHead([d_model, d_model, d_model, 4], rule="default", last_rule="zeros")
+    Example:
 
+    ```python
+    >>> left, right = torch.tensor([0.25, 0.5, 0.5, 1.0]), torch.tensor([0.75, 0.5, 0.5, 1.0])
+    >>> generalized_box_iou(left, torch.stack([left, right])).round(decimals=2).tolist()
+    [1.0, 0.0]
 
-def make_class_head(d_model: int, num_labels: int) -> nn.Linear:
-    """A head from a query to one logit per class; a fresh one finds everything improbable."""
-    return init_as("class_prior", nn.Linear(d_model, num_labels))
+    ```
+    """
+    boxes, others = (box_convert(each, "cxcywh", "xyxy") for each in (boxes, others))
+    (top_left, bottom_right), (other_top_left, other_bottom_right) = boxes.split(2, -1), others.split(2, -1)
+    intersection_size = torch.minimum(bottom_right, other_bottom_right) - torch.maximum(top_left, other_top_left)
+    enclosing_size = torch.maximum(bottom_right, other_bottom_right) - torch.minimum(top_left, other_top_left)
+    intersection, enclosing_area = intersection_size.clamp(min=0).prod(dim=-1), enclosing_size.prod(dim=-1)
+    union = (bottom_right - top_left).prod(dim=-1) + (other_bottom_right - other_top_left).prod(dim=-1) - intersection
+    return intersection / (union + 1e-6) - (enclosing_area - union) / (enclosing_area + 1e-6)

@@ -1,4 +1,4 @@
-"""Every number of the DINO model and its loss: typed, documented, validated.
+"""The configuration: every hyper-parameter of the DINO model and its loss, typed, documented and validated.
 
 Paper: DINO, https://arxiv.org/abs/2203.03605. Defaults are the published ones of DINO-4scale with a ResNet-50
 (IDEA-Research/DINO, config/DINO/DINO_4scale.py).
@@ -12,38 +12,39 @@ from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 from transformers.activations import ACT2FN
 
 
-# The three contributions of the paper, each with the ancestors' way of doing the same; DINO's comes first.
+# The three contributions of the paper, DINO's strategy first, then those of the models that it is compared with.
 DENOISING = ("contrastive", "plain", "none")
 QUERY_SELECTION = ("mixed", "pure", "static")
 BOX_REFINEMENT = ("look_forward_twice", "look_forward_once")
 
-UNUSED_LABEL = "N/A"  # name of the rows of a classifier that no category uses, such as the gaps in COCO's raw ids
+UNUSED_LABEL = "N/A"  # name of labels without a category, such as the gaps in COCO's category ids
 
-# The first ResNet stage that is read, by number of feature levels: DINO adds one level of its own below the last
-# stage, and only with five levels reads the large maps of stage 1 (DINO_5scale.py).
+# First ResNet stage used, by number of feature levels: with four levels DINO adds one level to those of stages 2 to 4,
+# and only with five levels it uses the large maps of stage 1 (DINO_5scale.py).
 FIRST_RESNET_STAGE = {1: 4, 2: 3, 3: 2, 4: 2, 5: 1}
 
 
 @strict
 class DinoDetrConfig(PreTrainedConfig):
     r"""
-    Configuration of [`DinoDetrModel`] and [`DinoDetrForObjectDetection`]. Without arguments it describes DINO-4scale
-    with a ResNet-50, untrained. Unknown strategy names, sizes that do not divide and numbers outside their range
-    raise a `ValueError` (types a `StrictDataclassFieldValidationError`) that names the field and what is legal.
+    Configuration of [`DinoDetrModel`] and [`DinoDetrForObjectDetection`]. The defaults are those of DINO-4scale with a
+    ResNet-50. An unknown strategy, a width that is not divisible by the number of heads or a value outside its range
+    raises a `ValueError` that names the field and its legal values; a wrong type raises a
+    `StrictDataclassFieldValidationError`.
 
     Args:
         backbone_config (`dict`, `PreTrainedConfig` or `str`, *optional*):
-            Any backbone of transformers' `AutoBackbone` (ResNet, Swin, ConvNeXt, ...), whose `out_features` give the
-            finest feature levels. A string is the name of a timm model, read at its last stages. `None` is a
+            Any backbone of transformers' `AutoBackbone` (ResNet, Swin, ConvNeXt, ...). Its `out_features` are the
+            finest feature levels. A string is the name of a timm model, whose last stages are used. `None` is a
             ResNet-50.
         freeze_backbone_batch_norms (`bool`, *optional*, defaults to `True`):
-            Keep the statistics and the affine parameters of the backbone's batch norms as loaded. Right for a
-            pre-trained backbone and small batches; switch it off to train from scratch.
+            Freeze the statistics and the affine parameters of the backbone's batch norms. Recommended for a
+            pre-trained backbone and small batches; set it to `False` to train from scratch.
         num_feature_levels (`int`, *optional*, defaults to 4):
-            Feature maps that the transformer reads, 1 to 5. Levels beyond the backbone's are made by 3 x 3
+            Feature levels of the transformer, 1 to 5. Levels in addition to the backbone's are made by 3 x 3
             convolutions of stride 2.
         d_model (`int`, *optional*, defaults to 256):
-            Width of the transformer; a multiple of 32 (group norm) and of both head counts.
+            Width of the transformer; a multiple of 32 (group norm) and of both numbers of heads.
         encoder_layers (`int`, *optional*, defaults to 6): Encoder layers.
         encoder_ffn_dim (`int`, *optional*, defaults to 2048): Inner width of the encoder's feed-forward blocks.
         encoder_attention_heads (`int`, *optional*, defaults to 8): Heads of the encoder's attention.
@@ -53,11 +54,11 @@ class DinoDetrConfig(PreTrainedConfig):
         decoder_attention_heads (`int`, *optional*, defaults to 8): Heads of both attentions of the decoder.
         decoder_n_points (`int`, *optional*, defaults to 4): Sampling points per head and level in the decoder.
         num_queries (`int`, *optional*, defaults to 900):
-            Object queries, i.e. the most objects that can be found in one image.
+            Object queries of the decoder.
         activation_function (`str`, *optional*, defaults to `"relu"`): Activation inside the feed-forward blocks.
-        dropout (`float`, *optional*, defaults to 0.0): Dropout everywhere in the transformer. DINO uses none.
+        dropout (`float`, *optional*, defaults to 0.0): Dropout in all layers of the transformer. DINO uses none.
         positional_encoding_temperature (`float`, *optional*, defaults to 20):
-            Temperature of the sine embedding of feature positions. detrex's checkpoints were trained with 10000.
+            Temperature of the sine embedding of feature positions. detrex uses 10000.
         positional_encoding_offset (`float`, *optional*, defaults to 0.0):
             Added to the cell index (which counts from 1) before it is normalized; detrex uses -0.5.
         share_decoder_heads (`bool`, *optional*, defaults to `True`):
@@ -65,23 +66,24 @@ class DinoDetrConfig(PreTrainedConfig):
             and mmdetection's checkpoints.
         denoising (`str`, *optional*, defaults to `"contrastive"`):
             `"contrastive"` (DINO: positive and negative noisy copies of the objects), `"plain"` (DN-DETR: positive
-            ones only) or `"none"`.
+            copies only) or `"none"`.
         query_selection (`str`, *optional*, defaults to `"mixed"`):
-            Where object queries come from: `"mixed"` (DINO: positions from the best encoder tokens, contents
-            learned), `"pure"` (two-stage Deformable DETR: both from the tokens) or `"static"` (DAB-DETR: both
-            learned).
+            Source of the object queries: `"mixed"` (DINO: positions from the best encoder tokens, contents learned),
+            `"pure"` (pure query selection of the DINO paper's comparison: both from the tokens) or `"static"`
+            (DAB-DETR: both learned). Two-stage Deformable DETR is none of them: it makes both halves of a query from
+            the sine embedding of the proposal.
         box_refinement (`str`, *optional*, defaults to `"look_forward_twice"`):
-            `"look_forward_twice"` (DINO: a layer's box loss also reaches the layer before) or `"look_forward_once"`
-            (Deformable DETR).
+            `"look_forward_twice"` (DINO: the box loss of a layer also reaches the layer before) or
+            `"look_forward_once"` (Deformable DETR).
         num_denoising (`int`, *optional*, defaults to 100):
-            Noisy copies of objects per image (pairs of a positive and a negative one if `"contrastive"`). Shared
-            out in groups that each hold every object of the fullest image, and an upper bound: of an image with
-            more objects than that, a random choice of `num_denoising` is denoised in each step.
+            Maximum number of noisy copies per image (of pairs of a positive and a negative copy if `"contrastive"`).
+            They are divided into groups, as many as fit, each with a copy of every object of the image with the most
+            objects. If that has more than `num_denoising` objects, a random sample of them is used in each step.
         label_noise_ratio (`float`, *optional*, defaults to 0.5):
-            How much the classes of denoising queries are noised, in [0, 1]. `"plain"` draws a new class with this
-            probability, `"contrastive"` with half of it, each as in its paper's code.
+            Noise of the classes of denoising queries, in [0, 1]. `"plain"` samples a new class with this probability,
+            `"contrastive"` with half of it, each as in the code of its paper.
         box_noise_scale (`float`, *optional*, defaults to 0.4):
-            λ of the box noise, in half-sides of the box. The authors' training scripts pass 1.0.
+            λ of the box noise, in half-sides of the box. The training scripts of the official implementation pass 1.0.
         auxiliary_loss (`bool`, *optional*, defaults to `True`): Supervise every decoder layer, not only the last.
         class_cost (`float`, *optional*, defaults to 2.0): Weight of the focal cost in the matching.
         bbox_cost (`float`, *optional*, defaults to 5.0): Weight of the L1 box cost in the matching.
@@ -92,10 +94,10 @@ class DinoDetrConfig(PreTrainedConfig):
         focal_alpha (`float`, *optional*, defaults to 0.25): α of the focal loss and of the matching's focal cost.
         focal_gamma (`float`, *optional*, defaults to 2.0): γ of the focal loss and of the matching's focal cost.
         num_select (`int`, *optional*, defaults to 300):
-            Detections kept per image in evaluation: the `top_k` that the examples hand to
+            Detections kept per image in evaluation, to be passed as `top_k` to
             [`~DinoDetrImageProcessor.post_process_object_detection`].
         id2label (`dict[int, str]`, *optional*):
-            Names of the classes, labels 0, 1, 2, ...; their number is `num_labels`. `label2id` follows it.
+            Names of the labels 0, 1, 2, ...; their number is `num_labels`. `label2id` is derived from it.
 
     Example:
 
@@ -118,7 +120,7 @@ class DinoDetrConfig(PreTrainedConfig):
         "num_attention_heads": "encoder_attention_heads",
         "num_hidden_layers": "encoder_layers",
     }
-    # Trainer gathers everything else over the whole evaluation set.
+    # Trainer gathers all outputs but these over the whole evaluation set.
     keys_to_ignore_at_inference = [
         "auxiliary_outputs",
         "last_hidden_state",
@@ -169,10 +171,10 @@ class DinoDetrConfig(PreTrainedConfig):
         self.backbone_config = resolve_backbone_config(self.backbone_config, self.num_feature_levels)
         super().__post_init__(**kwargs)
         self.label2id = make_label2id(self.id2label)
-        self.validate_architecture()  # `@strict` would do it, but wrap the error in one of its own
+        self.validate_architecture()  # `@strict` calls it too, but wraps the error
 
     def validate_architecture(self) -> None:
-        """Check what types alone do not say. Run by `@strict` on creation and saving, and when a model is built."""
+        """Check values. Called by `@strict` on creation and saving, and when a model is built."""
         for field, legal in {
             "denoising": DENOISING,
             "query_selection": QUERY_SELECTION,
@@ -212,30 +214,30 @@ class DinoDetrConfig(PreTrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """As in transformers, but `label2id` follows an `id2label` that is given to `from_pretrained`."""
+        """Read a config as transformers does, and derive `label2id` from an `id2label` passed to `from_pretrained`."""
         if kwargs.get("id2label") is not None:
             kwargs["label2id"] = make_label2id(kwargs["id2label"])
         return super().from_dict(config_dict, **kwargs)
 
     @property
     def num_backbone_levels(self) -> int:
-        """Feature maps that the backbone itself gives; the neck makes the others."""
+        """Return the number of feature levels that come from the backbone; the neck makes the others."""
         backbone = self.backbone_config
         return len(getattr(backbone, "out_indices", None) or getattr(backbone, "out_features", None) or [-1])
 
 
 def make_label2id(id2label: dict[int, str]) -> dict[str, int]:
-    """`label2id`, which always follows `id2label`. Unused labels share a name and are not in it."""
+    """Derive `label2id` from `id2label`, without unused labels, which all have the same name."""
     return {name: label for label, name in id2label.items() if name != UNUSED_LABEL}
 
 
 def resolve_backbone_config(backbone_config: Any, num_feature_levels: int) -> PreTrainedConfig:
-    """Turn each way to name a backbone (nothing, timm name, dict, config) into a config object.
+    """Return the config of a backbone given as `None`, name of a timm model, dictionary or config.
 
-    Nothing here asks the Hub what a name means, as transformers' own resolution would.
+    Unlike the resolution of transformers, this never accesses the Hub.
     """
     if backbone_config is None:
-        first_stage = FIRST_RESNET_STAGE.get(num_feature_levels, 2)  # out of range is validation's to report
+        first_stage = FIRST_RESNET_STAGE.get(num_feature_levels, 2)  # `validate_architecture` reports other numbers
         return CONFIG_MAPPING["resnet"](out_features=[f"stage{stage}" for stage in range(first_stage, 5)])
     if isinstance(backbone_config, str):
         stages = 5 - FIRST_RESNET_STAGE.get(num_feature_levels, 2)
@@ -253,38 +255,36 @@ def resolve_backbone_config(backbone_config: Any, num_feature_levels: int) -> Pr
             )
         backbone_config = CONFIG_MAPPING[model_type].from_dict(backbone_config)
     if not hasattr(backbone_config, "out_indices"):
-        raise ValueError(f"backbone_config is one of {backbone_config.model_type!r}, which is no backbone")
+        raise ValueError(f"backbone_config has the model_type {backbone_config.model_type!r}, which is not a backbone")
     return backbone_config
 
 
-_MANY = float("inf")
 _RANGES = (
-    ("num_feature_levels", 1, 5),  # a proposal of level 5 would be 1.6 times the image: never valid
-    *((f"{part}_{count}", 1, _MANY) for part in ("encoder", "decoder") for count in ("ffn_dim", "n_points")),
-    *((f"{part}_attention_heads", 1, _MANY) for part in ("encoder", "decoder")),
-    ("encoder_layers", 1, _MANY),
-    ("decoder_layers", 1, _MANY),
-    ("d_model", 32, _MANY),
-    ("num_queries", 1, _MANY),
-    ("num_select", 1, _MANY),
-    ("num_denoising", 0, _MANY),
+    ("num_feature_levels", 1, 5),  # a proposal on level 5 would be 1.6 times the image and never valid
+    ("d_model", 32, math.inf),
+    ("encoder_layers", 1, math.inf),
+    ("encoder_ffn_dim", 1, math.inf),
+    ("encoder_attention_heads", 1, math.inf),
+    ("encoder_n_points", 1, math.inf),
+    ("decoder_layers", 1, math.inf),
+    ("decoder_ffn_dim", 1, math.inf),
+    ("decoder_attention_heads", 1, math.inf),
+    ("decoder_n_points", 1, math.inf),
+    ("num_queries", 1, math.inf),
     ("dropout", 0, 1),
+    ("positional_encoding_temperature", 1e-6, math.inf),
+    ("num_denoising", 0, math.inf),
     ("label_noise_ratio", 0, 1),
+    ("box_noise_scale", 0, math.inf),
+    ("class_cost", 0, math.inf),
+    ("bbox_cost", 0, math.inf),
+    ("giou_cost", 0, math.inf),
+    ("cls_loss_coefficient", 0, math.inf),
+    ("bbox_loss_coefficient", 0, math.inf),
+    ("giou_loss_coefficient", 0, math.inf),
     ("focal_alpha", 0, 1),
-    ("positional_encoding_temperature", 1e-6, _MANY),
-    *(
-        (field, 0, _MANY)
-        for field in (
-            "box_noise_scale",
-            "focal_gamma",
-            "class_cost",
-            "bbox_cost",
-            "giou_cost",
-            "cls_loss_coefficient",
-            "bbox_loss_coefficient",
-            "giou_loss_coefficient",
-        )
-    ),
+    ("focal_gamma", 0, math.inf),
+    ("num_select", 1, math.inf),
 )
 
 

@@ -1,4 +1,4 @@
-"""Multi-scale deformable attention: the plain-PyTorch definition, the replaceable operator, and the layer around it.
+"""Multi-scale deformable attention: the PyTorch reference implementation, the replaceable operator, and the layer.
 
 Paper: Deformable DETR, https://arxiv.org/abs/2010.04159, equation 3.
 """
@@ -9,9 +9,9 @@ from types import ModuleType
 import torch
 from torch import nn
 
-from .backbone_dino_detr import DinoDetrFeatureLevels
 from .boxes_dino_detr import at_least_float32
-from .initialization_dino_detr import init_as
+from .feature_levels_dino_detr import DinoDetrFeatureLevels
+from .initialization_dino_detr import init_as, sampling_offset_bias, xavier_zero_bias, zeros
 
 
 try:
@@ -19,7 +19,7 @@ try:
 except ImportError:
 
     def operators(device: str | torch.device) -> ModuleType | None:
-        """There are none: a model folder brings this file, but no kernel."""
+        """Return `None`: a saved model folder contains this file but no compiled kernel."""
         return None
 
 
@@ -29,7 +29,7 @@ def multi_scale_deformable_attention(
     sampling_locations: torch.Tensor,
     attention_weights: torch.Tensor,
 ) -> torch.Tensor:
-    r"""Read every feature level at a few points per query and add up what was read.
+    r"""Sample every feature level at a few points per query and return the weighted sum of the samples.
 
     For query q, head m, level l and point k this is the inner double sum of equation 3 of Deformable DETR,
     with W'_m already applied to `value` and W_m left to the caller:
@@ -45,16 +45,16 @@ def multi_scale_deformable_attention(
         sampling_locations (`torch.Tensor` of shape `(batch_size, num_queries, num_heads, num_levels, num_points, 2)`):
             `(x, y)` as fractions of the padded map: `(0, 0)` is its top-left corner and `(1, 1)` its bottom-right
             corner, so the center of cell `(row, column)` is `((column + 0.5) / width, (row + 0.5) / height)`.
-            Points outside, or that are no number, read zero.
+            A point outside the map, or with a non-finite coordinate, reads zero.
         attention_weights (`torch.Tensor` of shape `(batch_size, num_queries, num_heads, num_levels, num_points)`):
             Non-negative, summing to 1 over the last two axes.
 
     Returns:
         `torch.Tensor` of shape `(batch_size, num_queries, num_heads * head_dim)`, in the dtype of `value`; computed
-        in at least 32 bits.
+        in float32 or higher.
 
     Raises:
-        ValueError: If `spatial_shapes` does not account for every row of `value`.
+        ValueError: If `spatial_shapes` and `value` differ in the number of positions.
 
     Example:
 
@@ -73,31 +73,32 @@ def multi_scale_deformable_attention(
     batch_size, _, num_heads, head_dim = value.shape
     num_queries = sampling_locations.shape[1]
 
-    # In 16 bits, grid_sample on the CPU overflows its offsets and reads garbage, and locations are off by a cell.
-    wide = torch.promote_types(value.dtype, torch.float32)
-    maps = value.to(wide).permute(0, 2, 3, 1).flatten(0, 1)  # (batch * heads, head_dim, sequence)
-    # grid_sample wants the corners at -1 and 1, heads folded into the batch, and numbers: -3 is outside of every map
-    grids = (2 * sampling_locations.to(wide) - 1).nan_to_num(nan=-3, posinf=-3, neginf=-3)
+    # In half precision, locations are off by a cell, and grid_sample on the CPU overflows and reads garbage.
+    compute_dtype = torch.promote_types(value.dtype, torch.float32)
+    feature_maps = value.to(compute_dtype).permute(0, 2, 3, 1).flatten(0, 1)  # (batch * heads, head_dim, sequence)
+    # grid_sample expects the corners at -1 and 1 and finite coordinates; -3 is outside every map
+    grids = (2 * sampling_locations.to(compute_dtype) - 1).nan_to_num(nan=-3, posinf=-3, neginf=-3)
     grids = grids.transpose(1, 2).flatten(0, 1)  # (batch * heads, queries, levels, points, 2)
-    weights = attention_weights.to(wide).transpose(1, 2).flatten(0, 1)  # (batch * heads, queries, levels, points)
+    weights = attention_weights.to(compute_dtype)
+    weights = weights.transpose(1, 2).flatten(0, 1)  # (batch * heads, queries, levels, points)
 
-    output = maps.new_zeros(batch_size * num_heads, head_dim, num_queries)
-    for level, level_maps in enumerate(maps.split(level_lengths, dim=2)):
-        feature_map = level_maps.unflatten(2, spatial_shapes[level])
+    output = feature_maps.new_zeros(batch_size * num_heads, head_dim, num_queries)
+    for level, level_values in enumerate(feature_maps.split(level_lengths, dim=2)):
+        feature_map = level_values.unflatten(2, spatial_shapes[level])
         sampled = nn.functional.grid_sample(feature_map, grids[:, :, level], align_corners=False)
         output = output + (sampled * weights[:, None, :, level]).sum(dim=-1)
     return output.view(batch_size, num_heads * head_dim, num_queries).transpose(1, 2).to(value.dtype)
 
 
 def compiled_operators(device: torch.device) -> ModuleType | None:
-    """Return the compiled operators for a device, or `None` where the definition serves, as it does in ONNX."""
+    """Return the compiled operators for a device, or `None` if there are none and in ONNX export."""
     return None if torch.onnx.is_in_onnx_export() else operators(device)
 
 
 class MultiScaleDeformableAttention(nn.Module):
-    """The operator as a stateless layer, so that another one of the same seven arguments can take its place.
+    """The operator as a layer without weights, which a kernel of the Hub can replace (`kernels.kernelize`).
 
-    The signature is that of `kernels-community/deformable-detr`. See [`multi_scale_deformable_attention`].
+    The seven arguments are those of `kernels-community/deformable-detr`. See [`multi_scale_deformable_attention`].
     """
 
     def forward(
@@ -116,7 +117,7 @@ class MultiScaleDeformableAttention(nn.Module):
 
 
 class DinoDetrMultiscaleDeformableAttention(nn.Module):
-    """Let each query look at a few points per head and level around its reference (Deformable DETR, section 4.1).
+    """Let each query attend to a few points per head and level around its reference (Deformable DETR, section 4.1).
 
     Args:
         d_model (`int`): Width of queries and memory.
@@ -125,17 +126,17 @@ class DinoDetrMultiscaleDeformableAttention(nn.Module):
         num_points (`int`): Sampling points per head and level.
     """
 
-    im2col_step = 64  # only what the official kernel's signature asks for
+    im2col_step = 64  # required by the signature of Deformable DETR's kernel, and not used otherwise
 
     def __init__(self, d_model: int, *, num_heads: int, num_levels: int, num_points: int):
         super().__init__()
         self.num_heads, self.num_levels, self.num_points = num_heads, num_levels, num_points
         total_points = num_heads * num_levels * num_points
-        ring = {"num_heads": num_heads, "num_levels": num_levels, "num_points": num_points}
-        self.sampling_offsets = init_as("initial_sampling_offsets", nn.Linear(d_model, total_points * 2), **ring)
-        self.attention_weights = init_as("zeros", nn.Linear(d_model, total_points))
-        self.value_proj = init_as("xavier_zero_bias", nn.Linear(d_model, d_model))
-        self.output_proj = init_as("xavier_zero_bias", nn.Linear(d_model, d_model))
+        counts = {"num_heads": num_heads, "num_levels": num_levels, "num_points": num_points}
+        self.sampling_offsets = init_as(sampling_offset_bias, nn.Linear(d_model, total_points * 2), **counts)
+        self.attention_weights = init_as(zeros, nn.Linear(d_model, total_points))
+        self.value_proj = init_as(xavier_zero_bias, nn.Linear(d_model, d_model))
+        self.output_proj = init_as(xavier_zero_bias, nn.Linear(d_model, d_model))
         self.attn = MultiScaleDeformableAttention()
 
     def forward(
@@ -150,13 +151,13 @@ class DinoDetrMultiscaleDeformableAttention(nn.Module):
         Args:
             hidden_states (`torch.Tensor` of shape `(batch_size, num_queries, d_model)`): Contents of the queries.
             position_embeddings (`torch.Tensor` of the same shape): Positions of the queries.
-            memory (`torch.Tensor` of shape `(batch_size, sequence_length, d_model)`): What is looked at.
+            memory (`torch.Tensor` of shape `(batch_size, sequence_length, d_model)`): The feature levels to sample.
             reference_points (`torch.Tensor` of shape `(batch_size, num_queries, num_levels, 2 or 4)`):
                 Points (x, y) or boxes (center x, center y, width, height), fractions of each level's padded map.
-            levels ([`DinoDetrFeatureLevels`]): Where the memory's positions lie; those that are padding read zero.
+            levels ([`DinoDetrFeatureLevels`]): Where the positions of the memory are; padding reads zero.
 
         Returns:
-            The new contents, `(batch_size, num_queries, d_model)`, and the attention weights,
+            The output, `(batch_size, num_queries, d_model)`, and the attention weights,
             `(batch_size, num_queries, num_heads, num_levels, num_points)`.
         """
         batch_size, num_queries, _ = hidden_states.shape
@@ -168,11 +169,22 @@ class DinoDetrMultiscaleDeformableAttention(nn.Module):
         offsets = self.sampling_offsets(queries).view(*points_shape, 2)
         logits = self.attention_weights(queries).view(points_shape)
 
-        fused = self._fused_operator(value.device)
-        if fused is not None:
-            output, weights = fused(value, levels.spatial_shapes_list, reference_points, offsets, logits)
-            return self.output_proj(output), weights
-        weights = logits.flatten(-2).softmax(dim=-1).view(points_shape)
+        output, weights = self._attend(value, reference_points, offsets, logits, levels)
+        return self.output_proj(output), weights
+
+    def _attend(
+        self,
+        value: torch.Tensor,
+        reference_points: torch.Tensor,
+        offsets: torch.Tensor,
+        logits: torch.Tensor,
+        levels: DinoDetrFeatureLevels,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the sampled values and the attention weights, by the fused operator or by `attn`."""
+        fused_operator = self._fused_operator(value.device)
+        if fused_operator is not None:
+            return fused_operator(value, levels.spatial_shapes_list, reference_points, offsets, logits)
+        weights = logits.flatten(-2).softmax(dim=-1).view(logits.shape)
         output = self.attn(
             value,
             levels.spatial_shapes,
@@ -182,10 +194,10 @@ class DinoDetrMultiscaleDeformableAttention(nn.Module):
             weights,
             self.im2col_step,
         )
-        return self.output_proj(output), weights
+        return output, weights
 
     def _fused_operator(self, device: torch.device) -> Callable[..., tuple[torch.Tensor, torch.Tensor]] | None:
-        """The compiled operator with softmax and locations inside, unless `attn` was replaced or there is none."""
+        """Return the compiled operator that includes softmax and locations, or `None` if `attn` was replaced."""
         is_replaced = type(self.attn) is not MultiScaleDeformableAttention or "forward" in self.attn.__dict__
         compiled = None if is_replaced else compiled_operators(device)
         return compiled.fused_deformable_attention if compiled else None
@@ -194,7 +206,7 @@ class DinoDetrMultiscaleDeformableAttention(nn.Module):
 def sampling_locations(
     sampling_offsets: torch.Tensor, reference_points: torch.Tensor, spatial_shapes: torch.Tensor
 ) -> torch.Tensor:
-    """Where to look: around a point in units of cells, or around a box's center in units of its half-sides.
+    """Add offsets to reference points: in cells around a point, in half-sides of the box around the center of a box.
 
     Args:
         sampling_offsets (`torch.Tensor` of shape `(batch_size, num_queries, num_heads, num_levels, num_points, 2)`):
@@ -204,7 +216,8 @@ def sampling_locations(
         spatial_shapes (`torch.Tensor` of shape `(num_levels, 2)`): (height, width).
 
     Returns:
-        `torch.Tensor` of the shape of `sampling_offsets`: (x, y) as fractions of the padded maps, at least 32 bits.
+        `torch.Tensor` of the shape of `sampling_offsets`: (x, y) as fractions of the padded maps, float32 or
+        higher.
     """
     offsets = at_least_float32(sampling_offsets)
     centers = reference_points[:, :, None, :, None, :2]

@@ -1,75 +1,56 @@
-"""Denoising queries: noisy copies of the objects, which the decoder learns to clean without any matching.
+"""Denoising queries: noisy copies of the objects, which the decoder is trained to restore without matching.
 
 Papers: DN-DETR, https://arxiv.org/abs/2203.01305, section 4; DINO, https://arxiv.org/abs/2203.03605, section 3.3.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
-from transformers.utils import ModelOutput
 
 from .boxes_dino_detr import at_least_float32, inverse_sigmoid
 from .configuration_dino_detr import DinoDetrConfig
-from .initialization_dino_detr import init_as
+from .initialization_dino_detr import init_as, normal_embedding
 
 
-NO_OBJECT = -1
+NO_OBJECT = -1  # index of the object of a query that is matched to none
 
 
-@dataclass(frozen=True)
-class DinoDetrEffectiveBatch:
-    """What a batch must know of the optimizer step that it is a part of to be learned as within one big batch.
-
-    A step's images may come in several batches, in several processes and one after the other. The mean over the
-    losses of these batches, and so over their gradients, is that of one batch of all images if each was given this.
-
-    Attributes:
-        num_boxes (`float`): Objects of an average batch: those of all batches, at least 1, divided by their number.
-            The normalizer of every loss.
-        max_num_objects (`int`): Objects of the fullest of all images, which decides how many denoising groups there are
-            and how many queries each has.
-    """
-
-    num_boxes: float
-    max_num_objects: int
-
-
-@dataclass
-class DinoDetrDenoisingQueries(ModelOutput):
+class DinoDetrDenoisingQueries(NamedTuple):
     r"""
-    Denoising queries come before the matching queries. There are none outside training and when no image has an
-    object: then every tensor has a length of zero along `num_denoising_queries` and all goes on as usual.
+    Denoising queries, which precede the matching queries. `num_denoising_queries` is zero outside training and where
+    no image has an object.
 
     Args:
         inputs_embeds (`torch.Tensor` of shape `(batch_size, num_denoising_queries, d_model)`):
-            Embedded noisy classes; zero where an image has fewer objects than the fullest one.
+            Embedded noisy classes; zero where an image has fewer objects than the others.
         reference_points (`torch.Tensor` of shape `(batch_size, num_denoising_queries, 4)`):
             Noisy boxes: center x, center y, width, height, fractions of the unpadded image.
         object_index (`torch.Tensor` of shape `(batch_size, num_denoising_queries)` and dtype int64):
-            Which of its image's objects a positive query stands for; -1 for negative and for empty queries.
-        num_groups (`int`): Groups, each a noisy copy of all objects.
+            Index of the object that a positive query is a copy of; -1 for negative and for empty queries.
+        num_groups (`int`): Groups, each a noisy copy of all objects; at least 1, even if the groups are empty.
     """
 
-    inputs_embeds: torch.Tensor = None
-    reference_points: torch.Tensor = None
-    object_index: torch.Tensor = None
-    num_groups: int | None = None
+    inputs_embeds: torch.Tensor
+    reference_points: torch.Tensor
+    object_index: torch.Tensor
+    num_groups: int
 
 
 def denoising_attention_mask(
     num_groups: int, group_size: int, num_queries: int, device: torch.device | None = None
 ) -> torch.Tensor:
-    """Say which query may look at which in the decoder's self-attention.
+    """Return which query may attend to which in the decoder's self-attention.
 
-    Denoising queries carry the answer, so two leaks are closed: a matching query sees no denoising query, and a
-    denoising group sees no other group. Denoising queries do see the matching queries, which know nothing.
+    Denoising queries contain the ground truth. So that it cannot leak, a matching query attends to no denoising query
+    and a denoising query to no other group. Denoising queries attend to the matching queries, which contain none.
 
     Args:
         num_groups (`int`): Denoising groups, each a noisy copy of every object in the image.
-        group_size (`int`): Queries per group: two (one positive, one negative) for each object of the fullest image.
+        group_size (`int`): Queries per group: for contrastive denoising, twice the maximum number of
+            objects per image.
         num_queries (`int`): Matching queries, which follow the denoising ones.
         device (`torch.device`, *optional*): Where to make the mask.
 
@@ -90,8 +71,30 @@ def denoising_attention_mask(
     return (group[:, None] == group[None, :]) | (group[None, :] == num_groups)
 
 
+def make_decoder_attention_mask(
+    denoising: DinoDetrDenoisingQueries, num_queries: int, dtype: torch.dtype
+) -> torch.Tensor:
+    """Return `denoising_attention_mask` as it is added to the scores of self-attention.
+
+    Args:
+        denoising ([`DinoDetrDenoisingQueries`]): The denoising queries, which may be none.
+        num_queries (`int`): Matching queries.
+        dtype (`torch.dtype`): A floating-point type.
+
+    Returns:
+        `torch.Tensor` of shape `(1, 1, num_denoising_queries + num_queries, num_denoising_queries + num_queries)`: 0
+        where a query may attend, the lowest finite value elsewhere.
+    """
+    group_size = denoising.inputs_embeds.shape[1] // denoising.num_groups
+    # The queries' device, not the model's: offloaded weights are on the meta device.
+    device = denoising.inputs_embeds.device
+    can_attend = denoising_attention_mask(denoising.num_groups, group_size, num_queries, device)
+    min_value = torch.finfo(dtype).min  # finite, because a row of -inf would be NaN
+    return torch.zeros_like(can_attend, dtype=dtype).masked_fill(~can_attend, min_value)[None, None]
+
+
 def contrastive_box_noise(boxes: torch.Tensor, scale: float) -> torch.Tensor:
-    """Move the corners of boxes: by up to λ for the positive copy, between λ and 2 λ for the negative one (DINO).
+    """Move the corners of boxes: up to λ for the positive copy, between λ and 2 λ for the negative one (DINO, 3.3).
 
     Args:
         boxes (`torch.Tensor` of shape `(batch_size, num_groups, 2, num_objects, 4)`):
@@ -99,15 +102,16 @@ def contrastive_box_noise(boxes: torch.Tensor, scale: float) -> torch.Tensor:
         scale (`float`): λ, in half-sides of the box.
 
     Returns:
-        `torch.Tensor` of the same shape. Corners stay inside the image. A negative corner can cross its opposite:
-        such a box has a negative side, which the decoder sees as the smallest one, as in the original.
+        `torch.Tensor` of the same shape. Corners are clamped to the image. A negative copy's corner can cross the
+        opposite one, which gives a negative width or height. `inverse_sigmoid` clamps it to the smallest one, as in
+        the official implementation.
     """
     centers, half_sides = boxes[..., None, :2], boxes[..., None, 2:] / 2
-    top_left_and_bottom_right = 2 * torch.arange(2, device=boxes.device)[:, None] - 1
-    least = torch.arange(2, device=boxes.device)[:, None, None, None]  # of positive and of negative copies
-    corners = centers + top_left_and_bottom_right * half_sides  # (batch, groups, 2, objects, 2 corners, x y)
+    corner_direction = 2 * torch.arange(2, device=boxes.device)[:, None] - 1  # top left, bottom right
+    corners = centers + corner_direction * half_sides  # (batch, groups, 2 copies, objects, 2 corners, x y)
+    min_noise = torch.arange(2, device=boxes.device)[:, None, None, None]  # 0 for positive copies, 1 for negative ones
     sign = torch.randint_like(corners, 2) * 2 - 1
-    corners = corners + sign * (torch.rand_like(corners) + least) * half_sides * scale
+    corners = corners + sign * (torch.rand_like(corners) + min_noise) * half_sides * scale
     top_left, bottom_right = corners.clamp(0, 1).unbind(-2)
     return torch.cat([(top_left + bottom_right) / 2, bottom_right - top_left], dim=-1)
 
@@ -122,47 +126,54 @@ def plain_box_noise(boxes: torch.Tensor, scale: float) -> torch.Tensor:
     Returns:
         `torch.Tensor` of the same shape, clamped to [0, 1].
     """
-    reach = torch.cat([boxes[..., 2:] / 2, boxes[..., 2:]], dim=-1)
-    return (boxes + (2 * torch.rand_like(boxes) - 1) * reach * scale).clamp(0, 1)
+    max_change = torch.cat([boxes[..., 2:] / 2, boxes[..., 2:]], dim=-1)
+    return (boxes + (2 * torch.rand_like(boxes) - 1) * max_change * scale).clamp(0, 1)
 
 
-def no_denoising_queries(matching_queries: torch.Tensor) -> DinoDetrDenoisingQueries:
-    """Denoising queries of length zero, to go before matching queries `(batch_size, num_queries, d_model)`."""
-    none = matching_queries[:, :0]
+def empty_denoising_queries(matching_queries: torch.Tensor) -> DinoDetrDenoisingQueries:
+    """Return zero denoising queries for matching queries of shape `(batch_size, num_queries, d_model)`."""
+    empty = matching_queries[:, :0]
     return DinoDetrDenoisingQueries(
-        inputs_embeds=none,
-        reference_points=none.new_zeros(len(none), 0, 4, dtype=torch.float32),
-        object_index=none.new_zeros(len(none), 0, dtype=torch.int64),
+        inputs_embeds=empty,
+        reference_points=empty.new_zeros(len(empty), 0, 4, dtype=torch.float32),
+        object_index=empty.new_zeros(len(empty), 0, dtype=torch.int64),
         num_groups=1,
     )
 
 
 class DinoDetrNoDenoising(nn.Module):
-    """Deformable DETR and DAB-DETR: train without denoising queries."""
+    """Deformable DETR and DAB-DETR: training without denoising queries."""
 
     def __init__(self, config: DinoDetrConfig):
         super().__init__()
 
+    def class_specific_layers(self) -> list[nn.Module]:
+        return []
+
     def forward(
         self, labels: list[dict[str, torch.Tensor]] | None, matching_queries: torch.Tensor, max_num_objects: int = 0
     ) -> DinoDetrDenoisingQueries:
-        return no_denoising_queries(matching_queries)
+        return empty_denoising_queries(matching_queries)
 
 
 class DinoDetrDenoising(nn.Module):
-    """Make groups of noisy queries, each group a copy of every object, as many groups as `num_denoising` allows."""
+    """Make groups of noisy queries, each a copy of every object; the number of groups follows from `num_denoising`."""
 
     copies_per_object: int  # within a group; the first copy is the positive one
-    redraw_factor: float  # how likely a class is redrawn, for a label_noise_ratio of 1
+    label_noise_factor: float  # probability that a class is sampled again, for a label_noise_ratio of 1
     add_box_noise: Callable[[torch.Tensor, float], torch.Tensor]
 
     def __init__(self, config: DinoDetrConfig):
         super().__init__()
         self.num_denoising = config.num_denoising
         self.num_labels = config.num_labels
-        self.redraw_probability = config.label_noise_ratio * self.redraw_factor
+        self.label_noise_probability = config.label_noise_ratio * self.label_noise_factor
         self.box_noise_scale = config.box_noise_scale
-        self.label_embed = init_as("normal", nn.Embedding(config.num_labels, config.d_model))
+        self.label_embed = init_as(normal_embedding, nn.Embedding(config.num_labels, config.d_model))
+
+    def class_specific_layers(self) -> list[nn.Module]:
+        """Return the layers with a row of weights per class."""
+        return [self.label_embed]
 
     def forward(
         self, labels: list[dict[str, torch.Tensor]] | None, matching_queries: torch.Tensor, max_num_objects: int = 0
@@ -170,21 +181,23 @@ class DinoDetrDenoising(nn.Module):
         """
         Args:
             labels (`list[dict[str, torch.Tensor]]`, *optional*): Per image `class_labels` `(num_objects,)` and
-                `boxes` `(num_objects, 4)` as fractions of the unpadded image. Without labels there are no queries;
-                with labels but no objects there are none either, but the label embedding gets its gradient of zero.
+                `boxes` `(num_objects, 4)` as fractions of the unpadded image. Without labels there are no queries.
+                With labels but without objects there are none either, but the label embedding gets a gradient of
+                zero, which data-parallel training needs.
             matching_queries (`torch.Tensor` of shape `(batch_size, num_queries, d_model)`):
-                The content queries that these will be put before; only their shape and device matter.
-            max_num_objects (`int`, *optional*, defaults to 0): Make room for an image with as many objects, even if none
-                of this batch has them; see [`DinoDetrEffectiveBatch`].
+                The content queries that follow the denoising queries; only their shape and device matter.
+            max_num_objects (`int`, *optional*, defaults to 0):
+                Make as many slots as for an image with this number of objects, even if no image of the batch has
+                that many; see [`DinoDetrEffectiveBatch`].
         """
         if not labels:
-            return no_denoising_queries(matching_queries)
+            return empty_denoising_queries(matching_queries)
         device = matching_queries.device
-        chosen = [sample_objects(len(label["boxes"]), self.num_denoising, device) for label in labels]
-        room = min(max_num_objects, self.num_denoising)
-        object_index = pad_rows(chosen, room, NO_OBJECT)
-        boxes = pad_rows([label["boxes"][index] for label, index in zip(labels, chosen)], room)
-        classes = pad_rows([label["class_labels"][index] for label, index in zip(labels, chosen)], room)
+        sampled = [sample_objects(len(label["boxes"]), self.num_denoising, device) for label in labels]
+        min_slots = min(max_num_objects, self.num_denoising)
+        object_index = pad_and_stack(sampled, min_slots, NO_OBJECT)
+        boxes = pad_and_stack([label["boxes"][index] for label, index in zip(labels, sampled)], min_slots)
+        classes = pad_and_stack([label["class_labels"][index] for label, index in zip(labels, sampled)], min_slots)
 
         batch_size, max_objects = object_index.shape
         num_groups = max(1, self.num_denoising // max(1, max_objects))
@@ -195,6 +208,7 @@ class DinoDetrDenoising(nn.Module):
         is_positive = torch.arange(self.copies_per_object, device=device)[:, None] == 0
 
         contents = self.label_embed(self.add_label_noise(classes)) * is_object
+        # An empty slot has logits of zero, which is the box (0.5, 0.5, 0.5, 0.5).
         box_logits = inverse_sigmoid(self.add_box_noise(boxes, self.box_noise_scale)) * is_object
         return DinoDetrDenoisingQueries(
             inputs_embeds=contents.flatten(1, 3),
@@ -204,16 +218,16 @@ class DinoDetrDenoising(nn.Module):
         )
 
     def add_label_noise(self, classes: torch.Tensor) -> torch.Tensor:
-        """Redraw some classes uniformly; now and then one is drawn again."""
-        redraw = torch.rand(classes.shape, device=classes.device) < self.redraw_probability
-        return torch.where(redraw, torch.randint_like(classes, self.num_labels), classes)
+        """Replace some classes by uniformly sampled ones, which can be the same again."""
+        is_noised = torch.rand(classes.shape, device=classes.device) < self.label_noise_probability
+        return torch.where(is_noised, torch.randint_like(classes, self.num_labels), classes)
 
 
 class DinoDetrContrastiveDenoising(DinoDetrDenoising):
-    """DINO: beside each positive query a negative one, farther off, which must learn to find nothing."""
+    """DINO: for each positive query a negative one with more noise, which is trained to predict "no object"."""
 
     copies_per_object = 2
-    redraw_factor = 0.5
+    label_noise_factor = 0.5
     add_box_noise = staticmethod(contrastive_box_noise)
 
 
@@ -221,37 +235,37 @@ class DinoDetrPlainDenoising(DinoDetrDenoising):
     """DN-DETR: positive queries only."""
 
     copies_per_object = 1
-    redraw_factor = 1.0
+    label_noise_factor = 1.0
     add_box_noise = staticmethod(plain_box_noise)
 
 
-def pad_rows(rows: list[torch.Tensor], least: int, value: int = 0) -> torch.Tensor:
-    """Stack tensors of different lengths, filling all up to the longest of them and to no less than `least`.
+def pad_and_stack(tensors: list[torch.Tensor], min_length: int, padding_value: int = 0) -> torch.Tensor:
+    """Stack tensors of different lengths, padded to the longest of them or to `min_length` if that is longer.
 
     Example:
 
     ```python
-    >>> pad_rows([torch.tensor([1, 2]), torch.tensor([3])], least=3).tolist()
+    >>> pad_and_stack([torch.tensor([1, 2]), torch.tensor([3])], min_length=3).tolist()
     [[1, 2, 0], [3, 0, 0]]
 
     ```
     """
-    filler = rows[0].new_empty(least, *rows[0].shape[1:])
-    return pad_sequence([*rows, filler], batch_first=True, padding_value=value)[:-1]
+    filler = tensors[0].new_empty(min_length, *tensors[0].shape[1:])
+    return pad_sequence([*tensors, filler], batch_first=True, padding_value=padding_value)[:-1]
 
 
 def sample_objects(count: int, limit: int, device: torch.device) -> torch.Tensor:
-    """Indices of all objects of an image or, where there are more than `limit`, of a random choice of that many.
+    """Return the indices of all objects of an image or, if there are more than `limit`, of a random sample of them.
 
-    Without the limit one crowded image would make twice as many queries as it has objects, and self-attention pays
-    for their square.
+    Without the limit, one crowded image would make twice as many queries as it has objects, at a cost that is
+    quadratic in self-attention.
     """
     if count <= limit:
         return torch.arange(count, device=device)
     return torch.randperm(count, device=device)[:limit]
 
 
-DENOISING_STRATEGIES = {
+DENOISING_STRATEGIES: dict[str, type[DinoDetrDenoising] | type[DinoDetrNoDenoising]] = {
     "contrastive": DinoDetrContrastiveDenoising,
     "plain": DinoDetrPlainDenoising,
     "none": DinoDetrNoDenoising,

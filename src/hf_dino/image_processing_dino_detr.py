@@ -1,7 +1,7 @@
-"""From images and COCO annotations to the model's inputs, and from its outputs to boxes in pixels.
+"""Image processor: images and COCO annotations to the model's inputs, and its outputs to boxes in pixels.
 
-Both backends of transformers: torchvision (the default, fast, also on an accelerator) and PIL (bit for bit the
-original's pixels).
+It has both backends of transformers: torchvision (the default; fast, also on an accelerator) and PIL (bitwise
+identical to the official implementation).
 """
 
 from typing import Any
@@ -17,14 +17,14 @@ from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
 
-SHORTEST_EDGE, LONGEST_EDGE = 800, 1333  # pixels; what the original was trained and measured with
+SHORTEST_EDGE, LONGEST_EDGE = 800, 1333  # pixels; the official implementation trains and evaluates with these
 
 
 def get_size_with_aspect_ratio(height: int, width: int, shortest_edge: int, longest_edge: int) -> tuple[int, int]:
-    """The shape that an image is resized to: its shorter side to `shortest_edge`, unless the longer one would exceed.
+    """Return the size to resize an image to: the shorter side is `shortest_edge`, or less to respect `longest_edge`.
 
-    The rounding is the original's, which transformers' own differs from by a pixel in most images that are limited
-    by `longest_edge` (facebookresearch/detr, datasets/transforms.py).
+    The rounding is that of the official implementation (facebookresearch/detr, datasets/transforms.py). transformers'
+    function of this name differs by a pixel for most images that are limited by `longest_edge`.
 
     Args:
         height, width (`int`): Of the image, in pixels.
@@ -53,13 +53,13 @@ def get_size_with_aspect_ratio(height: int, width: int, shortest_edge: int, long
 
 
 def convert_to_rgb(image: Image.Image) -> Image.Image:
-    """An 8-bit RGB version of a PIL image.
+    """Convert a PIL image to 8-bit RGB.
 
-    Palette, gray and CMYK images are converted, transparent parts lie on white, and 16-bit gray is divided by 257,
-    so that 65535 becomes 255; PIL's own conversion would clip it at 255, which makes nearly all of it white.
+    Palette, gray and CMYK images are converted, transparent parts become white, and 16-bit gray values are divided by
+    257, so that 65535 becomes 255. PIL itself would clip them at 255, which makes most of the image white.
 
     Raises:
-        ValueError: If values are floats or need more than 16 bits: their black and white points are unknown.
+        ValueError: If values are floats or need more than 16 bits, because their black and white points are unknown.
     """
     if image.mode == "F" or image.mode.startswith("I"):
         return Image.fromarray(_to_8_bits(np.asarray(image))).convert("RGB")
@@ -70,17 +70,17 @@ def convert_to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _to_8_bits(values: np.ndarray) -> np.ndarray:
-    """16-bit values, 0 to 65535, as 8-bit ones."""
+    """Convert 16-bit values, 0 to 65535, to 8-bit values."""
     if not np.issubdtype(values.dtype, np.integer) or values.min() < 0 or values.max() > 65535:
         raise ValueError(
-            f"the image holds {values.dtype} values from {values.min()} to {values.max()}, whose black and white "
+            f"the image has {values.dtype} values from {values.min()} to {values.max()}, whose black and white "
             f"points are unknown; save it with 8 or 16 bits per channel"
         )
     return (values // 257).astype(np.uint8)
 
 
 class DinoDetrImageProcessorMixin:
-    """What DINO does otherwise than transformers' DETR processors, for both backends."""
+    """Differences from transformers' DETR image processors, for both backends."""
 
     do_convert_rgb = True
 
@@ -99,14 +99,14 @@ class DinoDetrImageProcessorMixin:
             images (image or list of images): PIL images, arrays or tensors.
             annotations (`dict` or `list[dict]`, *optional*):
                 Per image `{"image_id": int, "annotations": [...]}` with COCO's `category_id`, `bbox` (x, y, width,
-                height in pixels), and optionally `area` and `iscrowd`. Crowds are left out; boxes are clipped to the
-                image, and those without an area are left out with a warning.
+                height in pixels), and optionally `area` and `iscrowd`. Annotations with `iscrowd` are dropped; boxes
+                are clipped to the image, and boxes without an area are dropped with a warning.
             category_id_to_label (`dict[int, int]`, *optional*):
-                Label of each category id. Without it category ids are taken to be labels.
+                Label of each category id. By default, category ids are labels.
 
         Returns:
             `BatchFeature` with `pixel_values` `(batch_size, 3, height, width)`, `pixel_mask` `(batch_size, height,
-            width)`, 1 where there is image, and, with annotations, `labels`: per image `class_labels`, `boxes`
+            width)`, 1 is image, 0 is padding, and, with annotations, `labels`: per image `class_labels`, `boxes`
             (center x, center y, width, height as fractions of the *unpadded* image), `image_id`, `area`, `iscrowd`,
             `orig_size` and `size` (height, width before and after resizing).
 
@@ -115,7 +115,7 @@ class DinoDetrImageProcessorMixin:
         """
         if annotations is not None:
             targets = [annotations] if isinstance(annotations, dict) else annotations
-            annotations = [_complete(target, category_id_to_label) for target in targets]
+            annotations = [_map_categories(target, category_id_to_label) for target in targets]
         return super().preprocess(images, annotations, *args, **kwargs)
 
     def process_image(self, image: Any, *args: Any, **kwargs: Any) -> Any:
@@ -124,7 +124,7 @@ class DinoDetrImageProcessorMixin:
         elif isinstance(image, np.ndarray) and image.dtype == np.uint16:
             image = _to_8_bits(image)
         channels = super().process_image(image, *args, **kwargs)
-        return channels[[0, 0, 0]] if len(channels) == 1 else channels  # older transformers leave gray arrays gray
+        return channels[[0, 0, 0]] if len(channels) == 1 else channels  # transformers 5.14 leaves gray arrays gray
 
     def resize(self, image: Any, size: SizeDict, *args: Any, **kwargs: Any) -> Any:
         if size.shortest_edge and size.longest_edge:
@@ -135,13 +135,13 @@ class DinoDetrImageProcessorMixin:
 
     def prepare_annotation(self, image: Any, target: dict[str, Any], *args: Any, **kwargs: Any) -> dict[str, Any]:
         prepared = super().prepare_annotation(image, target, *args, **kwargs)
-        prepared["size"] = prepared["orig_size"]  # until it is resized, which it need not be
+        prepared["size"] = prepared["orig_size"]  # updated if the image is resized
         num_objects = sum(not each.get("iscrowd", 0) for each in target.get("annotations", ()))
         if len(prepared["boxes"]) < num_objects:
             missing = num_objects - len(prepared["boxes"])
             logger.warning(
                 f"image_id {target['image_id']}: {missing} of {num_objects} boxes have no area inside the image and "
-                f"are left out"
+                f"are dropped"
             )
         return prepared
 
@@ -153,7 +153,7 @@ class DinoDetrImageProcessorMixin:
         padding: Any,
         update_bboxes: bool,
     ) -> dict[str, Any]:
-        """Boxes and `size` stay relative to the image without its padding: so do DINO's predictions."""
+        """Keep boxes and `size` relative to the unpadded image, as DINO's predictions are."""
         updated = super()._update_annotation_for_padded_image(
             annotation, input_image_size, output_image_size, padding, update_bboxes=False
         )
@@ -169,19 +169,19 @@ class DinoDetrImageProcessorMixin:
         nms_iou_threshold: float | None = None,
     ) -> list[dict[str, torch.Tensor]]:
         """
-        The best detections of each image. A query can be detected as more than one class.
+        Convert outputs to detections, at most `top_k` per image. A query can be a detection of more than one class.
 
         Args:
             outputs ([`DinoDetrObjectDetectionOutput`]): Only `logits` and `pred_boxes` are read.
-            threshold (`float`): Detections that score less or equal are left out.
+            threshold (`float`, *optional*, defaults to 0.5): Detections with a score up to this are dropped.
             target_sizes (`torch.Tensor` of shape `(batch_size, 2)` or `list[tuple[int, int]]`, *optional*):
-                (height, width) of the original images. Without it boxes stay fractions.
-            top_k (`int`): Most detections per image.
+                (height, width) of the original images in pixels. Without it boxes are fractions.
+            top_k (`int`, *optional*, defaults to 300): Maximum number of detections per image.
             nms_iou_threshold (`float`, *optional*):
-                Leave out detections that overlap a better one of the same class by more than this. DINO needs none.
+                IoU for non-maximum suppression within each class. By default there is none, and DINO needs none.
 
         Returns:
-            Per image `scores` `(num_detections,)`, from high to low, `labels` `(num_detections,)` and `boxes`
+            Per image `scores` `(num_detections,)` in descending order, `labels` `(num_detections,)` and `boxes`
             `(num_detections, 4)`: left, top, right, bottom, in pixels.
 
         Raises:
@@ -199,35 +199,35 @@ class DinoDetrImageProcessorMixin:
             )
 
         all_scores = logits.to(pred_boxes.dtype).sigmoid().flatten(1)  # (batch, queries * labels)
-        scores, places = all_scores.topk(min(top_k, all_scores.shape[1]), dim=1)
-        queries, labels = places // num_labels, places % num_labels
+        scores, topk_indices = all_scores.topk(min(top_k, all_scores.shape[1]), dim=1)
+        queries, labels = topk_indices // num_labels, topk_indices % num_labels
         boxes = box_convert(pred_boxes, "cxcywh", "xyxy").gather(1, queries[..., None].expand(-1, -1, 4))
         boxes = boxes * target_sizes[:, [1, 0, 1, 0]][:, None]  # width, height, width, height
 
-        detections = []
+        results = []
         for image in range(batch_size):
             keep = scores[image] > threshold
-            found = {"scores": scores[image][keep], "labels": labels[image][keep], "boxes": boxes[image][keep]}
+            detections = {"scores": scores[image][keep], "labels": labels[image][keep], "boxes": boxes[image][keep]}
             if nms_iou_threshold is not None:
-                best = batched_nms(found["boxes"], found["scores"], found["labels"], nms_iou_threshold)
-                found = {name: values[best] for name, values in found.items()}
-            detections.append(found)
-        return detections
+                best = batched_nms(detections["boxes"], detections["scores"], detections["labels"], nms_iou_threshold)
+                detections = {name: values[best] for name, values in detections.items()}
+            results.append(detections)
+        return results
 
     def to_dict(self) -> dict[str, Any]:
-        """As in transformers, but a saved processor names both backends for those who load it with its code."""
+        """Convert to a dictionary as transformers does, with the code of both backends in `auto_map`."""
         return super().to_dict() | {"auto_map": {"AutoImageProcessor": BACKENDS}}
 
 
-def _complete(target: dict[str, Any], category_id_to_label: dict[int, int] | None) -> dict[str, Any]:
-    """An image's annotations with labels in place of category ids and areas where they are missing."""
+def _map_categories(target: dict[str, Any], category_id_to_label: dict[int, int] | None) -> dict[str, Any]:
+    """Replace category ids by labels, and fill in missing areas, in the annotations of an image."""
     objects = target.get("annotations")
     if objects is None:
-        return target  # transformers says what is wrong with it
-    return {**target, "annotations": [_complete_object(each, target, category_id_to_label) for each in objects]}
+        return target  # transformers raises the error
+    return {**target, "annotations": [_map_category(each, target, category_id_to_label) for each in objects]}
 
 
-def _complete_object(
+def _map_category(
     annotation: dict[str, Any], target: dict[str, Any], category_id_to_label: dict[int, int] | None
 ) -> dict[str, Any]:
     name = f"image_id {target.get('image_id')}"
@@ -236,8 +236,7 @@ def _complete_object(
     category = annotation["category_id"]
     if category_id_to_label is not None and category not in category_id_to_label:
         raise ValueError(
-            f"{name}: category_id {category} is not among those that were mapped to labels, "
-            f"{sorted(category_id_to_label)}"
+            f"{name}: category_id {category} is not in category_id_to_label, which has {sorted(category_id_to_label)}"
         )
     label = category if category_id_to_label is None else category_id_to_label[category]
     width, height = annotation["bbox"][2:]
@@ -245,11 +244,11 @@ def _complete_object(
 
 
 class DinoDetrImageProcessor(DinoDetrImageProcessorMixin, DetrImageProcessor):
-    """DINO's image processor, torchvision backend. See [`DinoDetrImageProcessorMixin`] for what it takes and gives."""
+    """Image processor of DINO, torchvision backend. See [`DinoDetrImageProcessorMixin`] for arguments and outputs."""
 
 
 class DinoDetrImageProcessorPil(DinoDetrImageProcessorMixin, DetrImageProcessorPil):
-    """DINO's image processor, PIL backend: the same numbers as the original's. See [`DinoDetrImageProcessorMixin`]."""
+    """Image processor of DINO, PIL backend: pixels of the official code. See [`DinoDetrImageProcessorMixin`]."""
 
 
 BACKENDS = {

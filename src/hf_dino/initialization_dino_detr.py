@@ -1,14 +1,15 @@
-"""How each fresh weight gets its first value: one rule per kind of layer, as in the original.
+"""Initial weights, one rule per kind of layer, as in the official implementation.
 
-transformers calls `_init_weights` of a model that lives outside its own package only for modules that hold a parameter
-themselves. So the rule is attached to that leaf when it is built, `init_as("zeros", nn.Linear(...))`, and looked up
-when its weights are made (`initialize`).
+For a model defined outside its own package, transformers calls `_init_weights` only for modules that own a parameter
+directly. So each rule is attached to such a layer when it is built, `init_as(zeros, nn.Linear(...))`, and applied when
+its weights are created (`initialize`).
 
 Source of the rules: IDEA-Research/DINO, commit faa8520, `DeformableTransformer._reset_parameters`,
 `MSDeformAttn._reset_parameters` and `DINO.__init__`.
 """
 
 import math
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
@@ -16,40 +17,45 @@ from torch import nn
 from transformers import initialization as init
 
 
-CLASS_PRIOR = 0.01  # probability of "object of this class" that a fresh class head gives to everything
+CLASS_PRIOR = 0.01  # probability of each class that a new class head gives to every query
 
-TAG = "_dino_init"  # the attribute in which a layer keeps its rule
+_INIT_ATTRIBUTE = "_dino_init"  # where a layer keeps its rule
 
+InitRule = Callable[..., None]
 Module = TypeVar("Module", bound=nn.Module)
 
 
-def init_as(rule: str, module: Module, **arguments: Any) -> Module:
-    """Attach a rule of `RULES` to a layer and hand the layer back."""
-    setattr(module, TAG, (RULES[rule], arguments))
+def init_as(rule: InitRule, module: Module, **arguments: Any) -> Module:
+    """Attach a rule to a layer, with its keyword arguments, and return the layer."""
+    setattr(module, _INIT_ATTRIBUTE, (rule, arguments))
     return module
 
 
 @torch.no_grad()
-def initialize(module: nn.Module, again: bool = False) -> bool:
-    """Give a layer its first weights by the rule attached to it; say whether there was one.
+def initialize(module: nn.Module, force: bool = False) -> bool:
+    """Initialize a layer by the rule attached to it and return whether there is one.
 
-    Weights that were loaded or drawn before keep their value, by a mark that transformers leaves on them, unless they
-    are to be drawn `again`.
+    Weights that were loaded or initialized before, which transformers marks, keep their values.
+
+    Args:
+        module (`nn.Module`): The layer.
+        force (`bool`, *optional*, defaults to `False`): Initialize marked weights too.
     """
-    marked: Any = module.parameters(recurse=False) if again else ()
+    marked: Any = module.parameters(recurse=False) if force else ()
     for parameter in marked:
         parameter._is_hf_initialized = False
-    rule, arguments = getattr(module, TAG, (None, {}))
+    rule, arguments = getattr(module, _INIT_ATTRIBUTE, (None, {}))
     if rule is not None:
         rule(module, **arguments)
     return rule is not None
 
 
 def initial_sampling_offsets(num_heads: int, num_levels: int, num_points: int) -> torch.Tensor:
-    """Offsets with which deformable attention starts: head m looks in direction m, point k reaches k + 1 cells.
+    """Return the initial offsets of deformable attention: head m looks in direction m, point k is k + 1 cells away.
 
     Returns:
-        `torch.Tensor` of shape `(num_heads, num_levels, num_points, 2)`: (x, y) in cells, on the unit square's rim.
+        `torch.Tensor` of shape `(num_heads, num_levels, num_points, 2)`: (x, y) in cells. The larger of |x| and |y| of
+        point k is k + 1, so the points of all heads lie on nested squares.
 
     Example:
 
@@ -62,13 +68,13 @@ def initial_sampling_offsets(num_heads: int, num_levels: int, num_points: int) -
     angle = 2 * math.pi / num_heads * torch.arange(num_heads, dtype=torch.float32)
     direction = torch.stack([angle.cos(), angle.sin()], dim=-1)
     direction = direction / direction.abs().amax(dim=-1, keepdim=True)
-    reach = torch.arange(1, num_points + 1, dtype=torch.float32)
-    ring = direction[:, None, None, :] * reach[None, None, :, None]
-    return ring.expand(num_heads, num_levels, num_points, 2).contiguous()
+    distance = torch.arange(1, num_points + 1, dtype=torch.float32)
+    offsets = direction[:, None, None, :] * distance[None, None, :, None]
+    return offsets.expand(num_heads, num_levels, num_points, 2).contiguous()
 
 
-def _default(module: Any) -> None:
-    """What PyTorch itself does for a linear layer: uniform within 1 / sqrt(fan in)."""
+def default(module: Any) -> None:
+    """Initialize a linear layer as PyTorch does: uniform within 1 / sqrt(fan in)."""
     init.kaiming_uniform_(module.weight, a=math.sqrt(5))
     _default_bias(module)
 
@@ -78,53 +84,46 @@ def _default_bias(module: Any) -> None:
     init.uniform_(module.bias, -bound, bound)
 
 
-def _xavier(module: Any, gain: float = 1.0) -> None:
-    """Matrices of the transformer, biases as PyTorch leaves them."""
-    init.xavier_uniform_(module.weight, gain=gain)
+def xavier(module: Any) -> None:
+    """Initialize weights by Xavier and biases as PyTorch does."""
+    init.xavier_uniform_(module.weight)
     _default_bias(module)
 
 
-def _xavier_zero_bias(module: Any, gain: float = 1.0) -> None:
+def xavier_zero_bias(module: Any, gain: float = 1.0) -> None:
+    """Initialize weights by Xavier and biases to zero."""
     init.xavier_uniform_(module.weight, gain=gain)
     init.zeros_(module.bias)
 
 
-def _zeros(module: Any) -> None:
+def zeros(module: Any) -> None:
+    """Initialize weights and biases to zero."""
     init.zeros_(module.weight)
     init.zeros_(module.bias)
 
 
-def _sampling_ring(module: Any, **counts: int) -> None:
+def sampling_offset_bias(module: Any, **counts: int) -> None:
+    """Initialize weights to zero and biases to `initial_sampling_offsets(**counts)`."""
     init.zeros_(module.weight)
     init.copy_(module.bias, initial_sampling_offsets(**counts).flatten())
 
 
-def _class_prior(module: Any) -> None:
-    """Start with every class improbable, or the focal loss of 900 queries swamps the first steps (RetinaNet, 3.3)."""
+def class_prior(module: Any) -> None:
+    """Start with a low probability of every class; otherwise the first focal loss is huge (RetinaNet, section 3.3)."""
     init.kaiming_uniform_(module.weight, a=math.sqrt(5))
     init.constant_(module.bias, -math.log((1 - CLASS_PRIOR) / CLASS_PRIOR))
 
 
-def _xavier_embedding(module: Any) -> None:
+def xavier_embedding(module: Any) -> None:
+    """Initialize the rows of an embedding by Xavier."""
     init.xavier_uniform_(module.weight)
 
 
-def _normal(module: Any) -> None:
+def normal_embedding(module: Any) -> None:
+    """Initialize the rows of an embedding from the standard normal distribution."""
     init.normal_(module.weight)
 
 
-def _level_embedding(module: Any) -> None:
+def level_embedding(module: Any) -> None:
+    """Initialize the backbone's level embedding from the standard normal distribution."""
     init.normal_(module.level_embed)
-
-
-RULES = {
-    "default": _default,
-    "xavier": _xavier,
-    "xavier_zero_bias": _xavier_zero_bias,
-    "zeros": _zeros,
-    "initial_sampling_offsets": _sampling_ring,
-    "class_prior": _class_prior,
-    "xavier_embedding": _xavier_embedding,
-    "normal": _normal,
-    "level_embedding": _level_embedding,
-}

@@ -1,25 +1,61 @@
-"""Matcher and set loss: pure functions of predictions and labels, and one entry point, `dino_detr_loss`.
+"""Matcher and set loss: pure functions of predictions and labels, with one entry point, `dino_detr_loss`.
 
 Papers: DETR, https://arxiv.org/abs/2005.12872, section 3.1; focal loss, https://arxiv.org/abs/1708.02002; generalized
 IoU, https://arxiv.org/abs/1902.09630.
 
-Everything is computed for all decoder layers, the encoder and all images at once. What links predictions to objects
-is one tensor, `object_index`: for each query the object of its image that it answers for, or -1 for none.
+All decoder layers, the encoder and all images are computed at once. One tensor, `object_index`, links predictions to
+objects: it is the index, for each query, of the object of its image that the query is matched to, or -1 for none.
 """
+
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from scipy.optimize import linear_sum_assignment
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
-from torchvision.ops import box_convert, sigmoid_focal_loss
+from torchvision.ops import sigmoid_focal_loss
 
-from .boxes_dino_detr import at_least_float32
+from .boxes_dino_detr import at_least_float32, generalized_box_iou
 from .configuration_dino_detr import DinoDetrConfig
 from .denoising_dino_detr import NO_OBJECT
 
 
-# How far a number of a box may lie outside [0, 1] before it is an error: rounding is not, pixels are.
+# How far a coordinate of a box may lie outside [0, 1]: enough for rounding errors, too little for pixels.
 BOX_TOLERANCE = 1e-3
+
+
+@dataclass(frozen=True)
+class DinoDetrEffectiveBatch:
+    """Object counts of an effective batch: of all batches that contribute to one optimizer step.
+
+    These are the batches of all processes and of gradient accumulation. If each of them is given these counts, the
+    mean of their losses, and so of their gradients, is that of one batch of all images.
+
+    Attributes:
+        num_boxes (`float`, *optional*): Normalizer of every loss: objects of all batches, at least 1, divided by the
+            number of batches. `None` counts the objects of the given batch; see `get_num_boxes`.
+        max_num_objects (`int`, *optional*, defaults to 0): Maximum number of objects per image over all batches, which
+            determines the number and the size of denoising groups.
+    """
+
+    num_boxes: float | None = None
+    max_num_objects: int = 0
+
+
+class DinoDetrTargets(NamedTuple):
+    """Objects of all images, padded to one more than the maximum number of objects; see `pad_targets`.
+
+    Attributes:
+        classes (`torch.Tensor` of shape `(batch_size, max_num_objects + 1)` and dtype int64):
+            Labels; `num_labels` where there is no object.
+        boxes (`torch.Tensor` of shape `(batch_size, max_num_objects + 1, 4)`):
+            Center x, center y, width, height, fractions of the unpadded image; float32 or higher. Finite but without
+            meaning where there is no object.
+    """
+
+    classes: torch.Tensor
+    boxes: torch.Tensor
 
 
 def dino_detr_loss(
@@ -33,46 +69,41 @@ def dino_detr_loss(
     config: DinoDetrConfig,
     num_boxes: torch.Tensor | float,
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """The training loss of DINO.
+    """Compute the training loss of DINO.
 
     Args:
         logits (`torch.Tensor` of shape `(batch_size, num_layers, num_queries, num_labels)`):
-            Of each supervised decoder layer, in order, and before them of the encoder if queries were chosen there.
+            Class logits of the encoder, unless query selection is static, and then of each supervised decoder layer.
         pred_boxes (`torch.Tensor` of shape `(batch_size, num_layers, num_queries, 4)`):
-            Boxes to the logits: center x, center y, width, height, fractions of the unpadded image.
-        denoising_logits, denoising_boxes (`torch.Tensor`): The same of the denoising queries of the decoder layers.
+            Boxes of the same layers: center x, center y, width, height, fractions of the unpadded image.
+        denoising_logits, denoising_boxes (`torch.Tensor`):
+            Class logits and boxes of the denoising queries, of the supervised decoder layers.
         denoising_object_index (`torch.Tensor` of shape `(batch_size, num_denoising_queries)`):
-            Object of each denoising query, -1 for none.
-        num_denoising_groups (`int`): How often each object was copied.
+            Index of the object of each denoising query, -1 for none.
+        num_denoising_groups (`int`): Denoising groups, each a copy of every object.
         labels (`list[dict[str, torch.Tensor]]`): Per image `class_labels` `(num_objects,)` and `boxes`
             `(num_objects, 4)`, units as in `pred_boxes`.
         config ([`DinoDetrConfig`]): Costs, coefficients, α and γ.
-        num_boxes (`torch.Tensor` or `float`): What all is divided by, from `get_num_boxes` or, where a step is made of
-            several batches, from [`DinoDetrEffectiveBatch`].
+        num_boxes (`torch.Tensor` or `float`): Normalizer, from `get_num_boxes` or [`DinoDetrEffectiveBatch`].
 
     Returns:
-        The weighted sum, and the unweighted terms `loss_ce`, `loss_bbox` and `loss_giou` of the last layer, with the
-        suffixes `_0`, `_1`, ... of the earlier layers, `_encoder`, and `_denoising`, `_denoising_0`, ...
+        The weighted sum and the unweighted terms: `loss_ce`, `loss_bbox` and `loss_giou` of the last layer, the same
+        with the suffixes `_0`, `_1`, ... of the earlier layers and `_encoder`, and all of the decoder's once more with
+        `_denoising`, `_denoising_0`, `_denoising_1`, ...
     """
-    classes, boxes = pad_targets(labels, config.num_labels)
-    boxes = boxes.to(pred_boxes.dtype)
-    object_index = match(logits, pred_boxes, labels, config)
-    matched = compute_losses(logits, pred_boxes, object_index, classes, boxes, num_boxes, config)
+    targets = pad_targets(labels, config.num_labels)
+    object_index = hungarian_match(logits, pred_boxes, labels, config)
+    denoising_object_index = denoising_object_index[:, None].expand(denoising_boxes.shape[:-1])
+    matched = compute_losses(logits, pred_boxes, object_index, targets, num_boxes, config)
     denoised = compute_losses(
-        denoising_logits,
-        denoising_boxes,
-        denoising_object_index[:, None].expand(denoising_boxes.shape[:-1]),
-        classes,
-        boxes,
-        num_boxes * num_denoising_groups,
-        config,
+        denoising_logits, denoising_boxes, denoising_object_index, targets, num_boxes * num_denoising_groups, config
     )
 
     num_decoder_layers = denoising_logits.shape[1]
     suffixes = [*(f"_{layer}" for layer in range(num_decoder_layers - 1)), ""]
     encoder_suffixes = ["_encoder"] * (logits.shape[1] - num_decoder_layers)
-    terms = name_terms(matched, encoder_suffixes + suffixes)
-    terms |= name_terms(denoised, [f"_denoising{suffix}" for suffix in suffixes])
+    terms = flatten_losses(matched, encoder_suffixes + suffixes)
+    terms |= flatten_losses(denoised, [f"_denoising{suffix}" for suffix in suffixes])
     coefficients = {
         "loss_ce": config.cls_loss_coefficient,
         "loss_bbox": config.bbox_loss_coefficient,
@@ -82,8 +113,8 @@ def dino_detr_loss(
     return torch.stack(weighted).sum(), terms
 
 
-def name_terms(losses: dict[str, torch.Tensor], suffixes: list[str]) -> dict[str, torch.Tensor]:
-    """Give each layer's value of each kind of loss a name of its own."""
+def flatten_losses(losses: dict[str, torch.Tensor], suffixes: list[str]) -> dict[str, torch.Tensor]:
+    """Return one named value per kind of loss and layer, given one vector per kind and one suffix per layer."""
     return {f"{kind}{suffix}": value for kind, values in losses.items() for suffix, value in zip(suffixes, values)}
 
 
@@ -91,18 +122,17 @@ def compute_losses(
     logits: torch.Tensor,
     pred_boxes: torch.Tensor,
     object_index: torch.Tensor,
-    classes: torch.Tensor,
-    boxes: torch.Tensor,
+    targets: DinoDetrTargets,
     num_boxes: torch.Tensor | float,
     config: DinoDetrConfig,
 ) -> dict[str, torch.Tensor]:
-    """Focal loss of all queries, and box losses of those that answer for an object.
+    """Compute the focal loss of all queries and the box losses of the queries that are matched to an object.
 
     Args:
         logits (`torch.Tensor` of shape `(batch_size, num_layers, num_queries, num_labels)`)
         pred_boxes (`torch.Tensor` of shape `(batch_size, num_layers, num_queries, 4)`)
         object_index (`torch.Tensor` of shape `(batch_size, num_layers, num_queries)`): -1 for none.
-        classes, boxes: As given by `pad_targets`.
+        targets ([`DinoDetrTargets`]): The objects.
         num_boxes (`torch.Tensor` or `float`): The normalizer.
         config ([`DinoDetrConfig`]): α and γ.
 
@@ -110,52 +140,56 @@ def compute_losses(
         `loss_ce`, `loss_bbox`, `loss_giou`, each a `torch.Tensor` of shape `(num_layers,)`.
     """
     logits = at_least_float32(logits)
-    image = torch.arange(len(classes), device=classes.device)[:, None, None]
-    wanted_class, wanted_box = classes[image, object_index], boxes[image, object_index]
-    is_object = object_index != NO_OBJECT
+    batch_index = torch.arange(len(object_index), device=object_index.device)[:, None, None]
+    target_classes = targets.classes[batch_index, object_index]
+    target_boxes = targets.boxes[batch_index, object_index].to(pred_boxes.dtype)
+    is_matched = object_index != NO_OBJECT
 
     one_hot = logits.new_zeros(*logits.shape[:-1], logits.shape[-1] + 1)  # the last column is "no object"
-    one_hot = one_hot.scatter_(-1, wanted_class[..., None], 1.0)[..., :-1]
+    one_hot = one_hot.scatter_(-1, target_classes[..., None], 1.0)[..., :-1]
     focal = sigmoid_focal_loss(logits, one_hot, alpha=config.focal_alpha, gamma=config.focal_gamma)
-    distance = (pred_boxes - wanted_box).abs().sum(dim=-1)
-    overlap = generalized_box_iou(pred_boxes, wanted_box)
+    distance = (pred_boxes - target_boxes).abs().sum(dim=-1)
+    giou = generalized_box_iou(pred_boxes, target_boxes)
     return {
         "loss_ce": focal.sum(dim=(0, 2, 3)) / num_boxes,
-        "loss_bbox": (distance * is_object).sum(dim=(0, 2)) / num_boxes,
-        "loss_giou": ((1 - overlap) * is_object).sum(dim=(0, 2)) / num_boxes,
+        "loss_bbox": (distance * is_matched).sum(dim=(0, 2)) / num_boxes,
+        "loss_giou": ((1 - giou) * is_matched).sum(dim=(0, 2)) / num_boxes,
     }
 
 
-def pad_targets(labels: list[dict[str, torch.Tensor]], num_labels: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Classes and boxes of all images in tables with one more column, "no object", which index -1 reads.
-
-    Returns:
-        Classes, `(batch_size, max_objects + 1)`, `num_labels` where there is no object; and boxes,
-        `(batch_size, max_objects + 1, 4)`, of no meaning but finite where there is no object.
+def pad_targets(labels: list[dict[str, torch.Tensor]], num_labels: int) -> DinoDetrTargets:
+    """Stack the objects of all images, padded, and append a row "no object", which the index -1 reads.
 
     Example:
 
     ```python
     >>> one = {"class_labels": torch.tensor([2]), "boxes": torch.tensor([[0.5, 0.5, 0.1, 0.1]])}
     >>> none = {"class_labels": torch.zeros(0, dtype=torch.int64), "boxes": torch.zeros(0, 4)}
-    >>> pad_targets([one, none], num_labels=5)[0].tolist()
+    >>> pad_targets([one, none], num_labels=5).classes.tolist()
     [[2, 5], [5, 5]]
 
     ```
     """
     classes = pad_sequence([label["class_labels"] for label in labels], batch_first=True, padding_value=num_labels)
     boxes = pad_sequence([at_least_float32(label["boxes"]) for label in labels], batch_first=True)
-    no_object = (0, 0, 0, 1)  # one more row after the objects
-    return nn.functional.pad(classes, (0, 1), value=num_labels), nn.functional.pad(boxes, no_object, value=0.5)
+    pad_one_row = (0, 0, 0, 1)
+    return DinoDetrTargets(
+        classes=nn.functional.pad(classes, (0, 1), value=num_labels),
+        boxes=nn.functional.pad(boxes, pad_one_row, value=0.5),
+    )
 
 
 def get_num_boxes(labels: list[dict[str, torch.Tensor]], device: torch.device, average: bool) -> torch.Tensor:
-    """Objects per process, averaged over processes if asked, at least 1: the original's normalizer of every loss.
+    """Return the number of objects, at least 1, which normalizes every loss as in the official implementation.
 
-    Data-parallel training averages gradients, so with this the sum over all processes' objects is divided by the
-    number of all processes' objects, as if one process had them all.
+    Args:
+        labels (`list[dict[str, torch.Tensor]]`): See `dino_detr_loss`.
+        device (`torch.device`): Device of the result.
+        average (`bool`):
+            Return the mean over all processes. Data-parallel training averages gradients, so this gives the gradient
+            of one process that has the objects of all.
     """
-    # `full` rather than `tensor`, which would wait for the device
+    # not `torch.tensor`, which would wait for the device
     num_boxes = torch.full((), float(sum(len(label["boxes"]) for label in labels)), device=device)
     if average and torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.all_reduce(num_boxes)
@@ -164,12 +198,12 @@ def get_num_boxes(labels: list[dict[str, torch.Tensor]], device: torch.device, a
 
 
 @torch.no_grad()
-def match(
+def hungarian_match(
     logits: torch.Tensor, pred_boxes: torch.Tensor, labels: list[dict[str, torch.Tensor]], config: DinoDetrConfig
 ) -> torch.Tensor:
-    """Give every object the query that answers for it: in each layer and image the cheapest one-to-one assignment.
+    """Match every object to a query: for each layer and image, the one-to-one assignment with the lowest total cost.
 
-    The costs of all layers and images go to the host in one transfer, and the answer comes back in one.
+    The costs of all layers and images are moved to the host in one transfer, and the result is moved back in one.
 
     Args:
         logits (`torch.Tensor` of shape `(batch_size, num_layers, num_queries, num_labels)`)
@@ -179,14 +213,15 @@ def match(
 
     Returns:
         `torch.Tensor` of shape `(batch_size, num_layers, num_queries)` and dtype int64: index of the object in its
-        image, -1 for none. Of more objects than queries, the ones that cost most stay without.
+        image, -1 for none. If there are more objects than queries, some objects stay unmatched, such that the total
+        cost is lowest.
     """
     batch_size, num_layers, num_queries = pred_boxes.shape[:3]
     costs = [
         matching_cost(image_logits, image_boxes, label["class_labels"], label["boxes"], config)
         for image_logits, image_boxes, label in zip(logits, pred_boxes, labels)
     ]
-    # A prediction that overflowed in 16-bit training makes the loss NaN, for the loss scaler to see; not scipy fail.
+    # After an overflow in fp16 costs are NaN, for which scipy raises; the loss is NaN too, and the step is skipped.
     all_costs = torch.cat([cost.flatten() for cost in costs]).nan_to_num(nan=0.0).cpu()
     object_index = torch.full((batch_size, num_layers, num_queries), NO_OBJECT)
     for image, image_costs in enumerate(all_costs.split([cost.numel() for cost in costs])):
@@ -203,7 +238,7 @@ def matching_cost(
     boxes: torch.Tensor,
     config: DinoDetrConfig,
 ) -> torch.Tensor:
-    """What it would cost to let each query of an image answer for each of its objects.
+    """Compute the cost of matching each query of an image to each of its objects.
 
     Args:
         logits (`torch.Tensor` of shape `(num_layers, num_queries, num_labels)`)
@@ -217,54 +252,24 @@ def matching_cost(
     """
     probability = at_least_float32(logits)[..., class_labels].sigmoid()  # (layers, queries, objects)
     alpha, gamma = config.focal_alpha, config.focal_gamma
-    if_object = alpha * (1 - probability) ** gamma * -(probability + 1e-8).log()
-    if_nothing = (1 - alpha) * probability**gamma * -(1 - probability + 1e-8).log()
-    predicted, wanted = pred_boxes[..., :, None, :], at_least_float32(boxes)
+    positive_class_cost = alpha * (1 - probability) ** gamma * -(probability + 1e-8).log()
+    negative_class_cost = (1 - alpha) * probability**gamma * -(1 - probability + 1e-8).log()
+    pred_boxes, target_boxes = pred_boxes[..., :, None, :], at_least_float32(boxes)
     return (
-        config.class_cost * (if_object - if_nothing)
-        + config.bbox_cost * (predicted - wanted).abs().sum(dim=-1)
-        - config.giou_cost * generalized_box_iou(predicted, wanted)
+        config.class_cost * (positive_class_cost - negative_class_cost)
+        + config.bbox_cost * (pred_boxes - target_boxes).abs().sum(dim=-1)
+        - config.giou_cost * generalized_box_iou(pred_boxes, target_boxes)
     )
 
 
-def generalized_box_iou(boxes: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
-    """Intersection over union, minus the part of the common hull that neither covers.
-
-    Torchvision's, but for two things: it broadcasts, and both divisors are 1e-6 larger, as in the original, which for
-    small boxes shows in the fourth digit.
-
-    Args:
-        boxes, others (`torch.Tensor` of shape `(..., 4)`): Center x, center y, width, height; fractions.
-
-    Returns:
-        `torch.Tensor` of the broadcast shape `(...)`, in [-1, 1].
-
-    Example:
-
-    ```python
-    >>> left, right = torch.tensor([0.25, 0.5, 0.5, 1.0]), torch.tensor([0.75, 0.5, 0.5, 1.0])
-    >>> generalized_box_iou(left, torch.stack([left, right])).round(decimals=2).tolist()
-    [1.0, 0.0]
-
-    ```
-    """
-    boxes, others = (box_convert(each, "cxcywh", "xyxy") for each in (boxes, others))
-    (top_left, bottom_right), (other_top_left, other_bottom_right) = boxes.split(2, -1), others.split(2, -1)
-    overlap = (torch.minimum(bottom_right, other_bottom_right) - torch.maximum(top_left, other_top_left)).clamp(min=0)
-    hull = (torch.maximum(bottom_right, other_bottom_right) - torch.minimum(top_left, other_top_left)).prod(dim=-1)
-    intersection = overlap.prod(dim=-1)
-    union = (bottom_right - top_left).prod(dim=-1) + (other_bottom_right - other_top_left).prod(dim=-1) - intersection
-    return intersection / (union + 1e-6) - (hull - union) / (hull + 1e-6)
-
-
 def check_labels(labels: list[dict[str, torch.Tensor]], batch_size: int, num_labels: int) -> None:
-    """Refuse labels that cannot be right before anything is looked up with them, naming the image.
+    """Raise an error that names the image if labels are invalid.
 
-    On an accelerator a class out of range would end the process with an assertion of the device instead.
+    On an accelerator a class out of range would otherwise end the process with a device-side assertion.
 
     Raises:
         ValueError: If images and labels differ in number, an entry is missing, classes and boxes of an image differ
-            in number, a class is not in [0, num_labels), or a box is not finite, has no area or is not in fractions.
+            in number, a class is not in [0, num_labels), or a box is not finite, has no area or is not in [0, 1].
     """
     if len(labels) != batch_size:
         raise ValueError(f"labels must have one entry per image: got {len(labels)} for {batch_size} images")
@@ -282,26 +287,26 @@ def check_labels(labels: list[dict[str, torch.Tensor]], batch_size: int, num_lab
             )
     classes = torch.cat([label["class_labels"] for label in labels])
     boxes = torch.cat([label["boxes"] for label in labels])
-    wrong_class = (classes < 0) | (classes >= num_labels)
-    wrong_box = ~((boxes >= -BOX_TOLERANCE) & (boxes <= 1 + BOX_TOLERANCE)).all(dim=1)  # NaN is neither
-    wrong_box |= ~(boxes[:, 2:] > 0).all(dim=1)
-    if (wrong_class | wrong_box).any():
-        _report_wrong_label(labels, wrong_class.tolist(), wrong_box.tolist(), num_labels)
+    invalid_class = (classes < 0) | (classes >= num_labels)
+    invalid_box = ~((boxes >= -BOX_TOLERANCE) & (boxes <= 1 + BOX_TOLERANCE)).all(dim=1)  # also finds NaN
+    invalid_box |= ~(boxes[:, 2:] > 0).all(dim=1)
+    if (invalid_class | invalid_box).any():
+        _raise_invalid_label(labels, invalid_class.tolist(), invalid_box.tolist(), num_labels)
 
 
-def _report_wrong_label(
-    labels: list[dict[str, torch.Tensor]], wrong_class: list[bool], wrong_box: list[bool], num_labels: int
+def _raise_invalid_label(
+    labels: list[dict[str, torch.Tensor]], invalid_class: list[bool], invalid_box: list[bool], num_labels: int
 ) -> None:
-    places = [(image, row) for image, label in enumerate(labels) for row in range(len(label["boxes"]))]
-    for (image, row), bad_class, bad_box in zip(places, wrong_class, wrong_box):
+    positions = [(image, row) for image, label in enumerate(labels) for row in range(len(label["boxes"]))]
+    for (image, row), class_is_invalid, box_is_invalid in zip(positions, invalid_class, invalid_box):
         label = labels[image]
         name = f"labels[{image}]" + (f" (image_id {label['image_id'].tolist()})" if "image_id" in label else "")
-        if bad_class:
+        if class_is_invalid:
             raise ValueError(
                 f"{name}: class_labels[{row}] is {label['class_labels'][row].item()}, but the model has {num_labels} "
                 f"labels, 0 to {num_labels - 1}: map category ids to labels, or give the config an id2label for all"
             )
-        if bad_box:
+        if box_is_invalid:
             raise ValueError(
                 f"{name}: boxes[{row}] is {label['boxes'][row].tolist()}, but must be center x, center y, width, "
                 f"height as fractions of the image in [0, 1], with positive width and height"

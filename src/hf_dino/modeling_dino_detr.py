@@ -4,9 +4,10 @@ Paper: DINO: DETR with Improved DeNoising Anchor Boxes for End-to-End Object Det
 https://arxiv.org/abs/2203.03605, figure 2.
 """
 
+import functools
 import os
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,30 +16,29 @@ from transformers import PreTrainedModel
 from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.utils import ModelOutput, can_return_tuple
+from transformers.utils import ModelOutput, can_return_tuple, logging
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
-from .backbone_dino_detr import DinoDetrBackbone, DinoDetrFeatureLevels, backbone_attn_implementation, cell_centers
-from .boxes_dino_detr import (
-    DinoDetrMLPPredictionHead,
-    at_least_float32,
-    inverse_sigmoid,
-    make_bbox_head,
-    make_class_head,
-    sine_box_embedding,
-)
+from .backbone_dino_detr import DinoDetrBackbone, backbone_attn_implementation
+from .boxes_dino_detr import refine_bboxes, sine_box_embedding
 from .configuration_dino_detr import DinoDetrConfig
 from .deformable_attention_dino_detr import DinoDetrMultiscaleDeformableAttention
-from .denoising_dino_detr import (
-    DENOISING_STRATEGIES,
-    DinoDetrDenoisingQueries,
-    DinoDetrEffectiveBatch,
-    denoising_attention_mask,
+from .denoising_dino_detr import DENOISING_STRATEGIES, DinoDetrDenoisingQueries, make_decoder_attention_mask
+from .feature_levels_dino_detr import DinoDetrFeatureLevels, get_reference_points
+from .initialization_dino_detr import init_as, initialize, xavier, xavier_zero_bias
+from .loss_dino_detr import DinoDetrEffectiveBatch, check_labels, dino_detr_loss, get_num_boxes
+from .prediction_heads_dino_detr import (
+    DinoDetrMLPPredictionHead,
+    get_layer_head,
+    make_bbox_head,
+    make_class_head,
+    num_prediction_heads,
 )
-from .initialization_dino_detr import init_as, initialize
-from .loss_dino_detr import check_labels, dino_detr_loss, get_num_boxes
 from .query_selection_dino_detr import QUERY_SELECTIONS, DinoDetrObjectQueries
+
+
+logger = logging.get_logger(__name__)
 
 
 @dataclass
@@ -51,7 +51,7 @@ class DinoDetrEncoderOutput(ModelOutput):
             Of each layer, `(batch_size, sequence_length, num_heads, num_feature_levels, num_points)`.
     """
 
-    last_hidden_state: torch.Tensor = None
+    last_hidden_state: torch.Tensor | None = None
     hidden_states: tuple[torch.Tensor, ...] | None = None
     attentions: tuple[torch.Tensor, ...] | None = None
 
@@ -60,22 +60,23 @@ class DinoDetrEncoderOutput(ModelOutput):
 class DinoDetrDecoderOutput(ModelOutput):
     r"""
     Args:
-        last_hidden_state (`torch.Tensor` of shape `(batch_size, num_queries, d_model)`): Normed, of the last layer.
+        last_hidden_state (`torch.Tensor` of shape `(batch_size, num_queries, d_model)`): Normalized output of the last
+            layer.
         intermediate_hidden_states (`torch.Tensor` of shape `(batch_size, decoder_layers, num_queries, d_model)`):
-            Normed output of each layer.
+            Normalized output of each layer.
         intermediate_boxes (`torch.Tensor` of shape `(batch_size, decoder_layers, num_queries, 4)`):
-            The boxes that each layer predicts: center x, center y, width, height, fractions of the unpadded image.
+            Boxes predicted by each layer: center x, center y, width, height, fractions of the unpadded image.
         intermediate_reference_points (`torch.Tensor` of shape `(batch_size, decoder_layers, num_queries, 4)`):
-            The boxes that each layer hands to the next one to look around; same units.
+            Boxes that each layer passes to the next one as reference points; same units.
         hidden_states, attentions, cross_attentions (`tuple[torch.Tensor]`, *optional*):
             Input of the first layer and output of each; weights of self-attention, `(batch_size, num_heads,
             num_queries, num_queries)`, and of deformable attention.
     """
 
-    last_hidden_state: torch.Tensor = None
-    intermediate_hidden_states: torch.Tensor = None
-    intermediate_boxes: torch.Tensor = None
-    intermediate_reference_points: torch.Tensor = None
+    last_hidden_state: torch.Tensor | None = None
+    intermediate_hidden_states: torch.Tensor | None = None
+    intermediate_boxes: torch.Tensor | None = None
+    intermediate_reference_points: torch.Tensor | None = None
     hidden_states: tuple[torch.Tensor, ...] | None = None
     attentions: tuple[torch.Tensor, ...] | None = None
     cross_attentions: tuple[torch.Tensor, ...] | None = None
@@ -84,25 +85,27 @@ class DinoDetrDecoderOutput(ModelOutput):
 @dataclass
 class DinoDetrDenoisingOutput(ModelOutput):
     r"""
-    What the decoder made of the denoising queries, for the loss alone.
+    Decoder outputs of the denoising queries, which only the loss reads.
 
     Args:
         intermediate_hidden_states (`torch.Tensor` of shape `(batch_size, decoder_layers, num_queries, d_model)`)
         intermediate_boxes (`torch.Tensor` of shape `(batch_size, decoder_layers, num_queries, 4)`)
         object_index (`torch.Tensor` of shape `(batch_size, num_queries)`): See [`DinoDetrDenoisingQueries`].
-        num_groups (`int`): How often each object was copied.
+        num_groups (`int`): Groups, each a noisy copy of all objects.
     """
 
-    intermediate_hidden_states: torch.Tensor = None
-    intermediate_boxes: torch.Tensor = None
-    object_index: torch.Tensor = None
+    intermediate_hidden_states: torch.Tensor | None = None
+    intermediate_boxes: torch.Tensor | None = None
+    object_index: torch.Tensor | None = None
     num_groups: int | None = None
 
 
 @dataclass
 class DinoDetrModelOutput(ModelOutput):
     r"""
-    Of the matching queries only; what became of denoising queries is apart, in `denoising`.
+    Outputs of the matching queries; those of the denoising queries are in `denoising`. Only `decoder_hidden_states`,
+    `decoder_attentions` and `cross_attentions` contain both in training mode: first the denoising queries, then the
+    matching queries.
 
     Args:
         last_hidden_state (`torch.Tensor` of shape `(batch_size, num_queries, d_model)`): Decoder output.
@@ -110,28 +113,28 @@ class DinoDetrModelOutput(ModelOutput):
             Output of each decoder layer.
         intermediate_boxes (`torch.Tensor` of shape `(batch_size, decoder_layers, num_queries, 4)`):
             Boxes predicted by each layer: center x, center y, width, height, fractions of the unpadded image.
-        init_reference_points (`torch.Tensor` of shape `(batch_size, num_queries, 4)`): Boxes the decoder starts from.
+        init_reference_points (`torch.Tensor` of shape `(batch_size, num_queries, 4)`): Initial boxes.
         intermediate_reference_points (`torch.Tensor` of shape `(batch_size, decoder_layers, num_queries, 4)`):
-            Boxes that each decoder layer hands on.
+            Boxes that each decoder layer passes to the next one.
         encoder_last_hidden_state (`torch.Tensor` of shape `(batch_size, sequence_length, d_model)`): The memory.
         enc_outputs_class (`torch.Tensor` of shape `(batch_size, num_queries, num_labels)`, *optional*):
-            Class logits of the encoder tokens that queries were made of; `None` for `query_selection="static"`.
+            Class logits of the selected encoder tokens; `None` for `query_selection="static"`.
         enc_outputs_coord_logits (`torch.Tensor` of shape `(batch_size, num_queries, 4)`, *optional*):
-            Their boxes, before the sigmoid.
-        denoising ([`DinoDetrDenoisingOutput`]): Of length zero outside training.
+            Their boxes before the sigmoid.
+        denoising ([`DinoDetrDenoisingOutput`]): Without queries outside training.
         decoder_hidden_states, decoder_attentions, cross_attentions, encoder_hidden_states, encoder_attentions
             (`tuple[torch.Tensor]`, *optional*): With `output_hidden_states=True` and `output_attentions=True`.
     """
 
-    last_hidden_state: torch.Tensor = None
-    intermediate_hidden_states: torch.Tensor = None
-    intermediate_boxes: torch.Tensor = None
-    init_reference_points: torch.Tensor = None
-    intermediate_reference_points: torch.Tensor = None
-    encoder_last_hidden_state: torch.Tensor = None
+    last_hidden_state: torch.Tensor | None = None
+    intermediate_hidden_states: torch.Tensor | None = None
+    intermediate_boxes: torch.Tensor | None = None
+    init_reference_points: torch.Tensor | None = None
+    intermediate_reference_points: torch.Tensor | None = None
+    encoder_last_hidden_state: torch.Tensor | None = None
     enc_outputs_class: torch.Tensor | None = None
     enc_outputs_coord_logits: torch.Tensor | None = None
-    denoising: DinoDetrDenoisingOutput = None
+    denoising: DinoDetrDenoisingOutput | None = None
     decoder_hidden_states: tuple[torch.Tensor, ...] | None = None
     decoder_attentions: tuple[torch.Tensor, ...] | None = None
     cross_attentions: tuple[torch.Tensor, ...] | None = None
@@ -144,14 +147,15 @@ class DinoDetrObjectDetectionOutput(ModelOutput):
     r"""
     Args:
         loss (`torch.Tensor`, *optional*): The weighted sum of `loss_dict`, if labels were given.
-        loss_dict (`dict[str, torch.Tensor]`, *optional*): The unweighted terms; see [`dino_detr_loss`].
+        loss_dict (`dict[str, torch.Tensor]`, *optional*): The unweighted terms; see `dino_detr_loss`.
         logits (`torch.Tensor` of shape `(batch_size, num_queries, num_labels)`):
             Class scores before the sigmoid; there is no "no object" class.
         pred_boxes (`torch.Tensor` of shape `(batch_size, num_queries, 4)`):
-            Center x, center y, width, height as fractions of the unpadded image, at least float32. Use
+            Center x, center y, width, height as fractions of the unpadded image, float32 or higher. Use
             [`~DinoDetrImageProcessor.post_process_object_detection`] to get boxes in pixels.
         auxiliary_outputs (`list[dict[str, torch.Tensor]]`, *optional*):
-            `logits` and `pred_boxes` of every decoder layer but the last, if `config.auxiliary_loss`.
+            `logits` and `pred_boxes` of every decoder layer but the last, if `config.auxiliary_loss`. Computed only
+            with labels or in training mode.
         last_hidden_state (`torch.Tensor` of shape `(batch_size, num_queries, d_model)`): Decoder output.
         intermediate_hidden_states, init_reference_points, intermediate_reference_points, encoder_last_hidden_state,
             enc_outputs_class, enc_outputs_coord_logits, decoder_hidden_states, decoder_attentions, cross_attentions,
@@ -160,14 +164,14 @@ class DinoDetrObjectDetectionOutput(ModelOutput):
 
     loss: torch.Tensor | None = None
     loss_dict: dict[str, torch.Tensor] | None = None
-    logits: torch.Tensor = None
-    pred_boxes: torch.Tensor = None
+    logits: torch.Tensor | None = None
+    pred_boxes: torch.Tensor | None = None
     auxiliary_outputs: list[dict[str, torch.Tensor]] | None = None
-    last_hidden_state: torch.Tensor = None
-    intermediate_hidden_states: torch.Tensor = None
-    init_reference_points: torch.Tensor = None
-    intermediate_reference_points: torch.Tensor = None
-    encoder_last_hidden_state: torch.Tensor = None
+    last_hidden_state: torch.Tensor | None = None
+    intermediate_hidden_states: torch.Tensor | None = None
+    init_reference_points: torch.Tensor | None = None
+    intermediate_reference_points: torch.Tensor | None = None
+    encoder_last_hidden_state: torch.Tensor | None = None
     enc_outputs_class: torch.Tensor | None = None
     enc_outputs_coord_logits: torch.Tensor | None = None
     decoder_hidden_states: tuple[torch.Tensor, ...] | None = None
@@ -187,7 +191,7 @@ def eager_attention_forward(
     dropout: float = 0.0,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention spelled out, for those who want its weights; tensors are `(batch_size, heads, length, head_dim)`."""
+    """Compute attention and its weights; query, key and value are `(batch_size, num_heads, length, head_dim)`."""
     weights = query @ key.transpose(2, 3) * scaling
     if attention_mask is not None:
         weights = weights + attention_mask
@@ -206,12 +210,12 @@ class DinoDetrSelfAttention(nn.Module):
         self.num_heads = config.decoder_attention_heads
         self.head_dim = config.d_model // self.num_heads
         self.scaling = self.head_dim**-0.5
-        # In the original the three are one matrix of 3 d_model rows, and its Xavier bound is that of its shape.
-        as_one_matrix = {"gain": 0.5**0.5}
-        self.q_proj = init_as("xavier_zero_bias", nn.Linear(config.d_model, config.d_model), **as_one_matrix)
-        self.k_proj = init_as("xavier_zero_bias", nn.Linear(config.d_model, config.d_model), **as_one_matrix)
-        self.v_proj = init_as("xavier_zero_bias", nn.Linear(config.d_model, config.d_model), **as_one_matrix)
-        self.o_proj = init_as("xavier_zero_bias", nn.Linear(config.d_model, config.d_model))
+        # The official implementation has one matrix of 3 * d_model rows for the three, which decides its Xavier bound.
+        in_proj_gain = 0.5**0.5
+        self.q_proj = init_as(xavier_zero_bias, nn.Linear(config.d_model, config.d_model), gain=in_proj_gain)
+        self.k_proj = init_as(xavier_zero_bias, nn.Linear(config.d_model, config.d_model), gain=in_proj_gain)
+        self.v_proj = init_as(xavier_zero_bias, nn.Linear(config.d_model, config.d_model), gain=in_proj_gain)
+        self.o_proj = init_as(xavier_zero_bias, nn.Linear(config.d_model, config.d_model))
 
     def forward(
         self, hidden_states: torch.Tensor, position_embeddings: torch.Tensor, attention_mask: torch.Tensor
@@ -243,17 +247,17 @@ class DinoDetrMLP(nn.Module):
         self.dropout = config.dropout
         self.activation = ACT2FN[config.activation_function]
         if hasattr(self.activation, "inplace"):
-            self.activation.inplace = True  # only it needs what fc1 returns, the largest tensor of a layer
-        self.fc1 = init_as("xavier", nn.Linear(config.d_model, ffn_dim))
-        self.fc2 = init_as("xavier", nn.Linear(ffn_dim, config.d_model))
+            self.activation.inplace = True  # saves one tensor of width ffn_dim per layer
+        self.fc1 = init_as(xavier, nn.Linear(config.d_model, ffn_dim))
+        self.fc2 = init_as(xavier, nn.Linear(ffn_dim, config.d_model))
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        inner = self.activation(self.fc1(hidden_states))
-        return self.fc2(nn.functional.dropout(inner, p=self.dropout, training=self.training))
+        hidden_states = self.activation(self.fc1(hidden_states))
+        return self.fc2(nn.functional.dropout(hidden_states, p=self.dropout, training=self.training))
 
 
 class DinoDetrEncoderLayer(GradientCheckpointingLayer):
-    """Every position looks at a few points of every level; then the feed-forward block."""
+    """Deformable self-attention of all positions over all levels, then the MLP."""
 
     def __init__(self, config: DinoDetrConfig):
         super().__init__()
@@ -281,7 +285,7 @@ class DinoDetrEncoderLayer(GradientCheckpointingLayer):
 
 
 class DinoDetrDecoderLayer(GradientCheckpointingLayer):
-    """Queries look at each other, then at the memory around their boxes; then the feed-forward block."""
+    """Self-attention among queries, deformable attention to the memory around their boxes, then the MLP."""
 
     def __init__(self, config: DinoDetrConfig):
         super().__init__()
@@ -315,7 +319,7 @@ class DinoDetrDecoderLayer(GradientCheckpointingLayer):
 
 
 class DinoDetrPreTrainedModel(PreTrainedModel):
-    """What all parts of DINO that transformers can save and load have in common."""
+    """Common parts of the DINO models: how their weights are initialized, saved and loaded."""
 
     config: DinoDetrConfig
     base_model_prefix = "model"
@@ -325,9 +329,9 @@ class DinoDetrPreTrainedModel(PreTrainedModel):
     _no_split_modules = ["DinoDetrBackbone", "DinoDetrEncoderLayer", "DinoDetrDecoderLayer"]
     _supports_sdpa = True
     _supports_attention_backend = True
-    # The mask between denoising groups is dense, which flash attention does not take.
+    # Flash attention does not support the dense mask between denoising groups.
     _supports_flash_attn = False
-    # Computed and dropped by transformers' Swin backbone; checkpoints of Swin lack it.
+    # transformers' Swin backbone has this norm but does not use its result; Swin checkpoints do not contain it.
     _keys_to_ignore_on_load_missing = [r"backbone\.body\.swin\.layernorm\."]
     _keys_to_ignore_on_load_unexpected = [r"num_batches_tracked"]
 
@@ -337,29 +341,29 @@ class DinoDetrPreTrainedModel(PreTrainedModel):
             super()._init_weights(module)
 
     def get_input_embeddings(self) -> None:
-        """Images have none. Accelerate asks, when it shares out the weights (FSDP2), and takes no error for that."""
+        """Return `None`: the model has no input embeddings, but Accelerate calls this method for FSDP2."""
 
     def set_attn_implementation(self, attn_implementation: str | dict[str, str], *args: Any, **kwargs: Any) -> None:
-        """As in transformers, but one name may be given for a model whose backbone has no attention."""
+        """Set it as transformers does, but one name is enough for a model whose backbone has no attention."""
         if isinstance(attn_implementation, str):
-            of_backbone = backbone_attn_implementation(self.config.backbone_config, attn_implementation)
-            attn_implementation = {"": attn_implementation, "backbone_config": of_backbone}
+            for_backbone = backbone_attn_implementation(self.config.backbone_config, attn_implementation)
+            attn_implementation = {"": attn_implementation, "backbone_config": for_backbone}
         super().set_attn_implementation(attn_implementation, *args, **kwargs)
 
     def save_pretrained(
         self, save_directory: str | os.PathLike, *args: Any, save_original_format: bool = False, **kwargs: Any
     ) -> None:
-        """As in transformers, but every auto class is told of the code, and the backbone's keys stay as they are.
+        """Save as transformers does, with the code registered for every auto class and the backbone's keys unchanged.
 
-        transformers would write a Swin backbone under older names, which `from_pretrained` undoes but `Trainer`, which
-        resumes by `load_state_dict(strict=False)`, does not: it would go on with a fresh backbone.
+        transformers would save a Swin backbone under older key names. `from_pretrained` maps them back, but `Trainer`
+        resumes with `load_state_dict(strict=False)` and would continue with a randomly initialized backbone.
         """
         self.config.auto_map = dict(AUTO_MAP)
         super().save_pretrained(save_directory, *args, save_original_format=save_original_format, **kwargs)
 
 
 class DinoDetrEncoder(DinoDetrPreTrainedModel):
-    """Deformable self-attention over all levels: from feature levels to memory."""
+    """Deformable self-attention over all levels: feature levels to memory."""
 
     _can_record_outputs = {
         "hidden_states": DinoDetrEncoderLayer,
@@ -381,27 +385,7 @@ class DinoDetrEncoder(DinoDetrPreTrainedModel):
         return DinoDetrEncoderOutput(last_hidden_state=hidden_states)
 
 
-def get_reference_points(levels: DinoDetrFeatureLevels) -> torch.Tensor:
-    """Where each memory position lies on each level.
-
-    Returns:
-        `torch.Tensor` of shape `(batch_size, sequence_length, num_feature_levels, 2)`: (x, y) as fractions of the
-        padded map of that level.
-    """
-    centers = []
-    for level, (height, width) in enumerate(levels.spatial_shapes_list):
-        cells = cell_centers(height, width, levels.valid_ratios.device)
-        valid_size = levels.valid_ratios[:, None, level] * levels.spatial_shapes[level].flip(0)
-        centers.append(cells / valid_size)  # fractions of the unpadded image
-    return torch.cat(centers, dim=1)[:, :, None] * levels.valid_ratios[:, None]
-
-
-def move_boxes(change: torch.Tensor, boxes: torch.Tensor) -> torch.Tensor:
-    """Add a predicted change to the logits of boxes; in and out are fractions, at least float32."""
-    return (at_least_float32(change) + inverse_sigmoid(boxes)).sigmoid()
-
-
-# What the next layer's prediction starts from, given this layer's box with its gradient (DINO, section 3.5).
+# Boxes from which the next layer's prediction starts: with or without a gradient to this layer (DINO, section 3.5).
 BOX_REFINEMENTS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "look_forward_twice": lambda boxes: boxes,
     "look_forward_once": torch.Tensor.detach,
@@ -409,7 +393,7 @@ BOX_REFINEMENTS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 
 
 class DinoDetrDecoder(DinoDetrPreTrainedModel):
-    """From object queries to detections, each layer moving the boxes that the layer before left."""
+    """Decode object queries layer by layer; each layer refines the boxes of the layer before."""
 
     _can_record_outputs = {
         "hidden_states": DinoDetrDecoderLayer,
@@ -419,11 +403,11 @@ class DinoDetrDecoder(DinoDetrPreTrainedModel):
 
     def __init__(self, config: DinoDetrConfig):
         super().__init__(config)
-        width = config.d_model
+        d_model = config.d_model
         self.layers = nn.ModuleList(DinoDetrDecoderLayer(config) for _ in range(config.decoder_layers))
-        self.layer_norm = nn.LayerNorm(width)
-        self.ref_point_head = DinoDetrMLPPredictionHead([2 * width, width, width], rule="xavier", last_rule="xavier")
-        self.bbox_embed = nn.ModuleList(make_bbox_head(width) for _ in range(num_prediction_heads(config)))
+        self.layer_norm = nn.LayerNorm(d_model)
+        self.ref_point_head = DinoDetrMLPPredictionHead([2 * d_model, d_model, d_model], rule=xavier, last_rule=xavier)
+        self.bbox_embed = nn.ModuleList(make_bbox_head(d_model) for _ in range(num_prediction_heads(config)))
         self.look_forward = BOX_REFINEMENTS[config.box_refinement]
         self.post_init()
 
@@ -442,28 +426,34 @@ class DinoDetrDecoder(DinoDetrPreTrainedModel):
         Args:
             inputs_embeds (`torch.Tensor` of shape `(batch_size, num_queries, d_model)`): Content queries.
             reference_points (`torch.Tensor` of shape `(batch_size, num_queries, 4)`):
-                First boxes: center x, center y, width, height, fractions of the unpadded image.
+                Initial boxes: center x, center y, width, height, fractions of the unpadded image.
             attention_mask (`torch.Tensor` of shape `(1, 1, num_queries, num_queries)`):
                 Added to the scores of self-attention.
             memory (`torch.Tensor` of shape `(batch_size, sequence_length, d_model)`): The encoder's output.
-            levels ([`DinoDetrFeatureLevels`]): Where the memory's positions lie.
+            levels ([`DinoDetrFeatureLevels`]): Where the positions of the memory are.
         """
-        to_padded = torch.cat([levels.valid_ratios, levels.valid_ratios], dim=-1)[:, None]  # (batch, 1, levels, 4)
-        hidden_states, starting_boxes = inputs_embeds, reference_points
+        valid_ratios = torch.cat([levels.valid_ratios, levels.valid_ratios], dim=-1)[:, None]  # (batch, 1, levels, 4)
+        hidden_states, prediction_anchors = inputs_embeds, reference_points
         all_hidden_states, all_boxes, all_reference_points = [], [], []
         for index, layer in enumerate(self.layers):
-            level_boxes = reference_points[:, :, None] * to_padded  # (batch, queries, levels, 4)
-            # The positional query sees the box in the padded frame of the finest level, as in the original.
+            level_boxes = reference_points[:, :, None] * valid_ratios  # (batch, queries, levels, 4)
+            # As in the official implementation, positional queries embed boxes as fractions of the padded finest map.
             sines = sine_box_embedding(level_boxes[:, :, 0], self.config.d_model // 2)
             positions = self.ref_point_head(sines.to(inputs_embeds.dtype))
             hidden_states = layer(hidden_states, positions, level_boxes, memory, attention_mask, levels)
 
-            head = head_of_layer(self.bbox_embed, index)
-            normed = self.layer_norm(hidden_states)
-            all_hidden_states.append(normed)
-            all_boxes.append(move_boxes(head(normed), starting_boxes))
-            moved = move_boxes(head(hidden_states), reference_points)
-            starting_boxes, reference_points = self.look_forward(moved), moved.detach()
+            # The box head is applied twice, as in IDEA-Research/DINO. Its output for the states before the norm gives
+            # the next layer's reference points, which are detached (models/dino/deformable_transformer.py,
+            # TransformerDecoder.forward). Its output for the normalized states gives the predicted boxes; they start
+            # from the refined boxes of the layer before, which are not detached (models/dino/dino.py, DINO.forward).
+            bbox_head = get_layer_head(self.bbox_embed, index)
+            normalized_states = self.layer_norm(hidden_states)
+            predicted_boxes = refine_bboxes(prediction_anchors, bbox_head(normalized_states))
+            refined_boxes = refine_bboxes(reference_points, bbox_head(hidden_states))
+            prediction_anchors, reference_points = self.look_forward(refined_boxes), refined_boxes.detach()
+
+            all_hidden_states.append(normalized_states)
+            all_boxes.append(predicted_boxes)
             all_reference_points.append(reference_points)
         return DinoDetrDecoderOutput(
             last_hidden_state=all_hidden_states[-1],
@@ -473,17 +463,29 @@ class DinoDetrDecoder(DinoDetrPreTrainedModel):
         )
 
 
-def num_prediction_heads(config: DinoDetrConfig) -> int:
-    """Prediction heads of each kind in the decoder: one for all layers, or one each."""
-    return 1 if config.share_decoder_heads else config.decoder_layers
+@functools.cache
+def is_native_on_cpu(dtype: torch.dtype) -> bool:
+    """Return whether this CPU computes in a dtype natively; `True` if PyTorch does not tell."""
+    probe_names = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}
+    probe = getattr(torch.ops.mkldnn, probe_names[dtype], None) if dtype in probe_names else None
+    return probe is None or probe()
 
 
-def head_of_layer(heads: nn.ModuleList, layer: int) -> nn.Module:
-    return heads[layer % len(heads)]
+def warn_if_emulated(device_type: str, dtype: torch.dtype) -> None:
+    """Warn once if the forward pass runs in half precision on a CPU that has no instructions for it."""
+    if device_type != "cpu" or torch.compiler.is_compiling():
+        return
+    if torch.is_autocast_enabled(device_type):
+        dtype = torch.get_autocast_dtype(device_type)
+    if not is_native_on_cpu(dtype):
+        logger.warning_once(
+            f"This CPU has no instructions for {dtype}, so a forward pass can take minutes instead of seconds. Use "
+            f"float32: call `model.float()`, and drop `--mixed_precision` or `torch.autocast`."
+        )
 
 
 class DinoDetrModel(DinoDetrPreTrainedModel):
-    """DINO without its class heads: from images to object queries that know their box.
+    """DINO without its class heads: images to object queries with boxes.
 
     Args:
         config ([`DinoDetrConfig`]): Sizes and strategies.
@@ -491,7 +493,7 @@ class DinoDetrModel(DinoDetrPreTrainedModel):
 
     def __init__(self, config: DinoDetrConfig):
         super().__init__(config)
-        config.validate_architecture()  # fields may have been overridden one by one since the config was made
+        config.validate_architecture()  # `from_pretrained` overrides fields one by one, without a check
         self.backbone = DinoDetrBackbone(config)
         self.encoder = DinoDetrEncoder(config)
         self.query_selection = QUERY_SELECTIONS[config.query_selection](config)
@@ -505,7 +507,7 @@ class DinoDetrModel(DinoDetrPreTrainedModel):
         pixel_values: torch.Tensor,
         pixel_mask: torch.Tensor | None = None,
         labels: list[dict[str, torch.Tensor]] | None = None,
-        effective_batch: DinoDetrEffectiveBatch | None = None,
+        max_num_objects: int = 0,
         **kwargs: Any,
     ) -> DinoDetrModelOutput:
         """
@@ -515,14 +517,15 @@ class DinoDetrModel(DinoDetrPreTrainedModel):
             pixel_mask (`torch.Tensor` of shape `(batch_size, height, width)`, *optional*):
                 1 is image, 0 is padding. All image if not given.
             labels (`list[dict[str, torch.Tensor]]`, *optional*):
-                Per image `class_labels` `(num_objects,)` and `boxes` `(num_objects, 4)`, of which denoising queries
+                Per image `class_labels` `(num_objects,)` and `boxes` `(num_objects, 4)`, from which denoising queries
                 are made in training mode.
-            effective_batch ([`DinoDetrEffectiveBatch`], *optional*): See [`DinoDetrForObjectDetection`].
-            output_hidden_states, output_attentions (`bool`, *optional*): What else to return.
+            max_num_objects (`int`, *optional*, defaults to 0): See [`DinoDetrEffectiveBatch`].
+            output_hidden_states, output_attentions (`bool`, *optional*): Whether to return them.
 
         Raises:
-            ValueError: If labels cannot be right, or the images are too small for `num_queries`.
+            ValueError: If labels are invalid, or the images are too small for `num_queries`.
         """
+        warn_if_emulated(pixel_values.device.type, self.dtype)
         if labels is not None:
             check_labels(labels, len(pixel_values), self.config.num_labels)
         if pixel_mask is None:
@@ -532,36 +535,25 @@ class DinoDetrModel(DinoDetrPreTrainedModel):
         encoded = self.encoder(levels, **kwargs)
         memory = encoded.last_hidden_state
         selected = self.query_selection(memory, levels)
-        max_num_objects = 0 if effective_batch is None else effective_batch.max_num_objects
         denoising = self.denoising(labels if self.training else None, selected.inputs_embeds, max_num_objects)
         decoded = self.decoder(
             inputs_embeds=torch.cat([denoising.inputs_embeds, selected.inputs_embeds], dim=1),
             reference_points=torch.cat([denoising.reference_points, selected.reference_points], dim=1),
-            attention_mask=self.attention_mask(denoising, selected),
+            attention_mask=make_decoder_attention_mask(denoising, selected.inputs_embeds.shape[1], self.dtype),
             memory=memory,
             levels=levels,
             **kwargs,
         )
-        return split_outputs(encoded, selected, denoising, decoded)
-
-    def attention_mask(self, denoising: DinoDetrDenoisingQueries, selected: DinoDetrObjectQueries) -> torch.Tensor:
-        """The mask of the decoder's self-attention as it is added to the scores: 0 or the lowest number there is."""
-        num_denoising, num_queries = denoising.inputs_embeds.shape[1], selected.inputs_embeds.shape[1]
-        # The queries' device, not the model's: offloaded weights are nowhere until they are needed.
-        device = selected.inputs_embeds.device
-        group_size = num_denoising // denoising.num_groups
-        may_look = denoising_attention_mask(denoising.num_groups, group_size, num_queries, device)
-        lowest = torch.finfo(self.dtype).min  # finite: a row of -inf would be NaN
-        return torch.zeros_like(may_look, dtype=self.dtype).masked_fill(~may_look, lowest)[None, None]
+        return split_denoising_outputs(encoded, selected, denoising, decoded)
 
 
-def split_outputs(
+def split_denoising_outputs(
     encoded: DinoDetrEncoderOutput,
     selected: DinoDetrObjectQueries,
     denoising: DinoDetrDenoisingQueries,
     decoded: DinoDetrDecoderOutput,
 ) -> DinoDetrModelOutput:
-    """Part what the decoder made of denoising queries from what it made of matching queries."""
+    """Return the outputs of the matching queries, with those of the denoising queries in `denoising`."""
     lengths = [denoising.inputs_embeds.shape[1], selected.inputs_embeds.shape[1]]
     denoised_states, hidden_states = decoded.intermediate_hidden_states.split(lengths, dim=2)
     denoised_boxes, boxes = decoded.intermediate_boxes.split(lengths, dim=2)
@@ -618,8 +610,9 @@ class DinoDetrForObjectDetection(DinoDetrPreTrainedModel):
         self.class_embed = nn.ModuleList(
             make_class_head(config.d_model, config.num_labels) for _ in range(num_prediction_heads(config))
         )
-        self.first_supervised_layer = 0 if config.auxiliary_loss else config.decoder_layers - 1
-        # transformers would otherwise choose DETR's softmax loss by the name of this class
+        layers = range(config.decoder_layers)
+        self.supervised_layers = layers if config.auxiliary_loss else layers[-1:]
+        # Otherwise transformers would select DETR's softmax loss by the name of this class.
         self.loss_function = dino_detr_loss
         self.post_init()
 
@@ -640,81 +633,102 @@ class DinoDetrForObjectDetection(DinoDetrPreTrainedModel):
                 1 is image, 0 is padding. All image if not given.
             labels (`list[dict[str, torch.Tensor]]`, *optional*):
                 Per image `class_labels` `(num_objects,)`, int64 in [0, num_labels), and `boxes` `(num_objects, 4)`:
-                center x, center y, width, height as fractions of the unpadded image. With them comes a loss.
+                center x, center y, width, height as fractions of the unpadded image. If given, the
+                loss is computed.
             effective_batch ([`DinoDetrEffectiveBatch`], *optional*):
-                What there is in the whole of a training step that several batches make up, so that it does not matter
-                how many. Without it each batch has its own denoising groups, and its loss is divided by the objects of
-                the average process, as in the original.
-            output_hidden_states, output_attentions (`bool`, *optional*): What else to return.
+                Object counts of the whole optimizer step, which make gradient accumulation and data-parallel training
+                equal to one big batch. Without it the number of denoising groups depends on the batch alone, and the
+                loss is divided by the mean number of objects per process, as in the official implementation.
+            output_hidden_states, output_attentions (`bool`, *optional*): Whether to return them.
 
         Raises:
-            ValueError: If labels cannot be right, or the images are too small for `num_queries`.
+            ValueError: If labels are invalid, or the images are too small for `num_queries`.
         """
-        outputs = self.model(pixel_values, pixel_mask, labels, effective_batch, **kwargs)
-        logits, boxes = self.logits_and_boxes(outputs.intermediate_hidden_states, outputs.intermediate_boxes)
+        effective_batch = effective_batch or DinoDetrEffectiveBatch()
+        outputs = self.model(pixel_values, pixel_mask, labels, effective_batch.max_num_objects, **kwargs)
+        is_supervised = self.training or labels is not None
+        layers = self.supervised_layers if is_supervised else self.supervised_layers[-1:]
+        logits, boxes = self.predict_class_and_boxes(
+            outputs.intermediate_hidden_states, outputs.intermediate_boxes, layers
+        )
         loss, loss_dict = None, None
         if labels is not None:
-            loss, loss_dict = self.supervise(logits, boxes, outputs, labels, effective_batch)
+            loss, loss_dict = self.compute_loss(logits, boxes, outputs, labels, effective_batch)
 
         earlier_layers = zip(logits[:, :-1].unbind(1), boxes[:, :-1].unbind(1))
-        auxiliary_outputs = [{"logits": one, "pred_boxes": other} for one, other in earlier_layers]
-        passed_on: dict[str, Any] = {name: outputs[name] for name in _PASSED_ON if name in outputs}
+        auxiliary_outputs = [{"logits": logits, "pred_boxes": boxes} for logits, boxes in earlier_layers]
         return DinoDetrObjectDetectionOutput(
             loss=loss,
             loss_dict=loss_dict,
             logits=logits[:, -1],
             pred_boxes=boxes[:, -1],
             auxiliary_outputs=auxiliary_outputs or None,
-            **passed_on,
+            last_hidden_state=outputs.last_hidden_state,
+            intermediate_hidden_states=outputs.intermediate_hidden_states,
+            init_reference_points=outputs.init_reference_points,
+            intermediate_reference_points=outputs.intermediate_reference_points,
+            encoder_last_hidden_state=outputs.encoder_last_hidden_state,
+            enc_outputs_class=outputs.enc_outputs_class,
+            enc_outputs_coord_logits=outputs.enc_outputs_coord_logits,
+            decoder_hidden_states=outputs.decoder_hidden_states,
+            decoder_attentions=outputs.decoder_attentions,
+            cross_attentions=outputs.cross_attentions,
+            encoder_hidden_states=outputs.encoder_hidden_states,
+            encoder_attentions=outputs.encoder_attentions,
         )
 
     def class_specific_layers(self) -> list[nn.Module]:
-        """The layers with a row of weights per class: class heads of decoder and encoder, denoising's embedding."""
-        of_encoder = getattr(self.model.query_selection, "class_embed", None)
-        of_denoising = getattr(self.model.denoising, "label_embed", None)
-        return [layer for layer in (*self.class_embed, of_encoder, of_denoising) if layer is not None]
+        """Return the layers with a row of weights per class: the class heads and the embedding of noisy classes."""
+        return [
+            *self.class_embed,
+            *self.model.query_selection.class_specific_layers(),
+            *self.model.denoising.class_specific_layers(),
+        ]
 
     @torch.no_grad()
     def reset_class_heads(self) -> None:
-        """Forget what was learned of classes: class heads and denoising's label embedding are drawn anew.
+        """Reinitialize the class heads and the label embedding of the denoising queries.
 
-        For a loaded model that is to learn other classes. `from_pretrained(..., ignore_mismatched_sizes=True)` does it
-        where their number differs, but cannot know that as many classes are other ones.
+        Call it on a loaded model before fine-tuning it on other classes. `from_pretrained(...,
+        ignore_mismatched_sizes=True)` does the same, but only where the number of classes differs.
         """
         for layer in self.class_specific_layers():
-            initialize(layer, again=True)
+            initialize(layer, force=True)
 
-    def logits_and_boxes(self, hidden_states: torch.Tensor, boxes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Class logits and boxes of the supervised decoder layers.
+    def predict_class_and_boxes(
+        self, hidden_states: torch.Tensor, boxes: torch.Tensor, layers: range
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the class logits and the boxes of consecutive decoder layers.
 
         Args:
             hidden_states (`torch.Tensor` of shape `(batch_size, decoder_layers, num_queries, d_model)`)
             boxes (`torch.Tensor` of shape `(batch_size, decoder_layers, num_queries, 4)`)
-        """
-        layers = range(self.first_supervised_layer, self.config.decoder_layers)
-        logits = [head_of_layer(self.class_embed, layer)(hidden_states[:, layer]) for layer in layers]
-        return torch.stack(logits, dim=1), boxes[:, self.first_supervised_layer :]
+            layers (`range`): Indices of the layers.
 
-    def supervise(
+        Returns:
+            `torch.Tensor`s of shapes `(batch_size, len(layers), num_queries, num_labels)` and `(batch_size,
+            len(layers), num_queries, 4)`.
+        """
+        logits = [get_layer_head(self.class_embed, layer)(hidden_states[:, layer]) for layer in layers]
+        return torch.stack(logits, dim=1), boxes[:, layers.start : layers.stop]
+
+    def compute_loss(
         self,
         logits: torch.Tensor,
         boxes: torch.Tensor,
         outputs: DinoDetrModelOutput,
         labels: list[dict[str, torch.Tensor]],
-        effective_batch: DinoDetrEffectiveBatch | None = None,
+        effective_batch: DinoDetrEffectiveBatch,
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """The loss and its terms; the encoder's choice is supervised as one more layer before the decoder's."""
+        """Return the loss and its terms; the selected encoder tokens are supervised like one more decoder layer."""
         if outputs.enc_outputs_class is not None:
             logits = torch.cat([outputs.enc_outputs_class[:, None], logits], dim=1)
             boxes = torch.cat([outputs.enc_outputs_coord_logits.sigmoid()[:, None], boxes], dim=1)
-        num_boxes: torch.Tensor | float = (
-            get_num_boxes(labels, logits.device, average=self.training)  # evaluation may run on one process alone
-            if effective_batch is None
-            else effective_batch.num_boxes
-        )
+        # Not averaged in evaluation, which may run on one process alone.
+        num_boxes = effective_batch.num_boxes or get_num_boxes(labels, logits.device, average=self.training)
         denoising = outputs.denoising
-        denoising_logits, denoising_boxes = self.logits_and_boxes(
-            denoising.intermediate_hidden_states, denoising.intermediate_boxes
+        denoising_logits, denoising_boxes = self.predict_class_and_boxes(
+            denoising.intermediate_hidden_states, denoising.intermediate_boxes, self.supervised_layers
         )
         return self.loss_function(
             logits=logits,
@@ -728,10 +742,6 @@ class DinoDetrForObjectDetection(DinoDetrPreTrainedModel):
             num_boxes=num_boxes,
         )
 
-
-_PASSED_ON = {field.name for field in fields(DinoDetrObjectDetectionOutput)} & {
-    field.name for field in fields(DinoDetrModelOutput)
-}
 
 AUTO_MAP = {
     "AutoConfig": f"configuration_dino_detr.{DinoDetrConfig.__name__}",

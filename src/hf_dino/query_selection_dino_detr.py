@@ -1,88 +1,92 @@
-"""From encoder memory to object queries: proposals, the best of them, and the three ways to make queries of them.
+"""Query selection: encoder memory to object queries, by the strategies that the DINO paper compares.
 
-Papers: two-stage Deformable DETR, https://arxiv.org/abs/2010.04159, appendix A.4; DINO,
-https://arxiv.org/abs/2203.03605, section 3.4 and figure 5; DAB-DETR, https://arxiv.org/abs/2201.12329.
+Papers: DINO, https://arxiv.org/abs/2203.03605, section 3.4 and figure 5; Deformable DETR,
+https://arxiv.org/abs/2010.04159, appendix A.4 (two-stage); DAB-DETR, https://arxiv.org/abs/2201.12329.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import nn
-from transformers.utils import ModelOutput
 
-from .backbone_dino_detr import DinoDetrFeatureLevels, cell_centers
-from .boxes_dino_detr import at_least_float32, make_bbox_head, make_class_head
+from .boxes_dino_detr import at_least_float32
 from .configuration_dino_detr import DinoDetrConfig
-from .initialization_dino_detr import init_as
+from .feature_levels_dino_detr import DinoDetrFeatureLevels
+from .initialization_dino_detr import init_as, normal_embedding, xavier, xavier_embedding
+from .prediction_heads_dino_detr import make_bbox_head, make_class_head
 
 
-PROPOSAL_SIDE = 0.05  # of the image, on the finest level; doubled on each coarser one
-PROPOSAL_BORDER = 0.01  # a proposal that comes closer than this to 0 or 1 with any of its numbers is not used
+PROPOSAL_BASE_SIZE = 0.05  # fraction of the image on the finest level; doubled on each coarser level
+PROPOSAL_MARGIN = 0.01  # a proposal with a coordinate closer than this to 0 or 1 is not used
 
 
-@dataclass
-class DinoDetrObjectQueries(ModelOutput):
+class DinoDetrObjectQueries(NamedTuple):
     r"""
     Args:
         inputs_embeds (`torch.Tensor` of shape `(batch_size, num_queries, d_model)`): Content queries.
         reference_points (`torch.Tensor` of shape `(batch_size, num_queries, 4)`):
-            First boxes: center x, center y, width, height, fractions of the unpadded image.
+            Initial boxes: center x, center y, width, height, fractions of the unpadded image.
         enc_outputs_class (`torch.Tensor` of shape `(batch_size, num_queries, num_labels)`, *optional*):
-            Class logits of the chosen encoder tokens; `None` if queries do not come from tokens.
+            Class logits of the selected encoder tokens; `None` for `query_selection="static"`.
         enc_outputs_coord_logits (`torch.Tensor` of shape `(batch_size, num_queries, 4)`, *optional*):
-            Box logits of the chosen encoder tokens.
+            Box logits of the selected encoder tokens.
     """
 
-    inputs_embeds: torch.Tensor = None
-    reference_points: torch.Tensor = None
+    inputs_embeds: torch.Tensor
+    reference_points: torch.Tensor
     enc_outputs_class: torch.Tensor | None = None
     enc_outputs_coord_logits: torch.Tensor | None = None
 
 
 def gen_encoder_output_proposals(levels: DinoDetrFeatureLevels) -> tuple[torch.Tensor, torch.Tensor]:
-    """One candidate box per memory position: centered on its cell, twice as large on each coarser level.
+    """Generate one candidate box per memory position: centered on its cell, twice as large on each coarser level.
 
     Args:
         levels ([`DinoDetrFeatureLevels`]): Only shapes, mask and valid ratios are read.
 
     Returns:
         The boxes, `(batch_size, sequence_length, 4)`: center x, center y, width, height as fractions of the unpadded
-        image; and which may be used, `(batch_size, sequence_length)` bool: neither padding nor close to the border.
+        image; and the mask of valid ones, `(batch_size, sequence_length)` bool: neither padding nor too close to the
+        border.
     """
-    boxes = []
-    for level, (height, width) in enumerate(levels.spatial_shapes_list):
-        # Whole cells: a ratio's rounding error could carry a proposal across PROPOSAL_BORDER.
-        valid_size = (levels.valid_ratios[:, level] * levels.spatial_shapes[level].flip(0)).round()
-        centers = cell_centers(height, width, levels.mask.device) / valid_size[:, None]
-        sides = torch.full_like(centers, PROPOSAL_SIDE * 2**level)
-        boxes.append(torch.cat([centers, sides], dim=-1))
-    proposals = torch.cat(boxes, dim=1)
-    inside = ((proposals > PROPOSAL_BORDER) & (proposals < 1 - PROPOSAL_BORDER)).all(dim=-1)
+    # Rounded to whole cells: the rounding error of a ratio could move a proposal across PROPOSAL_MARGIN.
+    centers = levels.normalized_cell_centers(levels.valid_sizes().round())
+    sizes = [
+        centers.new_full((height * width, 2), PROPOSAL_BASE_SIZE * 2**level)
+        for level, (height, width) in enumerate(levels.spatial_shapes_list)
+    ]
+    proposals = torch.cat([centers, torch.cat(sizes).expand_as(centers)], dim=-1)
+    inside = ((proposals > PROPOSAL_MARGIN) & (proposals < 1 - PROPOSAL_MARGIN)).all(dim=-1)
     return proposals, inside & levels.mask
 
 
 class DinoDetrTwoStageQuerySelection(nn.Module):
-    """Score every encoder token, refine the boxes of the best `num_queries`, and start the queries there."""
-
-    contents: Callable[[torch.Tensor], torch.Tensor]  # of the chosen tokens, by the strategy
+    """Score every encoder token, refine the proposals of the `num_queries` best and start the queries from them."""
 
     def __init__(self, config: DinoDetrConfig):
         super().__init__()
         self.num_queries = config.num_queries
-        self.enc_output = init_as("xavier", nn.Linear(config.d_model, config.d_model))
+        self.enc_output = init_as(xavier, nn.Linear(config.d_model, config.d_model))
         self.enc_output_norm = nn.LayerNorm(config.d_model)
         self.class_embed = make_class_head(config.d_model, config.num_labels)
         self.bbox_embed = make_bbox_head(config.d_model)
+
+    def content_queries_from(self, selected_tokens: torch.Tensor) -> torch.Tensor:
+        """Return the content queries, `(batch_size, num_queries, d_model)`, for the selected tokens of that shape."""
+        raise NotImplementedError
+
+    def class_specific_layers(self) -> list[nn.Module]:
+        """Return the layers with a row of weights per class."""
+        return [self.class_embed]
 
     def forward(self, memory: torch.Tensor, levels: DinoDetrFeatureLevels) -> DinoDetrObjectQueries:
         """
         Args:
             memory (`torch.Tensor` of shape `(batch_size, sequence_length, d_model)`): The encoder's output.
-            levels ([`DinoDetrFeatureLevels`]): Where the memory's positions lie.
+            levels ([`DinoDetrFeatureLevels`]): Where the positions of the memory are.
 
         Raises:
-            ValueError: If there are fewer positions than queries to choose.
+            ValueError: If there are fewer positions than queries to select.
         """
         if memory.shape[1] < self.num_queries:
             raise ValueError(
@@ -90,39 +94,42 @@ class DinoDetrTwoStageQuerySelection(nn.Module):
                 f"num_queries={self.num_queries} from: use larger images (the image processor's `size`) or a "
                 f"smaller num_queries"
             )
-        proposals, usable = gen_encoder_output_proposals(levels)
-        tokens = self.enc_output_norm(self.enc_output(memory.masked_fill(~usable[..., None], 0.0)))
+        proposals, valid_mask = gen_encoder_output_proposals(levels)
+        tokens = self.enc_output_norm(self.enc_output(memory.masked_fill(~valid_mask[..., None], 0.0)))
         token_logits = self.class_embed(tokens)
         best = token_logits.amax(dim=-1).topk(self.num_queries, dim=1).indices  # (batch, num_queries)
 
-        chosen_tokens = _take(tokens, best)
-        # Proposals that may not be used lie at infinity, whence no finite change moves them: they become (1, 1, 1, 1).
-        proposal_logits = torch.logit(proposals).masked_fill(~usable[..., None], float("inf"))
-        box_logits = at_least_float32(self.bbox_embed(chosen_tokens)) + _take(proposal_logits, best)
+        selected_tokens = _gather_rows(tokens, best)
+        # Infinite logits cannot be refined: after the sigmoid an invalid proposal is (1, 1, 1, 1).
+        proposal_logits = torch.logit(proposals).masked_fill(~valid_mask[..., None], float("inf"))
+        box_logits = at_least_float32(self.bbox_embed(selected_tokens)) + _gather_rows(proposal_logits, best)
         return DinoDetrObjectQueries(
-            inputs_embeds=self.contents(chosen_tokens),
+            inputs_embeds=self.content_queries_from(selected_tokens),
             reference_points=box_logits.detach().sigmoid(),
-            enc_outputs_class=_take(token_logits, best),
+            enc_outputs_class=_gather_rows(token_logits, best),
             enc_outputs_coord_logits=box_logits,
         )
 
 
 class DinoDetrMixedQuerySelection(DinoDetrTwoStageQuerySelection):
-    """DINO: positions from the best tokens, contents learned: a token may cover several objects, or part of one."""
+    """DINO: positions from the best tokens, learned contents, because a token may cover several objects or a part."""
 
     def __init__(self, config: DinoDetrConfig):
         super().__init__(config)
-        self.content_queries = init_as("xavier_embedding", nn.Embedding(config.num_queries, config.d_model))
+        self.content_queries = init_as(xavier_embedding, nn.Embedding(config.num_queries, config.d_model))
 
-    def contents(self, chosen_tokens: torch.Tensor) -> torch.Tensor:
-        return _learned(self.content_queries, chosen_tokens)
+    def content_queries_from(self, selected_tokens: torch.Tensor) -> torch.Tensor:
+        return _expand_embedding(self.content_queries, selected_tokens)
 
 
 class DinoDetrPureQuerySelection(DinoDetrTwoStageQuerySelection):
-    """Two-stage Deformable DETR: positions and contents from the best tokens."""
+    """Pure query selection of the DINO paper's comparison: positions and contents from the best tokens.
 
-    def contents(self, chosen_tokens: torch.Tensor) -> torch.Tensor:
-        return chosen_tokens.detach()
+    Two-stage Deformable DETR differs: it makes both halves of a query from the sine embedding of the refined proposal.
+    """
+
+    def content_queries_from(self, selected_tokens: torch.Tensor) -> torch.Tensor:
+        return selected_tokens.detach()
 
 
 class DinoDetrStaticQuerySelection(nn.Module):
@@ -130,31 +137,34 @@ class DinoDetrStaticQuerySelection(nn.Module):
 
     def __init__(self, config: DinoDetrConfig):
         super().__init__()
-        self.content_queries = init_as("xavier_embedding", nn.Embedding(config.num_queries, config.d_model))
-        self.anchors = init_as("normal", nn.Embedding(config.num_queries, 4))  # logits of boxes
+        self.content_queries = init_as(xavier_embedding, nn.Embedding(config.num_queries, config.d_model))
+        self.anchors = init_as(normal_embedding, nn.Embedding(config.num_queries, 4))  # logits of boxes
+
+    def class_specific_layers(self) -> list[nn.Module]:
+        return []
 
     def forward(self, memory: torch.Tensor, levels: DinoDetrFeatureLevels) -> DinoDetrObjectQueries:
         return DinoDetrObjectQueries(
-            inputs_embeds=_learned(self.content_queries, memory),
-            reference_points=at_least_float32(_learned(self.anchors, memory)).sigmoid(),
+            inputs_embeds=_expand_embedding(self.content_queries, memory),
+            reference_points=at_least_float32(_expand_embedding(self.anchors, memory)).sigmoid(),
         )
 
 
-def _learned(table: nn.Embedding, memory: torch.Tensor) -> torch.Tensor:
-    """All rows of a table for each image: `(batch_size, num_queries, width)`.
+def _expand_embedding(embedding: nn.Embedding, memory: torch.Tensor) -> torch.Tensor:
+    """Return all rows of an embedding for each image, `(batch_size, num_queries, embedding_dim)`.
 
-    Looked up, since only a call brings weights that were offloaded.
+    The embedding is called, not its weight read, because only a call loads offloaded weights.
     """
-    rows = table(torch.arange(table.num_embeddings, device=memory.device))
+    rows = embedding(torch.arange(embedding.num_embeddings, device=memory.device))
     return rows.expand(len(memory), -1, -1)
 
 
-def _take(rows: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    """Rows `index`, `(batch, chosen)`, of `rows`, `(batch, sequence, width)`."""
+def _gather_rows(rows: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """Gather the rows `index`, `(batch, selected)`, of `rows`, `(batch, sequence, dim)`."""
     return rows.gather(1, index[..., None].expand(-1, -1, rows.shape[-1]))
 
 
-QUERY_SELECTIONS = {
+QUERY_SELECTIONS: dict[str, type[DinoDetrTwoStageQuerySelection] | type[DinoDetrStaticQuerySelection]] = {
     "mixed": DinoDetrMixedQuerySelection,
     "pure": DinoDetrPureQuerySelection,
     "static": DinoDetrStaticQuerySelection,

@@ -255,18 +255,17 @@ class FineTuningArguments:
             raise InputError(problem)
 
     @property
-    def split_files(self) -> dict[str, tuple[Path | None, Path | None]]:
-        """Image directory and annotation file by the prefix of their options: `train`, `val` and `test`."""
+    def split_files(self) -> dict[str, list[Path]]:
+        """Image directory and annotation file, if given, by the prefix of their options: `train`, `val` and `test`."""
+        pairs = {prefix: (f"{prefix}_images", f"{prefix}_annotations") for prefix in SPLIT_PREFIXES}
         return {
-            prefix: (getattr(self, f"{prefix}_images"), getattr(self, f"{prefix}_annotations"))
-            for prefix in SPLIT_PREFIXES
+            prefix: [getattr(self, name) for name in pair if getattr(self, name)] for prefix, pair in pairs.items()
         }
 
     def _problems(self) -> list[str]:
         """Return what is wrong with the combination of options."""
         files = self.split_files
-        has_files = {prefix: [each is not None for each in pair] for prefix, pair in files.items()}
-        halves = [prefix for prefix, given in has_files.items() if any(given) and not all(given)]
+        halves = [prefix for prefix, given in files.items() if len(given) == 1]
         problems = {
             "give one of --model_name_or_path, --config_name and --backbone_weights": not (
                 self.model_name_or_path or self.config_name or self.backbone_weights
@@ -279,12 +278,10 @@ class FineTuningArguments:
             ),
             f"--lr_scheduler_type {self.lr_scheduler_type} has no milestones; remove --lr_milestones or give it no "
             "value": self.lr_scheduler_type != "multi_step" and self.lr_milestones not in ([], [11 / 12]),
-            "give either --dataset or the files of each split, not both": bool(
-                self.dataset and any(map(any, has_files.values()))
-            ),
+            "give either --dataset or the files of each split, not both": bool(self.dataset and any(files.values())),
             **{f"--{prefix}_images and --{prefix}_annotations belong together": True for prefix in halves},
             "give --dataset, or --train_images, --train_annotations, --val_images and --val_annotations": not (
-                self.dataset or (all(has_files["train"]) and all(has_files["val"]))
+                self.dataset or (files["train"] and files["val"])
             ),
         }
         return [problem for problem, is_so in problems.items() if is_so]

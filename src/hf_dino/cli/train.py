@@ -2,7 +2,6 @@
 
 import inspect
 import logging
-from collections.abc import Iterator
 from dataclasses import MISSING, Field
 from itertools import accumulate
 from pathlib import Path
@@ -95,7 +94,8 @@ _RECIPE = inspect.Parameter(
         typer.Option(help="YAML file with any of these options; those of the command line take precedence."),
     ],
 )
-_GROUPS: Iterator[str] = accumulate([FIRST_OF_GROUP.get(name, "") for name in OPTIONS], lambda last, new: new or last)
+_STARTS: list[str] = [FIRST_OF_GROUP.get(name, "") for name in OPTIONS]
+_GROUPS = accumulate(_STARTS, lambda group, start: start or group)
 _PARAMETERS = [_RECIPE, *map(_parameter, OPTIONS.values(), _GROUPS)]
 train.__signature__ = inspect.Signature(_PARAMETERS)  # type: ignore[attr-defined]
 train.__annotations__ = {each.name: each.annotation for each in _PARAMETERS}

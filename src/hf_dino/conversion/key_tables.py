@@ -189,7 +189,7 @@ SWIN = (
 )
 
 NECK = _renamed(
-    (r"input_proj\.(\d+)\.([01])\.(weight|bias)", r"model.backbone.projections.\1.\2.\3"),
+    (r"input_proj\.(\d+)\.([01])\.(weight|bias)", r"model.backbone.input_proj.\1.\2.\3"),
     (r"transformer\.level_embed", "model.backbone.level_embed"),
 )
 
@@ -232,7 +232,7 @@ DECODER = (
         r"transformer\.decoder\.layers",
         "model.decoder.layers",
         (r"self_attn\.out_proj", "self_attn.o_proj"),
-        # numbered in the order of their definition, not of their use: self-attention runs first and has norm2
+        # numbered in the order in which they are defined, not of their use: self-attention runs first and has norm2
         ("norm2", "self_attn_layer_norm"),
         ("norm1", "encoder_attn_layer_norm"),
         ("norm3", "final_layer_norm"),

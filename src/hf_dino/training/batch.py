@@ -17,8 +17,8 @@ from ..data.augmentation import Augmentation, make_augmentation
 from ..data.check import check_data
 from ..data.dataset import DetectionSplit, label_of_category
 from ..data.loaders import TrainingCollator, get_processed_shape
-from ..denoising_dino_detr import DinoDetrEffectiveBatch
 from ..evaluation.predictions import eval_mode
+from ..loss_dino_detr import DinoDetrEffectiveBatch
 from ..utils.errors import InputError
 
 

@@ -84,7 +84,7 @@ class TrainingState:
 
     @property
     def is_evaluated(self) -> bool:
-        """Whether the model of this step was evaluated, so that a resumed run does not evaluate it again."""
+        """Return whether the model of this step was evaluated, so that a resumed run does not evaluate it again."""
         return self.step > 0 and self.evaluated_step == self.step
 
     @property
@@ -208,7 +208,7 @@ def lock_output_dir(accelerator: Accelerator, folder: Path, start: Path | None, 
             try:
                 locks.enter_context(_lock(folder))
                 _check_start(folder, start, overwrite=overwrite)
-                prepare_checkpoints(folder, resume=start is not None)
+                _prepare(folder, resume=start is not None)
             except (InputError, OSError) as error:
                 failure = str(error)
         _raise_on_all(failure)
@@ -264,17 +264,8 @@ def _check_start(folder: Path, start: Path | None, *, overwrite: bool) -> None:
         raise InputError(f"{folder}: another run has just written {last}; start again")
 
 
-def prepare_checkpoints(folder: Path, *, resume: bool) -> None:
-    """Check that checkpoints can be written, and delete partial ones and those of an older run.
-
-    Args:
-        folder (`Path`): Directory of the checkpoints; created if needed.
-        resume (`bool`): Whether complete checkpoints in it are kept.
-
-    Raises:
-        OSError: If the directory cannot be created or written to.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
+def _prepare(folder: Path, *, resume: bool) -> None:
+    """Check that checkpoints can be written, and delete partial ones and, for a new run, those of an older one."""
     with tempfile.TemporaryFile(dir=folder):
         pass
     for each in (folder, folder / _FAILED):

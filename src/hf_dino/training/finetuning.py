@@ -449,7 +449,7 @@ def read_splits(arguments: FineTuningArguments) -> dict[str, DetectionSplit]:
     """
     if arguments.dataset is None:
         files = arguments.split_files.items()
-        return {SPLIT_PREFIXES[prefix]: read_coco(*pair) for prefix, pair in files if all(pair)}
+        return {SPLIT_PREFIXES[prefix]: read_coco(*pair) for prefix, pair in files if pair}
     splits = read_data(arguments.dataset, streaming=arguments.streaming)
     if missing := [name for name in ("train", "validation") if name not in splits]:
         raise InputError(f"{arguments.dataset}: has no {' and '.join(missing)} split; it has {', '.join(splits)}")

@@ -126,7 +126,7 @@ def stream(
         max_samples (`int` or `None`): Number of images to read from the beginning of each split; all if `None`.
         cache_dir (`Path` or `None`): Cache folder; by default that of `datasets`.
     """
-    options = {"path": source} if Path(source).is_dir() else parse_hub_id(source)
+    options = {"path": str(Path(source).resolve())} if Path(source).is_dir() else parse_hub_id(source)
     builder = _load(source, lambda: _datasets().load_dataset_builder(**options))
     streams = _select_by_split(_load(source, builder.as_streaming_dataset), source)
     chosen = {split: each for split, each in streams.items() if not splits or split in splits}

@@ -1,0 +1,187 @@
+"""Compare candidates in interleaved runs, each in a process of its own, so that its peak memory is its own."""
+
+import gc
+import multiprocessing
+import os
+import resource
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from multiprocessing.connection import Connection
+from typing import Any
+
+
+Build = Callable[[], Callable[[], Any]]  # builds the work of a candidate in its process
+Candidate = tuple[Build, Mapping[str, str]]  # and the environment variables of that process
+
+_RUN = "run"
+
+
+class WorkerError(RuntimeError):
+    """Why the work of a candidate could not be built or run."""
+
+
+class Worker:
+    """A process that builds work and runs it once for each request.
+
+    Args:
+        environment (`Mapping[str, str]`): Environment variables of the process, on top of this one's.
+        device (`str`): `"cpu"` or `"cuda"`: which memory is measured, and whether a run ends when the GPU is done.
+        start_method (`str`): Of `multiprocessing`. With `"fork"`, which CUDA cannot take, nothing is imported again.
+    """
+
+    def __init__(self, environment: Mapping[str, str], device: str = "cpu", start_method: str = "spawn"):
+        context: Any = multiprocessing.get_context(start_method)
+        self.connection, theirs = context.Pipe()
+        process = context.Process(target=_serve, args=(dict(environment), device, theirs), daemon=True)
+        process.start()
+        theirs.close()  # a process that ends is then noticed here
+
+    def start_building(self, build: Build) -> None:
+        """Replace the work of the process; [`Worker.wait`] waits until it is built."""
+        with suppress(OSError):  # its process has ended: that is what `wait` then says
+            self.connection.send(build)
+
+    def run(self) -> tuple[float, float]:
+        """Run the work once; return its seconds, and its peak memory in MiB beyond what stood before its first run.
+
+        Raises:
+            WorkerError: If it fails.
+        """
+        with suppress(OSError):
+            self.connection.send(_RUN)
+        return self.wait()
+
+    def wait(self) -> Any:
+        """Return the answer to the last request.
+
+        Raises:
+            WorkerError: If building or running has failed, or ended the process.
+        """
+        try:
+            succeeded, answer = self.connection.recv()
+        except (EOFError, OSError):
+            raise WorkerError("its process ended") from None
+        if not succeeded:
+            raise WorkerError(answer)
+        return answer
+
+    def close(self) -> None:
+        """Let the process end."""
+        self.connection.close()
+
+
+def interleave(candidates: Mapping[str, Candidate], rounds: int, device: str = "cpu") -> dict[str, Any]:
+    """Run every candidate once per round, and compare medians with the first one's.
+
+    Returns:
+        `dict`: Seconds (medians), peak memory of one run beyond what stood before it (MiB), and for every other
+        candidate how many times its figures the first one's are.
+
+    Raises:
+        WorkerError: If a candidate cannot be built or run.
+    """
+    workers = {name: Worker(environment, device) for name, (_, environment) in candidates.items()}
+    for name, (build, _) in candidates.items():
+        workers[name].start_building(build)
+    for worker in workers.values():
+        worker.wait()
+    seconds, memory = measure(workers, rounds)
+    for worker in workers.values():
+        worker.close()
+
+    first, *others = candidates
+    return {
+        "median_seconds": {name: round(value, 3) for name, value in seconds.items()},
+        "peak_memory_mib": {name: round(value) for name, value in memory.items()},
+        "time_ratio": {f"{first} / {name}": round(seconds[first] / seconds[name], 3) for name in others},
+        "memory_ratio": {f"{first} / {name}": round(memory[first] / memory[name], 3) for name in others},
+    }
+
+
+def measure(workers: Mapping[str, Worker], rounds: int) -> tuple[dict[str, float], dict[str, float]]:
+    """Run what the workers have built, once each per round after one to warm up.
+
+    Returns:
+        Median seconds and peak memory in MiB, by name.
+    """
+    measured: dict[str, list[tuple[float, float]]] = {name: [] for name in workers}
+    for _ in range(rounds + 1):
+        for name, worker in workers.items():
+            measured[name].append(worker.run())
+    seconds = {name: statistics.median(elapsed for elapsed, _ in rows[1:]) for name, rows in measured.items()}
+    return seconds, {name: rows[-1][1] for name, rows in measured.items()}
+
+
+def _serve(environment: Mapping[str, str], device: str, connection: Connection) -> None:
+    """Build and run on request until the other side closes."""
+    os.environ.update(environment)
+    meter: Any = {"cpu": ProcessMemory, "cuda": DeviceMemory}[device]()
+    run: Any = None
+    while (request := _next_request(connection)) is not None:
+        try:
+            if request == _RUN:
+                answer = _timed(run, meter)
+            else:
+                run = None  # its memory is not the next one's
+                run, answer = request(), None
+                meter.start()
+            connection.send((True, answer))
+        except Exception as error:  # it is the other side that decides what a failure means
+            connection.send((False, f"{type(error).__name__}: {error}"))
+
+
+def _next_request(connection: Connection) -> Any:
+    try:
+        return connection.recv()
+    except (EOFError, ConnectionResetError):
+        return None
+
+
+def _timed(run: Callable[[], Any], meter: Any) -> tuple[float, float]:
+    start = time.perf_counter()
+    run()
+    meter.synchronize()
+    return time.perf_counter() - start, meter.peak_mib()
+
+
+class ProcessMemory:
+    """The memory that the system counts for this process."""
+
+    def start(self) -> None:
+        """Begin to count."""
+        self.before = self._peak()
+
+    def synchronize(self) -> None:
+        """Return at once: what a CPU was asked for is done."""
+
+    def peak_mib(self) -> float:
+        """Return how far the peak is above what was there at the start."""
+        return (self._peak() - self.before) / 1024
+
+    def _peak(self) -> int:
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+class DeviceMemory:
+    """The memory that PyTorch has allocated on the current CUDA device."""
+
+    def start(self) -> None:
+        """Begin to count, without what the work before has left."""
+        import torch
+
+        self.cuda = torch.cuda
+        gc.collect()
+        self.cuda.synchronize()
+        self.cuda.empty_cache()
+        self.cuda.reset_peak_memory_stats()
+        self.before = self.cuda.memory_allocated()
+
+    def synchronize(self) -> None:
+        """Wait until the GPU is done."""
+        self.cuda.synchronize()
+
+    def peak_mib(self) -> float:
+        """Return how far the peak is above what was there at the start."""
+        return (self.cuda.max_memory_allocated() - self.before) / 2**20

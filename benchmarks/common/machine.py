@@ -1,0 +1,37 @@
+"""The machine that a benchmark ran on, and where its result goes."""
+
+import json
+import os
+import platform
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+
+RESULTS = Path(__file__).parents[1] / "results"
+
+
+def processor_name() -> str:
+    """Return the processor's name as Linux tells it, or as Python does."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
+
+
+def write_result(name: str, command: str, content: dict[str, Any]) -> None:
+    """Write a result with the machine, the versions and the command that repeats it, and print it."""
+    result = {
+        "command": command,
+        "machine": f"{processor_name()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads",
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        },
+        **content,
+    }
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / f"{name}.json").write_text(json.dumps(result, indent=2) + "\n")
+    print(json.dumps(result, indent=2))

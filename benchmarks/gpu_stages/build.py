@@ -1,0 +1,20 @@
+"""Compile the operator for this machine as the first use of the model does, and time it."""
+
+import json
+import time
+from pathlib import Path
+
+from gpu_stages.rows import Stage
+from hf_dino import kernels
+
+
+def main(stage: Stage) -> None:
+    for device in dict.fromkeys(["cpu", stage.device]):
+        for name in stage.todo([f"operator for {device}"]):
+            with stage.rows.case(name) as row:
+                start = time.monotonic()
+                operators = kernels.operators(device)
+                assert operators is not None
+                row["seconds"] = round(time.monotonic() - start, 1)
+                record = json.loads(Path(str(operators.__file__)).with_name("build.json").read_text())
+                row |= {"compile_seconds": record["seconds"], "compiler": record["compiler"]}

@@ -1,0 +1,139 @@
+import pytest
+import torch
+
+from helpers.models import make_labels, tiny_config
+from hf_dino.denoising_dino_detr import (
+    DENOISING_STRATEGIES,
+    NO_OBJECT,
+    contrastive_box_noise,
+    denoising_attention_mask,
+    plain_box_noise,
+)
+
+
+def make_queries(labels, strategy="contrastive", num_queries=12, max_num_objects=0, **overrides):
+    config = tiny_config(denoising=strategy, **overrides)
+    torch.manual_seed(0)
+    module = DENOISING_STRATEGIES[strategy](config)
+    if hasattr(module, "label_embed"):
+        torch.nn.init.normal_(module.label_embed.weight)
+    return module, module(labels, torch.zeros(len(labels), num_queries, config.d_model), max_num_objects)
+
+
+def slow_mask(num_groups, group_size, num_queries):
+    """Apply the rule of DN-DETR query by query."""
+    total = num_groups * group_size + num_queries
+    allowed = torch.zeros(total, total, dtype=torch.bool)
+    for row in range(total):
+        for column in range(total):
+            column_is_matching = column >= num_groups * group_size
+            same_group = row < num_groups * group_size and row // group_size == column // group_size
+            allowed[row, column] = column_is_matching or (not column_is_matching and same_group)
+    return allowed
+
+
+@pytest.mark.parametrize("sizes", [(3, 2, 4), (1, 5, 2), (4, 0, 3), (2, 3, 0), (0, 0, 5)])
+def test_attention_mask_is_the_rule(sizes):
+    assert torch.equal(denoising_attention_mask(*sizes), slow_mask(*sizes))
+
+
+@pytest.mark.parametrize("scale", [0.4, 1.0])
+def test_contrastive_noise_is_below_lambda_or_between_lambda_and_two_lambda(scale):
+    torch.manual_seed(0)
+    box = torch.tensor([0.5, 0.5, 0.1, 0.2])  # small and central, so that nothing is clamped at the image's border
+    noisy = contrastive_box_noise(box.expand(1, 500, 2, 3, 4), scale)
+
+    def corners(boxes):
+        return torch.cat([boxes[..., :2] - boxes[..., 2:] / 2, boxes[..., :2] + boxes[..., 2:] / 2], -1)
+
+    moved = (corners(noisy) - corners(box)).abs() / (box[2:].repeat(2) / 2)  # in half-sides
+    positive, negative = moved.unbind(dim=2)
+    assert positive.max() <= scale * (1 + 1e-4) and positive.max() > 0.95 * scale and positive.min() < 0.05 * scale
+    assert negative.min() >= scale * (1 - 1e-4) and negative.max() <= 2 * scale * (1 + 1e-4)
+    assert negative.max() > 1.95 * scale
+    assert ((corners(noisy) - corners(box)) > 0).float().mean().item() == pytest.approx(0.5, abs=0.05)
+
+
+def test_plain_noise_shifts_by_half_sides_and_scales_sides():
+    torch.manual_seed(0)
+    box, scale = torch.tensor([0.5, 0.5, 0.1, 0.2]), 0.4
+    noisy = plain_box_noise(box.expand(5000, 4), scale)
+    shift = (noisy[:, :2] - box[:2]).abs() / (box[2:] / 2)
+    ratio = noisy[:, 2:] / box[2:]
+    assert 0.95 * scale < shift.max() <= scale * (1 + 1e-4)
+    assert 1 - scale - 1e-4 <= ratio.min() < 1 - 0.95 * scale and 1 + 0.95 * scale < ratio.max() <= 1 + scale + 1e-4
+
+
+def test_without_noise_a_positive_query_is_its_object():
+    labels = make_labels(2, 3)
+    module, queries = make_queries(labels, label_noise_ratio=0, box_noise_scale=0)
+    for image, label in enumerate(labels):
+        index = queries.object_index[image]
+        positive = index != NO_OBJECT
+        torch.testing.assert_close(queries.reference_points[image][positive], label["boxes"][index[positive]])
+        expected = module.label_embed.weight[label["class_labels"][index[positive]]]
+        torch.testing.assert_close(queries.inputs_embeds[image][positive], expected)
+        # every group has each object once as a positive query
+        counts = index[positive].bincount(minlength=len(label["boxes"]))
+        assert counts.tolist() == [queries.num_groups] * len(label["boxes"])
+
+
+def test_an_image_with_fewer_objects_is_filled_up_with_empty_queries():
+    _, queries = make_queries(make_labels(0, 3))
+    assert (queries.object_index[0] == NO_OBJECT).all()
+    assert queries.inputs_embeds[0].abs().sum() == 0
+    assert (queries.reference_points[0] == 0.5).all()
+
+
+@pytest.mark.parametrize("strategy", ["contrastive", "plain"])
+@pytest.mark.parametrize(
+    ("num_denoising", "counts"), [(100, (3, 7)), (10, (3, 7)), (10, (1,)), (7, (7,)), (3, (2, 0))]
+)
+def test_num_denoising_is_divided_into_groups(strategy, num_denoising, counts):
+    """In the official implementation a dn_number below 50 is a number of groups, which gives thousands of queries."""
+    _, queries = make_queries(make_labels(*counts), strategy, num_denoising=num_denoising)
+    copies = 2 if strategy == "contrastive" else 1
+    assert queries.num_groups == num_denoising // max(counts)
+    assert queries.inputs_embeds.shape[1] == queries.num_groups * max(counts) * copies <= num_denoising * copies
+
+
+@pytest.mark.parametrize("strategy", ["contrastive", "plain"])
+def test_a_crowded_image_has_no_more_than_num_denoising(strategy):
+    torch.manual_seed(0)
+    _, queries = make_queries(make_labels(500, 2), strategy, num_denoising=20)
+    copies = 2 if strategy == "contrastive" else 1
+    assert queries.inputs_embeds.shape[1] == 20 * copies
+    chosen = queries.object_index[0][queries.object_index[0] != NO_OBJECT]
+    assert len(chosen.unique()) == 20 and chosen.max() > 20  # a choice, not the first ones
+
+
+@pytest.mark.parametrize("strategy", list(DENOISING_STRATEGIES))
+@pytest.mark.parametrize("counts", [(2, 0), (0, 0)])
+@pytest.mark.parametrize("max_num_objects", [4, 50])
+def test_a_batch_of_a_step_has_the_queries_that_it_would_have_in_the_effective_batch(
+    strategy, counts, max_num_objects
+):
+    settings = {"label_noise_ratio": 0, "box_noise_scale": 0, "num_denoising": 9}
+    _, whole = make_queries(make_labels(*counts, max_num_objects), strategy, **settings)
+    _, part = make_queries(make_labels(*counts), strategy, max_num_objects=max_num_objects, **settings)
+    assert part.num_groups == whole.num_groups
+    for name in ("inputs_embeds", "reference_points", "object_index"):
+        assert torch.equal(getattr(part, name), getattr(whole, name)[: len(counts)])
+
+
+@pytest.mark.parametrize(("strategy", "probability"), [("contrastive", 0.5), ("plain", 1.0)])
+def test_classes_are_noised_as_often_as_in_the_papers_code(strategy, probability):
+    module, _ = make_queries(make_labels(1), strategy, label_noise_ratio=1.0)
+    classes = torch.full((20000,), 2)
+    changed = (module.add_label_noise(classes) != classes).float().mean().item()
+    assert changed == pytest.approx(probability * 4 / 5, abs=0.02)  # one in five stays the same
+
+
+@pytest.mark.parametrize("strategy", list(DENOISING_STRATEGIES))
+def test_no_objects_are_no_queries_but_a_gradient(strategy):
+    module, queries = make_queries(make_labels(0, 0), strategy)
+    assert queries.inputs_embeds.shape == (2, 0, 32) and queries.reference_points.shape == (2, 0, 4)
+    if strategy != "none":
+        queries.inputs_embeds.sum().backward()
+        assert module.label_embed.weight.grad is not None
+    assert make_queries(make_labels(2, 3), "none")[1].inputs_embeds.shape == (2, 0, 32)

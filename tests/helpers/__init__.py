@@ -1,0 +1,1 @@
+"""What several tests use: tiny models, datasets in every format, small runs, jobs that are killed."""
