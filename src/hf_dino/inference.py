@@ -71,15 +71,6 @@ def plan_outputs(images: list[Path], output: Path) -> dict[Path, Path]:
     Raises:
         InputError: If an image is not found, `output` is a file but there are several images, or two drawings would
             have the same path.
-
-    Example:
-    ```python
-    >>> from hf_dino.data.shapes import generate_shapes
-    >>> data = generate_shapes(getfixture("tmp_path") / "shapes", image_size=32, num_train=2, num_val=1, num_test=1)
-    >>> [target.as_posix() for target in plan_outputs([data / "train"], Path("drawn")).values()]
-    ['drawn/000000.png', 'drawn/000001.png']
-
-    ```
     """
     sources = list_images(images)
     if len(images) == 1 and images[0].is_file() and not output.is_dir() and output.suffix:

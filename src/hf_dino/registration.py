@@ -3,6 +3,7 @@
 Importing this module is enough. `import hf_dino` does, and so does every module that loads models by auto classes.
 
 Example:
+
 ```python
 >>> AutoConfig.for_model("dino_detr", num_queries=300).num_queries
 300
