@@ -39,7 +39,7 @@ def fused_reference(levels: Levels, value: torch.Tensor, references: torch.Tenso
 def compiled(options: argparse.Namespace) -> Any:
     operators = kernels.operators(options.device)
     if operators is None:
-        raise UnavailableError("no compiled operators: see python -m hf_dino.kernels")
+        raise UnavailableError("no compiled operators: see hf-dino kernels")
     return operators
 
 
@@ -60,7 +60,7 @@ def make_ours_fused(options: argparse.Namespace) -> Callable[..., Tensors]:
 
 
 def of_seven_arguments(layer: Any) -> Callable[..., Tensors]:
-    """Wrap a layer with the signature of transformers' own, whose models pass everything in the dtype of the values."""
+    """Wrap a layer with transformers' signature, whose models pass everything in the dtype of the values."""
 
     def attend(levels: Levels, value: torch.Tensor, *points: torch.Tensor) -> Tensors:
         locations, weights = (tensor.to(value.dtype) for tensor in points)

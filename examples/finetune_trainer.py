@@ -25,7 +25,7 @@ from transformers import HfArgumentParser, Trainer, TrainerCallback, TrainingArg
 
 from hf_dino.data import DetectionDataset, InputError, read_data
 from hf_dino.evaluation import METRICS, evaluate_model
-from hf_dino.hub import load_pretrained_for_categories
+from hf_dino.hub import load_pretrained_for_categories, parse_image_size
 from hf_dino.model_card import finetuned_card, training_command
 from hf_dino.training import (
     PROCESS_GROUP_TIMEOUT,
@@ -36,7 +36,6 @@ from hf_dino.training import (
     read_and_check,
 )
 from hf_dino.training_arguments import OPTIONS, default_of
-from hf_dino.utils.arguments import parse_image_size
 from hf_dino.utils.errors import run_cli
 
 

@@ -137,13 +137,6 @@ def test_an_error_is_one_line_and_status_1(program, tmp_path):
     assert line.startswith(f"error: {tmp_path / 'gone'}: ")
 
 
-@pytest.mark.parametrize("module", ["hf_dino.data", "hf_dino.kernels"])
-def test_packages_run_their_command(module):
-    done = run("-m", module, "--help")
-    assert done.returncode == 0
-    assert f"Usage: hf-dino {module.rpartition('.')[2]} [OPTIONS]" in done.stdout
-
-
 @pytest.mark.parametrize(("script", "command"), [("evaluate_coco.py", "evaluate"), ("predict.py", "predict")])
 def test_examples_run_a_command(script, command, capsys):
     assert hf_dino([command, "--help"]) == 0

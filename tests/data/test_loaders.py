@@ -181,7 +181,7 @@ PROGRAM = """
 import os, signal, subprocess
 from hf_dino import DinoDetrImageProcessor
 from hf_dino.data import DetectionDataset, TrainingBatchSampler, TrainingCollator, read_coco, training_loader
-from hf_dino.utils.signals import STOP_SIGNALS
+from hf_dino.data.loaders import STOP_SIGNALS
 
 data = DetectionDataset(read_coco({images!r}, {file!r}))
 data.data.images.extend(39 * data.data.images)

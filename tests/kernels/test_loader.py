@@ -763,7 +763,7 @@ sys.exit(report.report_kernels(build=True))
 
 def test_import_compiles_nothing_and_report_finds_the_sources(cache: Path) -> None:
     output = subprocess.run(
-        [sys.executable, "-W", "error::RuntimeWarning:runpy", "-m", "hf_dino.kernels"],
+        [sys.executable, "-W", "error::RuntimeWarning:runpy", "-m", "hf_dino", "kernels"],
         env={**os.environ, "XDG_CACHE_HOME": str(cache), "PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,

@@ -166,7 +166,7 @@ def augment(
     from ..data import make_augmentation
     from ..data.dataset import raise_input_error
     from ..data.preview import draw_image_grid, ensure_can_draw, sample_augmented
-    from ..utils.arguments import parse_image_size
+    from ..hub import parse_image_size
 
     ensure_can_draw(output)
     transform = make_augmentation(augmentation, parse_image_size(image_size))

@@ -1,5 +1,8 @@
 """Batches for training and evaluation: samplers, collators and data loaders."""
 
+import os
+import signal
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,9 +13,12 @@ from transformers import BaseImageProcessor
 
 from ..loss_dino_detr import check_labels
 from ..utils.errors import InputError
-from ..utils.signals import ignore_stop_signals
 from .augmentation import get_resized_shape, seed_per_image
 from .dataset import DetectionDataset, DetectionSplit
+
+
+STOP_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]
+"""Sent by Ctrl-C, by job schedulers and preempted machines, and by Slurm's `--signal`."""
 
 
 class TrainingBatchSampler(Sampler[list[int]]):
@@ -288,3 +294,27 @@ def training_loader(
         # a separate generator, so that starting a loader does not advance the random numbers of the denoising queries
         generator=torch.Generator(),
     )
+
+
+def ignore_stop_signals(worker_id: int) -> None:
+    """Let a DataLoader worker outlive stop signals, which often go to all processes of a job: `worker_init_fn`.
+
+    The parent process still needs batches to finish its step. Only a SIGTERM from the parent ends the worker: torch
+    and `multiprocessing` would wait forever for one that ignores it. Where the sender cannot be determined (macOS,
+    Windows), and in workers that are spawned rather than forked, SIGTERM may keep its effect.
+
+    Args:
+        worker_id (`int`): Not used.
+    """
+    for number in STOP_SIGNALS:
+        if number != signal.SIGTERM:
+            signal.signal(number, signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_exit_on_sigterm_from, args=(os.getppid(),), daemon=True).start()
+
+
+def _exit_on_sigterm_from(sender: int) -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != sender:
+        pass
+    os._exit(0)  # as torch's own handler: any other status would be reported as a crash

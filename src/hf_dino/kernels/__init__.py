@@ -8,7 +8,7 @@ the reference implementation in PyTorch is used. `HF_DINO_KERNELS` chooses:
     off       always use the reference implementation
     require   raise a RuntimeError where `auto` would warn
 
-`python -m hf_dino.kernels` reports what is used on this machine and why; with `--build` it compiles.
+`hf-dino kernels` reports what is used on this machine and why; with `--build` it compiles.
 """
 
 import functools
@@ -85,7 +85,7 @@ def _find(device_type: str) -> ModuleType | KernelError | None:
 def _warn_once(reason: str) -> None:
     logger.warning(
         "Deformable attention runs in plain PyTorch, which is slower: %s\n"
-        "(`python -m hf_dino.kernels` reports more; HF_DINO_KERNELS=off silences this.)",
+        "(`hf-dino kernels` reports more; HF_DINO_KERNELS=off silences this.)",
         reason,
     )
 

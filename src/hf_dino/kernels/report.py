@@ -4,7 +4,7 @@ import shlex
 
 import torch
 
-from ..kernels import get_builder, get_mode, load, unsupported_reason
+from . import get_builder, get_mode, load, unsupported_reason
 from .build import is_complete
 from .compilers import KernelError, find_cpp_compiler, find_nvcc
 

@@ -33,13 +33,13 @@ from ..hub import (
     build_model_and_processor,
     load_backbone_weights,
     load_pretrained_for_categories,
+    parse_image_size,
     save_detector,
     warn_if_batch_norms_frozen,
 )
 from ..model_card import finetuned_card, training_command
 from ..modeling_dino_detr import DinoDetrForObjectDetection
 from ..training_arguments import RESUME_IGNORED_ARGS, SPLIT_PREFIXES, FineTuningArguments, reproduction_argv
-from ..utils.arguments import parse_image_size
 from ..utils.distributed import PROCESS_GROUP_TIMEOUT
 from ..utils.errors import InputError
 from ..utils.io import atomic_update_directory, write_json

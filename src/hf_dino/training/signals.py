@@ -9,8 +9,8 @@ from typing import NoReturn
 
 from accelerate import Accelerator
 
+from ..data.loaders import STOP_SIGNALS
 from ..utils.distributed import all_reduce_max
-from ..utils.signals import STOP_SIGNALS
 
 
 # One press of Ctrl-C arrives twice: from the terminal, and from the launcher, which forwards it.

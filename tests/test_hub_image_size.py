@@ -3,8 +3,7 @@
 import pytest
 
 from hf_dino.data import InputError
-from hf_dino.hub import check_config_field
-from hf_dino.utils.arguments import parse_image_size
+from hf_dino.hub import check_config_field, parse_image_size
 
 
 def test_image_sizes():
