@@ -30,7 +30,8 @@ StreamingOption = Annotated[
     bool, typer.Option("--streaming", help="Download images one by one instead of the whole dataset, and keep them.")
 ]
 MaxSamplesOption = Annotated[
-    int | None, typer.Option(min=1, help="Number of images to read of each split; needs --streaming.")
+    int | None,
+    typer.Option(metavar="INTEGER", min=1, help="Number of images to read of each split; needs --streaming."),
 ]
 CacheOption = Annotated[
     Path | None, typer.Option(metavar="DIRECTORY", help="Directory to keep the images of --streaming in.")
@@ -87,13 +88,14 @@ def check(
         bool, typer.Option("--headers_only", help="Read only the header of each image: faster, misses damaged pixels.")
     ] = False,
     num_workers: Annotated[
-        int | None, typer.Option(min=1, help="Threads that read images.", show_default="one per processor")
+        int | None,
+        typer.Option(metavar="INTEGER", min=1, help="Threads that read images.", show_default="one per processor"),
     ] = None,
     preview: Annotated[
         Path | None,
         typer.Option(metavar="FILE", help="Image file to draw sample images with boxes to; must not exist."),
     ] = None,
-    num_images: Annotated[int, typer.Option(min=1, help="Number of images in --preview.")] = 12,
+    num_images: Annotated[int, typer.Option(metavar="INTEGER", min=1, help="Number of images in --preview.")] = 12,
 ) -> None:
     """Report errors and warnings about a dataset.
 
@@ -150,9 +152,13 @@ def augment(
             show_default="800 1333",
         ),
     ] = ["800", "1333"],  # noqa: B006
-    num_images: Annotated[int, typer.Option(min=1, help="Number of images, each in a row of its own.")] = 4,
-    num_views: Annotated[int, typer.Option(min=1, help="Number of augmented copies of each image.")] = 3,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the augmentation, as in training.")] = 0,
+    num_images: Annotated[
+        int, typer.Option(metavar="INTEGER", min=1, help="Number of images, each in a row of its own.")
+    ] = 4,
+    num_views: Annotated[
+        int, typer.Option(metavar="INTEGER", min=1, help="Number of augmented copies of each image.")
+    ] = 3,
+    seed: Annotated[int, typer.Option(metavar="INTEGER", min=0, help="Seed of the augmentation, as in training.")] = 0,
 ) -> None:
     """Draw images as training augments them.
 

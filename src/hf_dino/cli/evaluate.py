@@ -19,9 +19,7 @@ if TYPE_CHECKING:
 def evaluate(
     context: typer.Context,
     model_name_or_path: ModelOption,
-    dataset: Annotated[
-        str | None, typer.Option(help="Directory of a dataset, or its name on the Hub, OWNER/NAME.")
-    ] = None,
+    dataset: Annotated[str | None, typer.Option(metavar="NAME", help="Directory or Hub id of the dataset.")] = None,
     split: Annotated[
         Literal["train", "validation", "test"], typer.Option(help="Split of --dataset to evaluate on.")
     ] = "validation",
@@ -48,9 +46,12 @@ def evaluate(
         ),
     ] = None,
     per_device_eval_batch_size: Annotated[
-        int, typer.Option(min=1, help="Images per batch on each process, all of the same resized size.")
+        int,
+        typer.Option(metavar="INTEGER", min=1, help="Images per batch on each process, all of the same resized size."),
     ] = 8,
-    dataloader_num_workers: Annotated[int, typer.Option(min=0, help="DataLoader workers of each process.")] = 2,
+    dataloader_num_workers: Annotated[
+        int, typer.Option(metavar="INTEGER", min=0, help="DataLoader workers of each process.")
+    ] = 2,
     mixed_precision: Annotated[
         Literal["no", "fp16", "bf16"] | None,
         typer.Option(help="Precision of the model's computations.", show_default="the configuration of accelerate"),

@@ -12,7 +12,7 @@ from typer.core import TyperCommand
 
 
 ModelOption = Annotated[
-    str, typer.Option("--model_name_or_path", help="Directory of a saved model, or name of a model on the Hub.")
+    str, typer.Option("--model_name_or_path", metavar="NAME", help="Directory or Hub id of the model.")
 ]
 ImagesOption = Annotated[
     Path | None,

@@ -14,7 +14,9 @@ if TYPE_CHECKING:
 
 
 def predict(
-    images: Annotated[list[Path], typer.Argument(help="Image files, or directories of image files.")],
+    images: Annotated[
+        list[Path], typer.Argument(metavar="IMAGE...", help="Image files, or directories of image files.")
+    ],
     model_name_or_path: ModelOption,
     output: Annotated[
         Path,
@@ -30,10 +32,13 @@ def predict(
             help="File to write the detections to: name, score, and box as x0, y0, x1, y1 in pixels; must not exist.",
         ),
     ] = None,
-    threshold: Annotated[float, typer.Option(min=0, max=1, help="Lowest score of a detection.")] = 0.3,
+    threshold: Annotated[
+        float, typer.Option(metavar="NUMBER", min=0, max=1, help="Lowest score of a detection.")
+    ] = 0.3,
     device: Annotated[
         str | None,
         typer.Option(
+            metavar="DEVICE",
             help="Device to run on, such as cpu, cuda, cuda:1 or mps.",
             show_default="cuda if available, otherwise cpu",
         ),

@@ -62,7 +62,11 @@ def make_arguments(recipe: Path | None, options: dict[str, Any]) -> FineTuningAr
     return FineTuningArguments(**values | given | {"config_overrides": overrides})
 
 
-METAVARS: dict[Any, str] = {int: "INTEGER", int | None: "INTEGER", float: "NUMBER", float | None: "NUMBER"}
+METAVARS: dict[Any, str] = {
+    int: "INTEGER", int | None: "INTEGER", float: "NUMBER", float | None: "NUMBER", Path: "PATH", Path | None: "PATH",
+    str: "TEXT", str | None: "TEXT",
+}  # fmt: skip
+"""What help shows for a value, which the command line passes on as text."""
 
 
 def _heading(name: str) -> str:
