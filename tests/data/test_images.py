@@ -63,7 +63,7 @@ def test_16_bit_images_keep_their_range_and_are_logged_once(tmp_path, caplog, mo
 def test_float_image_is_an_error(tmp_path):
     Image.fromarray(np.array([[0.0, 7.5]], dtype=np.float32)).save(tmp_path / "a.tif")
     with pytest.raises(
-        InputError, match=r"a\.tif: the image holds float32 values from 0.0 to 7.5.*save it with 8 or 16 bits"
+        InputError, match=r"a\.tif: the image has float32 values from 0.0 to 7.5.*save it with 8 or 16 bits"
     ):
         read_image(tmp_path / "a.tif")
 
