@@ -9,8 +9,8 @@ from types import ModuleType
 import torch
 from torch import nn
 
+from .backbone_dino_detr import DinoDetrFeatureLevels
 from .boxes_dino_detr import at_least_float32
-from .feature_levels_dino_detr import DinoDetrFeatureLevels
 from .initialization_dino_detr import init_as, sampling_offset_bias, xavier_zero_bias, zeros
 
 

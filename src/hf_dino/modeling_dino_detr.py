@@ -20,14 +20,14 @@ from transformers.utils import ModelOutput, can_return_tuple, logging
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
-from .backbone_dino_detr import DinoDetrBackbone, backbone_attn_implementation
-from .boxes_dino_detr import refine_bboxes, sine_box_embedding
+from .backbone_dino_detr import DinoDetrBackbone, DinoDetrFeatureLevels, backbone_attn_implementation
+from .boxes_dino_detr import refine_bboxes
 from .configuration_dino_detr import DinoDetrConfig
 from .deformable_attention_dino_detr import DinoDetrMultiscaleDeformableAttention
 from .denoising_dino_detr import DENOISING_STRATEGIES, DinoDetrDenoisingQueries, make_decoder_attention_mask
-from .feature_levels_dino_detr import DinoDetrFeatureLevels, get_reference_points
 from .initialization_dino_detr import init_as, initialize, xavier, xavier_zero_bias
 from .loss_dino_detr import DinoDetrEffectiveBatch, check_labels, dino_detr_loss, get_num_boxes
+from .position_embeddings_dino_detr import sine_box_embedding
 from .prediction_heads_dino_detr import (
     DinoDetrMLPPredictionHead,
     get_layer_head,
@@ -36,6 +36,7 @@ from .prediction_heads_dino_detr import (
     num_prediction_heads,
 )
 from .query_selection_dino_detr import QUERY_SELECTIONS, DinoDetrObjectQueries
+from .reference_points_dino_detr import get_reference_points
 
 
 logger = logging.get_logger(__name__)

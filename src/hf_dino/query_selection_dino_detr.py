@@ -9,11 +9,12 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
+from .backbone_dino_detr import DinoDetrFeatureLevels
 from .boxes_dino_detr import at_least_float32
 from .configuration_dino_detr import DinoDetrConfig
-from .feature_levels_dino_detr import DinoDetrFeatureLevels
 from .initialization_dino_detr import init_as, normal_embedding, xavier, xavier_embedding
 from .prediction_heads_dino_detr import make_bbox_head, make_class_head
+from .reference_points_dino_detr import normalized_cell_centers
 
 
 PROPOSAL_BASE_SIZE = 0.05  # fraction of the image on the finest level; doubled on each coarser level
@@ -50,7 +51,7 @@ def gen_encoder_output_proposals(levels: DinoDetrFeatureLevels) -> tuple[torch.T
         border.
     """
     # Rounded to whole cells: the rounding error of a ratio could move a proposal across PROPOSAL_MARGIN.
-    centers = levels.normalized_cell_centers(levels.valid_sizes().round())
+    centers = normalized_cell_centers(levels, round_sizes=True)
     sizes = [
         centers.new_full((height * width, 2), PROPOSAL_BASE_SIZE * 2**level)
         for level, (height, width) in enumerate(levels.spatial_shapes_list)

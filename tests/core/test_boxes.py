@@ -7,8 +7,8 @@ from hf_dino.boxes_dino_detr import (
     generalized_box_iou,
     inverse_sigmoid,
     refine_bboxes,
-    sine_box_embedding,
 )
+from hf_dino.position_embeddings_dino_detr import sine_box_embedding
 
 
 def test_inverse_sigmoid_is_the_inverse_except_at_the_border():

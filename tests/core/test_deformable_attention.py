@@ -8,7 +8,7 @@ from hf_dino.deformable_attention_dino_detr import (
     multi_scale_deformable_attention,
     sampling_locations,
 )
-from hf_dino.feature_levels_dino_detr import DinoDetrFeatureLevels
+from hf_dino.backbone_dino_detr import DinoDetrFeatureLevels
 
 
 def slow_reference(value, spatial_shapes, locations, weights):

@@ -2,8 +2,9 @@ import pytest
 import torch
 
 from helpers.models import tiny_config
-from hf_dino.feature_levels_dino_detr import DinoDetrFeatureLevels, get_reference_points
+from hf_dino.backbone_dino_detr import DinoDetrFeatureLevels
 from hf_dino.query_selection_dino_detr import QUERY_SELECTIONS, gen_encoder_output_proposals
+from hf_dino.reference_points_dino_detr import get_reference_points
 
 
 def make_levels(*shapes, valid=(1.0, 1.0), batch_size=1) -> DinoDetrFeatureLevels:
