@@ -13,9 +13,9 @@ from transformers.activations import ACT2FN
 
 
 # The three contributions of the paper, DINO's strategy first, then those of the models that it is compared with.
-DENOISING = ("contrastive", "plain", "none")
-QUERY_SELECTION = ("mixed", "pure", "static")
-BOX_REFINEMENT = ("look_forward_twice", "look_forward_once")
+DENOISING_NAMES = ("contrastive", "plain", "none")
+QUERY_SELECTION_NAMES = ("mixed", "pure", "static")
+BOX_REFINEMENT_NAMES = ("look_forward_twice", "look_forward_once")
 
 UNUSED_LABEL = "N/A"  # name of labels without a category, such as the gaps in COCO's category ids
 
@@ -176,9 +176,9 @@ class DinoDetrConfig(PreTrainedConfig):
     def validate_architecture(self) -> None:
         """Check values. Called by `@strict` on creation and saving, and when a model is built."""
         for field, legal in {
-            "denoising": DENOISING,
-            "query_selection": QUERY_SELECTION,
-            "box_refinement": BOX_REFINEMENT,
+            "denoising": DENOISING_NAMES,
+            "query_selection": QUERY_SELECTION_NAMES,
+            "box_refinement": BOX_REFINEMENT_NAMES,
             "activation_function": tuple(ACT2FN),
         }.items():
             if getattr(self, field) not in legal:

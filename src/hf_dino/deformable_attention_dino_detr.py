@@ -190,7 +190,7 @@ class DinoDetrMultiscaleDeformableAttention(nn.Module):
             levels.spatial_shapes,
             levels.spatial_shapes_list,
             levels.level_start_index,
-            sampling_locations(offsets, reference_points, levels.spatial_shapes),
+            compute_sampling_locations(offsets, reference_points, levels.spatial_shapes),
             weights,
             self.im2col_step,
         )
@@ -203,7 +203,7 @@ class DinoDetrMultiscaleDeformableAttention(nn.Module):
         return compiled.fused_deformable_attention if compiled else None
 
 
-def sampling_locations(
+def compute_sampling_locations(
     sampling_offsets: torch.Tensor, reference_points: torch.Tensor, spatial_shapes: torch.Tensor
 ) -> torch.Tensor:
     """Add offsets to reference points: in cells around a point, in half-sides of the box around the center of a box.

@@ -687,7 +687,7 @@ class DinoDetrForObjectDetection(DinoDetrPreTrainedModel):
         ]
 
     @torch.no_grad()
-    def reset_class_heads(self) -> None:
+    def reset_class_layers(self) -> None:
         """Reinitialize the class heads and the label embedding of the denoising queries.
 
         Call it on a loaded model before fine-tuning it on other classes. `from_pretrained(...,
