@@ -1,6 +1,6 @@
 """Initial weights, one rule per kind of layer, as in the official implementation.
 
-For a model defined outside its own package, transformers calls `_init_weights` only for modules that own a parameter
+For models that are not part of transformers, transformers calls `_init_weights` only for modules that own a parameter
 directly. So each rule is attached to such a layer when it is built, `init_as(zeros, nn.Linear(...))`, and applied when
 its weights are created (`initialize`).
 

@@ -1,4 +1,4 @@
-"""Prediction heads: from a query or an encoder token to class logits and to a change of its box.
+"""Prediction heads, which turn a query or an encoder token into class logits and a change of its box.
 
 Paper: DINO, https://arxiv.org/abs/2203.03605, figure 2; DETR, https://arxiv.org/abs/2005.12872, section 3.2.
 """

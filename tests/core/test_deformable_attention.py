@@ -122,7 +122,7 @@ def test_the_stateless_layer_takes_the_seven_arguments_of_the_hub_kernel():
     torch.testing.assert_close(output, multi_scale_deformable_attention(value, shapes, locations, weights))
 
 
-def test_locations_around_points_are_in_cells_and_around_boxes_in_half_sides():
+def test_locations_around_points_are_in_cells_and_around_boxes_in_half_sizes():
     shapes = torch.tensor([[10, 20]])  # height, width
     offsets = torch.tensor([1.0, 1.0]).view(1, 1, 1, 1, 1, 2)
     point = compute_sampling_locations(offsets, torch.tensor([[[[0.5, 0.5]]]]), shapes)

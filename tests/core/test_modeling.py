@@ -177,9 +177,7 @@ def test_the_same_seed_gives_the_same_step(pixel_values):
 
 
 def test_too_small_an_image_is_named():
-    with pytest.raises(
-        ValueError, match=r"have 11 feature positions, too few to choose num_queries=12 .* larger images"
-    ):
+    with pytest.raises(ValueError, match=r"have 11 encoder tokens, too few to choose num_queries=12 .* larger images"):
         tiny_model()(torch.zeros(2, 3, 32, 64))
 
 
