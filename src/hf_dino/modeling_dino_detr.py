@@ -60,8 +60,8 @@ class DinoDetrEncoderOutput(ModelOutput):
 @dataclass
 class DinoDetrDecoderOutput(ModelOutput):
     r"""
-    Outputs of all queries, `num_total_queries = num_denoising_queries + num_queries`: first the denoising queries,
-    then the matching queries.
+    Outputs of all queries, `num_total_queries = num_denoising_queries + num_matching_queries`: first the denoising
+    queries, then the matching queries.
 
     Args:
         last_hidden_state (`torch.Tensor` of shape `(batch_size, num_total_queries, d_model)`):
@@ -110,9 +110,9 @@ class DinoDetrDenoisingOutput(ModelOutput):
 @dataclass
 class DinoDetrModelOutput(ModelOutput):
     r"""
-    Outputs of the matching queries, of which there are `num_queries`; those of the denoising queries are in
-    `denoising`. In training mode, `decoder_hidden_states`, `decoder_attentions` and `cross_attentions` also contain
-    the denoising queries, which come first.
+    Outputs of the matching queries, `num_queries` as in the config; those of the denoising queries are in `denoising`.
+    In training mode, `decoder_hidden_states`, `decoder_attentions` and `cross_attentions` also contain the denoising
+    queries, which come first.
 
     Args:
         last_hidden_state (`torch.Tensor` of shape `(batch_size, num_queries, d_model)`): Decoder output.

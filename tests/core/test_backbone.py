@@ -6,7 +6,6 @@ from torch import nn
 
 from helpers.models import TINY_RESNET, TINY_SWIN, tiny_config
 from hf_dino.backbone_dino_detr import DinoDetrBackbone
-from hf_dino.position_embeddings_dino_detr import sine_position_embedding
 
 
 SWIN = TINY_SWIN | {"out_features": ["stage2", "stage3", "stage4"]}
@@ -103,37 +102,6 @@ def test_freeze_batch_norm(frozen):
     assert has_gradient == [not frozen] * len(before)
     assert all(norm.training != frozen for norm in backbone.batch_norms())
     assert not any(norm.training for norm in backbone.eval().batch_norms())
-
-
-def slow_position_embedding(mask, d_model, temperature, offset):
-    """Sines and cosines of DETR cell by cell: y in the first half, then x, each counted within the image."""
-    embedding = torch.zeros(*mask.shape, d_model, dtype=torch.float64)
-    for image, row, column in mask.nonzero().tolist():
-        y = (mask[image, : row + 1, column].sum().item() + offset) / mask[image, :, column].sum().item()
-        x = (mask[image, row, : column + 1].sum().item() + offset) / mask[image, row].sum().item()
-        for half, fraction in enumerate((y, x)):
-            for channel in range(d_model // 2):
-                angle = 2 * math.pi * fraction / temperature ** (2 * (channel // 2) / (d_model // 2))
-                value = math.cos(angle) if channel % 2 else math.sin(angle)
-                embedding[image, row, column, half * d_model // 2 + channel] = value
-    return embedding
-
-
-@pytest.mark.parametrize(("temperature", "offset"), [(20, 0.0), (10000, -0.5)])
-def test_position_embedding_equals_a_slow_one(temperature, offset):
-    mask = padded_batch((5, 7), (3, 4))[1].bool()
-    embedding = sine_position_embedding(mask, 16, temperature, offset)
-    expected = slow_position_embedding(mask, 32, temperature, offset)
-    torch.testing.assert_close(embedding[mask].double(), expected[mask], rtol=0, atol=1e-5)
-
-
-def test_position_embedding_is_computed_in_float32():
-    """In bf16, cells could not be counted beyond 256."""
-    mask = torch.ones(1, 2, 400, dtype=torch.bool)
-    embedding = sine_position_embedding(mask, 16, 20, 0.0)
-    torch.testing.assert_close(embedding.double(), slow_position_embedding(mask, 32, 20, 0.0), rtol=0, atol=1e-5)
-    with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(sine_position_embedding(mask, 16, 20, 0.0), embedding)
 
 
 def test_masks_and_valid_ratios_of_padded_images():
