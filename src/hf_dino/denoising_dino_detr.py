@@ -21,8 +21,8 @@ NO_OBJECT = -1  # index of the object of a query that is matched to none
 class DinoDetrDenoisingQueries(NamedTuple):
     r"""
     Denoising queries, which precede the matching queries. `num_denoising_queries` is zero outside training and for
-    `denoising="none"`. Otherwise it is the same for all images of a batch: an image with fewer objects than another, or
-    than the `max_num_objects` of [`DinoDetrEffectiveBatch`], gets empty queries too.
+    `denoising="none"`. Otherwise it is the same for all images of a batch: an image with fewer objects than another,
+    or than the `max_num_objects` of [`DinoDetrEffectiveBatch`], gets empty queries too.
 
     Args:
         inputs_embeds (`torch.Tensor` of shape `(batch_size, num_denoising_queries, d_model)`):
