@@ -16,7 +16,7 @@ from transformers.models.deformable_detr import modeling_deformable_detr
 
 from deformable_attention_inputs import Levels
 from hf_dino import kernels
-from hf_dino.deformable_attention_dino_detr import multi_scale_deformable_attention, sampling_locations
+from hf_dino.deformable_attention_dino_detr import compute_sampling_locations, multi_scale_deformable_attention
 
 
 Tensors = tuple[torch.Tensor, ...]
@@ -33,7 +33,7 @@ def reference(levels: Levels, value: torch.Tensor, locations: torch.Tensor, weig
 def fused_reference(levels: Levels, value: torch.Tensor, references: torch.Tensor, *raw: torch.Tensor) -> Tensors:
     offsets, logits = raw
     weights = logits.flatten(-2).softmax(dim=-1).view_as(logits)
-    return *reference(levels, value, sampling_locations(offsets, references, levels.tensor), weights), weights
+    return *reference(levels, value, compute_sampling_locations(offsets, references, levels.tensor), weights), weights
 
 
 def compiled(options: argparse.Namespace) -> Any:

@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import torch
 
-from hf_dino.deformable_attention_dino_detr import sampling_locations
+from hf_dino.deformable_attention_dino_detr import compute_sampling_locations
 from hf_dino.initialization_dino_detr import initial_sampling_offsets
 
 
@@ -70,7 +70,7 @@ class Inputs:
         ring = initial_sampling_offsets(*points[2:]).to(device)
         offsets = (ring + 1.5 * torch.randn(*points, 2, device=device)).to(dtype)
         logits, value = torch.randn(points, device=device).to(dtype), value.to(dtype)
-        locations = sampling_locations(offsets, references, self.levels.tensor)
+        locations = compute_sampling_locations(offsets, references, self.levels.tensor)
         weights = logits.to(wide).flatten(-2).softmax(dim=-1).view(points)
         for variable in (value, locations, weights, offsets, logits):
             variable.requires_grad_()

@@ -11,7 +11,7 @@ from deformable_attention_accuracy import find_expected, relative_errors, rounde
 from deformable_attention_inputs import Case, Inputs
 from gpu_stages.rows import Row, Stage
 from hf_dino import kernels
-from hf_dino.deformable_attention_dino_detr import multi_scale_deformable_attention, sampling_locations
+from hf_dino.deformable_attention_dino_detr import compute_sampling_locations, multi_scale_deformable_attention
 
 
 FORMS = ("plain", "fused")
@@ -114,7 +114,7 @@ def reference(form: str, shapes: list[tuple[int, int]], value: torch.Tensor, poi
         return multi_scale_deformable_attention(value, shapes, *points)
     references, offsets, logits = points
     weights = logits.flatten(3).softmax(-1).view_as(logits)
-    locations = sampling_locations(offsets, references, torch.tensor(shapes, device=value.device))
+    locations = compute_sampling_locations(offsets, references, torch.tensor(shapes, device=value.device))
     return multi_scale_deformable_attention(value, shapes, locations, weights)
 
 

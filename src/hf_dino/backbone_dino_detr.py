@@ -1,20 +1,46 @@
-"""Images to feature levels: backbone, neck, masks, position embeddings and valid ratios.
+"""Turn images into feature levels: backbone, multi-scale projection, masks, position embeddings and valid ratios.
 
 Papers: Deformable DETR, https://arxiv.org/abs/2010.04159, appendix A.2; DINO, https://arxiv.org/abs/2203.03605, A.1.
 """
 
-import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 from transformers import MODEL_FOR_BACKBONE_MAPPING, AutoBackbone, PreTrainedConfig
 
-from .boxes_dino_detr import sine_wavelengths
 from .configuration_dino_detr import DinoDetrConfig
-from .feature_levels_dino_detr import DinoDetrFeatureLevels
 from .initialization_dino_detr import init_as, level_embedding, xavier_zero_bias
+from .position_embeddings_dino_detr import sine_position_embedding
+
+
+class DinoDetrFeatureLevels(NamedTuple):
+    r"""
+    Feature maps of a batch of images, as sequences of tokens, one per cell. Each level is flattened row by row and the
+    levels are concatenated from fine to coarse, so `sequence_length == sum(height * width)`.
+
+    Args:
+        features (`torch.Tensor` of shape `(batch_size, sequence_length, d_model)`): Projected feature maps.
+        position_embeddings (`torch.Tensor` of shape `(batch_size, sequence_length, d_model)`):
+            Position of each cell in its image, plus the embedding of its level.
+        mask (`torch.Tensor` of shape `(batch_size, sequence_length)` and dtype bool): `True` is image.
+        valid_ratios (`torch.Tensor` of shape `(batch_size, num_feature_levels, 2)`):
+            Unpadded fraction of each map, (width, height).
+        spatial_shapes (`torch.Tensor` of shape `(num_feature_levels, 2)` and dtype int64): (height, width) in cells.
+        level_start_index (`torch.Tensor` of shape `(num_feature_levels,)` and dtype int64):
+            Index of the first token of each level.
+        spatial_shapes_list (`list[tuple[int, int]]`):
+            `spatial_shapes` as Python integers, which can be read without waiting for the device.
+    """
+
+    features: torch.Tensor
+    position_embeddings: torch.Tensor
+    mask: torch.Tensor
+    valid_ratios: torch.Tensor
+    spatial_shapes: torch.Tensor
+    level_start_index: torch.Tensor
+    spatial_shapes_list: list[tuple[int, int]]
 
 
 class DinoDetrBackbone(nn.Module):
@@ -67,7 +93,10 @@ class DinoDetrBackbone(nn.Module):
         """
         feature_maps = self.project_features(self.extract_features(pixel_values))
         masks = [_resize_mask(pixel_mask, feature_map.shape[-2:]) for feature_map in feature_maps]
-        positions = [self.sine_position_embedding(mask) + embed for mask, embed in zip(masks, self.level_embed)]
+        config = self.config
+        dim, temperature = config.d_model // 2, config.positional_encoding_temperature
+        sines = [sine_position_embedding(mask, dim, temperature, config.positional_encoding_offset) for mask in masks]
+        positions = [sine + level_embed for sine, level_embed in zip(sines, self.level_embed)]
 
         spatial_shapes_list = [(feature_map.shape[-2], feature_map.shape[-1]) for feature_map in feature_maps]
         spatial_shapes = torch.tensor(spatial_shapes_list).to(pixel_values.device, non_blocking=True)
@@ -95,7 +124,9 @@ class DinoDetrBackbone(nn.Module):
 
     def _backbone_features(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, ...]:
         feature_maps = self.body(pixel_values).feature_maps
-        return tuple(each.permute(0, 3, 1, 2) if self.channels_last else each for each in feature_maps)
+        if self.channels_last:
+            feature_maps = [feature_map.permute(0, 3, 1, 2) for feature_map in feature_maps]
+        return tuple(feature_maps)
 
     def project_features(self, feature_maps: tuple[torch.Tensor, ...]) -> list[torch.Tensor]:
         """Project the feature maps to `d_model` channels and append coarser maps, each made from the one before."""
@@ -105,27 +136,6 @@ class DinoDetrBackbone(nn.Module):
             coarsest = projection(coarsest)
             projected.append(coarsest)
         return projected
-
-    def sine_position_embedding(self, mask: torch.Tensor) -> torch.Tensor:
-        """Embed the position of each cell between the first and the last unpadded cell of its column and row.
-
-        Args:
-            mask (`torch.Tensor` of shape `(batch_size, height, width)` and dtype bool): `True` is image.
-
-        Returns:
-            `torch.Tensor` of shape `(batch_size, height, width, d_model)`, float32; y in the first half, then x.
-        """
-        config = self.config
-        dim = config.d_model // 2
-        wavelengths = sine_wavelengths(dim, config.positional_encoding_temperature, mask.device)
-        halves = []
-        for axis in (1, 2):
-            index = mask.cumsum(axis, dtype=torch.float32)  # 1, 2, 3, ...; fp16 cannot count beyond 2048
-            last = index.narrow(axis, index.shape[axis] - 1, 1)
-            fraction = (index + config.positional_encoding_offset) / (last + 1e-6)
-            angle = 2 * math.pi * fraction[..., None] / wavelengths
-            halves.append(torch.stack([angle[..., 0::2].sin(), angle[..., 1::2].cos()], dim=-1).flatten(-2))
-        return torch.cat(halves, dim=-1)
 
 
 def backbone_attn_implementation(config: PreTrainedConfig, requested: str | None) -> str | None:

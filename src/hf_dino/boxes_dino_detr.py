@@ -1,16 +1,11 @@
-"""Box arithmetic: logits, refinement, sine embedding and generalized IoU.
+"""Box arithmetic: logits, refinement and generalized IoU.
 
 Boxes are kept in float32 or higher: in bf16 a box would be off by up to 2 pixels in 1000.
 """
 
-import math
-
 import torch
 from torchvision.ops import box_convert
 
-
-# Temperature of the decoder's box embedding; that of feature positions is a field of the config.
-BOX_TEMPERATURE = 10000  # IDEA-Research/DINO, models/dino/utils.py, gen_sineembed_for_position
 
 # The bound of the official implementation (IDEA-Research/DINO, util/misc.py:575). transformers uses 1e-5, which gives
 # other boxes at the border of the image.
@@ -68,39 +63,6 @@ def refine_bboxes(reference_points: torch.Tensor, deltas: torch.Tensor) -> torch
     return (at_least_float32(deltas) + inverse_sigmoid(reference_points)).sigmoid()
 
 
-def sine_wavelengths(dim: int, temperature: float, device: torch.device) -> torch.Tensor:
-    """Return the wavelengths of a sine embedding, each twice: for sine and cosine (Attention Is All You Need, 3.5).
-
-    Returns:
-        `torch.Tensor` of shape `(dim,)` and dtype float32, from 1 to nearly `temperature`, in units of 2π.
-
-    Example:
-
-    ```python
-    >>> sine_wavelengths(4, 100.0, torch.device("cpu")).tolist()
-    [1.0, 1.0, 10.0, 10.0]
-
-    ```
-    """
-    pair = torch.arange(dim, device=device).div(2, rounding_mode="floor")
-    return temperature ** (2 * pair / dim)
-
-
-def sine_box_embedding(boxes: torch.Tensor, dim: int) -> torch.Tensor:
-    """Embed each coordinate of a box in sines and cosines (DAB-DETR, https://arxiv.org/abs/2201.12329, eq. 6).
-
-    Args:
-        boxes (`torch.Tensor` of shape `(..., 4)`): Center x, center y, width, height; fractions.
-        dim (`int`): Width of the embedding of one coordinate; even.
-
-    Returns:
-        `torch.Tensor` of shape `(..., 4 * dim)`, in the order y, x, width, height, sine and cosine alternating.
-    """
-    y_x_width_height = torch.stack([boxes[..., 1], boxes[..., 0], boxes[..., 2], boxes[..., 3]], dim=-1)
-    angle = 2 * math.pi * y_x_width_height[..., None] / sine_wavelengths(dim, BOX_TEMPERATURE, boxes.device)
-    return torch.stack([angle[..., 0::2].sin(), angle[..., 1::2].cos()], dim=-1).flatten(-3)
-
-
 def generalized_box_iou(boxes: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
     """Return the IoU minus the fraction of the smallest enclosing box that neither box covers.
 
@@ -122,7 +84,7 @@ def generalized_box_iou(boxes: torch.Tensor, others: torch.Tensor) -> torch.Tens
 
     ```
     """
-    boxes, others = (box_convert(each, "cxcywh", "xyxy") for each in (boxes, others))
+    boxes, others = (box_convert(centered, "cxcywh", "xyxy") for centered in (boxes, others))
     (top_left, bottom_right), (other_top_left, other_bottom_right) = boxes.split(2, -1), others.split(2, -1)
     intersection_size = torch.minimum(bottom_right, other_bottom_right) - torch.maximum(top_left, other_top_left)
     enclosing_size = torch.maximum(bottom_right, other_bottom_right) - torch.minimum(top_left, other_top_left)

@@ -13,9 +13,9 @@ from transformers.activations import ACT2FN
 
 
 # The three contributions of the paper, DINO's strategy first, then those of the models that it is compared with.
-DENOISING = ("contrastive", "plain", "none")
-QUERY_SELECTION = ("mixed", "pure", "static")
-BOX_REFINEMENT = ("look_forward_twice", "look_forward_once")
+DENOISING_NAMES = ("contrastive", "plain", "none")
+QUERY_SELECTION_NAMES = ("mixed", "pure", "static")
+BOX_REFINEMENT_NAMES = ("look_forward_twice", "look_forward_once")
 
 UNUSED_LABEL = "N/A"  # name of labels without a category, such as the gaps in COCO's category ids
 
@@ -29,7 +29,7 @@ class DinoDetrConfig(PreTrainedConfig):
     r"""
     Configuration of [`DinoDetrModel`] and [`DinoDetrForObjectDetection`]. The defaults are those of DINO-4scale with a
     ResNet-50. An unknown strategy, a width that is not divisible by the number of heads or a value outside its range
-    raises a `ValueError` that names the field and its legal values; a wrong type raises a
+    raises a `ValueError` that names the field and its allowed values; a wrong type raises a
     `StrictDataclassFieldValidationError`.
 
     Args:
@@ -58,9 +58,10 @@ class DinoDetrConfig(PreTrainedConfig):
         activation_function (`str`, *optional*, defaults to `"relu"`): Activation inside the feed-forward blocks.
         dropout (`float`, *optional*, defaults to 0.0): Dropout in all layers of the transformer. DINO uses none.
         positional_encoding_temperature (`float`, *optional*, defaults to 20):
-            Temperature of the sine embedding of feature positions. detrex uses 10000.
+            Temperature of the sine embedding of feature map cells. detrex uses 10000.
         positional_encoding_offset (`float`, *optional*, defaults to 0.0):
-            Added to the cell index (which counts from 1) before it is normalized; detrex uses -0.5.
+            Added to the row and the column of a cell, which count from 1, before they are normalized; detrex uses
+            -0.5.
         share_decoder_heads (`bool`, *optional*, defaults to `True`):
             One class head and one box head for all decoder layers. `False` gives each layer its own, as in detrex's
             and mmdetection's checkpoints.
@@ -76,14 +77,15 @@ class DinoDetrConfig(PreTrainedConfig):
             `"look_forward_twice"` (DINO: the box loss of a layer also reaches the layer before) or
             `"look_forward_once"` (Deformable DETR).
         num_denoising (`int`, *optional*, defaults to 100):
-            Maximum number of noisy copies per image (of pairs of a positive and a negative copy if `"contrastive"`).
-            They are divided into groups, as many as fit, each with a copy of every object of the image with the most
-            objects. If that has more than `num_denoising` objects, a random sample of them is used in each step.
+            Maximum number of denoising queries per image (of pairs, if contrastive). The number of groups is
+            `num_denoising` divided by the largest object count of any image, rounded down, but at least 1. An image
+            with more than `num_denoising` objects uses a random subset of them in each step.
         label_noise_ratio (`float`, *optional*, defaults to 0.5):
             Noise of the classes of denoising queries, in [0, 1]. `"plain"` samples a new class with this probability,
             `"contrastive"` with half of it, each as in the code of its paper.
         box_noise_scale (`float`, *optional*, defaults to 0.4):
-            λ of the box noise, in half-sides of the box. The training scripts of the official implementation pass 1.0.
+            λ of the box noise, as a fraction of half the width and height of the box. The training scripts of the
+            official implementation pass 1.0.
         auxiliary_loss (`bool`, *optional*, defaults to `True`): Supervise every decoder layer, not only the last.
         class_cost (`float`, *optional*, defaults to 2.0): Weight of the focal cost in the matching.
         bbox_cost (`float`, *optional*, defaults to 5.0): Weight of the L1 box cost in the matching.
@@ -174,15 +176,21 @@ class DinoDetrConfig(PreTrainedConfig):
         self.validate_architecture()  # `@strict` calls it too, but wraps the error
 
     def validate_architecture(self) -> None:
-        """Check values. Called by `@strict` on creation and saving, and when a model is built."""
-        for field, legal in {
-            "denoising": DENOISING,
-            "query_selection": QUERY_SELECTION,
-            "box_refinement": BOX_REFINEMENT,
+        """Check the strategies, the ranges of numbers, and the fields that depend on each other.
+
+        Called by `@strict` on creation and saving, and when a model is built.
+
+        Raises:
+            ValueError: If a value is not allowed, naming the field, the value and the allowed ones.
+        """
+        for field, allowed in {
+            "denoising": DENOISING_NAMES,
+            "query_selection": QUERY_SELECTION_NAMES,
+            "box_refinement": BOX_REFINEMENT_NAMES,
             "activation_function": tuple(ACT2FN),
         }.items():
-            if getattr(self, field) not in legal:
-                raise ValueError(f"{field} must be one of {str(legal)[1:-1]}, got {getattr(self, field)!r}")
+            if getattr(self, field) not in allowed:
+                raise ValueError(f"{field} must be one of {str(allowed)[1:-1]}, got {getattr(self, field)!r}")
         for field, lowest, highest in _RANGES:
             if not lowest <= getattr(self, field) <= highest or math.isinf(getattr(self, field)):
                 raise ValueError(f"{field} must be between {lowest} and {highest}, got {getattr(self, field)}")
@@ -260,7 +268,7 @@ def resolve_backbone_config(backbone_config: Any, num_feature_levels: int) -> Pr
 
 
 _RANGES = (
-    ("num_feature_levels", 1, 5),  # a proposal on level 5 would be 1.6 times the image and never valid
+    ("num_feature_levels", 1, 5),  # at a sixth level, proposals would be 1.6 times the image, and never valid
     ("d_model", 32, math.inf),
     ("encoder_layers", 1, math.inf),
     ("encoder_ffn_dim", 1, math.inf),

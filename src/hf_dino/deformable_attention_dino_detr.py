@@ -1,5 +1,10 @@
 """Multi-scale deformable attention: the PyTorch reference implementation, the replaceable operator, and the layer.
 
+The layer of encoder and decoder, `DinoDetrMultiscaleDeformableAttention`, calls the fused compiled operator. If there
+is none, or its `attn` was replaced by a kernel of the Hub, it calls `attn`: by default a
+`MultiScaleDeformableAttention`, which has no weights and calls the compiled operator or, if there is none, the
+reference implementation, `multi_scale_deformable_attention`.
+
 Paper: Deformable DETR, https://arxiv.org/abs/2010.04159, equation 3.
 """
 
@@ -9,8 +14,8 @@ from types import ModuleType
 import torch
 from torch import nn
 
+from .backbone_dino_detr import DinoDetrFeatureLevels
 from .boxes_dino_detr import at_least_float32
-from .feature_levels_dino_detr import DinoDetrFeatureLevels
 from .initialization_dino_detr import init_as, sampling_offset_bias, xavier_zero_bias, zeros
 
 
@@ -19,7 +24,7 @@ try:
 except ImportError:
 
     def operators(device: str | torch.device) -> ModuleType | None:
-        """Return `None`: a saved model folder contains this file but no compiled kernel."""
+        """Return `None`: a saved model's directory contains this file but no compiled kernel."""
         return None
 
 
@@ -38,7 +43,7 @@ def multi_scale_deformable_attention(
 
     Args:
         value (`torch.Tensor` of shape `(batch_size, sequence_length, num_heads, head_dim)`):
-            Projected feature maps, each level flattened row by row and the levels joined in order, so
+            Projected feature maps, each level flattened row by row and the levels concatenated in order, so
             `sequence_length == sum(height * width)`.
         spatial_shapes (`list[tuple[int, int]]` of length `num_levels`):
             `(height, width)` of each level, in feature-map cells.
@@ -54,7 +59,7 @@ def multi_scale_deformable_attention(
         in float32 or higher.
 
     Raises:
-        ValueError: If `spatial_shapes` and `value` differ in the number of positions.
+        ValueError: If `spatial_shapes` have another number of cells than `value` has tokens.
 
     Example:
 
@@ -154,7 +159,7 @@ class DinoDetrMultiscaleDeformableAttention(nn.Module):
             memory (`torch.Tensor` of shape `(batch_size, sequence_length, d_model)`): The feature levels to sample.
             reference_points (`torch.Tensor` of shape `(batch_size, num_queries, num_levels, 2 or 4)`):
                 Points (x, y) or boxes (center x, center y, width, height), fractions of each level's padded map.
-            levels ([`DinoDetrFeatureLevels`]): Where the positions of the memory are; padding reads zero.
+            levels ([`DinoDetrFeatureLevels`]): Shapes and mask of the levels; padding reads zero.
 
         Returns:
             The output, `(batch_size, num_queries, d_model)`, and the attention weights,
@@ -190,7 +195,7 @@ class DinoDetrMultiscaleDeformableAttention(nn.Module):
             levels.spatial_shapes,
             levels.spatial_shapes_list,
             levels.level_start_index,
-            sampling_locations(offsets, reference_points, levels.spatial_shapes),
+            compute_sampling_locations(offsets, reference_points, levels.spatial_shapes),
             weights,
             self.im2col_step,
         )
@@ -203,14 +208,17 @@ class DinoDetrMultiscaleDeformableAttention(nn.Module):
         return compiled.fused_deformable_attention if compiled else None
 
 
-def sampling_locations(
+def compute_sampling_locations(
     sampling_offsets: torch.Tensor, reference_points: torch.Tensor, spatial_shapes: torch.Tensor
 ) -> torch.Tensor:
-    """Add offsets to reference points: in cells around a point, in half-sides of the box around the center of a box.
+    """Add offsets to reference points, or to the centers of reference boxes.
+
+    For points, offsets are in cells; for boxes, in units of half the width and height of the box divided by
+    `num_points`, so that an offset of `num_points` reaches the edge.
 
     Args:
         sampling_offsets (`torch.Tensor` of shape `(batch_size, num_queries, num_heads, num_levels, num_points, 2)`):
-            (x, y). Around a box, an offset of `num_points` reaches its edge.
+            (x, y).
         reference_points (`torch.Tensor` of shape `(batch_size, num_queries, num_levels, 2 or 4)`):
             Fractions of the padded maps: (x, y), or center x, center y, width, height.
         spatial_shapes (`torch.Tensor` of shape `(num_levels, 2)`): (height, width).

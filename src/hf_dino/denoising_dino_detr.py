@@ -20,17 +20,20 @@ NO_OBJECT = -1  # index of the object of a query that is matched to none
 
 class DinoDetrDenoisingQueries(NamedTuple):
     r"""
-    Denoising queries, which precede the matching queries. `num_denoising_queries` is zero outside training and where
-    no image has an object.
+    Denoising queries, which precede the matching queries. `num_denoising_queries` is zero outside training and for
+    `denoising="none"`. Otherwise it is the same for all images of a batch: an image with fewer objects than another,
+    or than the `max_num_objects` of [`DinoDetrEffectiveBatch`], gets empty queries too.
 
     Args:
         inputs_embeds (`torch.Tensor` of shape `(batch_size, num_denoising_queries, d_model)`):
-            Embedded noisy classes; zero where an image has fewer objects than the others.
+            Embedded noisy classes; zero for empty queries.
         reference_points (`torch.Tensor` of shape `(batch_size, num_denoising_queries, 4)`):
             Noisy boxes: center x, center y, width, height, fractions of the unpadded image.
         object_index (`torch.Tensor` of shape `(batch_size, num_denoising_queries)` and dtype int64):
             Index of the object that a positive query is a copy of; -1 for negative and for empty queries.
-        num_groups (`int`): Groups, each a noisy copy of all objects; at least 1, even if the groups are empty.
+        num_groups (`int`):
+            Number of groups, each with a positive and, if contrastive, a negative copy of every object; at least 1,
+            even if the groups are empty.
     """
 
     inputs_embeds: torch.Tensor
@@ -40,7 +43,7 @@ class DinoDetrDenoisingQueries(NamedTuple):
 
 
 def denoising_attention_mask(
-    num_groups: int, group_size: int, num_queries: int, device: torch.device | None = None
+    num_groups: int, group_size: int, num_matching_queries: int, device: torch.device | None = None
 ) -> torch.Tensor:
     """Return which query may attend to which in the decoder's self-attention.
 
@@ -48,47 +51,49 @@ def denoising_attention_mask(
     and a denoising query to no other group. Denoising queries attend to the matching queries, which contain none.
 
     Args:
-        num_groups (`int`): Denoising groups, each a noisy copy of every object in the image.
-        group_size (`int`): Queries per group: for contrastive denoising, twice the maximum number of
-            objects per image.
-        num_queries (`int`): Matching queries, which follow the denoising ones.
+        num_groups (`int`):
+            Number of denoising groups, each with a positive and, if contrastive, a negative copy of every object.
+        group_size (`int`):
+            Queries per group: the maximum number of objects per image, twice that if contrastive.
+        num_matching_queries (`int`): Matching queries, which follow the denoising ones.
         device (`torch.device`, *optional*): Where to make the mask.
 
     Returns:
-        `torch.Tensor` of shape `(num_groups * group_size + num_queries,) * 2` and dtype bool, `True` where the query
-        of that row may attend to the query of that column.
+        `torch.Tensor` of shape `(num_total_queries, num_total_queries)` and dtype bool, with `num_total_queries =
+        num_groups * group_size + num_matching_queries`; `True` where the query of that row may attend to the query of
+        that column.
 
     Example:
 
     ```python
-    >>> denoising_attention_mask(num_groups=2, group_size=1, num_queries=1).int().tolist()
+    >>> denoising_attention_mask(num_groups=2, group_size=1, num_matching_queries=1).int().tolist()
     [[1, 0, 1], [0, 1, 1], [0, 0, 1]]
 
     ```
     """
     group = torch.arange(num_groups, device=device).repeat_interleave(group_size)
-    group = torch.cat([group, group.new_full((num_queries,), num_groups)])  # matching queries are the last group
+    group = torch.cat([group, group.new_full((num_matching_queries,), num_groups)])  # the last group
     return (group[:, None] == group[None, :]) | (group[None, :] == num_groups)
 
 
 def make_decoder_attention_mask(
-    denoising: DinoDetrDenoisingQueries, num_queries: int, dtype: torch.dtype
+    denoising: DinoDetrDenoisingQueries, num_matching_queries: int, dtype: torch.dtype
 ) -> torch.Tensor:
     """Return `denoising_attention_mask` as it is added to the scores of self-attention.
 
     Args:
         denoising ([`DinoDetrDenoisingQueries`]): The denoising queries, which may be none.
-        num_queries (`int`): Matching queries.
+        num_matching_queries (`int`): Matching queries, which follow the denoising ones.
         dtype (`torch.dtype`): A floating-point type.
 
     Returns:
-        `torch.Tensor` of shape `(1, 1, num_denoising_queries + num_queries, num_denoising_queries + num_queries)`: 0
-        where a query may attend, the lowest finite value elsewhere.
+        `torch.Tensor` of shape `(1, 1, num_total_queries, num_total_queries)`, with `num_total_queries =
+        num_denoising_queries + num_matching_queries`: 0 where a query may attend, the lowest finite value elsewhere.
     """
     group_size = denoising.inputs_embeds.shape[1] // denoising.num_groups
     # The queries' device, not the model's: offloaded weights are on the meta device.
     device = denoising.inputs_embeds.device
-    can_attend = denoising_attention_mask(denoising.num_groups, group_size, num_queries, device)
+    can_attend = denoising_attention_mask(denoising.num_groups, group_size, num_matching_queries, device)
     min_value = torch.finfo(dtype).min  # finite, because a row of -inf would be NaN
     return torch.zeros_like(can_attend, dtype=dtype).masked_fill(~can_attend, min_value)[None, None]
 
@@ -99,25 +104,25 @@ def contrastive_box_noise(boxes: torch.Tensor, scale: float) -> torch.Tensor:
     Args:
         boxes (`torch.Tensor` of shape `(batch_size, num_groups, 2, num_objects, 4)`):
             Positive copies, then negative ones, along the third axis. Center x, center y, width, height; fractions.
-        scale (`float`): λ, in half-sides of the box.
+        scale (`float`): λ, as a fraction of half the width and height of the box.
 
     Returns:
         `torch.Tensor` of the same shape. Corners are clamped to the image. A negative copy's corner can cross the
         opposite one, which gives a negative width or height. `inverse_sigmoid` clamps it to the smallest one, as in
         the official implementation.
     """
-    centers, half_sides = boxes[..., None, :2], boxes[..., None, 2:] / 2
+    centers, half_sizes = boxes[..., None, :2], boxes[..., None, 2:] / 2
     corner_direction = 2 * torch.arange(2, device=boxes.device)[:, None] - 1  # top left, bottom right
-    corners = centers + corner_direction * half_sides  # (batch, groups, 2 copies, objects, 2 corners, x y)
+    corners = centers + corner_direction * half_sizes  # (batch, groups, 2 copies, objects, 2 corners, x y)
     min_noise = torch.arange(2, device=boxes.device)[:, None, None, None]  # 0 for positive copies, 1 for negative ones
     sign = torch.randint_like(corners, 2) * 2 - 1
-    corners = corners + sign * (torch.rand_like(corners) + min_noise) * half_sides * scale
+    corners = corners + sign * (torch.rand_like(corners) + min_noise) * half_sizes * scale
     top_left, bottom_right = corners.clamp(0, 1).unbind(-2)
     return torch.cat([(top_left + bottom_right) / 2, bottom_right - top_left], dim=-1)
 
 
 def plain_box_noise(boxes: torch.Tensor, scale: float) -> torch.Tensor:
-    """Shift centers by up to λ half-sides and scale sides by 1 ± λ (DN-DETR, section 4.2).
+    """Shift centers by up to λ times half the width and height, and scale both by 1 ± λ (DN-DETR, section 4.2).
 
     Args:
         boxes (`torch.Tensor` of shape `(..., 4)`): Center x, center y, width, height; fractions.
@@ -131,7 +136,7 @@ def plain_box_noise(boxes: torch.Tensor, scale: float) -> torch.Tensor:
 
 
 def empty_denoising_queries(matching_queries: torch.Tensor) -> DinoDetrDenoisingQueries:
-    """Return zero denoising queries for matching queries of shape `(batch_size, num_queries, d_model)`."""
+    """Return zero denoising queries for matching queries of shape `(batch_size, num_matching_queries, d_model)`."""
     empty = matching_queries[:, :0]
     return DinoDetrDenoisingQueries(
         inputs_embeds=empty,
@@ -157,10 +162,13 @@ class DinoDetrNoDenoising(nn.Module):
 
 
 class DinoDetrDenoising(nn.Module):
-    """Make groups of noisy queries, each a copy of every object; the number of groups follows from `num_denoising`."""
+    """Make groups of noisy queries, each with a positive and, if contrastive, a negative copy of every object.
+
+    The number of groups follows from `num_denoising`; see [`DinoDetrConfig`].
+    """
 
     copies_per_object: int  # within a group; the first copy is the positive one
-    label_noise_factor: float  # probability that a class is sampled again, for a label_noise_ratio of 1
+    label_noise_factor: float  # fraction of `label_noise_ratio` that is the probability of replacing a class
     add_box_noise: Callable[[torch.Tensor, float], torch.Tensor]
 
     def __init__(self, config: DinoDetrConfig):
@@ -182,12 +190,13 @@ class DinoDetrDenoising(nn.Module):
         Args:
             labels (`list[dict[str, torch.Tensor]]`, *optional*): Per image `class_labels` `(num_objects,)` and
                 `boxes` `(num_objects, 4)` as fractions of the unpadded image. Without labels there are no queries.
-                With labels but without objects there are none either, but the label embedding gets a gradient of
-                zero, which data-parallel training needs.
-            matching_queries (`torch.Tensor` of shape `(batch_size, num_queries, d_model)`):
+                With labels but without objects, all queries are empty, and there are some only if `max_num_objects` is
+                positive. In either case the label embedding gets a gradient of zero, which data-parallel training
+                needs.
+            matching_queries (`torch.Tensor` of shape `(batch_size, num_matching_queries, d_model)`):
                 The content queries that follow the denoising queries; only their shape and device matter.
             max_num_objects (`int`, *optional*, defaults to 0):
-                Make as many slots as for an image with this number of objects, even if no image of the batch has
+                Make as many queries as for an image with this number of objects, even if no image of the batch has
                 that many; see [`DinoDetrEffectiveBatch`].
         """
         if not labels:

@@ -85,7 +85,7 @@ def load_pretrained_for_categories(
         return _load_weights(model, config.id2label, overrides), processor
     id2label = contiguous_id2label(categories)
     detector = _load_weights(model, id2label, overrides, old_num_labels=config.num_labels)
-    detector.reset_class_heads()  # an equal number of classes may be other classes, whose weights were loaded
+    detector.reset_class_layers()  # an equal number of classes may be other classes, whose weights were loaded
     known = _map_labels(id2label, config.id2label)
     if known:
         _copy_classes(_load_weights(model, config.id2label, overrides), detector, known)

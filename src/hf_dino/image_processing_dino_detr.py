@@ -1,7 +1,7 @@
-"""Image processor: images and COCO annotations to the model's inputs, and its outputs to boxes in pixels.
+"""Turn images and COCO annotations into the model's inputs, and its outputs into boxes in pixels.
 
-It has both backends of transformers: torchvision (the default; fast, also on an accelerator) and PIL (bitwise
-identical to the official implementation).
+The image processor has both backends of transformers: torchvision (the default; fast, also on an accelerator) and PIL
+(bitwise identical to the official implementation).
 """
 
 from typing import Any
@@ -105,10 +105,14 @@ class DinoDetrImageProcessorMixin:
                 Label of each category id. By default, category ids are labels.
 
         Returns:
-            `BatchFeature` with `pixel_values` `(batch_size, 3, height, width)`, `pixel_mask` `(batch_size, height,
-            width)`, 1 is image, 0 is padding, and, with annotations, `labels`: per image `class_labels`, `boxes`
-            (center x, center y, width, height as fractions of the *unpadded* image), `image_id`, `area`, `iscrowd`,
-            `orig_size` and `size` (height, width before and after resizing).
+            `BatchFeature` with
+
+            - `pixel_values` `(batch_size, 3, height, width)`;
+            - `pixel_mask` `(batch_size, height, width)`: 1 is image, 0 is padding;
+            - `labels`, if there are annotations. For each image: `class_labels` `(num_objects,)`; `boxes`
+              `(num_objects, 4)`, which are center x, center y, width, height as fractions of the *unpadded* image;
+              `orig_size` and `size`, which are (height, width) before and after resizing; and COCO's `image_id`,
+              `area` and `iscrowd`.
 
         Raises:
             ValueError: If a category id is not in `category_id_to_label`, naming it and its image.
@@ -136,7 +140,7 @@ class DinoDetrImageProcessorMixin:
     def prepare_annotation(self, image: Any, target: dict[str, Any], *args: Any, **kwargs: Any) -> dict[str, Any]:
         prepared = super().prepare_annotation(image, target, *args, **kwargs)
         prepared["size"] = prepared["orig_size"]  # updated if the image is resized
-        num_objects = sum(not each.get("iscrowd", 0) for each in target.get("annotations", ()))
+        num_objects = sum(not annotation.get("iscrowd", 0) for annotation in target.get("annotations", ()))
         if len(prepared["boxes"]) < num_objects:
             missing = num_objects - len(prepared["boxes"])
             logger.warning(
@@ -221,10 +225,10 @@ class DinoDetrImageProcessorMixin:
 
 def _map_categories(target: dict[str, Any], category_id_to_label: dict[int, int] | None) -> dict[str, Any]:
     """Replace category ids by labels, and fill in missing areas, in the annotations of an image."""
-    objects = target.get("annotations")
-    if objects is None:
+    if target.get("annotations") is None:
         return target  # transformers raises the error
-    return {**target, "annotations": [_map_category(each, target, category_id_to_label) for each in objects]}
+    mapped = [_map_category(annotation, target, category_id_to_label) for annotation in target["annotations"]]
+    return {**target, "annotations": mapped}
 
 
 def _map_category(

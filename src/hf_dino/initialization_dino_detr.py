@@ -1,6 +1,6 @@
 """Initial weights, one rule per kind of layer, as in the official implementation.
 
-For a model defined outside its own package, transformers calls `_init_weights` only for modules that own a parameter
+For models that are not part of transformers, transformers calls `_init_weights` only for modules that own a parameter
 directly. So each rule is attached to such a layer when it is built, `init_as(zeros, nn.Linear(...))`, and applied when
 its weights are created (`initialize`).
 
@@ -73,13 +73,13 @@ def initial_sampling_offsets(num_heads: int, num_levels: int, num_points: int) -
     return offsets.expand(num_heads, num_levels, num_points, 2).contiguous()
 
 
-def default(module: Any) -> None:
+def pytorch_default(module: Any) -> None:
     """Initialize a linear layer as PyTorch does: uniform within 1 / sqrt(fan in)."""
     init.kaiming_uniform_(module.weight, a=math.sqrt(5))
-    _default_bias(module)
+    _pytorch_default_bias(module)
 
 
-def _default_bias(module: Any) -> None:
+def _pytorch_default_bias(module: Any) -> None:
     bound = 1 / math.sqrt(module.weight.shape[1])
     init.uniform_(module.bias, -bound, bound)
 
@@ -87,7 +87,7 @@ def _default_bias(module: Any) -> None:
 def xavier(module: Any) -> None:
     """Initialize weights by Xavier and biases as PyTorch does."""
     init.xavier_uniform_(module.weight)
-    _default_bias(module)
+    _pytorch_default_bias(module)
 
 
 def xavier_zero_bias(module: Any, gain: float = 1.0) -> None:

@@ -3,8 +3,8 @@
 Papers: DETR, https://arxiv.org/abs/2005.12872, section 3.1; focal loss, https://arxiv.org/abs/1708.02002; generalized
 IoU, https://arxiv.org/abs/1902.09630.
 
-All decoder layers, the encoder and all images are computed at once. One tensor, `object_index`, links predictions to
-objects: it is the index, for each query, of the object of its image that the query is matched to, or -1 for none.
+The losses of all layers and images are computed in one batched pass. One tensor, `object_index`, links predictions to
+objects: for each query, it is the index of the object that the query is matched to, in its image, or -1 for none.
 """
 
 from dataclasses import dataclass
@@ -27,16 +27,16 @@ BOX_TOLERANCE = 1e-3
 
 @dataclass(frozen=True)
 class DinoDetrEffectiveBatch:
-    """Object counts of an effective batch: of all batches that contribute to one optimizer step.
+    """Object counts of one optimizer step, over all processes and micro-batches.
 
-    These are the batches of all processes and of gradient accumulation. If each of them is given these counts, the
-    mean of their losses, and so of their gradients, is that of one batch of all images.
+    Passing the same counts to every micro-batch makes the mean loss (and gradient) equal that of one large batch.
 
     Attributes:
-        num_boxes (`float`, *optional*): Normalizer of every loss: objects of all batches, at least 1, divided by the
-            number of batches. `None` counts the objects of the given batch; see `get_num_boxes`.
-        max_num_objects (`int`, *optional*, defaults to 0): Maximum number of objects per image over all batches, which
-            determines the number and the size of denoising groups.
+        num_boxes (`float`, *optional*): Normalizer of every loss: the number of objects of all micro-batches, at least
+            1, divided by the number of micro-batches. `None` counts the objects of the micro-batch itself; see
+            `get_num_boxes`.
+        max_num_objects (`int`, *optional*, defaults to 0): Maximum number of objects per image over all micro-batches,
+            which determines the number and the size of denoising groups.
     """
 
     num_boxes: float | None = None
@@ -73,14 +73,19 @@ def dino_detr_loss(
 
     Args:
         logits (`torch.Tensor` of shape `(batch_size, num_layers, num_queries, num_labels)`):
-            Class logits of the encoder, unless query selection is static, and then of each supervised decoder layer.
+            Class logits of the encoder (absent if query selection is static), followed by those of each supervised
+            decoder layer.
         pred_boxes (`torch.Tensor` of shape `(batch_size, num_layers, num_queries, 4)`):
             Boxes of the same layers: center x, center y, width, height, fractions of the unpadded image.
-        denoising_logits, denoising_boxes (`torch.Tensor`):
-            Class logits and boxes of the denoising queries, of the supervised decoder layers.
+        denoising_logits
+            (`torch.Tensor` of shape `(batch_size, num_decoder_layers, num_denoising_queries, num_labels)`):
+            Class logits of the denoising queries, of each supervised decoder layer.
+        denoising_boxes (`torch.Tensor` of shape `(batch_size, num_decoder_layers, num_denoising_queries, 4)`):
+            Boxes of the same queries and layers, units as in `pred_boxes`.
         denoising_object_index (`torch.Tensor` of shape `(batch_size, num_denoising_queries)`):
             Index of the object of each denoising query, -1 for none.
-        num_denoising_groups (`int`): Denoising groups, each a copy of every object.
+        num_denoising_groups (`int`):
+            Number of denoising groups, each with a positive and, if contrastive, a negative copy of every object.
         labels (`list[dict[str, torch.Tensor]]`): Per image `class_labels` `(num_objects,)` and `boxes`
             `(num_objects, 4)`, units as in `pred_boxes`.
         config ([`DinoDetrConfig`]): Costs, coefficients, α and γ.
@@ -127,6 +132,8 @@ def compute_losses(
     config: DinoDetrConfig,
 ) -> dict[str, torch.Tensor]:
     """Compute the focal loss of all queries and the box losses of the queries that are matched to an object.
+
+    The queries, `num_queries` in number, are the matching or the denoising queries.
 
     Args:
         logits (`torch.Tensor` of shape `(batch_size, num_layers, num_queries, num_labels)`)
@@ -297,8 +304,8 @@ def check_labels(labels: list[dict[str, torch.Tensor]], batch_size: int, num_lab
 def _raise_invalid_label(
     labels: list[dict[str, torch.Tensor]], invalid_class: list[bool], invalid_box: list[bool], num_labels: int
 ) -> None:
-    positions = [(image, row) for image, label in enumerate(labels) for row in range(len(label["boxes"]))]
-    for (image, row), class_is_invalid, box_is_invalid in zip(positions, invalid_class, invalid_box):
+    entries = [(image, row) for image, label in enumerate(labels) for row in range(len(label["boxes"]))]
+    for (image, row), class_is_invalid, box_is_invalid in zip(entries, invalid_class, invalid_box):
         label = labels[image]
         name = f"labels[{image}]" + (f" (image_id {label['image_id'].tolist()})" if "image_id" in label else "")
         if class_is_invalid:

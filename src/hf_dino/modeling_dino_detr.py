@@ -20,14 +20,14 @@ from transformers.utils import ModelOutput, can_return_tuple, logging
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
-from .backbone_dino_detr import DinoDetrBackbone, backbone_attn_implementation
-from .boxes_dino_detr import refine_bboxes, sine_box_embedding
+from .backbone_dino_detr import DinoDetrBackbone, DinoDetrFeatureLevels, backbone_attn_implementation
+from .boxes_dino_detr import refine_bboxes
 from .configuration_dino_detr import DinoDetrConfig
 from .deformable_attention_dino_detr import DinoDetrMultiscaleDeformableAttention
 from .denoising_dino_detr import DENOISING_STRATEGIES, DinoDetrDenoisingQueries, make_decoder_attention_mask
-from .feature_levels_dino_detr import DinoDetrFeatureLevels, get_reference_points
 from .initialization_dino_detr import init_as, initialize, xavier, xavier_zero_bias
 from .loss_dino_detr import DinoDetrEffectiveBatch, check_labels, dino_detr_loss, get_num_boxes
+from .position_embeddings_dino_detr import sine_box_embedding
 from .prediction_heads_dino_detr import (
     DinoDetrMLPPredictionHead,
     get_layer_head,
@@ -36,6 +36,7 @@ from .prediction_heads_dino_detr import (
     num_prediction_heads,
 )
 from .query_selection_dino_detr import QUERY_SELECTIONS, DinoDetrObjectQueries
+from .reference_points_dino_detr import get_reference_points
 
 
 logger = logging.get_logger(__name__)
@@ -59,18 +60,23 @@ class DinoDetrEncoderOutput(ModelOutput):
 @dataclass
 class DinoDetrDecoderOutput(ModelOutput):
     r"""
+    Outputs of all queries, `num_total_queries = num_denoising_queries + num_matching_queries`: first the denoising
+    queries, then the matching queries.
+
     Args:
-        last_hidden_state (`torch.Tensor` of shape `(batch_size, num_queries, d_model)`): Normalized output of the last
-            layer.
-        intermediate_hidden_states (`torch.Tensor` of shape `(batch_size, decoder_layers, num_queries, d_model)`):
+        last_hidden_state (`torch.Tensor` of shape `(batch_size, num_total_queries, d_model)`):
+            Normalized output of the last layer.
+        intermediate_hidden_states
+            (`torch.Tensor` of shape `(batch_size, decoder_layers, num_total_queries, d_model)`):
             Normalized output of each layer.
-        intermediate_boxes (`torch.Tensor` of shape `(batch_size, decoder_layers, num_queries, 4)`):
+        intermediate_boxes (`torch.Tensor` of shape `(batch_size, decoder_layers, num_total_queries, 4)`):
             Boxes predicted by each layer: center x, center y, width, height, fractions of the unpadded image.
-        intermediate_reference_points (`torch.Tensor` of shape `(batch_size, decoder_layers, num_queries, 4)`):
+        intermediate_reference_points (`torch.Tensor` of shape `(batch_size, decoder_layers, num_total_queries, 4)`):
             Boxes that each layer passes to the next one as reference points; same units.
         hidden_states, attentions, cross_attentions (`tuple[torch.Tensor]`, *optional*):
             Input of the first layer and output of each; weights of self-attention, `(batch_size, num_heads,
-            num_queries, num_queries)`, and of deformable attention.
+            num_total_queries, num_total_queries)`, and of deformable attention, `(batch_size, num_total_queries,
+            num_heads, num_feature_levels, num_points)`.
     """
 
     last_hidden_state: torch.Tensor | None = None
@@ -88,10 +94,11 @@ class DinoDetrDenoisingOutput(ModelOutput):
     Decoder outputs of the denoising queries, which only the loss reads.
 
     Args:
-        intermediate_hidden_states (`torch.Tensor` of shape `(batch_size, decoder_layers, num_queries, d_model)`)
-        intermediate_boxes (`torch.Tensor` of shape `(batch_size, decoder_layers, num_queries, 4)`)
-        object_index (`torch.Tensor` of shape `(batch_size, num_queries)`): See [`DinoDetrDenoisingQueries`].
-        num_groups (`int`): Groups, each a noisy copy of all objects.
+        intermediate_hidden_states
+            (`torch.Tensor` of shape `(batch_size, decoder_layers, num_denoising_queries, d_model)`)
+        intermediate_boxes (`torch.Tensor` of shape `(batch_size, decoder_layers, num_denoising_queries, 4)`)
+        object_index (`torch.Tensor` of shape `(batch_size, num_denoising_queries)`): See [`DinoDetrDenoisingQueries`].
+        num_groups (`int`): Number of groups; see [`DinoDetrDenoisingQueries`].
     """
 
     intermediate_hidden_states: torch.Tensor | None = None
@@ -103,9 +110,9 @@ class DinoDetrDenoisingOutput(ModelOutput):
 @dataclass
 class DinoDetrModelOutput(ModelOutput):
     r"""
-    Outputs of the matching queries; those of the denoising queries are in `denoising`. Only `decoder_hidden_states`,
-    `decoder_attentions` and `cross_attentions` contain both in training mode: first the denoising queries, then the
-    matching queries.
+    Outputs of the matching queries, `num_queries` as in the config; those of the denoising queries are in `denoising`.
+    In training mode, `decoder_hidden_states`, `decoder_attentions` and `cross_attentions` also contain the denoising
+    queries, which come first.
 
     Args:
         last_hidden_state (`torch.Tensor` of shape `(batch_size, num_queries, d_model)`): Decoder output.
@@ -149,7 +156,7 @@ class DinoDetrObjectDetectionOutput(ModelOutput):
         loss (`torch.Tensor`, *optional*): The weighted sum of `loss_dict`, if labels were given.
         loss_dict (`dict[str, torch.Tensor]`, *optional*): The unweighted terms; see `dino_detr_loss`.
         logits (`torch.Tensor` of shape `(batch_size, num_queries, num_labels)`):
-            Class scores before the sigmoid; there is no "no object" class.
+            Class scores of the matching queries before the sigmoid; there is no "no object" class.
         pred_boxes (`torch.Tensor` of shape `(batch_size, num_queries, 4)`):
             Center x, center y, width, height as fractions of the unpadded image, float32 or higher. Use
             [`~DinoDetrImageProcessor.post_process_object_detection`] to get boxes in pixels.
@@ -191,7 +198,12 @@ def eager_attention_forward(
     dropout: float = 0.0,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Compute attention and its weights; query, key and value are `(batch_size, num_heads, length, head_dim)`."""
+    """Compute attention and its weights, given query, key and value `(batch_size, num_heads, length, head_dim)`.
+
+    Returns:
+        The output, `(batch_size, query_length, num_heads, head_dim)`, and the weights, `(batch_size, num_heads,
+        query_length, key_length)`.
+    """
     weights = query @ key.transpose(2, 3) * scaling
     if attention_mask is not None:
         weights = weights + attention_mask
@@ -257,7 +269,7 @@ class DinoDetrMLP(nn.Module):
 
 
 class DinoDetrEncoderLayer(GradientCheckpointingLayer):
-    """Deformable self-attention of all positions over all levels, then the MLP."""
+    """Deformable self-attention of all tokens over all levels, then the MLP."""
 
     def __init__(self, config: DinoDetrConfig):
         super().__init__()
@@ -344,7 +356,7 @@ class DinoDetrPreTrainedModel(PreTrainedModel):
         """Return `None`: the model has no input embeddings, but Accelerate calls this method for FSDP2."""
 
     def set_attn_implementation(self, attn_implementation: str | dict[str, str], *args: Any, **kwargs: Any) -> None:
-        """Set it as transformers does, but one name is enough for a model whose backbone has no attention."""
+        """Set the attention implementation; backbones without attention keep `eager`."""
         if isinstance(attn_implementation, str):
             for_backbone = backbone_attn_implementation(self.config.backbone_config, attn_implementation)
             attn_implementation = {"": attn_implementation, "backbone_config": for_backbone}
@@ -363,7 +375,7 @@ class DinoDetrPreTrainedModel(PreTrainedModel):
 
 
 class DinoDetrEncoder(DinoDetrPreTrainedModel):
-    """Deformable self-attention over all levels: feature levels to memory."""
+    """Turn the feature levels into the memory by deformable self-attention over all levels."""
 
     _can_record_outputs = {
         "hidden_states": DinoDetrEncoderLayer,
@@ -424,13 +436,14 @@ class DinoDetrDecoder(DinoDetrPreTrainedModel):
     ) -> DinoDetrDecoderOutput:
         """
         Args:
-            inputs_embeds (`torch.Tensor` of shape `(batch_size, num_queries, d_model)`): Content queries.
-            reference_points (`torch.Tensor` of shape `(batch_size, num_queries, 4)`):
+            inputs_embeds (`torch.Tensor` of shape `(batch_size, num_total_queries, d_model)`):
+                Content queries: denoising, then matching; see [`DinoDetrDecoderOutput`].
+            reference_points (`torch.Tensor` of shape `(batch_size, num_total_queries, 4)`):
                 Initial boxes: center x, center y, width, height, fractions of the unpadded image.
-            attention_mask (`torch.Tensor` of shape `(1, 1, num_queries, num_queries)`):
+            attention_mask (`torch.Tensor` of shape `(1, 1, num_total_queries, num_total_queries)`):
                 Added to the scores of self-attention.
             memory (`torch.Tensor` of shape `(batch_size, sequence_length, d_model)`): The encoder's output.
-            levels ([`DinoDetrFeatureLevels`]): Where the positions of the memory are.
+            levels ([`DinoDetrFeatureLevels`]): Shapes, mask and valid ratios of the levels.
         """
         valid_ratios = torch.cat([levels.valid_ratios, levels.valid_ratios], dim=-1)[:, None]  # (batch, 1, levels, 4)
         hidden_states, prediction_anchors = inputs_embeds, reference_points
@@ -485,7 +498,7 @@ def warn_if_emulated(device_type: str, dtype: torch.dtype) -> None:
 
 
 class DinoDetrModel(DinoDetrPreTrainedModel):
-    """DINO without its class heads: images to object queries with boxes.
+    """DINO without its class heads, which turns images into object queries with boxes.
 
     Args:
         config ([`DinoDetrConfig`]): Sizes and strategies.
@@ -636,9 +649,10 @@ class DinoDetrForObjectDetection(DinoDetrPreTrainedModel):
                 center x, center y, width, height as fractions of the unpadded image. If given, the
                 loss is computed.
             effective_batch ([`DinoDetrEffectiveBatch`], *optional*):
-                Object counts of the whole optimizer step, which make gradient accumulation and data-parallel training
-                equal to one big batch. Without it the number of denoising groups depends on the batch alone, and the
-                loss is divided by the mean number of objects per process, as in the official implementation.
+                Object counts of the whole optimizer step, which make its micro-batches, of all processes, equal to one
+                large batch. Without it the number of denoising groups depends on this micro-batch alone. The loss is
+                then divided, in training mode, by the mean number of objects per process, as in the official
+                implementation, and in evaluation mode by the number of objects of this process.
             output_hidden_states, output_attentions (`bool`, *optional*): Whether to return them.
 
         Raises:
@@ -648,15 +662,16 @@ class DinoDetrForObjectDetection(DinoDetrPreTrainedModel):
         outputs = self.model(pixel_values, pixel_mask, labels, effective_batch.max_num_objects, **kwargs)
         is_supervised = self.training or labels is not None
         layers = self.supervised_layers if is_supervised else self.supervised_layers[-1:]
-        logits, boxes = self.predict_class_and_boxes(
-            outputs.intermediate_hidden_states, outputs.intermediate_boxes, layers
-        )
+        logits = self.predict_classes(outputs.intermediate_hidden_states, layers)
+        boxes = outputs.intermediate_boxes[:, layers.start : layers.stop]
         loss, loss_dict = None, None
         if labels is not None:
             loss, loss_dict = self.compute_loss(logits, boxes, outputs, labels, effective_batch)
 
         earlier_layers = zip(logits[:, :-1].unbind(1), boxes[:, :-1].unbind(1))
-        auxiliary_outputs = [{"logits": logits, "pred_boxes": boxes} for logits, boxes in earlier_layers]
+        auxiliary_outputs = [
+            {"logits": layer_logits, "pred_boxes": layer_boxes} for layer_logits, layer_boxes in earlier_layers
+        ]
         return DinoDetrObjectDetectionOutput(
             loss=loss,
             loss_dict=loss_dict,
@@ -686,7 +701,7 @@ class DinoDetrForObjectDetection(DinoDetrPreTrainedModel):
         ]
 
     @torch.no_grad()
-    def reset_class_heads(self) -> None:
+    def reset_class_layers(self) -> None:
         """Reinitialize the class heads and the label embedding of the denoising queries.
 
         Call it on a loaded model before fine-tuning it on other classes. `from_pretrained(...,
@@ -695,22 +710,18 @@ class DinoDetrForObjectDetection(DinoDetrPreTrainedModel):
         for layer in self.class_specific_layers():
             initialize(layer, force=True)
 
-    def predict_class_and_boxes(
-        self, hidden_states: torch.Tensor, boxes: torch.Tensor, layers: range
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the class logits and the boxes of consecutive decoder layers.
+    def predict_classes(self, hidden_states: torch.Tensor, layers: range) -> torch.Tensor:
+        """Return the class logits of some decoder layers, for matching or for denoising queries.
 
         Args:
-            hidden_states (`torch.Tensor` of shape `(batch_size, decoder_layers, num_queries, d_model)`)
-            boxes (`torch.Tensor` of shape `(batch_size, decoder_layers, num_queries, 4)`)
+            hidden_states (`torch.Tensor` of shape `(batch_size, decoder_layers, number of queries, d_model)`)
             layers (`range`): Indices of the layers.
 
         Returns:
-            `torch.Tensor`s of shapes `(batch_size, len(layers), num_queries, num_labels)` and `(batch_size,
-            len(layers), num_queries, 4)`.
+            `torch.Tensor` of shape `(batch_size, len(layers), number of queries, num_labels)`.
         """
         logits = [get_layer_head(self.class_embed, layer)(hidden_states[:, layer]) for layer in layers]
-        return torch.stack(logits, dim=1), boxes[:, layers.start : layers.stop]
+        return torch.stack(logits, dim=1)
 
     def compute_loss(
         self,
@@ -724,17 +735,15 @@ class DinoDetrForObjectDetection(DinoDetrPreTrainedModel):
         if outputs.enc_outputs_class is not None:
             logits = torch.cat([outputs.enc_outputs_class[:, None], logits], dim=1)
             boxes = torch.cat([outputs.enc_outputs_coord_logits.sigmoid()[:, None], boxes], dim=1)
-        # Not averaged in evaluation, which may run on one process alone.
+        # Not averaged over processes in evaluation, which may run on one process alone.
         num_boxes = effective_batch.num_boxes or get_num_boxes(labels, logits.device, average=self.training)
         denoising = outputs.denoising
-        denoising_logits, denoising_boxes = self.predict_class_and_boxes(
-            denoising.intermediate_hidden_states, denoising.intermediate_boxes, self.supervised_layers
-        )
+        layers = self.supervised_layers
         return self.loss_function(
             logits=logits,
             pred_boxes=boxes,
-            denoising_logits=denoising_logits,
-            denoising_boxes=denoising_boxes,
+            denoising_logits=self.predict_classes(denoising.intermediate_hidden_states, layers),
+            denoising_boxes=denoising.intermediate_boxes[:, layers.start : layers.stop],
             denoising_object_index=denoising.object_index,
             num_denoising_groups=denoising.num_groups,
             labels=labels,

@@ -1,4 +1,4 @@
-"""Prediction heads: from a query or an encoder token to class logits and to a change of its box.
+"""Prediction heads, which turn a query or an encoder token into class logits and a change of its box.
 
 Paper: DINO, https://arxiv.org/abs/2203.03605, figure 2; DETR, https://arxiv.org/abs/2005.12872, section 3.2.
 """
@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from .configuration_dino_detr import DinoDetrConfig
-from .initialization_dino_detr import InitRule, class_prior, default, init_as, zeros
+from .initialization_dino_detr import InitRule, class_prior, init_as, pytorch_default, zeros
 
 
 class DinoDetrMLPPredictionHead(nn.Module):
@@ -34,7 +34,7 @@ class DinoDetrMLPPredictionHead(nn.Module):
 
 def make_bbox_head(d_model: int) -> DinoDetrMLPPredictionHead:
     """Make a head that predicts the change of a box's four logits. A new one predicts no change."""
-    return DinoDetrMLPPredictionHead([d_model, d_model, d_model, 4], rule=default, last_rule=zeros)
+    return DinoDetrMLPPredictionHead([d_model, d_model, d_model, 4], rule=pytorch_default, last_rule=zeros)
 
 
 def make_class_head(d_model: int, num_labels: int) -> nn.Linear:

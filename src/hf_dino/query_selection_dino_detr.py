@@ -1,4 +1,4 @@
-"""Query selection: encoder memory to object queries, by the strategies that the DINO paper compares.
+"""Turn the encoder's memory into object queries, by the query selections that the DINO paper compares.
 
 Papers: DINO, https://arxiv.org/abs/2203.03605, section 3.4 and figure 5; Deformable DETR,
 https://arxiv.org/abs/2010.04159, appendix A.4 (two-stage); DAB-DETR, https://arxiv.org/abs/2201.12329.
@@ -9,15 +9,20 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
+from .backbone_dino_detr import DinoDetrFeatureLevels
 from .boxes_dino_detr import at_least_float32
 from .configuration_dino_detr import DinoDetrConfig
-from .feature_levels_dino_detr import DinoDetrFeatureLevels
 from .initialization_dino_detr import init_as, normal_embedding, xavier, xavier_embedding
 from .prediction_heads_dino_detr import make_bbox_head, make_class_head
+from .reference_points_dino_detr import normalized_cell_centers
 
 
 PROPOSAL_BASE_SIZE = 0.05  # fraction of the image on the finest level; doubled on each coarser level
-PROPOSAL_MARGIN = 0.01  # a proposal with a coordinate closer than this to 0 or 1 is not used
+
+# A proposal in the padding, or with a coordinate closer than this to 0 or 1, is invalid. As in the official
+# implementation it is still scored, but its memory is zeroed, and its box is (1, 1, 1, 1): its logits are infinite, so
+# no output of the box head changes them.
+PROPOSAL_MARGIN = 0.01
 
 
 class DinoDetrObjectQueries(NamedTuple):
@@ -39,18 +44,18 @@ class DinoDetrObjectQueries(NamedTuple):
 
 
 def gen_encoder_output_proposals(levels: DinoDetrFeatureLevels) -> tuple[torch.Tensor, torch.Tensor]:
-    """Generate one candidate box per memory position: centered on its cell, twice as large on each coarser level.
+    """Generate one candidate box per token: centered on its cell, twice as large on each coarser level.
 
     Args:
         levels ([`DinoDetrFeatureLevels`]): Only shapes, mask and valid ratios are read.
 
     Returns:
         The boxes, `(batch_size, sequence_length, 4)`: center x, center y, width, height as fractions of the unpadded
-        image; and the mask of valid ones, `(batch_size, sequence_length)` bool: neither padding nor too close to the
-        border.
+        image; and the mask of valid ones, `(batch_size, sequence_length)` bool: neither in the padding nor closer than
+        `PROPOSAL_MARGIN` to the border.
     """
     # Rounded to whole cells: the rounding error of a ratio could move a proposal across PROPOSAL_MARGIN.
-    centers = levels.normalized_cell_centers(levels.valid_sizes().round())
+    centers = normalized_cell_centers(levels, round_sizes=True)
     sizes = [
         centers.new_full((height * width, 2), PROPOSAL_BASE_SIZE * 2**level)
         for level, (height, width) in enumerate(levels.spatial_shapes_list)
@@ -83,14 +88,14 @@ class DinoDetrTwoStageQuerySelection(nn.Module):
         """
         Args:
             memory (`torch.Tensor` of shape `(batch_size, sequence_length, d_model)`): The encoder's output.
-            levels ([`DinoDetrFeatureLevels`]): Where the positions of the memory are.
+            levels ([`DinoDetrFeatureLevels`]): Shapes, mask and valid ratios of the levels.
 
         Raises:
-            ValueError: If there are fewer positions than queries to select.
+            ValueError: If there are fewer tokens than queries to select.
         """
         if memory.shape[1] < self.num_queries:
             raise ValueError(
-                f"the images have {memory.shape[1]} feature positions, too few to choose "
+                f"the images have {memory.shape[1]} encoder tokens, too few to choose "
                 f"num_queries={self.num_queries} from: use larger images (the image processor's `size`) or a "
                 f"smaller num_queries"
             )
@@ -99,14 +104,13 @@ class DinoDetrTwoStageQuerySelection(nn.Module):
         token_logits = self.class_embed(tokens)
         best = token_logits.amax(dim=-1).topk(self.num_queries, dim=1).indices  # (batch, num_queries)
 
-        selected_tokens = _gather_rows(tokens, best)
-        # Infinite logits cannot be refined: after the sigmoid an invalid proposal is (1, 1, 1, 1).
+        selected_tokens = _gather_tokens(tokens, best)
         proposal_logits = torch.logit(proposals).masked_fill(~valid_mask[..., None], float("inf"))
-        box_logits = at_least_float32(self.bbox_embed(selected_tokens)) + _gather_rows(proposal_logits, best)
+        box_logits = at_least_float32(self.bbox_embed(selected_tokens)) + _gather_tokens(proposal_logits, best)
         return DinoDetrObjectQueries(
             inputs_embeds=self.content_queries_from(selected_tokens),
             reference_points=box_logits.detach().sigmoid(),
-            enc_outputs_class=_gather_rows(token_logits, best),
+            enc_outputs_class=_gather_tokens(token_logits, best),
             enc_outputs_coord_logits=box_logits,
         )
 
@@ -119,7 +123,7 @@ class DinoDetrMixedQuerySelection(DinoDetrTwoStageQuerySelection):
         self.content_queries = init_as(xavier_embedding, nn.Embedding(config.num_queries, config.d_model))
 
     def content_queries_from(self, selected_tokens: torch.Tensor) -> torch.Tensor:
-        return _expand_embedding(self.content_queries, selected_tokens)
+        return _expand_embedding(self.content_queries, len(selected_tokens), selected_tokens.device)
 
 
 class DinoDetrPureQuerySelection(DinoDetrTwoStageQuerySelection):
@@ -145,23 +149,23 @@ class DinoDetrStaticQuerySelection(nn.Module):
 
     def forward(self, memory: torch.Tensor, levels: DinoDetrFeatureLevels) -> DinoDetrObjectQueries:
         return DinoDetrObjectQueries(
-            inputs_embeds=_expand_embedding(self.content_queries, memory),
-            reference_points=at_least_float32(_expand_embedding(self.anchors, memory)).sigmoid(),
+            inputs_embeds=_expand_embedding(self.content_queries, len(memory), memory.device),
+            reference_points=at_least_float32(_expand_embedding(self.anchors, len(memory), memory.device)).sigmoid(),
         )
 
 
-def _expand_embedding(embedding: nn.Embedding, memory: torch.Tensor) -> torch.Tensor:
+def _expand_embedding(embedding: nn.Embedding, batch_size: int, device: torch.device) -> torch.Tensor:
     """Return all rows of an embedding for each image, `(batch_size, num_queries, embedding_dim)`.
 
     The embedding is called, not its weight read, because only a call loads offloaded weights.
     """
-    rows = embedding(torch.arange(embedding.num_embeddings, device=memory.device))
-    return rows.expand(len(memory), -1, -1)
+    rows = embedding(torch.arange(embedding.num_embeddings, device=device))
+    return rows.expand(batch_size, -1, -1)
 
 
-def _gather_rows(rows: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    """Gather the rows `index`, `(batch, selected)`, of `rows`, `(batch, sequence, dim)`."""
-    return rows.gather(1, index[..., None].expand(-1, -1, rows.shape[-1]))
+def _gather_tokens(values: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """Gather the values, `(batch_size, sequence_length, dim)`, of the tokens `index`, `(batch_size, num_queries)`."""
+    return values.gather(1, index[..., None].expand(-1, -1, values.shape[-1]))
 
 
 QUERY_SELECTIONS: dict[str, type[DinoDetrTwoStageQuerySelection] | type[DinoDetrStaticQuerySelection]] = {

@@ -104,38 +104,6 @@ def test_freeze_batch_norm(frozen):
     assert not any(norm.training for norm in backbone.eval().batch_norms())
 
 
-def slow_position_embedding(mask, d_model, temperature, offset):
-    """Sines and cosines of DETR cell by cell: y in the first half, then x, each counted within the image."""
-    embedding = torch.zeros(*mask.shape, d_model, dtype=torch.float64)
-    for image, row, column in mask.nonzero().tolist():
-        y = (mask[image, : row + 1, column].sum().item() + offset) / mask[image, :, column].sum().item()
-        x = (mask[image, row, : column + 1].sum().item() + offset) / mask[image, row].sum().item()
-        for half, fraction in enumerate((y, x)):
-            for channel in range(d_model // 2):
-                angle = 2 * math.pi * fraction / temperature ** (2 * (channel // 2) / (d_model // 2))
-                value = math.cos(angle) if channel % 2 else math.sin(angle)
-                embedding[image, row, column, half * d_model // 2 + channel] = value
-    return embedding
-
-
-@pytest.mark.parametrize(("temperature", "offset"), [(20, 0.0), (10000, -0.5)])
-def test_position_embedding_equals_a_slow_one(temperature, offset):
-    backbone = make_backbone(positional_encoding_temperature=temperature, positional_encoding_offset=offset)
-    mask = padded_batch((5, 7), (3, 4))[1].bool()
-    embedding = backbone.sine_position_embedding(mask)
-    expected = slow_position_embedding(mask, 32, temperature, offset)
-    torch.testing.assert_close(embedding[mask].double(), expected[mask], rtol=0, atol=1e-5)
-
-
-def test_position_embedding_is_computed_in_float32():
-    """In bf16, cells could not be counted beyond 256."""
-    backbone = make_backbone()
-    mask = torch.ones(1, 2, 400, dtype=torch.bool)
-    expected = backbone.sine_position_embedding(mask)
-    with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(backbone.to(torch.bfloat16).sine_position_embedding(mask), expected)
-
-
 def test_masks_and_valid_ratios_of_padded_images():
     levels = make_backbone()(*padded_batch((128, 64), (64, 256)))
     assert levels.spatial_shapes_list == [(8, 16), (4, 8), (2, 4)]

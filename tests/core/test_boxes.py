@@ -7,7 +7,6 @@ from hf_dino.boxes_dino_detr import (
     generalized_box_iou,
     inverse_sigmoid,
     refine_bboxes,
-    sine_box_embedding,
 )
 
 
@@ -16,16 +15,6 @@ def test_inverse_sigmoid_is_the_inverse_except_at_the_border():
     torch.testing.assert_close(inverse_sigmoid(fraction).sigmoid(), fraction)
     assert inverse_sigmoid(torch.tensor([-1.0, 0.0])).unique().numel() == 1
     assert inverse_sigmoid(torch.tensor([0.0, 1.0])).isfinite().all()
-
-
-def test_sine_box_embedding_is_y_x_width_height_of_transformers_formula():
-    box = torch.tensor([0.1, 0.2, 0.3, 0.4], dtype=torch.float64)
-    embedding = sine_box_embedding(box, dim=8).view(4, 4, 2)  # coordinate, frequency, sine and cosine
-    for row, coordinate in zip(embedding, (0.2, 0.1, 0.3, 0.4)):
-        for frequency, (sine, cosine) in enumerate(row):
-            angle = torch.tensor(coordinate * 2 * torch.pi / 10000 ** (2 * frequency / 8))
-            torch.testing.assert_close(sine, angle.sin().double(), rtol=1e-6, atol=1e-6)
-            torch.testing.assert_close(cosine, angle.cos().double(), rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])

@@ -4,7 +4,7 @@ import pytest
 
 from helpers.models import TINY_RESNET, make_labels, tiny_config, tiny_model
 from hf_dino import DinoDetrConfig
-from hf_dino.configuration_dino_detr import BOX_REFINEMENT, DENOISING, QUERY_SELECTION
+from hf_dino.configuration_dino_detr import BOX_REFINEMENT_NAMES, DENOISING_NAMES, QUERY_SELECTION_NAMES
 from hf_dino.denoising_dino_detr import DENOISING_STRATEGIES
 from hf_dino.modeling_dino_detr import BOX_REFINEMENTS
 from hf_dino.query_selection_dino_detr import QUERY_SELECTIONS
@@ -36,9 +36,9 @@ def test_defaults_are_the_published_ones_of_dino_4scale_resnet50():
 
 
 def test_every_named_strategy_has_an_implementation():
-    assert tuple(DENOISING_STRATEGIES) == DENOISING
-    assert tuple(QUERY_SELECTIONS) == QUERY_SELECTION
-    assert tuple(BOX_REFINEMENTS) == BOX_REFINEMENT
+    assert tuple(DENOISING_STRATEGIES) == DENOISING_NAMES
+    assert tuple(QUERY_SELECTIONS) == QUERY_SELECTION_NAMES
+    assert tuple(BOX_REFINEMENTS) == BOX_REFINEMENT_NAMES
 
 
 def test_json_round_trip(tmp_path):

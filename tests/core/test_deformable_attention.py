@@ -2,13 +2,13 @@ import pytest
 import torch
 from torch import nn
 
+from hf_dino.backbone_dino_detr import DinoDetrFeatureLevels
 from hf_dino.deformable_attention_dino_detr import (
     DinoDetrMultiscaleDeformableAttention,
     MultiScaleDeformableAttention,
+    compute_sampling_locations,
     multi_scale_deformable_attention,
-    sampling_locations,
 )
-from hf_dino.feature_levels_dino_detr import DinoDetrFeatureLevels
 
 
 def slow_reference(value, spatial_shapes, locations, weights):
@@ -122,13 +122,13 @@ def test_the_stateless_layer_takes_the_seven_arguments_of_the_hub_kernel():
     torch.testing.assert_close(output, multi_scale_deformable_attention(value, shapes, locations, weights))
 
 
-def test_locations_around_points_are_in_cells_and_around_boxes_in_half_sides():
+def test_locations_around_points_are_in_cells_and_around_boxes_in_half_sizes():
     shapes = torch.tensor([[10, 20]])  # height, width
     offsets = torch.tensor([1.0, 1.0]).view(1, 1, 1, 1, 1, 2)
-    point = sampling_locations(offsets, torch.tensor([[[[0.5, 0.5]]]]), shapes)
+    point = compute_sampling_locations(offsets, torch.tensor([[[[0.5, 0.5]]]]), shapes)
     torch.testing.assert_close(point.flatten(), torch.tensor([0.55, 0.6]))
     offsets = torch.tensor([[4.0, 0.0]] * 4).view(1, 1, 1, 1, 4, 2)  # num_points cells reach the edge
-    box = sampling_locations(offsets, torch.tensor([[[[0.5, 0.5, 0.2, 0.4]]]]), shapes)
+    box = compute_sampling_locations(offsets, torch.tensor([[[[0.5, 0.5, 0.2, 0.4]]]]), shapes)
     torch.testing.assert_close(box[0, 0, 0, 0, 0], torch.tensor([0.6, 0.5]))
 
 

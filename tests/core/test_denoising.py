@@ -46,7 +46,7 @@ def test_contrastive_noise_is_below_lambda_or_between_lambda_and_two_lambda(scal
     def corners(boxes):
         return torch.cat([boxes[..., :2] - boxes[..., 2:] / 2, boxes[..., :2] + boxes[..., 2:] / 2], -1)
 
-    moved = (corners(noisy) - corners(box)).abs() / (box[2:].repeat(2) / 2)  # in half-sides
+    moved = (corners(noisy) - corners(box)).abs() / (box[2:].repeat(2) / 2)
     positive, negative = moved.unbind(dim=2)
     assert positive.max() <= scale * (1 + 1e-4) and positive.max() > 0.95 * scale and positive.min() < 0.05 * scale
     assert negative.min() >= scale * (1 - 1e-4) and negative.max() <= 2 * scale * (1 + 1e-4)
@@ -54,7 +54,7 @@ def test_contrastive_noise_is_below_lambda_or_between_lambda_and_two_lambda(scal
     assert ((corners(noisy) - corners(box)) > 0).float().mean().item() == pytest.approx(0.5, abs=0.05)
 
 
-def test_plain_noise_shifts_by_half_sides_and_scales_sides():
+def test_plain_noise_shifts_by_half_the_size_and_scales_the_size():
     torch.manual_seed(0)
     box, scale = torch.tensor([0.5, 0.5, 0.1, 0.2]), 0.4
     noisy = plain_box_noise(box.expand(5000, 4), scale)

@@ -12,7 +12,7 @@ from transformers import AutoModelForObjectDetection
 
 from helpers.models import make_labels, tiny_config, tiny_model
 from hf_dino import DinoDetrForObjectDetection, modeling_dino_detr
-from hf_dino.configuration_dino_detr import BOX_REFINEMENT, DENOISING, QUERY_SELECTION
+from hf_dino.configuration_dino_detr import BOX_REFINEMENT_NAMES, DENOISING_NAMES, QUERY_SELECTION_NAMES
 from hf_dino.loss_dino_detr import hungarian_match
 from hf_dino.query_selection_dino_detr import gen_encoder_output_proposals
 
@@ -177,16 +177,14 @@ def test_the_same_seed_gives_the_same_step(pixel_values):
 
 
 def test_too_small_an_image_is_named():
-    with pytest.raises(
-        ValueError, match=r"have 11 feature positions, too few to choose num_queries=12 .* larger images"
-    ):
+    with pytest.raises(ValueError, match=r"have 11 encoder tokens, too few to choose num_queries=12 .* larger images"):
         tiny_model()(torch.zeros(2, 3, 32, 64))
 
 
 # Gradients
 
 
-COMBINATIONS = list(itertools.product(DENOISING, QUERY_SELECTION, BOX_REFINEMENT, (True, False)))
+COMBINATIONS = list(itertools.product(DENOISING_NAMES, QUERY_SELECTION_NAMES, BOX_REFINEMENT_NAMES, (True, False)))
 
 
 @pytest.mark.parametrize(("denoising", "query_selection", "box_refinement", "share_decoder_heads"), COMBINATIONS)
@@ -213,7 +211,7 @@ def test_a_gradient_reaches_every_parameter(
                 assert gradient.any(), name
 
 
-@pytest.mark.parametrize("strategy", BOX_REFINEMENT)
+@pytest.mark.parametrize("strategy", BOX_REFINEMENT_NAMES)
 def test_how_many_layers_a_box_loss_reaches(pixel_values, strategy):
     """DINO, figure 6: the boxes of a layer also train the box head of the layer before, but no earlier one."""
     model = tiny_model(box_refinement=strategy, share_decoder_heads=False)
@@ -372,7 +370,7 @@ def test_static_queries_are_the_same_for_every_image(pixel_values):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("query_selection", QUERY_SELECTION)
+@pytest.mark.parametrize("query_selection", QUERY_SELECTION_NAMES)
 def test_inference_in_half_precision(pixel_values, dtype, query_selection):
     model = tiny_model(query_selection=query_selection)
     with torch.no_grad():
@@ -613,11 +611,11 @@ def test_one_attention_implementation_is_enough_for_a_backbone_without_attention
 
 
 @pytest.mark.parametrize("query_selection", ["mixed", "static"])
-def test_reset_class_heads_changes_nothing_else(query_selection, tmp_path):
+def test_reset_class_layers_changes_nothing_else(query_selection, tmp_path):
     tiny_model(query_selection=query_selection).save_pretrained(tmp_path)
     model = DinoDetrForObjectDetection.from_pretrained(tmp_path)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    model.reset_class_heads()
+    model.reset_class_layers()
     changed = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
     assert changed == {name for name in before if "class_embed" in name or "label_embed" in name}
     torch.testing.assert_close(model.class_embed[0].bias, torch.full((5,), -math.log(99)))

@@ -2,8 +2,9 @@ import pytest
 import torch
 
 from helpers.models import tiny_config
-from hf_dino.feature_levels_dino_detr import DinoDetrFeatureLevels, get_reference_points
+from hf_dino.backbone_dino_detr import DinoDetrFeatureLevels
 from hf_dino.query_selection_dino_detr import QUERY_SELECTIONS, gen_encoder_output_proposals
+from hf_dino.reference_points_dino_detr import get_reference_points
 
 
 def make_levels(*shapes, valid=(1.0, 1.0), batch_size=1) -> DinoDetrFeatureLevels:
@@ -42,13 +43,13 @@ def test_proposals_sit_on_their_cells_and_double_with_each_level():
     assert valid_mask.all()
 
 
-def test_proposals_are_fractions_of_the_unpadded_image_and_padding_is_not_used():
+def test_proposals_are_fractions_of_the_unpadded_image_and_invalid_in_the_padding():
     boxes, valid_mask = gen_encoder_output_proposals(make_levels((2, 4), valid=(0.5, 1.0)))
     torch.testing.assert_close(boxes[0, :2, 0], torch.tensor([0.25, 0.75]))
     assert valid_mask[0].tolist() == [True, True, False, False] * 2
 
 
-def test_proposals_at_the_border_are_not_used():
+def test_proposals_at_the_border_are_invalid():
     """The center of the first of 100 cells lies at 0.005, and of the last at 0.995."""
     _, valid_mask = gen_encoder_output_proposals(make_levels((1, 100)))
     assert valid_mask[0].tolist() == [False, *[True] * 98, False]
@@ -111,17 +112,23 @@ def test_static_queries_are_learned_and_the_same_for_every_image():
     assert selection.anchors.weight.grad.abs().sum() > 0 and selection.content_queries.weight.grad.abs().sum() > 0
 
 
-def test_too_few_positions_are_an_error_that_says_what_to_do():
+def test_too_few_tokens_are_an_error_that_says_what_to_do():
     selection, memory, levels = make_selection("mixed", num_queries=17)
-    with pytest.raises(ValueError, match=r"16 feature positions, too few to choose num_queries=17 .* larger images"):
+    with pytest.raises(ValueError, match=r"16 encoder tokens, too few to choose num_queries=17 .* larger images"):
         selection(memory, levels)
 
 
-def test_proposals_that_may_not_be_used_are_chosen_last_and_stay_finite():
+def test_invalid_proposals_are_scored_without_their_memory_and_have_the_box_of_ones():
     selection, memory, _ = make_selection("mixed", num_queries=16)
     levels = make_levels((3, 4), (2, 2), valid=(0.5, 1.0), batch_size=2)
     queries = selection(memory, levels)
+    num_invalid = (~gen_encoder_output_proposals(levels)[1][0]).sum().item()
+    assert num_invalid == 8
     assert queries.reference_points.isfinite().all()
+    assert (queries.reference_points == 1).all(dim=-1).sum(dim=1).tolist() == [num_invalid] * 2
+    zero = selection.class_embed(selection.enc_output_norm(selection.enc_output(torch.zeros(32))))
+    is_zero = torch.isclose(queries.enc_outputs_class, zero, atol=1e-5).all(dim=-1)
+    assert torch.equal(is_zero, (queries.reference_points == 1).all(dim=-1))
     boxes = queries.enc_outputs_coord_logits.sigmoid()
     (gradient,) = torch.autograd.grad(boxes.sum(), memory)
     assert gradient.isfinite().all()

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from hf_dino.deformable_attention_dino_detr import multi_scale_deformable_attention, sampling_locations
+from hf_dino.deformable_attention_dino_detr import compute_sampling_locations, multi_scale_deformable_attention
 
 
 KERNELS = Path(__file__).parents[2] / "kernels"
@@ -171,7 +171,7 @@ def exact_fused(inputs: Inputs) -> list[torch.Tensor]:
     leaves = [tensor.requires_grad_() for tensor in (inputs.value, inputs.references, inputs.offsets, inputs.logits)]
     shapes = torch.tensor(inputs.shapes, device=inputs.value.device)
     weights = inputs.logits.flatten(3).softmax(-1).view_as(inputs.logits)
-    locations = sampling_locations(inputs.offsets, inputs.references, shapes)
+    locations = compute_sampling_locations(inputs.offsets, inputs.references, shapes)
     output = multi_scale_deformable_attention(inputs.value, inputs.shapes, locations, weights)
     gradients = torch.autograd.grad((output, weights), leaves, (inputs.grad_output, inputs.grad_weights))
     return [output, weights, *gradients]

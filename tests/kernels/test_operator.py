@@ -11,7 +11,7 @@ import torch
 
 from helpers.models import make_labels, tiny_config, tiny_model
 from hf_dino import DinoDetrForObjectDetection, kernels
-from hf_dino.deformable_attention_dino_detr import multi_scale_deformable_attention, sampling_locations
+from hf_dino.deformable_attention_dino_detr import compute_sampling_locations, multi_scale_deformable_attention
 
 
 KERNELS = Path(__file__).parents[2] / "kernels"
@@ -56,7 +56,7 @@ def random_references(inputs, width, seed=1):
 
 def fused_reference(value, shapes, reference_points, offsets, logits):
     weights = logits.flatten(-2).softmax(-1).view_as(logits)
-    locations = sampling_locations(offsets, reference_points, torch.tensor(shapes))
+    locations = compute_sampling_locations(offsets, reference_points, torch.tensor(shapes))
     return multi_scale_deformable_attention(value, shapes, locations, weights), weights
 
 
