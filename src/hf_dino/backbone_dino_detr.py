@@ -129,7 +129,11 @@ class DinoDetrBackbone(nn.Module):
         return tuple(feature_maps)
 
     def project_features(self, feature_maps: tuple[torch.Tensor, ...]) -> list[torch.Tensor]:
-        """Project the feature maps to `d_model` channels and append coarser maps, each made from the one before."""
+        """Project the feature maps to `d_model` channels and append coarser maps.
+
+        The first coarser map is made from the last feature map before its projection, each further one from the one
+        before.
+        """
         projected = [projection(feature_map) for projection, feature_map in zip(self.input_proj, feature_maps)]
         coarsest = feature_maps[-1]
         for projection in self.input_proj[len(feature_maps) :]:

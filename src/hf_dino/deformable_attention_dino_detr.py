@@ -1,9 +1,10 @@
 """Multi-scale deformable attention: the PyTorch reference implementation, the replaceable operator, and the layer.
 
-The layer of encoder and decoder, `DinoDetrMultiscaleDeformableAttention`, calls the fused compiled operator. If there
-is none, or its `attn` was replaced by a kernel of the Hub, it calls `attn`: by default a
-`MultiScaleDeformableAttention`, which has no weights and calls the compiled operator or, if there is none, the
-reference implementation, `multi_scale_deformable_attention`.
+`DinoDetrMultiscaleDeformableAttention`, the layer of encoder and decoder, tries in this order:
+
+1. the fused compiled operator, which includes the softmax and the sampling locations, unless its `attn` was replaced;
+2. its `attn`: a replacement from the Hub or, by default, `MultiScaleDeformableAttention`, which has no weights and
+   calls the compiled operator or, without one, the reference implementation `multi_scale_deformable_attention`.
 
 Paper: Deformable DETR, https://arxiv.org/abs/2010.04159, equation 3.
 """

@@ -48,7 +48,8 @@ def denoising_attention_mask(
     """Return which query may attend to which in the decoder's self-attention.
 
     Denoising queries contain the ground truth. So that it cannot leak, a matching query attends to no denoising query
-    and a denoising query to no other group. Denoising queries attend to the matching queries, which contain none.
+    and a denoising query to no other group. Denoising queries attend to the matching queries, which
+    contain no ground truth.
 
     Args:
         num_groups (`int`):
@@ -108,8 +109,8 @@ def contrastive_box_noise(boxes: torch.Tensor, scale: float) -> torch.Tensor:
 
     Returns:
         `torch.Tensor` of the same shape. Corners are clamped to the image. A negative copy's corner can cross the
-        opposite one, which gives a negative width or height. `inverse_sigmoid` clamps it to the smallest one, as in
-        the official implementation.
+        opposite one, which gives a negative width or height. `inverse_sigmoid` later clamps it to its lower bound of
+        1e-3, as in the official implementation.
     """
     centers, half_sizes = boxes[..., None, :2], boxes[..., None, 2:] / 2
     corner_direction = 2 * torch.arange(2, device=boxes.device)[:, None] - 1  # top left, bottom right
@@ -190,9 +191,9 @@ class DinoDetrDenoising(nn.Module):
         Args:
             labels (`list[dict[str, torch.Tensor]]`, *optional*): Per image `class_labels` `(num_objects,)` and
                 `boxes` `(num_objects, 4)` as fractions of the unpadded image. Without labels there are no queries.
-                With labels but without objects, all queries are empty, and there are some only if `max_num_objects` is
-                positive. In either case the label embedding gets a gradient of zero, which data-parallel training
-                needs.
+                With labels but without objects there are none either, or only empty ones if `max_num_objects` is
+                positive; the label embedding is called all the same, so that it gets a gradient of zero, which
+                data-parallel training needs.
             matching_queries (`torch.Tensor` of shape `(batch_size, num_matching_queries, d_model)`):
                 The content queries that follow the denoising queries; only their shape and device matter.
             max_num_objects (`int`, *optional*, defaults to 0):

@@ -1,8 +1,8 @@
 """Initial weights, one rule per kind of layer, as in the official implementation.
 
-For models that are not part of transformers, transformers calls `_init_weights` only for modules that own a parameter
-directly. So each rule is attached to such a layer when it is built, `init_as(zeros, nn.Linear(...))`, and applied when
-its weights are created (`initialize`).
+Each layer gets its rule when it is built, `init_as(zeros, nn.Linear(...))`, and `initialize` applies it later. The
+rule is on the layer that owns the parameters, because transformers calls `_init_weights` of a model outside its own
+code only for such modules.
 
 Source of the rules: IDEA-Research/DINO, commit faa8520, `DeformableTransformer._reset_parameters`,
 `MSDeformAttn._reset_parameters` and `DINO.__init__`.

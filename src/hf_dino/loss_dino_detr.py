@@ -32,8 +32,8 @@ class DinoDetrEffectiveBatch:
     Passing the same counts to every micro-batch makes the mean loss (and gradient) equal that of one large batch.
 
     Attributes:
-        num_boxes (`float`, *optional*): Normalizer of every loss: the number of objects of all micro-batches, at least
-            1, divided by the number of micro-batches. `None` counts the objects of the micro-batch itself; see
+        num_boxes (`float`, *optional*): Normalizer of every loss: the number of objects of all micro-batches (at least
+            1), divided by the number of micro-batches. `None` counts the objects of the micro-batch itself; see
             `get_num_boxes`.
         max_num_objects (`int`, *optional*, defaults to 0): Maximum number of objects per image over all micro-batches,
             which determines the number and the size of denoising groups.
@@ -92,9 +92,9 @@ def dino_detr_loss(
         num_boxes (`torch.Tensor` or `float`): Normalizer, from `get_num_boxes` or [`DinoDetrEffectiveBatch`].
 
     Returns:
-        The weighted sum and the unweighted terms: `loss_ce`, `loss_bbox` and `loss_giou` of the last layer, the same
-        with the suffixes `_0`, `_1`, ... of the earlier layers and `_encoder`, and all of the decoder's once more with
-        `_denoising`, `_denoising_0`, `_denoising_1`, ...
+        The weighted sum, and the unweighted terms. Their names are `loss_ce`, `loss_bbox` and `loss_giou`, followed by
+        `_denoising` for the denoising queries, and by `_0`, `_1`, ... for the earlier decoder layers and nothing for
+        the last one. Those of the encoder end with `_encoder`.
     """
     targets = pad_targets(labels, config.num_labels)
     object_index = hungarian_match(logits, pred_boxes, labels, config)

@@ -128,7 +128,7 @@ class DinoDetrModelOutput(ModelOutput):
             Class logits of the selected encoder tokens; `None` for `query_selection="static"`.
         enc_outputs_coord_logits (`torch.Tensor` of shape `(batch_size, num_queries, 4)`, *optional*):
             Their boxes before the sigmoid.
-        denoising ([`DinoDetrDenoisingOutput`]): Without queries outside training.
+        denoising ([`DinoDetrDenoisingOutput`]): Has zero queries outside training.
         decoder_hidden_states, decoder_attentions, cross_attentions, encoder_hidden_states, encoder_attentions
             (`tuple[torch.Tensor]`, *optional*): With `output_hidden_states=True` and `output_attentions=True`.
     """
@@ -498,7 +498,7 @@ def warn_if_emulated(device_type: str, dtype: torch.dtype) -> None:
 
 
 class DinoDetrModel(DinoDetrPreTrainedModel):
-    """DINO without its class heads, which turns images into object queries with boxes.
+    """Turn images into decoded object queries and their boxes: DINO without the decoder's class heads and the loss.
 
     Args:
         config ([`DinoDetrConfig`]): Sizes and strategies.
@@ -649,10 +649,10 @@ class DinoDetrForObjectDetection(DinoDetrPreTrainedModel):
                 center x, center y, width, height as fractions of the unpadded image. If given, the
                 loss is computed.
             effective_batch ([`DinoDetrEffectiveBatch`], *optional*):
-                Object counts of the whole optimizer step, which make its micro-batches, of all processes, equal to one
-                large batch. Without it the number of denoising groups depends on this micro-batch alone. The loss is
-                then divided, in training mode, by the mean number of objects per process, as in the official
-                implementation, and in evaluation mode by the number of objects of this process.
+                Object counts over all micro-batches and processes of an optimizer step; with them, the step equals one
+                on a single large batch. Without them, the number of denoising groups depends on this micro-batch
+                alone. The loss is then divided, in training mode, by the mean number of objects per process, as in the
+                official implementation, and in evaluation mode by the number of objects of this process.
             output_hidden_states, output_attentions (`bool`, *optional*): Whether to return them.
 
         Raises:

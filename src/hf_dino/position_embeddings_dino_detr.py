@@ -17,8 +17,8 @@ def sine_wavelengths(dim: int, temperature: float, device: torch.device) -> torc
     """Return the wavelengths of a sine embedding, each twice: for sine and cosine.
 
     Returns:
-        `torch.Tensor` of shape `(dim,)` and dtype float32, from 1 to nearly `temperature`, in units of the embedded
-        coordinate, which callers multiply by 2π.
+        `torch.Tensor` of shape `(dim,)` and dtype float32, from 1 to nearly `temperature`. Callers compute the
+        sine and cosine of 2π · coordinate / wavelength.
 
     Example:
 

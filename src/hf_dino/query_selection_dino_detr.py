@@ -51,8 +51,8 @@ def gen_encoder_output_proposals(levels: DinoDetrFeatureLevels) -> tuple[torch.T
 
     Returns:
         The boxes, `(batch_size, sequence_length, 4)`: center x, center y, width, height as fractions of the unpadded
-        image; and the mask of valid ones, `(batch_size, sequence_length)` bool: neither in the padding nor closer than
-        `PROPOSAL_MARGIN` to the border.
+        image; and the mask of valid ones, `(batch_size, sequence_length)` bool: not in the padding, and all four
+        values between `PROPOSAL_MARGIN` and 1 − `PROPOSAL_MARGIN`.
     """
     # Rounded to whole cells: the rounding error of a ratio could move a proposal across PROPOSAL_MARGIN.
     centers = normalized_cell_centers(levels, round_sizes=True)

@@ -2,7 +2,7 @@
 
 `backbone_dino_detr` builds the feature levels themselves.
 
-Paper: Deformable DETR, https://arxiv.org/abs/2010.04159, appendix A.2 and A.4.
+Paper: Deformable DETR, https://arxiv.org/abs/2010.04159, section 4.1 and appendix A.4.
 """
 
 import torch

@@ -94,7 +94,7 @@ def checkpoint_table() -> str:
             "|---|---|---|---|---|",
             *rows,
             "",
-            "Epochs trained when the file was saved, of schedules of 12, 24 or 36. "
+            "Epochs of training when the file was saved; the full schedules are 12, 24 or 36 epochs. "
             "Box AP on COCO val2017: published by the authors, not measured here.",
         ]
     )
