@@ -2,6 +2,7 @@
 
 import logging
 import shlex
+import sys
 from collections import defaultdict
 from collections.abc import Collection, Container, Iterator, Sequence
 from pathlib import Path
@@ -121,15 +122,20 @@ def require_one_source(
         context.fail(f"Give either {name}, or both --images and --annotations.")
 
 
+class _StderrHandler(logging.Handler):
+    """Print to the `sys.stderr` of the moment: that of a progress bar of `rich` prints above the bar."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        print(self.format(record), file=sys.stderr)
+
+
 def log_to_terminal(level: int = logging.WARNING, hide: Collection[str] = ()) -> None:
-    """Print log messages to the terminal, above a progress bar if there is one.
+    """Print log messages to stderr, above a progress bar if there is one.
 
     Args:
         level (`int`, *optional*, defaults to `logging.WARNING`): Lowest level that is printed.
         hide (`Collection[str]`, *optional*): Names of loggers that are not printed.
     """
-    from rich.logging import RichHandler
-
-    handler = RichHandler(show_path=False)
+    handler = _StderrHandler()
     handler.addFilter(lambda record: record.name not in hide)
-    logging.basicConfig(level=level, format="%(message)s", handlers=[handler])
+    logging.basicConfig(level=level, format="%(levelname)s %(message)s", handlers=[handler])
