@@ -1,5 +1,7 @@
 """Recipes are options in a file: below the command line, checked as it is, and those of the examples are right."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -263,3 +265,11 @@ def test_milestones_belong_to_the_schedule_that_has_them():
     recipe = f"--recipe={RECIPES / 'coco-r50-4scale-24ep.yaml'}"
     assert parse_finetune(recipe, "--lr_scheduler_type=cosine", "--lr_milestones").lr_milestones == []
     assert parse_finetune(model).lr_milestones == [11 / 12]
+
+
+def test_options_without_overrides_are_checked_without_importing_the_model():
+    code = (
+        "import sys; sys.argv = ['hf-dino']; from hf_dino.training_arguments import FineTuningArguments as Arguments\n"
+    )
+    code += "Arguments(model_name_or_path='m', dataset='d', output_dir='o'); sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
