@@ -8,6 +8,9 @@ same way and adds resuming, EMA weights, logs and options.
 """
 
 import sys
+from collections.abc import Iterable
+from functools import partial
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -16,39 +19,47 @@ from accelerate.utils import send_to_device, set_seed
 from hf_dino.data import DetectionDataset, TrainingBatchSampler, read_data, steps_per_epoch, training_loader
 from hf_dino.evaluation import evaluate_model
 from hf_dino.hub import load_pretrained_for_categories
-from hf_dino.training import build_training_pipeline, freeze, get_param_groups, set_lr, with_effective_batch
+from hf_dino.training import (
+    build_training_pipeline,
+    freeze,
+    get_param_groups,
+    read_and_check,
+    scale_lr,
+    with_effective_batch,
+)
 
 
 NUM_EPOCHS = 12
 GLOBAL_BATCH_SIZE = 16  # images per optimizer step, over all processes and accumulated micro-batches
-GRADIENT_ACCUMULATION_STEPS = 4
+GRADIENT_ACCUMULATION_STEPS = 2  # more need less memory, and give the same result
 NUM_WORKERS = 2
 SEED = 0
 
 
 def main(model_name: str, dataset: str, output_dir: str) -> float:
     """Fine-tune a model and save it. Return its average precision on the validation images, in [0, 1]."""
-    set_seed(SEED)
     accelerator = Accelerator(
         cpu=not torch.accelerator.is_available(), gradient_accumulation_steps=GRADIENT_ACCUMULATION_STEPS
     )
+    set_seed(SEED)  # new weights are the same on every process
 
-    # The dataset, and a model for its categories. Class heads are kept for classes of the same name.
-    splits = read_data(dataset)
+    # The dataset, which one process downloads, and a model for its categories. Class heads of known classes are kept.
+    splits = read_and_check(partial(read_data, dataset))
     model, processor = load_pretrained_for_categories(model_name, splits["train"].categories)
     freeze(model)  # the stem of a pretrained ResNet, as in the official implementation
 
     # Augmentation, and a collator that makes `pixel_values`, `pixel_mask` and `labels` from images and annotations.
-    pipeline = build_training_pipeline(model, processor, splits, augmentation="dino")
+    preprocessing = build_training_pipeline(model, processor, splits, augmentation="dino")
 
     # AdamW with the backbone at a tenth of the learning rate, which decays to a tenth before the last epoch.
     groups = get_param_groups(model, learning_rate=1e-4, backbone_lr_multiplier=0.1)
     optimizer = torch.optim.AdamW(groups, weight_decay=1e-4)
     model, optimizer = accelerator.prepare(model, optimizer)
+    set_seed(SEED, device_specific=True)  # each process samples its own denoising queries
 
     for epoch in range(NUM_EPOCHS):
-        set_lr(optimizer, 0.1 if epoch == NUM_EPOCHS - 1 else 1.0)
-        train_split = DetectionDataset(splits["train"], pipeline.augmentation, SEED, epoch)
+        scale_lr(optimizer, 0.1 if epoch == NUM_EPOCHS - 1 else 1.0)
+        train_split = DetectionDataset(splits["train"], preprocessing.augmentation, SEED, epoch)
         sampler = TrainingBatchSampler(
             len(train_split),
             GLOBAL_BATCH_SIZE,
@@ -58,22 +69,11 @@ def main(model_name: str, dataset: str, output_dir: str) -> float:
             world_size=accelerator.num_processes,
             gradient_accumulation_steps=GRADIENT_ACCUMULATION_STEPS,
         )
-        loader = training_loader(train_split, pipeline.collate, sampler, num_workers=NUM_WORKERS)
-
-        model.train()
-        # The loss is normalized by the objects of the whole step, as if its micro-batches were one large batch.
-        for batch in with_effective_batch(loader, accelerator):
-            with accelerator.accumulate(model):
-                loss = model(**send_to_device(batch, accelerator.device)).loss
-                accelerator.backward(loss)
-                if accelerator.sync_gradients:
-                    accelerator.clip_grad_norm_(model.parameters(), 0.1)
-                optimizer.step()
-                optimizer.zero_grad()
-
+        loader = training_loader(train_split, preprocessing.collate, sampler, num_workers=NUM_WORKERS)
+        loss = train_epoch(accelerator, model, optimizer, loader)
         scores, _ = evaluate_model(model, processor, splits["validation"], accelerator, batch_size=8)
         num_steps = (epoch + 1) * steps_per_epoch(len(train_split), GLOBAL_BATCH_SIZE)
-        accelerator.print(f"step {num_steps}: loss {loss.item():.3f}, AP {scores.metrics['ap']:.3f}")
+        accelerator.print(f"step {num_steps}: mean loss {loss:.3f}, AP {scores.metrics['ap']:.3f}")
 
     # A directory that `from_pretrained` loads, with the code of the model.
     if accelerator.is_main_process:
@@ -81,6 +81,28 @@ def main(model_name: str, dataset: str, output_dir: str) -> float:
         processor.save_pretrained(output_dir)
     accelerator.end_training()
     return scores.metrics["ap"]
+
+
+def train_epoch(
+    accelerator: Accelerator,
+    model: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    loader: Iterable[dict[str, Any]],
+) -> float:
+    """Train on each batch once. Return the mean loss over all steps and processes."""
+    losses = []
+    model.train()
+    # The loss is normalized by the objects of the whole step, as if its micro-batches were one large batch.
+    for batch in with_effective_batch(loader, accelerator):
+        with accelerator.accumulate(model):
+            loss = model(**send_to_device(batch, accelerator.device)).loss
+            accelerator.backward(loss)
+            if accelerator.sync_gradients:
+                accelerator.clip_grad_norm_(model.parameters(), 0.1)
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(loss.detach())
+    return accelerator.reduce(torch.stack(losses).mean(), "mean").item()
 
 
 if __name__ == "__main__":

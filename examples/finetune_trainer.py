@@ -174,14 +174,14 @@ def main(argv: list[str] | None = None) -> None:
     set_seed(training.seed)
     model, processor = load_pretrained_for_categories(options.model_name_or_path, data["train"].categories, size)
     freeze(model)
-    pipeline = build_training_pipeline(model, processor, data, options.augmentation)
+    preprocessing = build_training_pipeline(model, processor, data, options.augmentation)
     trainer = DetectionTrainer(
         options,
         training_command("examples/finetune_trainer.py", without_resume(argv), training.world_size),
         model=model,
         args=training,
-        data_collator=pipeline.collate,
-        train_dataset=DetectionDataset(data["train"], pipeline.augmentation, training.seed),
+        data_collator=preprocessing.collate,
+        train_dataset=DetectionDataset(data["train"], preprocessing.augmentation, training.seed),
         eval_dataset=DetectionDataset(data["validation"]),
         processing_class=processor,
         callbacks=[EpochCallback()],

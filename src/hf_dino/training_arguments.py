@@ -5,9 +5,10 @@ Nothing heavy is imported here, so that `hf-dino train --help` answers at once.
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from difflib import get_close_matches
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,18 @@ from .utils.io import read_text
 SPLIT_PREFIXES = {"train": "train", "val": "validation", "test": "test"}
 """Prefixes of the options that name the files of a split, and the splits."""
 
-LARGEST_FLOAT = 1e38  # about that of float32: beyond it no weight can follow, and `inf` is a slip
+# also the help of the commands that read a dataset
+DATASET_HELP = (
+    "Dataset: a directory in COCO, YOLO, Pascal VOC or Hugging Face datasets format, or a Hub id, OWNER/NAME or "
+    "OWNER/NAME:CONFIGURATION."
+)
+AUGMENTATION_HELP = "dino, dino-large, flip, photometric, none, or FILE.py:FUNCTION"
+STREAMING_HELP = (
+    "Download the images of a Hub dataset one by one and keep them, instead of downloading all its files; an "
+    "interrupted download starts again."
+)
+
+LARGEST_FLOAT = 1e38  # about the largest float32; a larger value, or `inf`, is almost certainly a typo
 
 
 def _flag(value: Any) -> bool:
@@ -31,7 +43,7 @@ def _flag(value: Any) -> bool:
 
 def _text(value: Any) -> str:
     if isinstance(value, bool):
-        raise ValueError("got true or false, which is how YAML reads yes and no; put the word in quotes, as in 'no'")
+        raise ValueError("got true or false, which is how YAML reads yes and no; put the word in quotes, e.g. 'no'")
     if not isinstance(value, (str, int, float, Path)):
         raise ValueError(f"takes one value, got {value!r}")
     return str(value)
@@ -41,13 +53,11 @@ def _path(value: Any) -> Path:
     return Path(_text(value))
 
 
-def _choice(*choices: str) -> Callable[[Any], str]:
-    def parse(value: Any) -> str:
-        if (text := _text(value)) not in choices:
-            raise ValueError(f"must be one of {', '.join(choices)}, got {text!r}")
-        return text
-
-    return parse
+def _choice(choices: Sequence[str], value: Any) -> str:
+    text = _text(value)
+    if (choice := text.replace("-", "_")) not in choices:
+        raise ValueError(f"must be one of {', '.join(choices)}, got {text!r}")
+    return choice
 
 
 def _number(kind: type, minimum: float, maximum: float = math.inf, *, exclusive_min: bool = False) -> Callable:
@@ -59,8 +69,8 @@ def _number(kind: type, minimum: float, maximum: float = math.inf, *, exclusive_
         except ValueError:
             raise ValueError(f"must be {'an integer' if kind is int else 'a number'}, got {value!r}") from None
         if not minimum <= number <= maximum or (exclusive_min and number == minimum):
-            lower = f"{'greater than' if exclusive_min else 'at least'} {minimum:g}"
-            upper = "" if math.isinf(maximum) else f" and at most {maximum:g}"
+            lower = f"{'greater than' if exclusive_min else 'at least'} {minimum}"
+            upper = "" if math.isinf(maximum) else f" and at most {maximum}"
             raise ValueError(f"must be {lower}{upper}, got {value}")
         return number
 
@@ -82,13 +92,16 @@ def _list(parse: Callable[[Any], Any]) -> Callable[[Any], list[Any]]:
 
 def _overrides(value: Any) -> dict[str, Any]:
     """Read fields of [`DinoDetrConfig`] from a mapping, or from `FIELD=VALUE` with the value as JSON or plain text."""
-    from .hub import check_config_field  # imports transformers, which `--help` does not wait for
-
-    pairs = value.items() if isinstance(value, dict) else map(_split_override, _list(_text)(value))
-    overrides = dict(pairs)
+    overrides = dict(value.items() if isinstance(value, dict) else map(_split_override, _list(_text)(value)))
     for name in overrides:
-        check_config_field(name)
+        _check_config_field(name)
     return overrides
+
+
+def _check_config_field(name: str) -> None:
+    from .hub import check_config_field  # imports transformers and torch, only for a run that overrides something
+
+    check_config_field(name)
 
 
 def _split_override(text: str) -> tuple[str, Any]:
@@ -102,11 +115,23 @@ def _split_override(text: str) -> tuple[str, Any]:
 
 
 def _option(default: Any, parse: Callable[[Any], Any], help: str, metavar: str = "") -> Any:
-    """Make a field of [`FineTuningArguments`]: its default, what reads and checks its value, and its help."""
+    """Make a field of [`FineTuningArguments`].
+
+    Args:
+        default (`Any`): Default value; `None` makes `None` a valid value.
+        parse (`Callable`): Converts a value to the type of the field and checks it.
+        help (`str`): Description of the option.
+        metavar (`str`, *optional*): Name of a value in the help; by default, that of its type.
+    """
     metadata = {"parse": parse, "help": help, "metavar": metavar}
     if isinstance(default, (list, dict)):
         return field(default_factory=default.copy, metadata=metadata)
     return field(default=default, metadata=metadata)
+
+
+def _choice_option(default: str | None, choices: Sequence[str], help: str) -> Any:
+    """Make a field whose value is one of `choices`, which may also be typed with dashes."""
+    return _option(default, partial(_choice, choices), help, f"<{'|'.join(choices)}>")
 
 
 @dataclass(kw_only=True)
@@ -114,7 +139,7 @@ class FineTuningArguments:
     """The options of a run of [`~training.FineTuner`]. Every field is an option of `hf-dino train`.
 
     Values are checked when the object is made: text is converted to a field's type, so that a command line, a recipe
-    and Python are read alike.
+    and Python are read alike. `None` is accepted where it is the default.
 
     Raises:
         InputError: If a value has the wrong type, is out of its range or contradicts another one.
@@ -127,13 +152,15 @@ class FineTuningArguments:
     (16, [0.9166666666666666])
     >>> FineTuningArguments(model_name_or_path="m", dataset="d", output_dir="o", num_train_epochs=0)
     Traceback (most recent call last):
-    hf_dino.utils.errors.InputError: num_train_epochs: must be at least 1, got 0
+    hf_dino.utils.errors.InputError: --num_train_epochs: must be at least 1, got 0
 
     ```
     """
 
     # the model
-    model_name_or_path: str | None = _option(None, _text, "Directory or Hub id of the DINO model to fine-tune.")
+    model_name_or_path: str | None = _option(
+        None, _text, "Directory or Hub id (OWNER/NAME) of the DINO model to fine-tune.", "NAME"
+    )
     config_name: Path | None = _option(
         None, _path, "JSON file with fields of DinoDetrConfig, to train a model from scratch."
     )
@@ -141,9 +168,10 @@ class FineTuningArguments:
         None,
         _text,
         "Pretrained backbone of a model trained from scratch: torchvision/resnet50, or a directory or Hub id.",
+        "NAME",
     )
     config_overrides: dict[str, Any] = _option(
-        {}, _overrides, "Fields of DinoDetrConfig to change, as in box_noise_scale=1.0.", "FIELD=VALUE"
+        {}, _overrides, "Fields of DinoDetrConfig to change, e.g. box_noise_scale=1.0.", "FIELD=VALUE"
     )
     freeze: list[str] | None = _option(
         None,
@@ -154,9 +182,12 @@ class FineTuningArguments:
     )
     # the data
     dataset: str | None = _option(
-        None, _text, "Directory or Hub id of a dataset with a train and a validation split; instead of single files."
+        None,
+        _text,
+        f"{DATASET_HELP} It must have a train and a validation split. To be given instead of the files of each split.",
+        "DATASET",
     )
-    streaming: bool = _option(False, _flag, "Download a Hub dataset image by image instead of as a whole.")
+    streaming: bool = _option(False, _flag, STREAMING_HELP)
     train_images: Path | None = _option(None, _path, "Directory of the training images.")
     train_annotations: Path | None = _option(None, _path, "COCO annotation file of the training images.")
     val_images: Path | None = _option(None, _path, "Directory of the validation images.")
@@ -176,7 +207,8 @@ class FineTuningArguments:
     augmentation: str = _option(
         "dino",
         _text,
-        "Augmentation of training images: dino, dino-large, flip, photometric, none, or FILE.py:FUNCTION.",
+        f"Augmentation of training images: {AUGMENTATION_HELP}.",
+        "NAME",
     )
     group_by_aspect_ratio: bool = _option(
         False, _flag, "Put images of similar shape into the same micro-batch of a step, for less padding."
@@ -207,8 +239,8 @@ class FineTuningArguments:
     torch_compile: bool = _option(
         False, _flag, "Compile the encoder and decoder layers: about a minute at the start, faster steps."
     )
-    mixed_precision: str | None = _option(
-        None, _choice("no", "fp16", "bf16"), "Precision: no, fp16 or bf16; by default, as configured for accelerate."
+    mixed_precision: str | None = _choice_option(
+        None, ("no", "fp16", "bf16"), "Precision of the computations; by default, that of `accelerate config`."
     )
     weight_decay: float = _option(1e-4, _float(0), "Weight decay of AdamW.")
     max_grad_norm: float = _option(
@@ -223,16 +255,16 @@ class FineTuningArguments:
     sampling_lr_multiplier: float = _option(
         1.0, _float(0), "Multiplier on the learning rate of the layers that predict sampling offsets."
     )
-    lr_scheduler_type: str = _option(
+    lr_scheduler_type: str = _choice_option(
         "multi_step",
-        _choice("multi_step", "cosine", "one_cycle"),
-        "Learning-rate schedule: multi_step (decays at --lr_milestones), cosine or one_cycle.",
+        ("multi_step", "cosine", "one_cycle"),
+        "Learning-rate schedule; multi_step decays at --lr_milestones.",
     )
     lr_milestones: list[float] = _option(
         [11 / 12],
         _list(_float(0)),
-        "Milestones of multi_step, in epochs, or below 1 as fractions of the run: after each, the learning rate is a "
-        "tenth. By default, 11/12; without a value, there are none.",
+        "Milestones of multi_step, in epochs, or below 1 as fractions of the run: the learning rate is multiplied by "
+        "0.1 at each. By default, 11/12; without a value, there are none.",
         "EPOCH",
     )
     warmup_steps: int = _option(
@@ -250,9 +282,10 @@ class FineTuningArguments:
     def __post_init__(self) -> None:
         for each in fields(self):
             value = getattr(self, each.name)
-            setattr(self, each.name, value if value is None else parse_option(each.name, value))
-        for problem in self._problems():
-            raise InputError(problem)
+            if value is not None or each.default is not None:
+                setattr(self, each.name, parse_option(each.name, value))
+        if problems := self._problems():
+            raise InputError("; ".join(problems))
 
     @property
     def split_files(self) -> dict[str, list[Path]]:
@@ -265,26 +298,39 @@ class FineTuningArguments:
     def _problems(self) -> list[str]:
         """Return what is wrong with the combination of options."""
         files = self.split_files
-        halves = [prefix for prefix, given in files.items() if len(given) == 1]
-        problems = {
-            "give one of --model_name_or_path, --config_name and --backbone_weights": not (
-                self.model_name_or_path or self.config_name or self.backbone_weights
+        has_milestones = self.lr_milestones not in ([], default_of("lr_milestones"))
+        checks = [
+            (
+                not (self.model_name_or_path or self.config_name or self.backbone_weights),
+                "give --model_name_or_path, or --config_name and/or --backbone_weights",
             ),
-            "--model_name_or_path has its own configuration; remove --config_name": bool(
-                self.model_name_or_path and self.config_name
+            (
+                self.model_name_or_path and self.config_name,
+                "--model_name_or_path has its own configuration; remove --config_name",
             ),
-            "--model_name_or_path has its own backbone; remove --backbone_weights": bool(
-                self.model_name_or_path and self.backbone_weights
+            (
+                self.model_name_or_path and self.backbone_weights,
+                "--model_name_or_path has its own backbone; remove --backbone_weights",
             ),
-            f"--lr_scheduler_type {self.lr_scheduler_type} has no milestones; remove --lr_milestones or give it no "
-            "value": self.lr_scheduler_type != "multi_step" and self.lr_milestones not in ([], [11 / 12]),
-            "give either --dataset or the files of each split, not both": bool(self.dataset and any(files.values())),
-            **{f"--{prefix}_images and --{prefix}_annotations belong together": True for prefix in halves},
-            "give --dataset, or --train_images, --train_annotations, --val_images and --val_annotations": not (
-                self.dataset or (files["train"] and files["val"])
+            (
+                self.lr_scheduler_type != "multi_step" and has_milestones,
+                f"--lr_scheduler_type {self.lr_scheduler_type} has no milestones; remove --lr_milestones or give it "
+                "no value",
             ),
-        }
-        return [problem for problem, is_so in problems.items() if is_so]
+            (
+                self.dataset and any(files.values()),
+                "give either --dataset or the files of each split, not both",
+            ),
+            *(
+                (len(given) == 1, f"--{prefix}_images and --{prefix}_annotations belong together")
+                for prefix, given in files.items()
+            ),
+            (
+                not (self.dataset or (files["train"] and files["val"])),
+                "give --dataset, or --train_images, --train_annotations, --val_images and --val_annotations",
+            ),
+        ]
+        return [message for is_so, message in checks if is_so]
 
 
 def parse_option(name: str, value: Any) -> Any:
@@ -299,13 +345,13 @@ def parse_option(name: str, value: Any) -> Any:
     """
     if name not in OPTIONS:
         close = get_close_matches(name, OPTIONS, n=1)
-        raise InputError(f"option {name} not found; {f'did you mean {close[0]}?' if close else 'see --help'}")
+        raise InputError(f"--{name}: option not found; {f'did you mean --{close[0]}?' if close else 'see --help'}")
     if value is None:
-        raise InputError(f"{name}: has no value; remove the line to use the default")
+        raise InputError(f"--{name}: has no value; remove it to use the default")
     try:
         return OPTIONS[name].metadata["parse"](value)
     except ValueError as error:
-        raise InputError(f"{name}: {error}") from None
+        raise InputError(f"--{name}: {error}") from None
 
 
 def default_of(name: str) -> Any:
@@ -328,11 +374,11 @@ def reproduction_argv(arguments: FineTuningArguments) -> list[str]:
     """
     values = {name: value for name, value in vars(arguments).items() if value != default_of(name)}
     repeated = {name: value for name, value in values.items() if name not in _NOT_REPEATED}
-    return [word for name, value in repeated.items() for word in (f"--{name}", *_words(value))]
+    return [argument for name, value in repeated.items() for argument in (f"--{name}", *_value_argv(value))]
 
 
-def _words(value: Any) -> list[str]:
-    """Return the words after an option on a command line."""
+def _value_argv(value: Any) -> list[str]:
+    """Return the arguments that follow an option on a command line."""
     if isinstance(value, bool):
         return []
     if isinstance(value, dict):
@@ -375,10 +421,15 @@ def read_recipe(path: Path) -> dict[str, Any]:
         raise InputError(f"{path}: is not valid YAML ({' '.join(str(error).split())})") from None
     if not isinstance(entries, dict):
         raise InputError(f"{path}: must have lines such as `num_train_epochs: 12`, got {type(entries).__name__}")
-    names = [key.value.replace("-", "_") for key, _ in tree.value]  # YAML keeps the last of duplicate entries
+    names = [_option_name(key.value) for key, _ in tree.value]  # of duplicate entries, `entries` has only the last
     if duplicates := {name for name in names if names.count(name) > 1}:
-        raise InputError(f"{path}: {', '.join(sorted(duplicates))} is duplicated")
+        raise InputError(f"{path}: {', '.join(f'--{name}' for name in sorted(duplicates))} is duplicated")
+    options = {_option_name(key): value for key, value in entries.items()}
     try:
-        return {name: parse_option(name, value) for name, value in zip(names, entries.values(), strict=True)}
+        return {name: parse_option(name, value) for name, value in options.items()}
     except InputError as error:
         raise InputError(f"{path}: {error}") from None
+
+
+def _option_name(key: Any) -> str:
+    return str(key).replace("-", "_")

@@ -17,6 +17,7 @@ from hf_dino.cli import data, evaluate, train
 from hf_dino.data import AUGMENTATIONS, SPLITS
 from hf_dino.data.convert import WRITERS
 from hf_dino.evaluation import ENGINES
+from hf_dino.image_processing_dino_detr import LONGEST_EDGE, SHORTEST_EDGE
 
 
 ROOT = Path(__file__).parents[2]
@@ -137,6 +138,22 @@ def test_an_error_is_one_line_and_status_1(program, tmp_path):
     assert line.startswith(f"error: {tmp_path / 'gone'}: ")
 
 
+@pytest.mark.parametrize("command", ["train", "evaluate"])
+def test_a_base_installation_is_told_what_to_install(command, monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "accelerate", None)
+    arguments = ["--model_name_or_path=a", "--dataset=b"]
+    more = [f"--output_dir={tmp_path / 'run'}"] if command == "train" else []
+    with pytest.raises(ImportError, match=r"needs accelerate: pip install 'hf-dino\[train\]'"):
+        hf_dino([command, *arguments, *more])
+
+
+def test_a_report_that_cannot_be_written_is_refused_before_the_model_runs(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "jinja2", None)
+    arguments = ["--model_name_or_path=a", "--dataset=no-such_directory"]
+    with pytest.raises(ImportError, match=r"--report_html needs jinja2: pip install 'hf-dino\[train\]'"):
+        hf_dino(["evaluate", *arguments, f"--report_html={tmp_path / 'report.html'}"])
+
+
 @pytest.mark.parametrize(("script", "command"), [("evaluate_coco.py", "evaluate"), ("predict.py", "predict")])
 def test_examples_run_a_command(script, command, capsys):
     assert hf_dino([command, "--help"]) == 0
@@ -152,6 +169,15 @@ def test_choices_are_those_of_the_library():
     assert choices(data.convert, "format") == tuple(WRITERS)
     (help,) = get_type_hints(data.augment, include_extras=True)["augmentation"].__metadata__
     assert [name for name in AUGMENTATIONS if name not in help.help] == []
+    (help,) = get_type_hints(data.augment, include_extras=True)["image_size"].__metadata__
+    assert help.show_default == f"{SHORTEST_EDGE} {LONGEST_EDGE}"
+
+
+def test_arguments_are_shown_without_their_type(capsys):
+    for command, argument in (("predict", "IMAGE"), ("data check", "DATASET")):
+        assert hf_dino([*command.split(), "--help"]) == 0
+        lines = capsys.readouterr().out.splitlines()
+        assert lines[lines.index("Arguments:") + 1].startswith(f"  {argument}  ")
 
 
 KNOWN = """

@@ -280,5 +280,5 @@ def test_warnings_that_the_report_does_not_contain_are_logged(tmp_path, capsys, 
     assert hf_dino(["data", "check", str(tmp_path)]) == 0
     printed = capsys.readouterr()
     place = tmp_path / "b"
-    assert printed.err == (f"{tmp_path / 'data.yaml'}: ignoring the validation split, {place} not found\n")
+    assert printed.err == (f"WARNING {tmp_path / 'data.yaml'}: ignoring the validation split, {place} not found\n")
     assert "1 boxes have no width or no height: dropped" in printed.out

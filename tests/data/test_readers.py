@@ -476,7 +476,7 @@ def test_neither_a_folder_nor_an_id_on_the_hub(tmp_path, monkeypatch):
     (tmp_path / "mine" / "cells").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
     with pytest.raises(
-        InputError, match=r"folder not found; mine contains cells. For the Hub's mine/cell, write mine/cell@main"
+        InputError, match=r"directory not found; mine contains cells. For the Hub's mine/cell, write mine/cell@main"
     ):
         read_data("mine/cell")
 
@@ -487,10 +487,10 @@ def test_neither_a_folder_nor_an_id_on_the_hub(tmp_path, monkeypatch):
     asked = "{'path': 'owner/name', 'name': 'mini', 'revision': 'v1'}"
     with pytest.raises(
         InputError,
-        match=f"owner/name:mini@v1: is not a local folder, and `datasets` cannot load it .no dataset {asked}",
+        match=f"owner/name:mini@v1: is not a local directory, and `datasets` cannot load it .no dataset {asked}",
     ):
         read_data("owner/name:mini@v1")
-    with pytest.raises(InputError, match="mine/cell@main: is not a local folder, and `datasets` cannot load it"):
+    with pytest.raises(InputError, match="mine/cell@main: is not a local directory, and `datasets` cannot load it"):
         read_data("mine/cell@main")
 
 

@@ -173,7 +173,7 @@ def test_unknown_categories_are_an_error_before_the_first_image(data):
     model.config.id2label = {0: "bird"}
     with pytest.raises(InputError, match=r"no class for 'dog' \(id 3\), 'cat' \(id 7\)"):
         evaluate_model(model, DinoDetrImageProcessor(), data, Accelerator(), batch_size=1)
-    with pytest.raises(InputError, match="evaluation engine must be one of"):
+    with pytest.raises(InputError, match="--coco_backend must be one of"):
         evaluate_model(make_oracle(), make_processor(), data, Accelerator(), batch_size=1, engine="other")
     assert not model.batches
 

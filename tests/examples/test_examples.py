@@ -325,7 +325,7 @@ def test_categories_that_the_model_lacks_are_heard_of_at_once(examples, argument
         (["--weight_decay=-1"], "weight_decay: must be at least 0"),
         (["--max_grad_norm=0"], "max_grad_norm: must be greater than 0, got 0"),
         (["--seed=99999999999"], "seed: must be at least 0 and at most"),
-        (["--report_to=foo"], "report_to: foo is not an installed tracker"),
+        (["--report_to=foo"], "--report_to foo: is not an installed tracker"),
     ],
 )
 def test_wrong_arguments(arguments, message):

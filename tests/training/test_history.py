@@ -74,6 +74,35 @@ def test_a_file_that_cannot_be_written_ends_no_run_and_is_completed_later(tmp_pa
     assert read(tmp_path) == ROWS[:3]
 
 
+def test_a_checkpoint_finds_the_rows_that_could_not_be_appended(tmp_path):
+    history = new_history(tmp_path)
+    (tmp_path / "history.jsonl").unlink()
+    (tmp_path / "history.jsonl").mkdir()
+    history.add(ROWS[0])
+    (tmp_path / "history.jsonl").rmdir()
+    history.sync()
+    assert read(tmp_path) == ROWS[:1]
+
+
+def test_a_file_that_cannot_be_written_at_the_start_ends_no_run(tmp_path, caplog):
+    (tmp_path / "run").touch()  # where the directory should be
+    history = new_history(tmp_path / "run")
+    assert "the run continues" in caplog.text
+    (tmp_path / "run").unlink()
+    history.add(ROWS[0])
+    assert read(tmp_path / "run") == ROWS[:1]
+
+
+def test_rows_before_a_damaged_one_are_kept(tmp_path):
+    history = new_history(tmp_path)
+    for row in ROWS:
+        history.add(row)
+    lines = (tmp_path / "history.jsonl").read_bytes().splitlines(keepends=True)
+    lines[2] = b"\xff\xfe" + bytes(30) + b"\n"  # not UTF-8: the disk lost a block
+    (tmp_path / "history.jsonl").write_bytes(b"".join(lines))
+    assert RunHistory(tmp_path, TrainingState({}, step=3), enabled=True).rows == ROWS[:2]
+
+
 def test_other_processes_write_nothing(tmp_path):
     history = RunHistory(tmp_path, TrainingState({}), enabled=False)
     history.add(ROWS[0])

@@ -18,7 +18,7 @@ from hf_dino.training.optim import (
     get_lr_multiplier,
     get_milestones,
     get_param_groups,
-    set_lr,
+    scale_lr,
     should_stop_early,
 )
 from hf_dino.training_arguments import OPTIONS
@@ -117,7 +117,7 @@ def test_the_shortest_runs_have_a_rate_too(name, total_steps):
 def test_rates_follow_the_initial_one_not_the_last():
     optimizer = torch.optim.AdamW(get_param_groups(tiny_model(), 1e-3, 0.1))
     for _ in range(2):
-        set_lr(optimizer, 0.5)
+        scale_lr(optimizer, 0.5)
     assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([5e-4, 5e-5])
 
 

@@ -1,5 +1,7 @@
 """Recipes are options in a file: below the command line, checked as it is, and those of the examples are right."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -51,6 +53,8 @@ def test_recipe_lies_between_defaults_and_command_line(tmp_path):
         ("gradient_checkpointing: yes", ["--gradient_checkpointing"]),
         ("gradient_checkpointing: false", ["--no_gradient_checkpointing"]),
         ("mixed_precision: 'no'", ["--mixed_precision", "no"]),
+        ("lr_scheduler_type: one_cycle", ["--lr_scheduler_type", "one-cycle"]),
+        ("seed: 1\n<<: {seed: 2, eval-epochs: 3}", ["--seed", "1", "--eval_epochs", "3"]),
         ("config_overrides: {box_noise_scale: 1.0}", ["--config_overrides", "box_noise_scale=1.0"]),
         ("config_overrides: {denoising: plain, dropout: 0}", ["--config_overrides", "denoising=plain", "dropout=0"]),
         ("dataset_label: 2017", ["--dataset_label", "2017"]),
@@ -81,29 +85,29 @@ def test_command_line_adds_to_a_mapping_and_switches_off(tmp_path):
 
 
 WRONG = {
-    "train_epochs: 3": r"option train_epochs not found; did you mean num_train_epochs\?",
-    "learning rate: 3": r"option learning rate not found; did you mean learning_rate\?",
-    "zzz: 3": "option zzz not found; see --help",
-    "recipe: other.yaml": "option recipe not found",
-    "help: true": "option help not found",
-    "3: 3": "option 3 not found",
-    "num_train_epochs: many": "num_train_epochs: must be an integer, got 'many'",
-    "num_train_epochs: 0": "num_train_epochs: must be at least 1, got 0",
-    "num_train_epochs: 1.5": "num_train_epochs: must be an integer, got 1.5",
-    "num_train_epochs: true": "num_train_epochs: must be an integer, got True",
-    "num_train_epochs: [1, 2]": r"num_train_epochs: must be an integer, got \[1, 2\]",
-    "num_train_epochs: []": r"num_train_epochs: must be an integer, got \[\]",
-    "num_train_epochs: {a: 1, b: 2}": "num_train_epochs: must be an integer, got {'a': 1, 'b': 2}",
-    "num_train_epochs:": "num_train_epochs: has no value; remove the line to use the default",
-    "augmentation: [dino, flip]": r"augmentation: takes one value, got \['dino', 'flip'\]",
-    "lr_milestones: [20, x]": "lr_milestones: must be a number, got 'x'",
-    "lr_scheduler_type: cosin": "lr_scheduler_type: must be one of multi_step, cosine, one_cycle, got 'cosin'",
-    "mixed_precision: no": "mixed_precision: got true or false, which is how YAML reads yes and no; put the word in",
-    "group_by_aspect_ratio: 1": "group_by_aspect_ratio: must be true or false, got 1",
-    "config_overrides: {box_noise: 1.0}": "config_overrides: DinoDetrConfig has no field 'box_noise'; did you mean",
-    "config_overrides: box_noise_scale": "config_overrides: expected FIELD=VALUE, got 'box_noise_scale'",
-    "num_train_epochs: 3\nnum_train_epochs: 4": "num_train_epochs is duplicated",
-    "learning_rate: 3\nlearning-rate: 4": "learning_rate is duplicated",
+    "train_epochs: 3": r"--train_epochs: option not found; did you mean --num_train_epochs\?",
+    "learning rate: 3": r"--learning rate: option not found; did you mean --learning_rate\?",
+    "zzz: 3": "--zzz: option not found; see --help",
+    "recipe: other.yaml": "--recipe: option not found",
+    "help: true": "--help: option not found",
+    "3: 3": "--3: option not found",
+    "num_train_epochs: many": "--num_train_epochs: must be an integer, got 'many'",
+    "num_train_epochs: 0": "--num_train_epochs: must be at least 1, got 0",
+    "num_train_epochs: 1.5": "--num_train_epochs: must be an integer, got 1.5",
+    "num_train_epochs: true": "--num_train_epochs: must be an integer, got True",
+    "num_train_epochs: [1, 2]": r"--num_train_epochs: must be an integer, got \[1, 2\]",
+    "num_train_epochs: []": r"--num_train_epochs: must be an integer, got \[\]",
+    "num_train_epochs: {a: 1, b: 2}": "--num_train_epochs: must be an integer, got {'a': 1, 'b': 2}",
+    "num_train_epochs:": "--num_train_epochs: has no value; remove it to use the default",
+    "augmentation: [dino, flip]": r"--augmentation: takes one value, got \['dino', 'flip'\]",
+    "lr_milestones: [20, x]": "--lr_milestones: must be a number, got 'x'",
+    "lr_scheduler_type: cosin": "--lr_scheduler_type: must be one of multi_step, cosine, one_cycle, got 'cosin'",
+    "mixed_precision: no": "--mixed_precision: got true or false, which is how YAML reads yes and no; put the word in",
+    "group_by_aspect_ratio: 1": "--group_by_aspect_ratio: must be true or false, got 1",
+    "config_overrides: {box_noise: 1.0}": "--config_overrides: DinoDetrConfig has no field 'box_noise'; did you mean",
+    "config_overrides: box_noise_scale": "--config_overrides: expected FIELD=VALUE, got 'box_noise_scale'",
+    "num_train_epochs: 3\nnum_train_epochs: 4": "--num_train_epochs is duplicated",
+    "learning_rate: 3\nlearning-rate: 4": "--learning_rate is duplicated",
     "num_train_epochs 3": "must have lines such as `num_train_epochs: 12`, got str",
     "- num_train_epochs": "must have lines such as `num_train_epochs: 12`, got list",
     "": "must have lines such as `num_train_epochs: 12`, got NoneType",
@@ -126,9 +130,10 @@ def test_a_recipe_that_is_not_there():
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--num_train_epochs", "0"], "num_train_epochs: must be at least 1, got 0"),
-        (["--learning_rate=-1"], r"learning_rate: must be at least 0 and at most 1e\+38, got -1"),
-        (["--max_grad_norm=0"], "max_grad_norm: must be greater than 0, got 0"),
+        (["--num_train_epochs", "0"], "--num_train_epochs: must be at least 1, got 0"),
+        (["--learning_rate=-1"], r"--learning_rate: must be at least 0 and at most 1e\+38, got -1"),
+        (["--seed=2147483649"], "--seed: must be at least 0 and at most 2147483648, got 2147483649"),
+        (["--max_grad_norm=0"], "--max_grad_norm: must be greater than 0, got 0"),
         (["--config_name=c"], "--model_name_or_path has its own configuration; remove --config_name"),
         (["--backbone_weights=b"], "--model_name_or_path has its own backbone; remove --backbone_weights"),
         (["--train_images=a"], "give either --dataset or the files of each split, not both"),
@@ -137,6 +142,28 @@ def test_a_recipe_that_is_not_there():
 def test_errors_of_the_command_line_do_not_blame_the_recipe(tmp_path, words, message):
     with pytest.raises(InputError, match=f"^{message}"):
         parse(tmp_path, "num_train_epochs: 3", *words)
+
+
+def test_all_contradictions_are_reported_at_once():
+    with pytest.raises(InputError) as raised:
+        FineTuningArguments(output_dir="o", train_images="a", lr_scheduler_type="cosine", lr_milestones=[1])
+    assert str(raised.value).split("; ") == [
+        "give --model_name_or_path, or --config_name and/or --backbone_weights",
+        "--lr_scheduler_type cosine has no milestones",
+        "remove --lr_milestones or give it no value",
+        "--train_images and --train_annotations belong together",
+        "give --dataset, or --train_images, --train_annotations, --val_images and --val_annotations",
+    ]
+
+
+def test_none_is_a_value_only_where_it_is_the_default():
+    given = {"model_name_or_path": "m", "dataset": "mine", "output_dir": "out"}
+    for name, option in OPTIONS.items():
+        if option.default is None and name not in given:
+            assert getattr(FineTuningArguments(**given, **{name: None}), name) is None
+        elif option.default is not None:
+            with pytest.raises(InputError, match=f"^--{name}: has no value; remove it to use the default"):
+                FineTuningArguments(**given | {name: None})
 
 
 @pytest.mark.parametrize("words", [["--recipe"], ["--num_train_epoch", "3"], ["mine"], ["--seed", "1", "2"]])
@@ -151,6 +178,8 @@ def test_help_has_every_option(capsys):
         assert f"--{name}" in told
         assert option.metadata["help"].endswith(".")
     assert "Number of passes over the training images. Default: 12." in told
+    for values in ("recipe PATH", "mixed_precision <no|fp16|bf16>", "lr_scheduler_type <multi_step|cosine|one_cycle>"):
+        assert f"--{values} " in told
 
 
 def read(name):
@@ -236,3 +265,11 @@ def test_milestones_belong_to_the_schedule_that_has_them():
     recipe = f"--recipe={RECIPES / 'coco-r50-4scale-24ep.yaml'}"
     assert parse_finetune(recipe, "--lr_scheduler_type=cosine", "--lr_milestones").lr_milestones == []
     assert parse_finetune(model).lr_milestones == [11 / 12]
+
+
+def test_options_without_overrides_are_checked_without_importing_the_model():
+    code = (
+        "import sys; sys.argv = ['hf-dino']; from hf_dino.training_arguments import FineTuningArguments as Arguments\n"
+    )
+    code += "Arguments(model_name_or_path='m', dataset='d', output_dir='o'); sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

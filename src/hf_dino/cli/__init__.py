@@ -1,7 +1,7 @@
 """The command line `hf-dino`, also `python -m hf_dino`.
 
 Each command is a function that declares its options and calls the library. To keep `--help` fast, modules of this
-package import only the standard library, typer and each other; a command imports everything else when it runs.
+package import nothing heavy (no torch, no transformers); a command imports what it needs when it runs.
 """
 
 import logging
@@ -13,7 +13,7 @@ import typer
 
 from ..utils.errors import run_cli
 from . import data, evaluate, predict, train
-from .options import Command, make_app
+from .options import Command, log_to_terminal, make_app
 
 
 app = make_app("Train, evaluate and run DINO object detectors.")
@@ -25,9 +25,7 @@ app.add_typer(data.app, name="data")
 
 @app.command(cls=Command)
 def convert(
-    checkpoint: Annotated[
-        Path, typer.Option(metavar="FILE", help="Checkpoint that the official implementation wrote.")
-    ],
+    checkpoint: Annotated[Path, typer.Option(metavar="FILE", help="Checkpoint of the official implementation.")],
     output_dir: Annotated[Path, typer.Option(metavar="DIRECTORY", help="Directory to write the model to.")],
     use_ema: Annotated[
         bool, typer.Option("--use_ema", help="Convert the EMA weights of the checkpoint instead of the trained ones.")
@@ -39,17 +37,18 @@ def convert(
         bool,
         typer.Option(
             "--trust_pickle",
-            help="Read a checkpoint whose settings contain objects of other code. This RUNS CODE FROM THE FILE.",
+            help="Unpickle arbitrary Python objects in the checkpoint. This RUNS CODE FROM THE FILE.",
         ),
     ] = False,
 ) -> None:
-    """Convert an official checkpoint to a model directory.
+    """Convert a checkpoint of the official implementation to a model directory.
 
     The directory contains the model, its image processor, a model card and the code of the model.
     """
+    log_to_terminal(logging.INFO)
+
     from ..conversion import convert_checkpoint
 
-    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
     convert_checkpoint(
         checkpoint, output_dir, use_ema=use_ema, trust_pickle=trust_pickle, overwrite=overwrite_output_dir
     )

@@ -1,6 +1,5 @@
 """`hf-dino data check`, `augment` and `convert`."""
 
-import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -9,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from .options import AnnotationsOption, Command, ImagesOption, make_app, require_one_source
+from ..training_arguments import AUGMENTATION_HELP, DATASET_HELP, STREAMING_HELP
+from .options import AnnotationsOption, Command, ImagesOption, log_to_terminal, make_app, require_one_source
 
 
 if TYPE_CHECKING:
@@ -18,17 +18,8 @@ if TYPE_CHECKING:
     from ..data import DataReport, DetectionSplit
 
 
-DatasetArgument = Annotated[
-    str | None,
-    typer.Argument(
-        help="Directory of a dataset in COCO, YOLO, Pascal VOC or `datasets` format, or its name on the Hub, "
-        "OWNER/NAME or OWNER/NAME:CONFIGURATION.",
-        show_default=False,
-    ),
-]
-StreamingOption = Annotated[
-    bool, typer.Option("--streaming", help="Download images one by one instead of the whole dataset, and keep them.")
-]
+DatasetArgument = Annotated[str | None, typer.Argument(metavar="DATASET", help=DATASET_HELP, show_default=False)]
+StreamingOption = Annotated[bool, typer.Option("--streaming", help=STREAMING_HELP)]
 MaxSamplesOption = Annotated[
     int | None,
     typer.Option(metavar="INTEGER", min=1, help="Number of images to read of each split; needs --streaming."),
@@ -93,14 +84,14 @@ def check(
     ] = None,
     preview: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="Image file to draw sample images with boxes to; must not exist."),
+        typer.Option(metavar="FILE", help="Save a grid of sample images with their boxes to this file."),
     ] = None,
     num_images: Annotated[int, typer.Option(metavar="INTEGER", min=1, help="Number of images in --preview.")] = 12,
 ) -> None:
     """Report errors and warnings about a dataset.
 
     Nothing is changed. Give either DATASET, or --images and --annotations. The exit status is 1 if an error would stop
-    a training.
+    training.
     """
     source = _Source(dataset, images, annotations, streaming, max_samples, cache_dir)
     source.check(context)
@@ -116,7 +107,7 @@ def check(
     with _progress("images", sum(len(split.images) for split in splits.values())) as advance:
         found = check_data(splits, decode=not headers_only, num_workers=num_workers, on_image=advance)
     missing = [
-        f"there is no {split} split, which fine-tuning needs"
+        f"{split} split not found; fine-tuning needs it"
         for split in ("train", "validation")
         if dataset and split not in splits
     ]
@@ -131,7 +122,9 @@ def check(
 @app.command(cls=Command)
 def augment(
     context: typer.Context,
-    output: Annotated[Path, typer.Option(metavar="FILE", help="Image file to draw the preview to; must not exist.")],
+    output: Annotated[
+        Path, typer.Option(metavar="FILE", help="Save the preview to this image file. It must not exist.")
+    ],
     dataset: DatasetArgument = None,
     images: ImagesOption = None,
     annotations: AnnotationsOption = None,
@@ -140,18 +133,16 @@ def augment(
     cache_dir: CacheOption = None,
     augmentation: Annotated[
         str,
-        typer.Option(
-            help="Name of an augmentation (dino, dino-large, flip, photometric, none), or path/to/file.py:function."
-        ),
+        typer.Option(metavar="NAME", help=f"Augmentation: {AUGMENTATION_HELP}."),
     ] = "dino",
     image_size: Annotated[
-        list[str],
+        list[str] | None,
         typer.Option(
             metavar="PIXELS",
             help="Size of images in training in pixels: shortest edge, shortest and longest edge, or HEIGHTxWIDTH.",
             show_default="800 1333",
         ),
-    ] = ["800", "1333"],  # noqa: B006
+    ] = None,
     num_images: Annotated[
         int, typer.Option(metavar="INTEGER", min=1, help="Number of images, each in a row of its own.")
     ] = 4,
@@ -173,9 +164,11 @@ def augment(
     from ..data.dataset import raise_input_error
     from ..data.preview import draw_image_grid, ensure_can_draw, sample_augmented
     from ..hub import parse_image_size
+    from ..image_processing_dino_detr import LONGEST_EDGE, SHORTEST_EDGE
 
     ensure_can_draw(output)
-    transform = make_augmentation(augmentation, parse_image_size(image_size))
+    size = parse_image_size(image_size or [str(SHORTEST_EDGE), str(LONGEST_EDGE)])
+    transform = make_augmentation(augmentation, size)
     split = next(iter(source.read(raise_input_error).values()))
     draw_image_grid(sample_augmented(split, transform, num_images, num_views, seed), output, columns=1 + num_views)
     print(f"preview: {output}")
@@ -225,9 +218,9 @@ def convert(
 
 def _log_to_terminal() -> None:
     """Print log messages, but not those of the reader, which the report repeats."""
-    handler = logging.StreamHandler()
-    handler.addFilter(lambda record: record.name != "hf_dino.data.dataset")
-    logging.basicConfig(format="%(message)s", handlers=[handler])
+    from ..data.dataset import logger
+
+    log_to_terminal(hide=[logger.name])
 
 
 @contextmanager

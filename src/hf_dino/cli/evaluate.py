@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from ..training_arguments import DATASET_HELP
+from ..utils.errors import import_extra
 from .options import AnnotationsOption, ImagesOption, ModelOption, command_line, log_to_terminal, require_one_source
 
 
@@ -19,20 +21,23 @@ if TYPE_CHECKING:
 def evaluate(
     context: typer.Context,
     model_name_or_path: ModelOption,
-    dataset: Annotated[str | None, typer.Option(metavar="NAME", help="Directory or Hub id of the dataset.")] = None,
+    dataset: Annotated[str | None, typer.Option(metavar="DATASET", help=DATASET_HELP)] = None,
     split: Annotated[
         Literal["train", "validation", "test"], typer.Option(help="Split of --dataset to evaluate on.")
     ] = "validation",
     images: ImagesOption = None,
     annotations: AnnotationsOption = None,
     metrics_json: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="File to write all metrics to as JSON; must not exist.")
+        Path | None, typer.Option(metavar="FILE", help="Save all metrics to this JSON file. It must not exist.")
     ] = None,
     results_json: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="File to write detections to as COCO results; must not exist.")
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="Save the detections to this file in COCO results format. It must not exist."
+        ),
     ] = None,
     report_html: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="File to write the error analysis to; must not exist.")
+        Path | None, typer.Option(metavar="FILE", help="Save an error analysis to this HTML file. It must not exist.")
     ] = None,
     coco_backend: Annotated[
         Literal["pycocotools", "faster-coco-eval"],
@@ -54,7 +59,7 @@ def evaluate(
     ] = 2,
     mixed_precision: Annotated[
         Literal["no", "fp16", "bf16"] | None,
-        typer.Option(help="Precision of the model's computations.", show_default="the configuration of accelerate"),
+        typer.Option(help="Precision of the computations.", show_default="that of `accelerate config`"),
     ] = None,
 ) -> None:
     """Evaluate a model on a dataset with the COCO metrics.
@@ -67,21 +72,18 @@ def evaluate(
     """
     require_one_source(context, "--dataset", dataset, images, annotations)
     log_to_terminal()
+    _check_dependencies(coco_backend, report_html)
 
     import torch
     from accelerate import Accelerator
     from rich.progress import Progress
 
-    from ..evaluation import check_engine, evaluate_model
+    from ..evaluation import evaluate_model
     from ..hub import load_model_and_processor
     from ..training import PROCESS_GROUP_TIMEOUT, read_and_check
     from ..utils.io import ensure_new_files
-    from ..visualization import check_drawing_dependencies
 
     ensure_new_files(metrics_json, results_json, report_html)
-    check_engine(coco_backend)
-    if report_html:
-        check_drawing_dependencies()
     accelerator = Accelerator(
         cpu=not torch.accelerator.is_available(),
         mixed_precision=mixed_precision,
@@ -114,6 +116,19 @@ def evaluate(
     accelerator.end_training()
 
 
+def _check_dependencies(coco_backend: str, report_html: Path | None) -> None:
+    """Check that everything is installed that is imported only after the model has run."""
+    import_extra("accelerate", "train", "evaluation")
+
+    from ..evaluation import check_engine
+    from ..visualization import check_drawing_dependencies
+
+    check_engine(coco_backend)
+    if report_html:
+        check_drawing_dependencies()
+        import_extra("jinja2", "train", "--report_html")
+
+
 def _read_split(
     dataset: str | None, split: str, images: Path | None, annotations: Path | None
 ) -> dict[str, "DetectionSplit"]:
@@ -137,7 +152,6 @@ def _write(
 ) -> None:
     """Write the files that are not None."""
     from ..evaluation import analyze_errors, write_coco_results
-    from ..evaluation.report import write_report
     from ..utils.io import write_json
 
     if metrics_json is not None:
@@ -145,6 +159,8 @@ def _write(
     if results_json is not None:
         write_coco_results(results_json, detections)
     if report_html is not None:
+        from ..evaluation.report import write_report
+
         title = f"{details['model']} on {data.name}"
         write_report(report_html, data, scores, analyze_errors(data, detections), title=title, details=details)
     for path in filter(None, (metrics_json, results_json, report_html)):

@@ -2,8 +2,9 @@
 
 import logging
 import shlex
+import sys
 from collections import defaultdict
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Collection, Container, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,7 +13,8 @@ from typer.core import TyperCommand
 
 
 ModelOption = Annotated[
-    str, typer.Option("--model_name_or_path", metavar="NAME", help="Directory or Hub id of the model.")
+    str,
+    typer.Option("--model_name_or_path", metavar="NAME", help="Directory or Hub id (OWNER/NAME) of the model."),
 ]
 ImagesOption = Annotated[
     Path | None,
@@ -47,10 +49,19 @@ class Command(TyperCommand):
         groups: dict[str, list[tuple[str, str]]] = defaultdict(list)
         for parameter in sorted(self.get_params(ctx), key=lambda parameter: parameter.param_type_name):
             group = getattr(parameter, "rich_help_panel", None) or f"{parameter.param_type_name.title()}s"
-            groups[group] += filter(None, [parameter.get_help_record(ctx)])
+            groups[group] += filter(None, [_help_record(parameter, ctx)])
         for group, records in groups.items():
             with formatter.section(group):
                 formatter.write_dl(records)
+
+
+def _help_record(parameter: Any, ctx: Any) -> tuple[str, str] | None:
+    """Return the name and the help of a parameter. To the name of an argument, typer adds its Python type."""
+    record = parameter.get_help_record(ctx)
+    if record is None or parameter.param_type_name != "argument":
+        return record
+    name, help = record
+    return name.partition(" <")[0], help
 
 
 def _underscored(option: str) -> str:
@@ -111,8 +122,20 @@ def require_one_source(
         context.fail(f"Give either {name}, or both --images and --annotations.")
 
 
-def log_to_terminal(level: int = logging.WARNING) -> None:
-    """Print log messages of at least `level` to the terminal, above a progress bar if there is one."""
-    from rich.logging import RichHandler
+class _StderrHandler(logging.Handler):
+    """Print to the `sys.stderr` of the moment: that of a progress bar of `rich` prints above the bar."""
 
-    logging.basicConfig(level=level, format="%(message)s", handlers=[RichHandler(show_path=False)])
+    def emit(self, record: logging.LogRecord) -> None:
+        print(self.format(record), file=sys.stderr)
+
+
+def log_to_terminal(level: int = logging.WARNING, hide: Collection[str] = ()) -> None:
+    """Print log messages to stderr, above a progress bar if there is one.
+
+    Args:
+        level (`int`, *optional*, defaults to `logging.WARNING`): Lowest level that is printed.
+        hide (`Collection[str]`, *optional*): Names of loggers that are not printed.
+    """
+    handler = _StderrHandler()
+    handler.addFilter(lambda record: record.name not in hide)
+    logging.basicConfig(level=level, format="%(levelname)s %(message)s", handlers=[handler])

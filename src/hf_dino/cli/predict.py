@@ -14,22 +14,22 @@ if TYPE_CHECKING:
 
 
 def predict(
-    images: Annotated[
-        list[Path], typer.Argument(metavar="IMAGE...", help="Image files, or directories of image files.")
-    ],
+    images: Annotated[list[Path], typer.Argument(metavar="IMAGE", help="Image files, or directories of image files.")],
     model_name_or_path: ModelOption,
     output: Annotated[
         Path,
         typer.Option(
             metavar="PATH",
-            help="Image file to draw one image into, or directory for several; nothing in it is overwritten.",
+            help="Where to save the drawing: an image file for one image, a directory for several. Nothing is "
+            "overwritten.",
         ),
     ],
     detections_json: Annotated[
         Path | None,
         typer.Option(
             metavar="FILE",
-            help="File to write the detections to: name, score, and box as x0, y0, x1, y1 in pixels; must not exist.",
+            help="Save the detections to this JSON file: name, score, and box as x0, y0, x1, y1 in pixels. It must "
+            "not exist.",
         ),
     ] = None,
     threshold: Annotated[

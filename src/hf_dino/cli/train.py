@@ -4,11 +4,12 @@ import inspect
 import logging
 from dataclasses import MISSING, Field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args, get_origin
 
 import typer
 
 from ..training_arguments import OPTIONS, FineTuningArguments, parse_option, read_recipe
+from ..utils.errors import import_extra
 from .options import log_to_terminal
 
 
@@ -39,6 +40,7 @@ def run(arguments: FineTuningArguments) -> None:
     Args:
         arguments (`FineTuningArguments`): The options of the run.
     """
+    import_extra("accelerate", "train", "training")
     import transformers
 
     from ..training import FineTuner, make_accelerator
@@ -75,16 +77,21 @@ def _heading(name: str) -> str:
     return [FIRST_OF_GROUP[each] for each in names[: names.index(name) + 1] if each in FIRST_OF_GROUP][-1]
 
 
+def _takes_several(kind: Any) -> bool:
+    """Return whether a type is a list or a mapping, or is optional and one of them."""
+    return bool({get_origin(each) for each in (kind, *get_args(kind))} & {list, dict})
+
+
 def _parameter(field: Field) -> inspect.Parameter:
     """Make the typer option of a field of `FineTuningArguments`."""
-    is_flag, several, default = field.type is bool, field.metadata["metavar"], field.default
+    is_flag, default = field.type is bool, field.default
     option = typer.Option(
         f"--{field.name}/--no_{field.name}" if is_flag else f"--{field.name}",
         help=field.metadata["help"] + ("" if is_flag or default in (None, MISSING) else f" Default: {default}."),
-        metavar=several or METAVARS.get(field.type),
+        metavar=field.metadata["metavar"] or METAVARS.get(field.type),
         rich_help_panel=_heading(field.name),
     )
-    kind: Any = bool if is_flag else list[str] if several else str
+    kind: Any = bool if is_flag else list[str] if _takes_several(field.type) else str
     is_required = default is MISSING and field.default_factory is MISSING
     return inspect.Parameter(
         field.name,
@@ -100,7 +107,9 @@ _RECIPE = inspect.Parameter(
     default=None,
     annotation=Annotated[
         Path | None,
-        typer.Option(help="YAML file with any of these options; those of the command line take precedence."),
+        typer.Option(
+            metavar="PATH", help="YAML file with any of these options; those of the command line take precedence."
+        ),
     ],
 )
 _PARAMETERS = [_RECIPE, *map(_parameter, OPTIONS.values())]

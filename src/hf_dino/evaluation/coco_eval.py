@@ -75,11 +75,11 @@ def check_engine(engine: str) -> None:
         InputError: If it is unknown or not installed; the message says what to do.
     """
     if engine not in ENGINES:
-        raise InputError(f"the evaluation engine must be one of {summarize_list(ENGINES)}; got {engine!r}")
+        raise InputError(f"--coco_backend must be one of {summarize_list(ENGINES)}; got {engine!r}")
     try:
         _load(engine)
     except ImportError as error:
-        raise InputError(f"the engine {engine} cannot be used ({error}): pip install {engine}") from None
+        raise InputError(f"--coco_backend {engine} cannot be used ({error}): pip install {engine}") from None
 
 
 def _load(engine: str) -> tuple[Any, Any]:

@@ -14,7 +14,7 @@ from .optim import (
     get_lr_multiplier,
     get_milestones,
     get_param_groups,
-    set_lr,
+    scale_lr,
 )
 from .signals import StopSignals
 
@@ -38,6 +38,6 @@ __all__ = [
     "get_param_groups",
     "make_accelerator",
     "read_and_check",
-    "set_lr",
+    "scale_lr",
     "with_effective_batch",
 ]

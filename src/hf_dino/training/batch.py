@@ -16,6 +16,7 @@ from transformers import BaseImageProcessor, PreTrainedModel
 from ..data.augmentation import Augmentation, make_augmentation
 from ..data.check import check_data
 from ..data.dataset import DetectionSplit, label_of_category
+from ..data.dataset import logger as reader_logger
 from ..data.loaders import TrainingCollator, get_processed_shape
 from ..evaluation.predictions import eval_mode
 from ..loss_dino_detr import DinoDetrEffectiveBatch
@@ -39,13 +40,13 @@ def read_and_check(read: Callable[[], dict[str, DetectionSplit]], *, is_new: boo
     Raises:
         InputError: If there is an error in the dataset. Warnings are logged.
     """
-    process, readers_logger = PartialState(), logging.getLogger("hf_dino.data.dataset")
-    readers_logger.disabled = is_new  # the check repeats which boxes were changed, and names their images
+    process = PartialState()
+    reader_logger.disabled = is_new  # the check repeats which boxes were changed, and names their images
     try:
         with process.main_process_first():
             data = read()
     finally:
-        readers_logger.disabled = False
+        reader_logger.disabled = False
     if is_new:
         reports = [check_data(data, decode=False) if process.is_main_process else None]
         (report,) = broadcast_object_list(reports)

@@ -18,7 +18,6 @@ from collections.abc import Collection, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -30,15 +29,11 @@ from torch import nn
 from ..configuration_dino_detr import DinoDetrConfig
 from ..data.dataset import DetectionSplit
 from ..utils.distributed import SHARDED_DISTRIBUTED_TYPES, all_gather_unique, all_reduce_max
-from ..utils.errors import InputError
+from ..utils.errors import InputError, import_if_available
 from ..utils.io import fsync, fsync_tree, read_text, write_json
 
 
-fcntl: ModuleType | None
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
+fcntl = import_if_available("fcntl")  # not on Windows
 
 logger = logging.getLogger(__name__)
 
@@ -150,7 +145,7 @@ def resolve_resume_checkpoint(output_dir: Path, checkpoints: Path, *, resume: bo
 
 
 def _contains_run(output_dir: Path, checkpoints: Path) -> bool:
-    """Return whether there is a run or a model, rather than other work with files of these names."""
+    """Return whether there is a run or a model, rather than unrelated files with the same names."""
     if get_last_checkpoint(checkpoints) or (checkpoints.is_dir() and (output_dir / "history.jsonl").is_file()):
         return True
     try:
@@ -161,9 +156,10 @@ def _contains_run(output_dir: Path, checkpoints: Path) -> bool:
 
 
 def data_fingerprint(split: DetectionSplit) -> str:
-    """Compute a checksum of the images and categories of a split, whatever directory it is in.
+    """Compute a checksum of the images and categories of a split.
 
-    Boxes may be corrected before a run is resumed, so they are left out.
+    It does not depend on the directory of the dataset. Boxes may be corrected before a run is resumed, so they are
+    left out.
 
     Args:
         split (`DetectionSplit`): A split that a run is trained or evaluated on.
@@ -173,7 +169,7 @@ def data_fingerprint(split: DetectionSplit) -> str:
 
 
 def file_fingerprint(path: Path | None) -> str:
-    """Compute a checksum of the text of a file, whatever directory it is in; "none" for no file.
+    """Compute a checksum of the text of a file, independent of its path; "none" for no file.
 
     Raises:
         InputError: If the file cannot be read.

@@ -68,7 +68,7 @@ from .optim import (
     get_lr_multiplier,
     get_milestones,
     get_param_groups,
-    set_lr,
+    scale_lr,
     should_stop_early,
 )
 from .signals import StopSignals
@@ -186,8 +186,8 @@ class FineTuner:
     def train(self) -> dict[str, CocoScores]:
         """Train from the first or the resumed step to the last, and write the model with the best AP.
 
-        In `output_dir` are then the model, its image processor and model card, `metrics.json`, `history.jsonl`,
-        `curves.png` and `checkpoints/`.
+        Afterwards, `output_dir` contains the model, its image processor and model card, `metrics.json`,
+        `history.jsonl`, `curves.png` and `checkpoints/`.
 
         Returns:
             `dict[str, CocoScores]`: The COCO metrics of that model by the name of the split, `"validation"` first.
@@ -260,7 +260,7 @@ class FineTuner:
     def training_step(self, batch: dict[str, Any]) -> dict[str, float] | None:
         """Train on a micro-batch. Return the mean losses of the step after its last one, `None` before."""
         accelerator, model, optimizer = self.accelerator, self.model, self.optimizer
-        set_lr(optimizer, self.lr_multiplier(self.state.step))
+        scale_lr(optimizer, self.lr_multiplier(self.state.step))
         self.monitor.begin(batch)
         losses = None
         with accelerator.accumulate(model):
@@ -397,8 +397,8 @@ class FineTuner:
         """The shell command that repeats the run, with the precision that accelerate may have been configured to."""
         precision = self.arguments.mixed_precision or self.accelerator.mixed_precision
         arguments = dataclasses.replace(self.arguments, mixed_precision=precision if precision != "no" else None)
-        words = ["hf_dino", "train", *reproduction_argv(arguments)]
-        return training_command("-m", words, self.accelerator.num_processes)
+        argv = ["hf_dino", "train", *reproduction_argv(arguments)]
+        return training_command("-m", argv, self.accelerator.num_processes)
 
 
 def _is_multiple(step: int, interval: int | None) -> bool:
@@ -415,7 +415,7 @@ def make_accelerator(arguments: FineTuningArguments) -> Accelerator:
         InputError: If they contradict accelerate's configuration or the number of processes.
     """
     if arguments.report_to and arguments.report_to not in (trackers := list(map(str, get_available_trackers()))):
-        raise InputError(f"report_to: {arguments.report_to} is not an installed tracker ({', '.join(trackers)})")
+        raise InputError(f"--report_to {arguments.report_to}: is not an installed tracker ({', '.join(trackers)})")
     accumulation = arguments.gradient_accumulation_steps
     accelerator = Accelerator(
         cpu=not torch.accelerator.is_available(),  # given explicitly, several processes on CPUs find each other
@@ -482,23 +482,26 @@ def build_model(
         is_new (`bool`): False for a resumed run, whose checkpoint has the backbone's weights.
     """
     size = parse_image_size(arguments.image_size) if arguments.image_size else None
-    overrides = arguments.config_overrides
+    settings = (train.categories, size, arguments.config_overrides)
     if arguments.model_name_or_path:
-        model, processor = load_pretrained_for_categories(
-            arguments.model_name_or_path, train.categories, size, overrides
-        )
+        model, processor = load_pretrained_for_categories(arguments.model_name_or_path, *settings)
     else:
-        model, processor = build_model_and_processor(arguments.config_name, train.categories, size, overrides)
-        if not arguments.backbone_weights:
-            warn_if_batch_norms_frozen(model)
-    if arguments.backbone_weights and is_new:
-        load_backbone_weights(model, arguments.backbone_weights)
+        model, processor = build_model_and_processor(arguments.config_name, *settings)
+        _initialize_backbone(model, arguments.backbone_weights, is_new=is_new)
     if arguments.gradient_checkpointing:
         enable_gradient_checkpointing(model)
     if arguments.torch_compile:
         compile_layers(model)
     freeze(model, arguments.freeze)
     return model, processor
+
+
+def _initialize_backbone(model: DinoDetrForObjectDetection, weights: str | None, *, is_new: bool) -> None:
+    """Load pretrained weights into the backbone of a new model, or warn if it would be frozen as initialized."""
+    if not weights:
+        warn_if_batch_norms_frozen(model)
+    elif is_new:
+        load_backbone_weights(model, weights)
 
 
 def gather_full_model(accelerator: Accelerator, model: torch.nn.Module) -> PreTrainedModel:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
-from types import ModuleType, TracebackType
+from types import TracebackType
 from typing import Any
 
 import torch
@@ -17,16 +17,13 @@ from rich.console import RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.text import Text
 
+from ..utils.errors import import_if_available
 from ..utils.io import annotate_oserror, atomic_write, fsync
 from ..visualization import plot_training_curves
 from .checkpoint import TrainingState
 
 
-resource: ModuleType | None
-try:
-    import resource
-except ImportError:  # Windows
-    resource = None
+resource = import_if_available("resource")  # not on Windows
 
 logger = logging.getLogger(__name__)
 
@@ -172,10 +169,12 @@ class RunHistory:
     def __init__(self, folder: Path, state: TrainingState, enabled: bool):
         self.path = folder / "history.jsonl"
         self.enabled = enabled
-        self.rows = [row for row in _read_rows(self.path) if _is_before_checkpoint(row, state)]
+        self.rows: list[dict[str, Any]] = []
         self._is_complete = False
-        if enabled:
-            self._rewrite()
+        with _warn_only():
+            self.rows += (row for row in _read_rows(self.path) if _is_before_checkpoint(row, state))
+            if enabled:
+                self._rewrite()
 
     def add(self, row: Mapping[str, Any]) -> None:
         """Append a row."""
@@ -188,6 +187,8 @@ class RunHistory:
         """Write the file to the disk, before a checkpoint that relies on its rows."""
         if self.enabled:
             with _warn_only():
+                if not self._is_complete:
+                    self._rewrite()
                 fsync(self.path)
 
     def plot(self) -> None:
@@ -210,9 +211,9 @@ class RunHistory:
 
 
 def _read_rows(path: Path) -> Iterator[dict[str, Any]]:
-    """Read the rows of a history up to a line that is not complete, where the process was killed."""
-    with suppress(FileNotFoundError, json.JSONDecodeError):
-        yield from map(json.loads, path.read_text(encoding="utf-8").splitlines())
+    """Read the rows of a history up to one that is incomplete or damaged, as when the process was killed."""
+    with suppress(FileNotFoundError, ValueError):
+        yield from map(json.loads, path.read_bytes().splitlines())
 
 
 def _is_before_checkpoint(row: Mapping[str, Any], state: TrainingState) -> bool:

@@ -202,9 +202,9 @@ def find_first_nonfinite(
     """Repeat a micro-batch and name its first NaN or infinite tensor, in the order of computation.
 
     That is: weights, the batch, the outputs of the layers, the loss, the gradients of the layers' outputs, and those
-    of the weights. The statistics of batch norms are updated once more. `DebugUnderflowOverflow` of transformers does
-    not serve here: it also reports boxes that are infinite on purpose (positions in the padding), knows no gradients,
-    prints pages, and its hooks stay.
+    of the weights. The statistics of batch norms are updated once more. transformers' `DebugUnderflowOverflow` is not
+    used, because it also reports boxes that are infinite on purpose (positions in the padding), does not check
+    gradients, prints pages, and never removes its hooks.
 
     Args:
         model (`nn.Module`): A `DinoDetrForObjectDetection` with the weights that the step began with.

@@ -222,8 +222,8 @@ def get_milestones(milestones: Sequence[float], *, total_steps: int, steps_per_e
     return [round(milestone * (total_steps if milestone < 1 else steps_per_epoch)) for milestone in milestones]
 
 
-def set_lr(optimizer: torch.optim.Optimizer, multiplier: float) -> None:
-    """Set the learning rate of every parameter group to `multiplier` times its initial one."""
+def scale_lr(optimizer: torch.optim.Optimizer, multiplier: float) -> None:
+    """Set the learning rate of each parameter group to its initial one times `multiplier`."""
     for group in optimizer.param_groups:
         group["lr"] = group["initial_lr"] * multiplier
 

@@ -62,7 +62,7 @@ class StopSignals:
         return self.received != 0
 
     def exit(self, message: str) -> NoReturn:
-        """End the process with the exit status of one that the signal ended: 130, 143 or 138.
+        """End the process with 128 plus the number of the signal: 130 for SIGINT, 143 for SIGTERM, 138 for SIGUSR1.
 
         Args:
             message (`str`): Printed after the name of the signal.

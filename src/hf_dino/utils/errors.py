@@ -61,3 +61,11 @@ def import_extra(module: str, extra: str, purpose: str) -> ModuleType:
             return importlib.import_module(module)
     except ImportError as error:
         raise ImportError(f"{purpose} needs {module.split('.')[0]}: pip install 'hf-dino[{extra}]'") from error
+
+
+def import_if_available(module: str) -> ModuleType | None:
+    """Import a module of the standard library that some systems lack; return `None` there."""
+    try:
+        return importlib.import_module(module)
+    except ImportError:
+        return None

@@ -1,4 +1,4 @@
-"""Read datasets of Hugging Face `datasets`: folders of images with metadata, saved datasets, and ids on the Hub.
+"""Read datasets of Hugging Face `datasets`: directories of images with metadata, saved datasets, and ids on the Hub.
 
 Each row is an image with a column `objects` of boxes (x, y, width, height in pixels) and categories, as in
 https://huggingface.co/docs/datasets/image_dataset#object-detection.
@@ -102,7 +102,7 @@ def find_saved(folder: Path) -> dict[str, TableSplit]:
 
 
 def find_imagefolder(folder: Path) -> dict[str, TableSplit]:
-    """Find Parquet files, or images with a metadata file, in the folder or in folders of splits."""
+    """Find Parquet files, or images with a metadata file, in the directory or in those of splits."""
     patterns = ("metadata.jsonl", "metadata.csv", "*.parquet")
     if not any(any(folder.glob(f"{depth}{pattern}")) for depth in ("", "*/") for pattern in patterns):
         return {}
@@ -120,11 +120,14 @@ def stream(
 ) -> dict[str, TableSplit]:
     """Stream a dataset once into Arrow files that `datasets` caches, so that images can be read in any order.
 
+    Once a split is complete, it is read from the cache. An interrupted download of a split starts again from its first
+    image.
+
     Args:
-        source (`str`): An id on the Hub, or a folder.
+        source (`str`): An id on the Hub, or a directory.
         splits (`Sequence[str]`): Splits to read; all if empty.
         max_samples (`int` or `None`): Number of images to read from the beginning of each split; all if `None`.
-        cache_dir (`Path` or `None`): Cache folder; by default that of `datasets`.
+        cache_dir (`Path` or `None`): Cache directory; by default that of `datasets`.
     """
     options = {"path": str(Path(source).resolve())} if Path(source).is_dir() else parse_hub_id(source)
     builder = _load(source, lambda: _datasets().load_dataset_builder(**options))
@@ -150,18 +153,18 @@ def parse_hub_id(hub_id: str) -> dict[str, str]:
     """Return the arguments of `datasets.load_dataset` for `OWNER/NAME[:CONFIGURATION][@REVISION]`.
 
     Raises:
-        InputError: If the text has another form, or looks like a misspelled local folder.
+        InputError: If the text has another form, or looks like a misspelled local directory.
     """
     match = _HUB_ID.fullmatch(hub_id)
     if match is None:
         raise InputError(
-            f"{hub_id}: is neither a folder nor a Hub id of the form OWNER/NAME[:CONFIGURATION][@REVISION]"
+            f"{hub_id}: is neither a directory nor a Hub id of the form OWNER/NAME[:CONFIGURATION][@REVISION]"
         )
     owner = Path(match["path"]).parent
     if not match["revision"] and owner.name and owner.is_dir():
         entries = summarize_list(sorted(entry.name for entry in owner.iterdir()))
         raise InputError(
-            f"{hub_id}: folder not found; {owner} contains {entries}. For the Hub's {hub_id}, write {hub_id}@main"
+            f"{hub_id}: directory not found; {owner} contains {entries}. For the Hub's {hub_id}, write {hub_id}@main"
         )
     return {key: value for key, value in match.groupdict().items() if value}
 
@@ -174,7 +177,7 @@ def _load(source: Path | str, load: Callable[[], Any]) -> Any:
     try:
         return load()
     except (_datasets().exceptions.DatasetsError, OSError, ValueError) as error:
-        prefix = "" if Path(source).is_dir() else "is not a local folder, and "
+        prefix = "" if Path(source).is_dir() else "is not a local directory, and "
         raise InputError(
             f"{source}: {prefix}`datasets` cannot load it ({error.__cause__ or error}). If it has several "
             "configurations, write NAME:CONFIGURATION"
