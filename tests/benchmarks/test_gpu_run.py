@@ -214,10 +214,10 @@ def test_examples_in_docstrings(stages, module):
 
 
 def test_a_result_that_is_wrong_or_not_a_number_is_no_success(stages):
-    match_detections, rows = stages("correctness").match_detections, []
+    check_errors, rows = stages("correctness").check_errors, []
     for errors in ((1e-6, 1e-6), (1e-6, 1e-4), (1e-4, 1e-6), (float("nan"), 1e-6)):
         rows.append({})
-        match_detections(rows[-1], errors, (5e-6, 1e-5))
+        check_errors(rows[-1], errors, (5e-6, 1e-5))
     assert [row["ok"] for row in rows] == [True, False, False, False]
 
 

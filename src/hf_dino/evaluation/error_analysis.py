@@ -3,7 +3,7 @@
 The error types are those of TIDE (https://arxiv.org/abs/2008.08115), as counts; their effect on AP is not estimated.
 Detections are matched to objects as COCO does at an IoU of .5: in order of descending score, each to the unmatched
 object of its category with the highest IoU. So a detection's outcome depends only on detections with a higher score,
-and one matching serves every score threshold.
+and one matching is valid for every score threshold.
 """
 
 import math
