@@ -35,7 +35,7 @@ test-all: setup ## the tests, the slow ones too
 test-floor: setup-floor ## the tests on the oldest supported versions of torch and transformers
 	$(call PYTEST,$(FLOOR))
 
-gpu: ## build, check and measure the CUDA code on this machine's GPU in 8 minutes; needs no .venv (OUT=folder)
+gpu: ## build, check and measure the CUDA code on this machine's GPU in 8 minutes; needs no .venv (OUT=directory)
 	$(or $(PYTHON),python3) benchmarks/gpu.py $(GPU_ARGS)
 
 gpu-wheels: ## fetch what a GPU machine without network may lack, into wheels/

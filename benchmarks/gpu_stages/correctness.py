@@ -79,7 +79,7 @@ def check_odd(row: Row, form: str, odd: Odd, dtype: torch.dtype, device: str, ar
 
 
 def odd_tensors(odd: Odd, form: str, dtype: torch.dtype) -> list[torch.Tensor]:
-    """Return `value` and the other inputs. Locations avoid the lines between cells, where gradients are discontinuous."""
+    """Return `value` and the other inputs. Locations avoid the lines between cells, where gradients jump."""
     generator = torch.Generator().manual_seed(0)
     normal = partial(torch.randn, generator=generator, dtype=torch.float64)
     batch_size, num_queries, num_heads, head_dim, shapes, num_points, reference_size = odd

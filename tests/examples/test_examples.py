@@ -195,7 +195,7 @@ def test_bad_input_leaves_the_old_run_alone(finished, examples, arguments, shape
     run = shutil.copytree(finished, tmp_path / "run")
     before = sorted(path.name for path in run.rglob("*"))
     bad = [*arguments, f"--output_dir={run}", "--overwrite_output_dir", f"--train_images={tmp_path / 'gone'}"]
-    with pytest.raises(InputError, match="gone: image folder not found"):
+    with pytest.raises(InputError, match="gone: image directory not found"):
         train(bad)
     assert sorted(path.name for path in run.rglob("*")) == before
 

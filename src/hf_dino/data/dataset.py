@@ -89,7 +89,7 @@ class DetectionSplit:
     """One split of a dataset, read and checked.
 
     Attributes:
-        source (`Path` or `str`): The annotation file or folder, or the dataset's id on the Hub.
+        source (`Path` or `str`): The annotation file or directory, or the dataset's id on the Hub.
         images (`list[AnnotatedImage]`): In the order of the source, including images without objects.
         categories (`dict[int, str]`): Category id to name, by ascending id.
         warnings (`dict[str, list[str]]`): What was corrected, mapped to the path of the image, once per correction.
@@ -102,7 +102,7 @@ class DetectionSplit:
 
     @property
     def name(self) -> str:
-        """Display name: the dataset folder (its parent if called `annotations` or after a split), or the Hub id."""
+        """Display name: the dataset directory (its parent if called `annotations` or after a split), or the Hub id."""
         if isinstance(self.source, str):
             return self.source
         path = self.source.resolve()
