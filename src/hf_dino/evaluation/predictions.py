@@ -28,7 +28,7 @@ in [0, 1]. The fields are as wide as JSON numbers, so COCO results keep every di
 def evaluate_model(
     model: nn.Module,
     processor: BaseImageProcessor,
-    data: DetectionSplit,
+    split: DetectionSplit,
     accelerator: Accelerator,
     *,
     batch_size: int,
@@ -44,7 +44,7 @@ def evaluate_model(
     Args:
         model (`nn.Module`): A detection model, prepared by `accelerator` or not.
         processor (`BaseImageProcessor`): The model's image processor.
-        data (`DetectionSplit`): The dataset.
+        split (`DetectionSplit`): The split of the dataset.
         accelerator (`Accelerator`): Provides the device and this process's share of the images.
         batch_size (`int`): Maximum number of images in a batch, per process.
         num_workers (`int`, *optional*, defaults to 0): DataLoader workers, per process.
@@ -59,9 +59,9 @@ def evaluate_model(
         InputError: If a category that has objects is not among the model's classes, or the engine is not available.
     """
     check_engine(engine)
-    labels = label_of_category(data, accelerator.unwrap_model(model).config.id2label)
+    labels = label_of_category(split, accelerator.unwrap_model(model).config.id2label)
     loader = evaluation_loader(
-        data,
+        split,
         processor,
         batch_size=batch_size,
         rank=accelerator.process_index,
@@ -70,7 +70,7 @@ def evaluate_model(
     )
     label_to_category_id = {label: category_id for category_id, label in labels.items()}
     detections = collect_detections(model, loader, processor, label_to_category_id, accelerator, on_batch)
-    scores = [evaluate_coco(data, detections, engine)] if accelerator.is_main_process else [None]
+    scores = [evaluate_coco(split, detections, engine)] if accelerator.is_main_process else [None]
     return broadcast_object_list(scores)[0], detections
 
 

@@ -13,7 +13,7 @@ from .voc import find_voc, read_voc
 from .yolo import find_yolo_folders, find_yolo_yaml, read_yolo
 
 
-__all__ = ["FORMATS", "Format", "detect_format", "read_coco", "read_coco_file", "read_data", "split_from_name"]
+__all__ = ["read_coco", "read_coco_file", "read_data", "split_from_name"]
 
 
 class Format(NamedTuple):
@@ -94,9 +94,9 @@ def read_data(
     if missing := [split for split in splits if split not in available]:
         raise InputError(f"{source}: split {summarize_list(missing)} not found. It has {summarize_list(available)}")
     selected = {split: found[split] for split in available if not splits or split in splits}
-    data = read(selected, source, on_error)
+    contents = read(selected, source, on_error)
     return {
-        split: require_image_files(each) if on_error is raise_input_error else each for split, each in data.items()
+        split: require_image_files(each) if on_error is raise_input_error else each for split, each in contents.items()
     }
 
 
