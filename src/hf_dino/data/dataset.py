@@ -61,8 +61,8 @@ class AnnotatedImage:
             beyond the image.
         category_ids (`np.ndarray` of shape `(num_objects,)`): Category ids of the dataset.
         areas (`np.ndarray` of shape `(num_objects,)`): In square pixels: the mask's area if annotated, else the box's.
-        iscrowd (`np.ndarray` of shape `(num_objects,)`): 1 if the box holds a group of objects, else 0. Such a box is
-            not trained on, and detections inside it are ignored by the evaluation.
+        iscrowd (`np.ndarray` of shape `(num_objects,)`): 1 if the box contains a group of objects, else 0. Such a box
+            is not trained on, and detections inside it are ignored by the evaluation.
     """
 
     image_id: int
