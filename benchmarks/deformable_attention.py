@@ -1,4 +1,4 @@
-r"""Multi-scale deformable attention: time and memory of every implementation at hand, at the shapes DINO has.
+r"""Multi-scale deformable attention: time and memory of all available implementations, at the shapes of DINO.
 
     python benchmarks/deformable_attention.py
     python benchmarks/deformable_attention.py --device cuda --hub --batch-sizes 1 2 8 \
@@ -43,10 +43,12 @@ TOLERANCE = {"float64": 1e-9, "float32": 1e-4, "float16": 2e-3, "bfloat16": 1e-2
 
 
 class Child:
-    """A process for one call after another, and a new one after a call that failed."""
+    """A process that runs calls one after another, and is replaced after a call that failed."""
 
     def __init__(self) -> None:
-        os.environ["MALLOC_MMAP_THRESHOLD_"] = str(2**16)  # glibc then gives back what is freed: no peak hides in it
+        os.environ["MALLOC_MMAP_THRESHOLD_"] = str(
+            2**16
+        )  # glibc then returns freed memory to the system, so it does not hide a peak
         self.pool = self._start()
 
     def _start(self) -> ProcessPoolExecutor:
@@ -55,7 +57,7 @@ class Child:
     def examine(self, *arguments: Any) -> dict[str, Any]:
         try:
             return self.pool.submit(examine, *arguments).result()
-        except Exception as failure:  # whatever other people's code stops with is what there is to report
+        except Exception as failure:  # any failure of other implementations is reported
             self.pool.shutdown()
             self.pool = self._start()
             if isinstance(failure, BrokenProcessPool):
@@ -66,7 +68,7 @@ class Child:
 def examine(name: str, case: Case, backward: bool, options: argparse.Namespace) -> dict[str, Any]:
     """Return verdict, error, peak memory beyond the inputs, and beyond the results too.
 
-    Called in a process of its own, because wrong code may end it.
+    Called in a separate process, because wrong code may crash it.
     """
     attend = IMPLEMENTATIONS[name].make(options)
     inputs, expected = prepare(case, options.device)
@@ -81,11 +83,11 @@ def examine(name: str, case: Case, backward: bool, options: argparse.Namespace) 
     if options.device == "cuda":
         torch.cuda.reset_peak_memory_stats()
     else:
-        Path("/proc/self/clear_refs").write_text("5")  # the peak counts from now on
+        Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     del results
     outputs, gradients = run(name, attend, inputs, backward)
     extra = memory(options.device, "peak") - before
-    torch.cuda.empty_cache()  # the process that takes the time needs it
+    torch.cuda.empty_cache()  # the process that measures the time needs it
     beyond = max(extra - size(*outputs, *gradients), 0) / size(inputs.tensors["plain"][0])
     return {**row, "peak_memory_mib": round(extra / 2**20, 1), "memory_beyond_results_in_values": round(beyond, 2)}
 
@@ -103,7 +105,7 @@ def interleave(candidates: dict[str, Any], inputs: Inputs, backward: bool, round
     for _ in range(rounds):
         for name, attend in candidates.items():
             call = functools.partial(run, name, attend, inputs, backward)
-            call()  # not measured: what the others left in caches and allocators must not count
+            call()  # warm-up, after the others have used caches and allocators
             seconds[name].append(clock(call))
     torch.cuda.empty_cache()
     return {name: statistics.median(times) for name, times in seconds.items()}
@@ -153,7 +155,7 @@ def bound_bytes(case: Case, backward: bool, device: str) -> int:
 
 
 def measure(case: Case, options: argparse.Namespace, bandwidth: float, child: Child) -> list[dict[str, Any]]:
-    """Measure both passes of one case with all implementations that take part."""
+    """Measure both passes of one case with all implementations that can run it."""
     measured = []
     for pass_name, backward in PASSES.items():
         rows = {name: child.examine(name, case, backward, options) for name in options.implementations}

@@ -26,7 +26,7 @@ def run_form(form: str, attend: Any, inputs: Inputs, backward: bool) -> tuple[Te
 
 
 def find_expected(form: str, inputs: Inputs) -> tuple[Tensors, Tensors]:
-    """Compute what `run` should return, by the reference in 64 bits; some queries at a time, to need little memory."""
+    """Compute the expected result of `run` by the reference in float64, a few queries at a time to save memory."""
     attend: Any = {"plain": reference, "fused": fused_reference}[form]
     tensors = [x.detach().double().requires_grad_(x.requires_grad) for x in inputs.tensors[form]]
     parts = []
@@ -55,7 +55,7 @@ def relative_error(
 
 
 def _largest_error(results: Tensors, expected: Tensors, counted: tuple[torch.Tensor, ...]) -> float:
-    """Compare tensors one by one; the second, the gradient of points, only where it does not jump."""
+    """Return the largest error of corresponding tensors; of the gradient of points, only where it is continuous."""
     errors = [0.0]
     for position, (one, other) in enumerate(zip(results, expected)):
         counts = counted[0] if counted and position == 1 else 1
@@ -77,10 +77,10 @@ def fewest_bytes(inputs: Inputs, grad_value: torch.Tensor, backward: bool, form:
 
 
 def size(*tensors: torch.Tensor) -> int:
-    """Return bytes."""
+    """Return the size of tensors in bytes."""
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
 def rounded(number: float, digits: int) -> float:
-    """Round to so many digits that count."""
+    """Round to a number of significant digits."""
     return float(f"{number:.{digits}g}")

@@ -1,4 +1,4 @@
-"""The implementations of multi-scale deformable attention that a benchmark compares, each made to look alike.
+"""The implementations of multi-scale deformable attention that a benchmark compares, with the same signature.
 
 An implementation is a function of the levels and of inputs in one of two forms, and returns a tuple:
 
@@ -23,7 +23,7 @@ Tensors = tuple[torch.Tensor, ...]
 
 
 class UnavailableError(Exception):
-    """Why an implementation cannot take part."""
+    """Raised if an implementation cannot be used. The message says why."""
 
 
 def reference(levels: Levels, value: torch.Tensor, locations: torch.Tensor, weights: torch.Tensor) -> Tensors:
@@ -131,7 +131,7 @@ def make_hub(options: argparse.Namespace) -> Callable[..., Tensors]:
 
 
 class Implementation(NamedTuple):
-    """How to get one that takes part."""
+    """An implementation, and how to load it."""
 
     form: str
     make: Callable[[argparse.Namespace], Callable[..., Tensors]]
@@ -156,7 +156,7 @@ IMPLEMENTATIONS = {
 
 
 def find_implementations(options: argparse.Namespace) -> dict[str, str]:
-    """Return for each implementation that it takes part, or why not."""
+    """Return for each implementation whether it can be used, or why not."""
     found = {}
     for name, implementation in IMPLEMENTATIONS.items():
         try:

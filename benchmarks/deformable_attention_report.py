@@ -1,4 +1,4 @@
-"""What the benchmark of multi-scale deformable attention measured, as tables and as a plot."""
+"""Write the results of the benchmark of multi-scale deformable attention as tables and as a plot."""
 
 from pathlib import Path
 from typing import Any

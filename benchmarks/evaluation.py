@@ -4,8 +4,8 @@
 
 Objects and detections are random, of 80 classes as unequally frequent as COCO's. `hf_dino` starts from a file of
 records as a model writes it: grouped by image, evaluated, accumulated and summarized. `pycocotools` has everything in
-its own datasets already and only evaluates and accumulates. Each lives in a process of its own, and
-their runs are interleaved. At full size a round takes several minutes.
+its own datasets already and only evaluates and accumulates. Each runs in a separate process, and their runs are
+interleaved. At full size a round takes several minutes.
 """
 
 import argparse
@@ -32,7 +32,7 @@ from hf_dino.evaluation.predictions import sort_by_image
 
 
 def make_ours(folder: Path, engine: str) -> Callable[[], None]:
-    """Read both from the disk: what is read counts as memory of the run."""
+    """Read both from disk, so that they count as memory of the run."""
 
     def run() -> None:
         data = pickle.loads((folder / "data.pickle").read_bytes())
@@ -44,7 +44,7 @@ def make_ours(folder: Path, engine: str) -> Callable[[], None]:
 
 
 def as_dicts(records: np.ndarray) -> list[dict[str, Any]]:
-    """Plain numbers, as read from JSON: numpy's own would make pycocotools slower."""
+    """Return plain numbers, as read from JSON. Those of numpy would make pycocotools slower."""
     names = records.dtype.names or ()
     return [dict(zip(names, values)) for values in zip(*(records[name].tolist() for name in names))]
 

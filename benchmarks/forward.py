@@ -59,10 +59,10 @@ def make_transformers(num_queries: int = SHAPE["num_queries"], **overrides: Any)
 
 
 def make_candidates(build: Callable[[MakeModel], Any], **overrides: Any) -> dict[str, Candidate]:
-    """Return ours first, then what it is compared with.
+    """Return our model and the models that it is compared with; ours comes first.
 
     Args:
-        build (`Callable`): Takes what makes a model, and returns what is to be run.
+        build (`Callable`): Takes a function that makes a model, and returns the function to measure.
         overrides: Fields of both configurations, such as those of `SMALL`.
     """
     ours, peer = (partial(make, **overrides) if overrides else make for make in (make_ours, make_transformers))
@@ -80,9 +80,9 @@ def _made(make: MakeModel) -> torch.nn.Module:
 
 
 def make_model(make: MakeModel, device: str = "cpu", compiled: bool = False) -> Any:
-    """Return a model of its own on a device; initializing the weights takes seconds and is done once per process."""
+    """Return a new model on a device. Its initial weights, which take seconds, are computed once per process."""
     model: Any = deepcopy(_made(make)).to(device)
-    if compiled:  # as hf_dino.training does, which needs more packages than a benchmark may ask for
+    if compiled:  # as hf_dino.training does, which needs more packages
         for layer in (*model.model.encoder.layers, *model.model.decoder.layers):
             layer.compile(dynamic=True)
     return model
@@ -105,7 +105,7 @@ def random_images(batch_size: int, height: int, width: int) -> torch.Tensor:
 
 
 def add_device_options(parser: argparse.ArgumentParser) -> None:
-    """Add where and how a whole model runs."""
+    """Add the options for the device and precision of a whole model."""
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where the models run (default: cpu)")
     parser.add_argument("--precision", choices=PRECISIONS, default="fp32", help="arithmetic (default: fp32)")
     parser.add_argument("--compile", action="store_true", help="compile the layers of all models with torch.compile")
@@ -119,7 +119,7 @@ def command_of(name: str, args: argparse.Namespace) -> str:
 
 
 def result_name(name: str, args: argparse.Namespace) -> str:
-    """Return the name of a result: that of the CPU in float32 is the plain one."""
+    """Return the name of a result, without a suffix for the CPU in float32."""
     if (args.device, args.precision, args.compile) == ("cpu", "fp32", False):
         return name
     return "_".join([name, args.device, args.precision, *(["compiled"] if args.compile else [])])

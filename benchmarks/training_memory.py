@@ -10,11 +10,11 @@ measured, as in every step of a run but the first. Of each row the result has
     peak   parameters and moments, counted, and on top of them what the process grew by in the step, measured
 
 Most activations are gone before the last gradient is there: the peak is less than the state plus all activations.
-Python and its libraries are in neither. A GPU's allocator keeps blocks of its own sizes, and its libraries ask for
-work space: expect more there, and leave room. PyTorch then reports it as `torch.cuda.max_memory_allocated()`.
+Python and its libraries count for neither. On a GPU, expect more, because its allocator rounds up and its libraries
+need work space. PyTorch then reports it as `torch.cuda.max_memory_allocated()`.
 
-Every row has a process of its own, one after the other, which is stopped beyond the limit. The result is written after
-each; rows that were not chosen stay as they were measured before.
+Each row runs in a separate process, one after another, which is stopped if it exceeds the limit. The result is written
+after each row; rows that were not chosen keep their previous measurements.
 """
 
 import argparse
@@ -88,7 +88,7 @@ class Training:
         self.optimizer.step()
 
     def kept(self) -> int:
-        """Return the bytes of what stays from step to step: parameters, buffers and moments."""
+        """Return the bytes of parameters, buffers and moments, which stay allocated between steps."""
         moments = [tensor for state in self.optimizer.state.values() for tensor in state.values()]
         return size([*self.model.parameters(), *self.model.buffers(), *moments])
 
@@ -107,22 +107,24 @@ def memory(field: str, process: str = "self") -> int:
 
 
 def measure(row: Row, connection: Connection) -> None:
-    """Send the bytes of the state and of all that is none of ours, then those of the peak."""
-    Path("/proc/self/oom_score_adj").write_text("1000")  # should memory run out after all, nothing else is stopped
+    """Send the bytes of the state and of everything else in the process, then those of the peak."""
+    Path("/proc/self/oom_score_adj").write_text("1000")  # if memory runs out, the kernel stops this process first
     training = Training(row)
     training.step(SMALL, SMALL, images=1)
     state = training.kept() + training.gradients()
     training.optimizer.zero_grad()
     others = memory("VmRSS") - training.kept()
     connection.send((state, others))
-    Path("/proc/self/clear_refs").write_text("5")  # the peak counts from now on
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     training.step(row.height, row.width, row.images)
     connection.send(memory("VmHWM") - others)
 
 
 def measure_apart(row: Row, limit_gib: float) -> dict[str, Any]:
-    """Measure in a new process, and stop it beyond the limit."""
-    os.environ["MALLOC_MMAP_THRESHOLD_"] = str(2**16)  # glibc then gives back what is freed: no peak hides in it
+    """Measure in a new process, and stop it if it exceeds the limit."""
+    os.environ["MALLOC_MMAP_THRESHOLD_"] = str(
+        2**16
+    )  # glibc then returns freed memory to the system, so it does not hide a peak
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
     process = context.Process(target=measure, args=(row, theirs), daemon=True)

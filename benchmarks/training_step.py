@@ -56,10 +56,10 @@ NUM_LABELS = 91
 
 
 class Stopwatch:
-    """Adds up seconds by name. What is timed within something else counts for itself alone.
+    """A timer that adds up seconds by name. Nested intervals count only for the innermost name.
 
     Args:
-        synchronize (`Callable`): Waits until an accelerator is done with what it was asked for.
+        synchronize (`Callable`): Waits until the accelerator has finished.
     """
 
     def __init__(self, synchronize: Callable[[], None] = lambda: None) -> None:
@@ -77,7 +77,7 @@ class Stopwatch:
         self.running.pop()
 
     def _pass_on(self) -> None:
-        """Count the time since the last change for whatever was running."""
+        """Add the time since the last change to the name that was running."""
         self.synchronize()
         now = time.perf_counter()
         if self.running:
@@ -86,7 +86,7 @@ class Stopwatch:
 
 
 class HostSyncs(TorchFunctionMode):
-    """Lists the calls that tell the host a tensor's values, for which it would wait for an accelerator."""
+    """A list of the calls that copy a tensor's values to the host, which waits for the accelerator to finish."""
 
     READS = ("cpu", "item", "tolist", "__bool__", "__int__", "__float__", "__index__", "nonzero", "unique")
 
@@ -102,7 +102,7 @@ class HostSyncs(TorchFunctionMode):
 
 
 class SeparateLoss:
-    """A model's loss on copies of its inputs, so that its backward pass runs before the model's and not amid it."""
+    """A model's loss on copies of its inputs, so that its backward pass is separate from the model's."""
 
     def __init__(self, loss: Callable[..., Any]):
         self.loss = loss
@@ -115,7 +115,7 @@ class SeparateLoss:
         return self.loss(**{**inputs, **copies})
 
     def backward(self) -> None:
-        """Take the gradients of the copies, which the loss has left there, through the model."""
+        """Backpropagate the gradients of the copies through the model."""
         values, gradients = zip(*[(value, copy.grad) for value, copy in self.pairs if copy.grad is not None])
         torch.autograd.backward(values, gradients)
 
@@ -136,7 +136,7 @@ def random_batch(height: int, width: int, num_images: int, objects: int) -> Batc
 def make_step(
     make: MakeModel, device: str = "cpu", precision: str = "fp32", compiled: bool = False
 ) -> Callable[[Batch], None]:
-    """Build a model and what takes it a step further with a batch, wherever that is."""
+    """Build a model, and return a function that trains it for one step on a batch, on any device."""
     model = make_model(make, device, compiled).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
 
@@ -156,7 +156,7 @@ def make_same_step(make: MakeModel, batch: Batch, device: str = "cpu", **options
 
 
 def profile(batch: Batch, rounds: int, device: str = "cpu", precision: str = "fp32") -> dict[str, Any]:
-    """Return median seconds of each part of a step, their percentages, and what the host reads of tensors in which."""
+    """Return the median seconds and percentage of each part of a step, and the tensors that the host reads in it."""
     model, batch = make_model(make_ours, device).train(), send_to_device(batch, device)
     watch = Stopwatch(torch.cuda.synchronize if device == "cuda" else lambda: None)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
@@ -185,7 +185,9 @@ def profile(batch: Batch, rounds: int, device: str = "cpu", precision: str = "fp
         rows.append(watch.seconds)
     loss_dino_detr.hungarian_match = matcher
 
-    seconds = {name: statistics.median(row[name] for row in rows[1:]) for name in rows[0]}  # the first one warms up
+    seconds = {
+        name: statistics.median(row[name] for row in rows[1:]) for name in rows[0]
+    }  # the first round is a warm-up
     percent = {name: 100 * value / sum(seconds.values()) for name, value in seconds.items()}
     matcher_and_losses = sum(percent[name] for name in ("matcher", "losses", "losses, backward"))
     return {
@@ -205,7 +207,7 @@ def timed(watch: Stopwatch, name: str, function: Callable[..., Any]) -> Callable
 
 
 def draw_images(folder: Path, count: int, height: int, width: int, objects: int) -> DetectionSplit:
-    """Write images with the size and the detail of photographs, with boxes that mean nothing."""
+    """Write images with the size and detail of photographs, and random boxes."""
     rng, images = np.random.default_rng(0), []
     for number in range(count):
         coarse = Image.fromarray(rng.integers(0, 256, (height // 16, width // 16, 3), dtype=np.uint8))
@@ -222,7 +224,7 @@ def draw_images(folder: Path, count: int, height: int, width: int, objects: int)
 def measure_waiting(
     step: Callable[[Batch], None], height: int, width: int, batch_size: int, objects: int, steps: int
 ) -> dict[str, Any]:
-    """Train for some steps on image files; return how long they took and how long the batches were waited for."""
+    """Train for some steps on image files. Return the seconds they took, and the seconds of waiting for batches."""
     waiting, working = [], []
     processor = DinoDetrImageProcessor(size={"height": height, "width": width})
     collate = TrainingCollator(processor, {label: label for label in range(NUM_LABELS)}, NUM_LABELS, do_resize=False)
@@ -252,7 +254,7 @@ def measure_waiting(
 
 
 def synchronized(step: Callable[[Batch], None]) -> Callable[[Batch], None]:
-    """Return a step on the GPU that ends when the GPU is done."""
+    """Return a step that waits for the GPU to finish."""
 
     def run(batch: Batch) -> None:
         step(batch)

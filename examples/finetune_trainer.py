@@ -131,7 +131,7 @@ class DetectionTrainer(Trainer):
         return super().compute_loss(model, {**inputs, "effective_batch": self.whole_step}, **kwargs)
 
     def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> Any:
-        data = (eval_dataset or self.eval_dataset).data
+        data = (eval_dataset or self.eval_dataset).split
         loading = {"batch_size": self.args.eval_batch_size, "num_workers": self.args.dataloader_num_workers}
         self.scores, _ = evaluate_model(self.model, self.processing_class, data, self.accelerator, **loading)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in self.scores.metrics.items()}
@@ -143,7 +143,7 @@ class DetectionTrainer(Trainer):
         card = finetuned_card(
             self.model.config,
             metrics=self.scores.metrics,
-            dataset=self.options.dataset_label or self.train_dataset.data.name,
+            dataset=self.options.dataset_label or self.train_dataset.split.name,
             command=self.command,
             base_model=self.options.model_name_or_path,
             split="validation",

@@ -28,9 +28,10 @@ def test_impossible_image_sizes(size):
     ("name", "message"),
     [
         ("num_querys", r"has no field 'num_querys'; did you mean num_queries\?"),
+        *((name, f"^{name} cannot be set: the classes are those") for name in ("id2label", "label2id", "num_labels")),
         ("xyz", "has no field 'xyz'; python -m pydoc hf_dino.DinoDetrConfig lists them"),
     ],
 )
-def test_fields_that_do_not_exist(name, message):
+def test_fields_that_cannot_be_set(name, message):
     with pytest.raises(InputError, match=message):
         check_config_field(name)

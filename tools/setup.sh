@@ -5,7 +5,7 @@
 #
 # PYTHON in the environment names the interpreter; otherwise it is the first of PYTHONS that is Python 3.10 or newer.
 # uv is used where it works, and pip where it does not. Two files in VENV say how far an earlier run came:
-#     .hf_dino-made     this script made the folder and may therefore make it again from nothing
+#     .hf_dino-made     this script made the directory and may therefore make it again from nothing
 #     .hf_dino-ready    what was installed; written last, so that a killed run is repaired by the next one
 set -eu
 cd "$(dirname "$0")/.."
@@ -78,10 +78,10 @@ fi
 python=$(find_python)
 
 if [ -e "$venv" ] && [ ! -e "$made" ]; then
-    has_right_python || fail "The folder $venv is there, but without the Python to use (${PYTHON:-3.10 or newer})." \
+    has_right_python || fail "The directory $venv is there, but without the Python to use (${PYTHON:-3.10 or newer})." \
         "It was not made by this command, so it is left alone: rename or remove it, then run the same command again."
 elif [ -e "$venv" ] && { [ ! -e "$ready" ] || ! has_right_python; }; then
-    mv "$venv" "$venv.old-$$" # in one step, so that being killed here leaves no folder without its marker
+    mv "$venv" "$venv.old-$$" # in one step, so that being killed here leaves no directory without its marker
     rm -rf "$venv.old-$$"
 fi
 if [ ! -e "$venv" ]; then

@@ -1,4 +1,4 @@
-"""Compare candidates in interleaved runs, each in a process of its own, so that its peak memory is its own."""
+"""Compare candidates in interleaved runs, each in a separate process so that peak memory is measured separately."""
 
 import gc
 import multiprocessing
@@ -19,16 +19,16 @@ _RUN = "run"
 
 
 class WorkerError(RuntimeError):
-    """Why the work of a candidate could not be built or run."""
+    """Raised if the work of a candidate could not be built or run."""
 
 
 class Worker:
     """A process that builds work and runs it once for each request.
 
     Args:
-        environment (`Mapping[str, str]`): Environment variables of the process, on top of this one's.
-        device (`str`): `"cpu"` or `"cuda"`: which memory is measured, and whether a run ends when the GPU is done.
-        start_method (`str`): Of `multiprocessing`. With `"fork"`, which CUDA cannot take, nothing is imported again.
+        environment (`Mapping[str, str]`): Environment variables of the process, in addition to the current ones.
+        device (`str`): `"cpu"` or `"cuda"`, whose memory is measured. On `"cuda"` a run waits for the GPU to finish.
+        start_method (`str`): Of `multiprocessing`. `"fork"` imports nothing again, but does not work with CUDA.
     """
 
     def __init__(self, environment: Mapping[str, str], device: str = "cpu", start_method: str = "spawn"):
@@ -36,11 +36,11 @@ class Worker:
         self.connection, theirs = context.Pipe()
         process = context.Process(target=_serve, args=(dict(environment), device, theirs), daemon=True)
         process.start()
-        theirs.close()  # a process that ends is then noticed here
+        theirs.close()  # so that the end of the process is noticed here
 
     def start_building(self, build: Build) -> None:
         """Replace the work of the process; [`Worker.wait`] waits until it is built."""
-        with suppress(OSError):  # its process has ended: that is what `wait` then says
+        with suppress(OSError):  # the process has ended, which `wait` reports
             self.connection.send(build)
 
     def run(self) -> tuple[float, float]:
@@ -115,7 +115,7 @@ def measure(workers: Mapping[str, Worker], rounds: int) -> tuple[dict[str, float
 
 
 def _serve(environment: Mapping[str, str], device: str, connection: Connection) -> None:
-    """Build and run on request until the other side closes."""
+    """Build and run on request until the connection is closed."""
     os.environ.update(environment)
     meter: Any = {"cpu": ProcessMemory, "cuda": DeviceMemory}[device]()
     run: Any = None
@@ -124,11 +124,11 @@ def _serve(environment: Mapping[str, str], device: str, connection: Connection) 
             if request == _RUN:
                 answer = _timed(run, meter)
             else:
-                run = None  # its memory is not the next one's
+                run = None  # so that its memory does not count for the next work
                 run, answer = request(), None
                 meter.start()
             connection.send((True, answer))
-        except Exception as error:  # it is the other side that decides what a failure means
+        except Exception as error:  # the parent process handles the failure
             connection.send((False, f"{type(error).__name__}: {error}"))
 
 
@@ -147,17 +147,17 @@ def _timed(run: Callable[[], Any], meter: Any) -> tuple[float, float]:
 
 
 class ProcessMemory:
-    """The memory that the system counts for this process."""
+    """The memory of this process, as measured by the system."""
 
     def start(self) -> None:
-        """Begin to count."""
+        """Start measuring."""
         self.before = self._peak()
 
     def synchronize(self) -> None:
-        """Return at once: what a CPU was asked for is done."""
+        """Do nothing: work on the CPU has finished when a call returns."""
 
     def peak_mib(self) -> float:
-        """Return how far the peak is above what was there at the start."""
+        """Return the peak in MiB above the memory in use at the start."""
         return (self._peak() - self.before) / 1024
 
     def _peak(self) -> int:
@@ -168,7 +168,7 @@ class DeviceMemory:
     """The memory that PyTorch has allocated on the current CUDA device."""
 
     def start(self) -> None:
-        """Begin to count, without what the work before has left."""
+        """Free cached memory and start measuring."""
         import torch
 
         self.cuda = torch.cuda
@@ -179,9 +179,9 @@ class DeviceMemory:
         self.before = self.cuda.memory_allocated()
 
     def synchronize(self) -> None:
-        """Wait until the GPU is done."""
+        """Wait until the GPU has finished."""
         self.cuda.synchronize()
 
     def peak_mib(self) -> float:
-        """Return how far the peak is above what was there at the start."""
+        """Return the peak in MiB above the memory in use at the start."""
         return (self.cuda.max_memory_allocated() - self.before) / 2**20

@@ -1,4 +1,4 @@
-"""The machine that a benchmark ran on, and where its result goes."""
+"""Describe the machine that a benchmark ran on, and write its result."""
 
 import json
 import os
@@ -14,7 +14,7 @@ RESULTS = Path(__file__).parents[1] / "results"
 
 
 def processor_name() -> str:
-    """Return the processor's name as Linux tells it, or as Python does."""
+    """Return the processor's name according to Linux, or else to Python."""
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())

@@ -1,4 +1,4 @@
-"""The arithmetic of a whole model: float32 throughout, TF32 products, or autocast to bfloat16."""
+"""The precision of a whole model: float32, TF32 in matrix products and convolutions, or autocast to bfloat16."""
 
 from contextlib import AbstractContextManager
 
@@ -12,7 +12,7 @@ def use_precision(name: str, device: str) -> AbstractContextManager[None]:
     """Set whether this process may use TF32, and return the context for a forward pass.
 
     Args:
-        name (`str`): One of `PRECISIONS`. `"fp32"` takes TF32 away from convolutions, too, which have it by default.
+        name (`str`): One of `PRECISIONS`. `"fp32"` also disables TF32 in convolutions, where it is the default.
         device (`str`): `"cpu"` or `"cuda"`.
     """
     torch.set_float32_matmul_precision("highest" if name == "fp32" else "high")

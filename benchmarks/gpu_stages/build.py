@@ -1,4 +1,4 @@
-"""Compile the operator for this machine as the first use of the model does, and time it."""
+"""Compile the operator as on the first use of the model, and measure the time."""
 
 import time
 from pathlib import Path
@@ -17,4 +17,4 @@ def main(stage: Stage) -> None:
                 row["seconds"] = round(time.monotonic() - start, 1)
                 entry = Path(str(operators.__file__)).parent
                 row["cache_entry"] = entry.name
-                print((entry / "build.log").read_text(), flush=True)  # the commands, and what the compilers printed
+                print((entry / "build.log").read_text(), flush=True)  # the commands and their output

@@ -15,8 +15,8 @@ from hf_dino.deformable_attention_dino_detr import compute_sampling_locations, m
 
 
 FORMS = ("plain", "fused")
-# Relative errors in the Euclidean norm, of results and of gradients. 16 bits: twice what rounding once may change,
-# which is the least that can be asked of inputs that were rounded themselves.
+# Bounds of the relative errors of results and gradients, in the Euclidean norm. In 16 bits they are twice the error of
+# rounding once, since the inputs were rounded as well.
 BOUNDS = {
     "float32": (5e-6, 1e-5),
     "bfloat16": (2.0**-8, 2.0**-8),
@@ -26,7 +26,7 @@ BOUNDS = {
 
 
 class Odd(NamedTuple):
-    """Sizes that the code for DINO's own sizes does not handle."""
+    """Sizes other than DINO's, for which the kernels have general code."""
 
     batch_size: int
     num_queries: int
@@ -55,30 +55,31 @@ def attend(form: str, device: str, levels: Any, value: torch.Tensor, *points: to
 
 
 def check_real(row: Row, form: str, case: Case, device: str) -> None:
-    """Compare at a shape that DINO has."""
+    """Compare with the reference at a shape of DINO."""
     inputs = Inputs(case, device)
     expected = find_expected(form, inputs)
     errors = relative_errors(run_form(form, partial(attend, form, device), inputs, True), expected, inputs.off_lines)
-    match_detections(row, errors, BOUNDS[case.dtype])
+    check_errors(row, errors, BOUNDS[case.dtype])
 
 
-def match_detections(row: Row, errors: tuple[float, float], bounds: tuple[float, float]) -> None:
-    row["ok"] = all(error <= bound for error, bound in zip(errors, bounds))  # not if an error is NaN
+def check_errors(row: Row, errors: tuple[float, float], bounds: tuple[float, float]) -> None:
+    """Record the errors of results and gradients, and whether they are within their bounds; NaN is not."""
+    row["ok"] = all(error <= bound for error, bound in zip(errors, bounds))
     row |= {"forward_error": rounded(errors[0], 2), "gradient_error": rounded(errors[1], 2), "bounds": bounds}
 
 
 def check_odd(row: Row, form: str, odd: Odd, dtype: torch.dtype, device: str, arranged: Callable[..., Any]) -> None:
-    """Compare at other sizes, with tensors arranged in memory in another way."""
+    """Compare with the reference at other sizes, with tensors in the memory layout that `arranged` gives them."""
     tensors = [arranged(tensor.to(device)).detach().requires_grad_() for tensor in odd_tensors(odd, form, dtype)]
     results = compute(form, odd.shapes, tensors, device)
     doubles = [tensor.detach().double().requires_grad_() for tensor in tensors]
     expected = compute(form, odd.shapes, doubles, None)
     errors = [largest_error(*pair) for pair in zip(results, expected)]
-    match_detections(row, (errors[0], max(errors[1:])), BOUNDS[str(dtype).removeprefix("torch.")])
+    check_errors(row, (errors[0], max(errors[1:])), BOUNDS[str(dtype).removeprefix("torch.")])
 
 
 def odd_tensors(odd: Odd, form: str, dtype: torch.dtype) -> list[torch.Tensor]:
-    """Return value and points; locations keep off the lines between cells, where gradients jump."""
+    """Return `value` and the other inputs. Locations avoid the lines between cells, where gradients jump."""
     generator = torch.Generator().manual_seed(0)
     normal = partial(torch.randn, generator=generator, dtype=torch.float64)
     batch_size, num_queries, num_heads, head_dim, shapes, num_points, reference_size = odd
@@ -97,7 +98,7 @@ def odd_tensors(odd: Odd, form: str, dtype: torch.dtype) -> list[torch.Tensor]:
 
 
 def compute(form: str, shapes: list[tuple[int, int]], tensors: list[torch.Tensor], device: str | None) -> list[Any]:
-    """Return the output and the gradients by all tensors; by the reference where `device` is `None`."""
+    """Return the output and the gradients of all tensors, from the reference if `device` is `None`."""
     value, *points = tensors
     if device is None:
         output = reference(form, shapes, value, points)
@@ -127,7 +128,7 @@ def largest_error(result: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 def check_deterministic(row: Row, form: str, case: Case, device: str) -> None:
-    """Check that two runs in deterministic mode have equal bits, and are right."""
+    """Check that three runs in deterministic mode are bitwise equal and correct."""
     inputs = Inputs(case, device)
     expected = find_expected(form, inputs)
     torch.use_deterministic_algorithms(True)
@@ -135,7 +136,7 @@ def check_deterministic(row: Row, form: str, case: Case, device: str) -> None:
         runs = [run_form(form, partial(attend, form, device), inputs, True) for _ in range(3)]
     finally:
         torch.use_deterministic_algorithms(False)
-    match_detections(row, relative_errors(runs[0], expected, inputs.off_lines), BOUNDS[case.dtype])
+    check_errors(row, relative_errors(runs[0], expected, inputs.off_lines), BOUNDS[case.dtype])
     row["equal_bits"] = all(same_bits(runs[0], other) for other in runs[1:])
     row["ok"] = row["ok"] and row["equal_bits"]
 
@@ -146,12 +147,12 @@ def same_bits(one: Any, other: Any) -> bool:
 
 
 def scattered(tensor: torch.Tensor) -> torch.Tensor:
-    """Return the same numbers in every second element of memory."""
+    """Return a copy that is not contiguous: its numbers are in every second element of memory."""
     return torch.stack([tensor, torch.zeros_like(tensor)], dim=-1)[..., 0]
 
 
 def make_checks(device: str, image_size: tuple[int, int]) -> dict[str, Callable[[Row], None]]:
-    """Return what is checked, the most important first."""
+    """Return the checks by name, the most important first."""
     checks: dict[str, Callable[[Row], None]] = {}
     for dtype, shape, form in itertools.product(BOUNDS, ("encoder-4scale", "decoder-900"), FORMS):
         case = Case(shape, 2 if shape.startswith("decoder") else 1, dtype, image_size)

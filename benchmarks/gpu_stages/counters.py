@@ -1,4 +1,4 @@
-"""Hardware counters of the two kernels, read by ncu."""
+"""Read hardware counters of the forward and backward kernels with ncu."""
 
 import csv
 import shutil
@@ -11,7 +11,7 @@ from gpu_stages.rows import Row, Stage
 
 
 SAMPLE = Path(__file__).with_name("ncu_sample.csv")
-# Names in the table, and what ncu calls them.
+# Our names and ncu's names of the metrics.
 METRICS = {
     "us": "gpu__time_duration.sum",
     "dram_mb": "dram__bytes.sum",
@@ -24,12 +24,12 @@ METRICS = {
     "registers": "launch__registers_per_thread",
 }
 FACTORS = {"us": 1e-3, "dram_mb": 1e-6}  # from nanoseconds and bytes, the base units
-# Which metrics to ask for, in turn until one set is known: an unknown name is an error for all.
+# Sets of metrics, tried in order, since ncu measures nothing if it does not know one of the names.
 METRIC_SETS = (tuple(METRICS), ("us", "dram_mb", "dram_percent", "registers"), ("us",))
 
 
 def command_for(ncu: str, names: tuple[str, ...], report: Path) -> list[str]:
-    """Return the command that counts for the kernels of one call of each kind."""
+    """Return the command that measures the kernels of one call of each kind."""
     return [
         ncu, "--clock-control", "none", "--target-processes", "all",
         "--kernel-name-base", "function", "--kernel-name", "regex:^(forward|backward)_kernel$",
@@ -40,19 +40,19 @@ def command_for(ncu: str, names: tuple[str, ...], report: Path) -> list[str]:
 
 
 def read_report(text: str) -> dict[str, Row]:
-    """Return the counters of each kernel, by a short name of it.
+    """Return the counters of each kernel by its short name.
 
     Args:
-        text (`str`): What ncu wrote: its own lines, a header, a line of units and a line per kernel.
+        text (`str`): Output of ncu: its messages, a header, a line of units and a line per kernel.
 
     Raises:
-        ValueError: If there is no table, with what ncu says instead.
+        ValueError: If there is no table. The message has ncu's errors.
     """
     lines = text.splitlines()
     start = next((index for index, line in enumerate(lines) if line.startswith('"ID"')), None)
     if start is None:
         errors = [line for line in lines if "ERROR" in line or "ERR_" in line] or lines[-2:]
-        raise ValueError(f"ncu has counted nothing: {' / '.join(errors)}")
+        raise ValueError(f"ncu measured nothing: {' / '.join(errors)}")
     table = list(csv.DictReader(lines[start:]))
     return {
         f"{row['ID']} {short_name(row['Kernel Name'])}": {
@@ -61,12 +61,12 @@ def read_report(text: str) -> dict[str, Row]:
             if row.get(metric)
         }
         for row in table
-        if row["ID"]  # the line of units has none
+        if row["ID"]  # empty in the line of units
     }
 
 
 def short_name(kernel: str) -> str:
-    """Return which pass a kernel is, and the dtype of value.
+    """Return the pass that a kernel computes, and the dtype of `value`.
 
     Example:
 
@@ -91,14 +91,14 @@ def number(text: str) -> float:
 
 
 def count(ncu: str, timeout: float) -> dict[str, Row]:
-    """Run ncu with the first set of metrics that it knows.
+    """Run ncu with the first set of metrics that it can measure.
 
     Raises:
-        ValueError: If it counts nothing with any set.
+        ValueError: If it measures nothing with any set.
     """
     for names in METRIC_SETS:
-        with tempfile.TemporaryDirectory() as folder:
-            report = Path(folder, "ncu.csv")
+        with tempfile.TemporaryDirectory() as work:
+            report = Path(work, "ncu.csv")
             command = command_for(ncu, names, report)
             print(*command, flush=True)
             done = subprocess.run(command, capture_output=True, text=True, timeout=timeout)

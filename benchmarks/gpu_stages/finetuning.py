@@ -1,4 +1,4 @@
-"""Train with `examples/finetune_coco.py` on generated images until time is up, and stop it as a user would."""
+"""Train with `examples/finetune_coco.py` on generated images, and stop by SIGTERM before the time limit."""
 
 import json
 import signal
@@ -11,7 +11,7 @@ from gpu_stages.rows import Row, Stage, parse_line
 
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
-SECONDS_TO_STOP = 25  # for the evaluation that may be running, and a checkpoint
+SECONDS_TO_STOP = 25  # an evaluation may be running, and a checkpoint is written
 BATCH_SIZE = 16
 
 
@@ -44,45 +44,45 @@ def files_of(data: Path, split: str) -> dict[str, Path]:
 
 
 def wait_for(data: Path, deadline: float) -> None:
-    """Wait for the images, which another process draws.
+    """Wait until another process has drawn the images.
 
     Raises:
-        TimeoutError: If they are not there in time.
+        TimeoutError: If they are not complete in time.
     """
     while not data.is_dir():
         if time.time() > deadline:
-            raise TimeoutError(f"{data}: the images are not drawn yet")
+            raise TimeoutError(f"{data}: the images were not drawn in time")
         time.sleep(0.2)
 
 
 def read_history(path: Path) -> list[Row]:
-    """Return the rows so far; the script may be writing the last one."""
+    """Return the complete rows; the script may still be writing the last one."""
     lines = path.read_text().splitlines() if path.exists() else []
     return [row for row in map(parse_line, lines) if row]
 
 
 def train(row: Row, command: list[str], output: Path, stage: Stage) -> None:
-    """Run the script, ask it to stop while there is time for that, and report its history."""
+    """Run the script, send SIGTERM in time for it to stop, and report its history."""
     print(*command, flush=True)
     printed = stage.work / "finetuning.txt"
     with printed.open("w") as file:
         process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT)
-    seen: list[tuple[float, int]] = []  # when which step was first seen
-    asked = False
+    seen: list[tuple[float, int]] = []  # time and step, when a step was first seen
+    is_stopping = False
     while process.poll() is None and stage.seconds_left() > 2:
         history = read_history(output / "history.jsonl")
         if history and (not seen or history[-1]["step"] > seen[-1][1]):
             seen.append((time.time(), history[-1]["step"]))
         is_time = stage.seconds_left() < SECONDS_TO_STOP or (stage.dry_run and len(seen) > 1)
-        if is_time and not asked:
+        if is_time and not is_stopping:
             process.send_signal(signal.SIGTERM)
-            asked = True
+            is_stopping = True
         time.sleep(0.1)
     if process.poll() is None:
         process.kill()
     exit_code = process.wait()
-    row["ended"] = {143: "by itself, when asked to", -9: "killed"}.get(exit_code, f"with exit code {exit_code}")
-    row["ok"] = asked and exit_code == 128 + signal.SIGTERM
+    row["ended"] = {143: "stopped by SIGTERM", -9: "killed"}.get(exit_code, f"with exit code {exit_code}")
+    row["ok"] = is_stopping and exit_code == 128 + signal.SIGTERM
     print(printed.read_text(), flush=True)
     if not row["ok"]:
         row["last_line"] = (printed.read_text().splitlines() or [""])[-1][:200]

@@ -1,4 +1,4 @@
-"""The tests that need a GPU, run by pytest."""
+"""Run the tests that need a GPU."""
 
 import os
 import re
@@ -14,13 +14,13 @@ COUNT = re.compile(r"(\d+) (passed|failed|errors?|skipped|xfailed|xpassed|desele
 
 
 def files_with_gpu_tests(root: Path = ROOT) -> list[str]:
-    """Return the test files that mark a test as `gpu`; the others may import what is not installed."""
+    """Return the test files with tests marked `gpu`. The others may import packages that are not installed."""
     files = sorted((root / "tests").rglob("test_*.py"))
     return [str(path.relative_to(root)) for path in files if "pytest.mark.gpu" in path.read_text()]
 
 
 def read_summary(output: str) -> Row:
-    """Return how many tests passed, failed and so on, and which failed.
+    """Parse the number of tests by outcome from pytest's output, and the names of those that failed.
 
     Example:
 

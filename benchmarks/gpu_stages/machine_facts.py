@@ -1,4 +1,4 @@
-"""The machine as it is found: GPU, driver, versions, clocks. Nothing is changed."""
+"""Record the machine: GPU, driver, versions, clocks. No setting is changed."""
 
 import os
 import platform
@@ -16,7 +16,7 @@ QUERY = "name,driver_version,memory.total,clocks.sm,clocks.mem,clocks.max.sm,tem
 
 
 def output_of(*command: str) -> str:
-    """Return what a command prints, or that it is not there or fails."""
+    """Return the output of a command, or that it was not found or failed."""
     if shutil.which(command[0]) is None:
         return "not found"
     done = subprocess.run(command, capture_output=True, text=True, timeout=15)

@@ -1,6 +1,6 @@
-"""The whole model, forward pass and training step: with the kernel, without it, and transformers' Deformable DETR.
+"""Compare whole models with and without the kernel, and transformers' Deformable DETR: forward and training step.
 
-Three processes, one for each, take the variants in turn; building and compiling them side by side.
+Each runs in a separate process. The three processes build and compile a variant at the same time, and run it in turn.
 """
 
 import os
@@ -19,7 +19,7 @@ OBJECTS = 7  # per image
 
 
 class Variant(NamedTuple):
-    """What is run: a forward pass or a training step, in which arithmetic, compiled or not."""
+    """A forward pass or a training step, its precision, and whether the model is compiled."""
 
     is_step: bool
     precision: str
@@ -47,7 +47,7 @@ def name_of(variant: Variant) -> str:
 
 
 class Models:
-    """The processes, started again when one has ended."""
+    """The processes of the compared models. One that fails is restarted for the next variant."""
 
     def __init__(self, stage: Stage):
         self.device = stage.device
@@ -59,14 +59,14 @@ class Models:
         self.workers: dict[str, Worker] = {}
 
     def builds(self, variant: Variant) -> dict[str, Any]:
-        """Return what builds the work of each process, and its environment."""
+        """Return the function that builds the work of each process, and its environment variables."""
         where: dict[str, Any] = {"device": self.device, "precision": variant.precision, "compiled": variant.compiled}
         if variant.is_step:
             return make_candidates(partial(make_same_step, batch=self.batch, **where), **self.overrides)
         return make_candidates(partial(make_pass, pixel_values=self.images, **where), **self.overrides)
 
     def measure(self, row: Row, variant: Variant) -> None:
-        """Fill in milliseconds and peak memory of each; a failure of one does not keep the others from running."""
+        """Fill in the milliseconds and peak memory of each model. If one fails, the others still run."""
         built = self.build(row, variant)
         for name in list(built):
             try:

@@ -1,4 +1,4 @@
-"""Call the operator's forward and backward pass once: what compute-sanitizer checks and ncu counts.
+"""Run the operator forward and backward once, for compute-sanitizer and ncu.
 
 python -m gpu_stages.operator_once --device cuda --size small
 """

@@ -1,7 +1,7 @@
-"""What a stage of a GPU run measures, one JSON line per row, written as soon as it is known.
+"""The measurements of a stage of a GPU run: one JSON line per row, written as soon as it is measured.
 
-A line with `begin` comes before each case. If its process is ended or crashes, that is the case to blame: the stage is
-started again and leaves out every case that has begun.
+A line with `begin` precedes each case. If the process is stopped or crashes, the last case that began is the cause:
+the stage is restarted and skips every case that has begun.
 """
 
 import json
@@ -16,7 +16,7 @@ from typing import Any
 
 Row = dict[str, Any]
 
-DRY_RUN_PATIENCE = 5  # times the limits of a stage: a dry run may share few processors with others
+DRY_RUN_TIME_FACTOR = 5  # multiplies the limits of a stage, since a dry run may share its processors with others
 
 
 class Rows:
@@ -35,16 +35,16 @@ class Rows:
         self._write({"stage": self.stage, "case": case, **figures})
 
     def start(self) -> float:
-        """Note that the stage starts; return when it did so for the first time."""
+        """Record that the stage starts, and return when it first did."""
         self._write({"stage": self.stage, "start": time.time()})
         return self.started()
 
     def started(self) -> float:
-        """Return when the stage was started first, by the clock of `time.time`; infinity if it was not."""
+        """Return when the stage first started, by the clock of `time.time`; infinity if it has not."""
         return min((line["start"] for line in self._lines() if "start" in line), default=float("inf"))
 
     def end(self) -> None:
-        """Note that nothing is left to do."""
+        """Record that the stage has finished."""
         self._write({"stage": self.stage, "end": time.time()})
 
     def begun(self) -> set[str]:
@@ -60,7 +60,7 @@ class Rows:
         """Yield a row to be filled in, and append it; an exception becomes its `error`.
 
         Raises:
-            SystemExit: If the GPU takes no more work in this process.
+            SystemExit: If the GPU can no longer be used in this process.
         """
         self._write({"stage": self.stage, "begin": name})
         row: Row = {"ok": True}
@@ -70,7 +70,7 @@ class Rows:
             row |= {"ok": False, "error": f"{type(error).__name__}: {error}".splitlines()[0][:200]}
         self.add(name, **row)
         if not gpu_works():
-            raise SystemExit("the GPU takes no more work in this process")
+            raise SystemExit("the GPU can no longer be used in this process")
 
     def _lines(self) -> list[Row]:
         lines = self.path.read_text().splitlines() if self.path.exists() else []
@@ -82,7 +82,7 @@ class Rows:
 
 
 def parse_line(line: str) -> Row:
-    """Return the content of a line; none of one that a killed process left unfinished."""
+    """Return the content of a line; empty for a line that a killed process left incomplete."""
     try:
         return dict(json.loads(line))
     except ValueError:
@@ -90,8 +90,8 @@ def parse_line(line: str) -> Row:
 
 
 def gpu_works() -> bool:
-    """Check that no earlier error, such as an illegal address, has spoiled the GPU for this process."""
-    torch = sys.modules.get("torch")  # not every stage has a use for it
+    """Check that this process can still use the GPU, which it cannot after an error such as an illegal address."""
+    torch = sys.modules.get("torch")  # not every stage imports it
     if torch is None or not torch.cuda.is_initialized():
         return True
     try:
@@ -103,14 +103,14 @@ def gpu_works() -> bool:
 
 @dataclass(frozen=True)
 class Stage:
-    """What a stage has to know.
+    """Parameters of a stage.
 
     Attributes:
-        rows (`Rows`): Where its rows go.
+        rows (`Rows`): Receives its rows.
         device (`str`): `"cuda"`, or `"cpu"` in a dry run.
-        dry_run (`bool`): Whether everything is to be tiny.
-        deadline (`float`): When it is ended, by the clock of `time.time`.
-        work (`Path`): A folder for what is not kept.
+        dry_run (`bool`): Whether to use tiny sizes.
+        deadline (`float`): When it is stopped, by the clock of `time.time`.
+        work (`Path`): A directory for temporary files.
     """
 
     rows: Rows

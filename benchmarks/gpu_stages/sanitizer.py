@@ -1,4 +1,4 @@
-"""The operator under compute-sanitizer: accesses out of bounds, and races in shared memory."""
+"""Run the operator under compute-sanitizer, which finds accesses out of bounds and races in shared memory."""
 
 import os
 import re
@@ -10,7 +10,7 @@ from gpu_stages.rows import Row, Stage
 
 
 TOOLS = ("memcheck", "racecheck")
-SAMPLE = "========= COMPUTE-SANITIZER\n========= ERROR SUMMARY: 0 errors\n"  # what a clean run prints
+SAMPLE = "========= COMPUTE-SANITIZER\n========= ERROR SUMMARY: 0 errors\n"  # the output of a run without errors
 
 
 def command_for(tool: str, sanitizer: str) -> list[str]:
@@ -24,7 +24,7 @@ def program(device: str, size: str) -> list[str]:
 
 
 def read_report(output: str, exit_code: int) -> Row:
-    """Return the number of errors, and whether there is none.
+    """Parse the number of errors from the output of compute-sanitizer.
 
     Example:
 
@@ -45,7 +45,9 @@ def read_report(output: str, exit_code: int) -> Row:
 
 def main(stage: Stage) -> None:
     sanitizer = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
-    environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}  # else PyTorch's blocks hide what is beyond
+    environment = os.environ | {
+        "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"
+    }  # else an access beyond a tensor may be within PyTorch's block
     for tool in stage.todo(TOOLS):
         with stage.rows.case(tool) as row:
             command = command_for(tool, sanitizer)

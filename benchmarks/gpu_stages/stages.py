@@ -1,4 +1,4 @@
-"""The stages of a GPU run, in the order of their importance, and how long each may take."""
+"""The stages of a GPU run, the most important first, and their time limits."""
 
 from typing import NamedTuple
 
@@ -8,8 +8,8 @@ class StageLimits(NamedTuple):
 
     Attributes:
         module (`str`): Its `main` takes a `Stage`.
-        seconds (`float`): All that it may take.
-        stall (`float`): Seconds without a new row after which it counts as hung.
+        seconds (`float`): Time limit of the stage.
+        stall (`float`): Seconds without a new row after which the stage is stopped.
         group (`str`): Stages of one group share a process, which loads PyTorch once.
     """
 
@@ -19,7 +19,7 @@ class StageLimits(NamedTuple):
     group: str
 
 
-# The rows name a stage by its key. A run that is cut after four minutes has the operator's results and times.
+# Rows name a stage by its key. A run that is stopped after four minutes has checked and timed the operator.
 STAGES = {
     "machine": StageLimits("machine_facts", 45, 40, "operator"),
     "build": StageLimits("build", 150, 140, "operator"),
@@ -29,5 +29,5 @@ STAGES = {
     "sanitizer": StageLimits("sanitizer", 60, 40, "sanitizer"),
     "models": StageLimits("models", 140, 100, "models"),
     "counters": StageLimits("counters", 60, 60, "counters"),
-    "fine-tuning": StageLimits("finetuning", 480, 480, "fine-tuning"),  # what is left
+    "fine-tuning": StageLimits("finetuning", 480, 480, "fine-tuning"),  # the remaining time
 }

@@ -1,7 +1,7 @@
-"""The operator's time against the reference in plain PyTorch, and against moving every byte once.
+"""Time the operator, and compare it with the reference in plain PyTorch and with moving every byte once.
 
-Of each case there are several sets of inputs, together larger than the GPU's cache, and each call takes the next one.
-Calls of less than two milliseconds are replayed in a CUDA graph: queued one by one, they would wait for Python.
+Each case has several sets of inputs, together larger than the GPU's cache, and each call takes the next set. Calls
+that take less than two milliseconds are replayed in a CUDA graph, since launching them one by one would take longer.
 """
 
 import itertools
@@ -25,18 +25,18 @@ Calls = list[Callable[[], Any]]  # one for each set of inputs
 SHAPES = ("encoder-4scale", "decoder-900", "encoder-5scale", "decoder-900-5scale")
 DTYPES = ("float32", "bfloat16", "float16")
 MIN_SETS, MAX_SETS = 2, 16
-REPETITIONS, SECONDS = 15, 0.15  # of one measurement; whichever is over first
+REPETITIONS, SECONDS = 15, 0.15  # limits of one measurement
 GRAPHS_BELOW = 2e-3  # seconds of a call
 
 
 def make_cases(image_size: tuple[int, int], batch_sizes: tuple[int, ...]) -> dict[str, Case]:
-    """Return the cases, the most important first."""
+    """Return the cases by name, the most important first."""
     order = itertools.product(batch_sizes, DTYPES, SHAPES)
     return {f"{shape} x{batch} {dtype}": Case(shape, batch, dtype, image_size) for batch, dtype, shape in order}
 
 
 def measure(row: Row, case: Case, device: str, bandwidth: float, cache_bytes: int) -> None:
-    """Time the operator as the model calls it: offsets and logits in, softmax inside."""
+    """Time the fused form of the operator, which the model calls."""
     operators: Any = kernels.operators(device)
     sets = make_sets(case, device, cache_bytes)
     row["input_sets"] = len(sets)
@@ -55,7 +55,7 @@ def measure(row: Row, case: Case, device: str, bandwidth: float, cache_bytes: in
 
 
 def make_sets(case: Case, device: str, cache_bytes: int) -> list[Inputs]:
-    """Make sets of inputs that together are more than twice as large as the cache."""
+    """Make sets of inputs, together more than twice as large as the cache."""
     first = Inputs(case, device)
     wanted = -(-2 * cache_bytes // size(*first.tensors["fused"]))
     count = min(max(wanted, MIN_SETS), MAX_SETS)
@@ -66,12 +66,12 @@ def median_seconds(calls: Calls, device: str) -> float:
     """Return the median seconds of a call."""
     if device == "cpu":
         return statistics.median(seconds_on_cpu(call) for call in calls)
-    calls[0]()  # loads the code
+    calls[0]()  # loads the kernels
     if between_events(calls[0]) < GRAPHS_BELOW:
         try:
             return statistics.median(replay(calls))
         except RuntimeError as error:
-            print(f"not captured into a graph, but queued: {error}", flush=True)
+            print(f"calls are launched one by one, since they cannot be captured in a graph: {error}", flush=True)
     return statistics.median(repeat(calls, REPETITIONS))
 
 
@@ -82,7 +82,7 @@ def seconds_on_cpu(call: Callable[[], Any]) -> float:
 
 
 def repeat(calls: Calls, repetitions: int) -> list[float]:
-    """Return the seconds of calls that are queued one by one."""
+    """Return the seconds of calls that are launched one by one."""
     spent: list[float] = []
     for _, call in zip(range(repetitions), itertools.cycle(calls)):
         spent.append(between_events(call))
@@ -92,10 +92,10 @@ def repeat(calls: Calls, repetitions: int) -> list[float]:
 
 
 def replay(calls: Calls) -> list[float]:
-    """Return the seconds of a call, by replays of a CUDA graph that makes each call once."""
+    """Return the seconds of a call, measured by replaying a CUDA graph of all calls."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):  # what is set up at a first call is not captured
+    with torch.cuda.stream(side):  # the first call may initialize what cannot be captured
         calls[0]()
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()

@@ -11,17 +11,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 
-if TYPE_CHECKING:
-    from .registration import (
-        DinoDetrConfig,
-        DinoDetrForObjectDetection,
-        DinoDetrImageProcessor,
-        DinoDetrImageProcessorPil,
-        DinoDetrModel,
-        DinoDetrPreTrainedModel,
-    )
-
-
 __version__ = "0.1.0"
 
 __all__ = [
@@ -34,6 +23,26 @@ __all__ = [
 ]
 
 
+def _is_command_line() -> bool:
+    """Return whether this process runs `hf-dino` or `python -m hf_dino`."""
+    if sys.argv[0] == "-m":  # while Python imports the package of the module that it is told to run
+        return ("-m", __name__) in pairwise(sys.orig_argv)
+    return Path(sys.argv[0]).name in ("hf-dino", "hf-dino.exe")
+
+
+# A program that imports this package finds its classes registered. Only the command line does not wait seconds for the
+# import of torch and transformers: it answers `--help` without them, and registers the classes when it uses one.
+if TYPE_CHECKING or not _is_command_line():
+    from .registration import (
+        DinoDetrConfig,
+        DinoDetrForObjectDetection,
+        DinoDetrImageProcessor,
+        DinoDetrImageProcessorPil,
+        DinoDetrModel,
+        DinoDetrPreTrainedModel,
+    )
+
+
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
@@ -42,18 +51,3 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
-
-
-def _is_command_line() -> bool:
-    """Return whether this process runs `hf-dino` or `python -m hf_dino`."""
-    if (
-        sys.argv[0] == "-m"
-    ):  # while Python looks for the module that it was told to run, and imports the packages above
-        return ("-m", __name__) in pairwise(sys.orig_argv)
-    return Path(sys.argv[0]).name in ("hf-dino", "hf-dino.exe")
-
-
-# A program that imports this package finds its classes registered. The command line alone is spared the seconds that
-# torch and transformers take to import: it answers `--help` without them, and registers the classes when it uses one.
-if not _is_command_line():
-    import_module(".registration", __name__)

@@ -1,4 +1,4 @@
-"""Load, build and save models together with their image processors, with one clear error for everything unusable."""
+"""Load, build and save models with their image processors; whatever cannot be used raises an `InputError`."""
 
 import dataclasses
 import json
@@ -33,14 +33,14 @@ from .utils.io import read_text
 
 logger = logging.getLogger(__name__)
 
-Detector = tuple[DinoDetrForObjectDetection, BaseImageProcessor]
+ModelAndProcessor = tuple[DinoDetrForObjectDetection, BaseImageProcessor]
 
 
-def load_model_and_processor(model: str, backend: str | None = None) -> Detector:
+def load_model_and_processor(model: str, backend: str | None = None) -> ModelAndProcessor:
     """Load a model, in evaluation mode, and its image processor.
 
     Args:
-        model (`str`): A folder written by `save_pretrained`, or a name on the Hub.
+        model (`str`): A directory written by `save_pretrained`, or a name on the Hub.
         backend (`str`, *optional*): Backend of the image processor: `"torchvision"`, or `"pil"`, which resizes exactly
             as the official implementation. By default the best that is installed.
 
@@ -59,7 +59,7 @@ def load_pretrained_for_categories(
     categories: Mapping[int, str],
     size: Mapping[str, int] | None = None,
     overrides: Mapping[str, Any] | None = None,
-) -> Detector:
+) -> ModelAndProcessor:
     """Load a model for fine-tuning on the classes of a dataset, in float32.
 
     A model that already has exactly these classes is loaded unchanged, including its label ids. Otherwise the classes
@@ -69,7 +69,7 @@ def load_pretrained_for_categories(
     logged.
 
     Args:
-        model (`str`): A folder written by `save_pretrained`, or a name on the Hub.
+        model (`str`): A directory written by `save_pretrained`, or a name on the Hub.
         categories (`Mapping[int, str]`): Names of the dataset's classes by category id.
         size (`Mapping[str, int]`, *optional*): Image size for the image processor; by default unchanged.
         overrides (`Mapping[str, Any]`, *optional*): Fields of [`DinoDetrConfig`] to change.
@@ -145,7 +145,7 @@ def build_model_and_processor(
     categories: Mapping[int, str],
     size: Mapping[str, int] | None = None,
     overrides: Mapping[str, Any] | None = None,
-) -> Detector:
+) -> ModelAndProcessor:
     """Build a model with random weights for the classes of a dataset.
 
     Args:
@@ -159,9 +159,9 @@ def build_model_and_processor(
     Raises:
         InputError: If the file cannot be read, or has an unknown field or an illegal value.
     """
-    fields = read_config(config, contiguous_id2label(categories), overrides)
+    model_config = read_config(config, contiguous_id2label(categories), overrides)
     with _as_input_error(config or _OVERRIDES, "is not a configuration of a DINO model"):
-        model = DinoDetrForObjectDetection(fields)
+        model = DinoDetrForObjectDetection(model_config)
     return model, DinoDetrImageProcessor(**_drop_none({"size": size}))
 
 
@@ -177,15 +177,15 @@ def load_config(model: str) -> DinoDetrConfig:
     """Read the configuration of a model.
 
     Args:
-        model (`str`): A folder written by `save_pretrained`, or a name on the Hub.
+        model (`str`): A directory written by `save_pretrained`, or a name on the Hub.
 
     Raises:
         InputError: If the model is not found or has another type.
     """
     is_local = Path(model).exists()
     if is_local and not (Path(model) / "config.json").is_file():
-        raise InputError(f"{model}: is not a model folder (it has no config.json)")
-    problem = "has no usable config.json" if is_local else "is neither a folder nor a model on the Hub"
+        raise InputError(f"{model}: is not a model directory (it has no config.json)")
+    problem = "has no usable config.json" if is_local else "is neither a directory nor a model on the Hub"
     with _as_input_error(model, problem):
         config = AutoConfig.from_pretrained(model)
     if not isinstance(config, DinoDetrConfig):
@@ -217,7 +217,7 @@ def _read_fields(path: Path) -> dict[str, Any]:
         fields = json.loads(text)
     if not isinstance(fields, dict):
         raise InputError(f"{path}: must contain an object with fields of DinoDetrConfig, got {type(fields).__name__}")
-    for name in fields.keys() - {"model_type"}:
+    for name in fields.keys() - {"model_type", "id2label", "label2id"}:
         try:
             check_config_field(name)
         except InputError as error:
@@ -226,11 +226,14 @@ def _read_fields(path: Path) -> dict[str, Any]:
 
 
 def check_config_field(name: str) -> None:
-    """Check that [`DinoDetrConfig`] has a field, because it accepts any keyword, misspelled ones included.
+    """Check that a field of [`DinoDetrConfig`] can be set. The class itself accepts any keyword, also misspelled ones.
 
     Raises:
-        InputError: If there is no field of this name; the message suggests a similar one.
+        InputError: If there is no field of this name, where the message suggests a similar one, or if the field
+            follows from the classes of the dataset.
     """
+    if name in _CLASS_FIELDS:
+        raise InputError(f"{name} cannot be set: the classes are those of the dataset; remove it")
     fields = [field.name for field in dataclasses.fields(DinoDetrConfig)]
     if name not in fields:
         close = get_close_matches(name, fields, n=1)
@@ -285,6 +288,7 @@ def _drop_none(options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 _OVERRIDES = "--config_overrides"
+_CLASS_FIELDS = ("id2label", "label2id", "num_labels")
 
 _LIBRARY_ERRORS = (
     OSError,
@@ -334,14 +338,14 @@ torchvision counts stages, convolutions and norms from 1, transformers from 0.
 
 
 def load_backbone_weights(model: DinoDetrForObjectDetection, name: str) -> None:
-    """Load pre-trained weights into the backbone of a detector.
+    """Load pretrained weights into the backbone of a detector.
 
     Args:
         model (`DinoDetrForObjectDetection`): The detector; its `config.backbone_config` describes the architecture of
             the weights.
         name (`str`): `torchvision/resnet50` and the like for the ImageNet weights of torchvision (IMAGENET1K_V1), from
-            which the authors of DINO trained their ResNets. Or the Hub name or folder of a backbone or classifier of
-            transformers, such as `microsoft/swin-large-patch4-window12-384-in22k`, the authors' Swin-L.
+            which the authors of DINO trained their ResNets. Or the Hub name or directory of a backbone or classifier
+            of transformers, such as `microsoft/swin-large-patch4-window12-384-in22k`, the authors' Swin-L.
 
     Raises:
         InputError: If the weights are not found or do not fit.
@@ -379,7 +383,7 @@ def _read_transformers(name: str, body: PreTrainedModel) -> Mapping[str, torch.T
 def save_detector(folder: Path, model: PreTrainedModel, processor: BaseImageProcessor, card: str) -> None:
     """Write weights, configuration, image processor, model code and model card.
 
-    Files are replaced one by one, not atomically: pass a temporary folder and rename it afterwards.
+    Files are replaced one by one, not atomically: pass a temporary directory and rename it afterwards.
 
     Args:
         folder (`Path`): Created if it does not exist.

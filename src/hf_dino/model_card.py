@@ -1,4 +1,4 @@
-"""Write model cards (the README.md of a model folder) of converted and fine-tuned models.
+"""Write model cards (the README.md of a model directory) of converted and fine-tuned models.
 
 Only measured results enter the card's `model-index`, which leaderboards read. Published ones are quoted in the text.
 """
@@ -99,7 +99,7 @@ def converted_card(
 def training_command(script: str, argv: Sequence[str], num_processes: int) -> str:
     """Return the shell command that repeats a training run, without absolute paths of the machine.
 
-    Absolute paths below the current folder become relative to it. Of any other only the last component is kept, as
+    Absolute paths below the current directory become relative to it. Of any other only the last component is kept, as
     `path/to/NAME`, which has to be replaced before the command is repeated.
 
     Args:
@@ -110,10 +110,10 @@ def training_command(script: str, argv: Sequence[str], num_processes: int) -> st
     Example:
 
     ```python
-    >>> training_command("train.py", ["--data", "my data"], num_processes=1)
-    "python train.py --data 'my data'"
-    >>> training_command("train.py", ["--data", "/home/me/mine"], num_processes=4)
-    'accelerate launch --multi_gpu --num_processes 4 train.py --data path/to/mine'
+    >>> training_command("train.py", ["--dataset", "my data"], num_processes=1)
+    "python train.py --dataset 'my data'"
+    >>> training_command("train.py", ["--dataset", "/home/me/mine"], num_processes=4)
+    'accelerate launch --multi_gpu --num_processes 4 train.py --dataset path/to/mine'
 
     ```
     """
@@ -150,9 +150,9 @@ def finetuned_card(
             Negative and non-finite values, which pycocotools returns where there are no such objects, are omitted.
         dataset (`str`): Display name of the training dataset.
         command (`str`): The command that trained the model, from [`training_command`].
-        base_model (`str`, *optional*): Hub id or folder of the model that was fine-tuned. `None` if training started
-            from random weights, except perhaps the backbone's.
-        backbone (`str`, *optional*): Pre-trained weights of the backbone alone, as named for
+        base_model (`str`, *optional*): Hub id or directory of the model that was fine-tuned. `None` if training
+            started from random weights, except perhaps the backbone's.
+        backbone (`str`, *optional*): Pretrained weights of the backbone alone, as named for
             [`~hub.load_backbone_weights`].
         split (`str`, *optional*): Split of the dataset on which the metrics were measured.
         size (`dict[str, int]`, *optional*): Size of the image processor, in pixels.
@@ -235,9 +235,9 @@ import torch
 from PIL import Image, ImageOps
 from transformers import AutoImageProcessor, AutoModelForObjectDetection
 
-folder = "path/or/hub-id"
-model = AutoModelForObjectDetection.from_pretrained(folder).eval()
-processor = AutoImageProcessor.from_pretrained(folder)
+model_id = "path/or/hub-id"
+model = AutoModelForObjectDetection.from_pretrained(model_id).eval()
+processor = AutoImageProcessor.from_pretrained(model_id)
 
 image = ImageOps.exif_transpose(Image.open("image.jpg"))  # apply the EXIF orientation
 with torch.no_grad():
@@ -249,9 +249,9 @@ for score, label, box in zip(detections["scores"], detections["labels"], detecti
     print(f"{model.config.id2label[label.item()]} {score:.2f}", box.tolist())  # x0, y0, x1, y1 in pixels
 ```
 
-The folder contains the model code, so hf_dino need not be installed (torch, torchvision, transformers, scipy, pillow
-and numpy must be): omit `import hf_dino` and, after reading that code, pass `trust_remote_code=True` to both calls of
-`from_pretrained`. `pipeline("object-detection", model=folder)` works either way."""
+The directory contains the model code, so hf_dino need not be installed (torch, torchvision, transformers, scipy,
+pillow and numpy must be): omit `import hf_dino` and, after reading that code, pass `trust_remote_code=True` to both
+calls of `from_pretrained`. `pipeline("object-detection", model=model_id)` works either way."""
 
 
 def _preprocessing(size: Mapping[str, int]) -> str:
@@ -266,7 +266,7 @@ def _preprocessing(size: Mapping[str, int]) -> str:
         f"## Preprocessing\n\nThe image processor resizes images {resized}, and normalizes them with the mean and "
         f"standard deviation of ImageNet. Images of different sizes are padded at the right and at the bottom to form "
         f"a batch, with a `pixel_mask` that is 1 on the image. Boxes are fractions of the image without its padding. "
-        f"`from_pretrained(folder, backend='pil')` resizes with Pillow, like the official implementation."
+        f"`from_pretrained(model_id, backend='pil')` resizes with Pillow, like the official implementation."
     )
 
 
@@ -327,7 +327,7 @@ _NAMES_OF_COCO = (
 
 _LICENSE = (
     "## License\n\nThe model code is Apache-2.0. The license of the weights depends on the training data and on the "
-    "pre-trained weights: add the license that applies to the weights."
+    "pretrained weights: add the license that applies to the weights."
 )
 
 

@@ -1,6 +1,14 @@
 """Register DINO with the auto classes of transformers.
 
-Importing this module is enough. `import hf_dino` does, and so does every module that loads models by auto classes.
+Importing this module is enough. `import hf_dino` does, and so does every module that loads models by auto classes. The
+classes that it imports are the public names of the package.
+
+| auto class | class of DINO |
+|---|---|
+| `AutoConfig` | [`DinoDetrConfig`] |
+| `AutoModel` | [`DinoDetrModel`], without heads |
+| `AutoModelForObjectDetection` and `pipeline` | [`DinoDetrForObjectDetection`] |
+| `AutoImageProcessor` | [`DinoDetrImageProcessor`], or [`DinoDetrImageProcessorPil`] for `backend="pil"` |
 
 Example:
 
@@ -18,15 +26,6 @@ from .configuration_dino_detr import DinoDetrConfig
 from .image_processing_dino_detr import DinoDetrImageProcessor, DinoDetrImageProcessorPil
 from .modeling_dino_detr import DinoDetrForObjectDetection, DinoDetrModel, DinoDetrPreTrainedModel
 
-
-__all__ = [
-    "DinoDetrConfig",
-    "DinoDetrForObjectDetection",
-    "DinoDetrImageProcessor",
-    "DinoDetrImageProcessorPil",
-    "DinoDetrModel",
-    "DinoDetrPreTrainedModel",
-]
 
 # `exist_ok`: a later transformers may bring classes of these names.
 AutoConfig.register(DinoDetrConfig.model_type, DinoDetrConfig, exist_ok=True)

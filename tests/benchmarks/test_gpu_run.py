@@ -54,12 +54,27 @@ def test_the_dry_run_takes_every_stage_to_its_end(kernel, tmp_path):
     assert min(training[f"{name}_ms"] for name in ("hf_dino", "hf_dino_reference", "transformers")) > 0
     assert group_rows(result, "tests")["marked gpu"]["skipped"] > 50
     fine_tuning = group_rows(result, "fine-tuning")["from scratch on shapes"]
-    assert fine_tuning["ended"] == "by itself, when asked to"
+    assert fine_tuning["ended"] == "stopped by SIGTERM"
     assert fine_tuning["steps"] > 0
     table = (tmp_path / "gpu.md").read_text()
     assert done.stdout.rstrip().endswith(table.rstrip())
     assert "correctness: 48 of 48 right" in table
     assert table.rstrip().endswith("nothing failed")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "given", "expected"), [(["--dry-run"], None, "1"), (["--dry-run"], "3", "3"), ([], None, None)]
+)
+def test_a_dry_run_has_one_thread_per_process_unless_told_otherwise(
+    stages, tmp_path, monkeypatch, arguments, given, expected
+):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if given:
+        monkeypatch.setenv("OMP_NUM_THREADS", given)
+    gpu = importlib.import_module("gpu")
+    run = gpu.Run(gpu.parse_arguments([*arguments, "--output", str(tmp_path)]), tmp_path)
+    run.log.close()
+    assert run.environment.get("OMP_NUM_THREADS") == expected
 
 
 FAKES = {
@@ -122,13 +137,13 @@ FAKES = {
 @pytest.fixture
 def fakes(tmp_path):
     """The script with stages that misbehave, and no project around it."""
-    folder = tmp_path / "fakes" / "benchmarks"
-    shutil.copytree(BENCHMARKS / "gpu_stages", folder / "gpu_stages")
-    shutil.copy(BENCHMARKS / "gpu.py", folder)
+    directory = tmp_path / "fakes" / "benchmarks"
+    shutil.copytree(BENCHMARKS / "gpu_stages", directory / "gpu_stages")
+    shutil.copy(BENCHMARKS / "gpu.py", directory)
     for name, text in FAKES.items():
         lines = [line[8:] for line in text.splitlines()]
-        (folder / "gpu_stages" / f"{name}.py").write_text("\n".join(lines))
-    return folder / "gpu.py"
+        (directory / "gpu_stages" / f"{name}.py").write_text("\n".join(lines))
+    return directory / "gpu.py"
 
 
 def test_stages_that_crash_hang_or_fail_cost_the_others_nothing(fakes, tmp_path):
@@ -214,10 +229,10 @@ def test_examples_in_docstrings(stages, module):
 
 
 def test_a_result_that_is_wrong_or_not_a_number_is_no_success(stages):
-    match_detections, rows = stages("correctness").match_detections, []
+    check_errors, rows = stages("correctness").check_errors, []
     for errors in ((1e-6, 1e-6), (1e-6, 1e-4), (1e-4, 1e-6), (float("nan"), 1e-6)):
         rows.append({})
-        match_detections(rows[-1], errors, (5e-6, 1e-5))
+        check_errors(rows[-1], errors, (5e-6, 1e-5))
     assert [row["ok"] for row in rows] == [True, False, False, False]
 
 

@@ -14,7 +14,8 @@ from helpers.command_line import hf_dino, train_arguments
 from helpers.models import tiny_model
 from hf_dino import DinoDetrImageProcessor
 from hf_dino.cli import data, evaluate, train
-from hf_dino.data import AUGMENTATIONS, SPLITS
+from hf_dino.data import SPLITS
+from hf_dino.data.augmentation import AUGMENTATIONS
 from hf_dino.data.convert import WRITERS
 from hf_dino.evaluation import ENGINES
 from hf_dino.image_processing_dino_detr import LONGEST_EDGE, SHORTEST_EDGE

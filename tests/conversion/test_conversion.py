@@ -654,7 +654,7 @@ def test_card_of_an_own_file_claims_nothing(folder):
 def test_readme_lists_the_published_files():
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     [table] = re.findall(r"<!-- checkpoints -->\n(.*?)\n<!-- /checkpoints -->", readme, flags=re.DOTALL)
-    assert table.strip() == checkpoint_table(), "paste what `python -m hf_dino.conversion.published` prints"
+    assert table.strip() == checkpoint_table(), "paste what checkpoint_table() returns"
 
 
 def test_the_list_of_published_files_is_complete():

@@ -182,7 +182,7 @@ def test_command_line_reports_every_error(tmp_path, capsys):
 def test_command_line_on_a_pair_and_on_nothing(tmp_path):
     images, file = write_coco(tmp_path, [annotation(1, 3, [1, 2, 30, 20]), annotation(1, 7, [1, 2, 30, 20])])
     assert hf_dino(["data", "check", "--images", str(images), "--annotations", str(file)]) == 0
-    with pytest.raises(InputError, match="gone: folder not found"):
+    with pytest.raises(InputError, match="gone: directory not found"):
         hf_dino(["data", "check", str(tmp_path / "gone")])
     for source in ([], ["--images", images], [tmp_path, "--images", images]):
         assert hf_dino(["data", "check", *source]) == 2

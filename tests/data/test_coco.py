@@ -144,7 +144,7 @@ def test_unreadable_files(tmp_path):
 
 def test_missing_images_are_named(tmp_path):
     images, file = write_coco(tmp_path, [], sizes=[(4, 4)] * 9)
-    with pytest.raises(InputError, match="gone: image folder not found"):
+    with pytest.raises(InputError, match="gone: image directory not found"):
         read_coco(tmp_path / "gone", file)
     for number in range(2, 9):
         (images / f"{number}.png").unlink()
@@ -152,7 +152,7 @@ def test_missing_images_are_named(tmp_path):
         read_coco(images, file)
     (images / "1.png").unlink()
     (images / "9.png").unlink()
-    with pytest.raises(InputError, match="the folder contains no images"):
+    with pytest.raises(InputError, match="the directory contains no images"):
         read_coco(images, file)
 
 

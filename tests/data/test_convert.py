@@ -227,7 +227,7 @@ def test_images_of_a_format_that_is_not_found_in_folders(tmp_path):
     write(tmp_path / "source" / "train.json", coco_text("1.ppm"))
     draw(tmp_path / "source" / "train" / "1.ppm")
     source = read_data(tmp_path / "source")
-    with pytest.raises(InputError, match=r"1\.ppm: PPM images are not found in folders"):
+    with pytest.raises(InputError, match=r"1\.ppm: PPM images are not found in directories"):
         convert_data(source, tmp_path / "out", "yolo")
 
 

@@ -149,7 +149,7 @@ def test_list_images(gradient, tmp_path):
     (tmp_path / "notes.txt").touch()
     assert [path.name for path in list_images([tmp_path, tmp_path / "b.png"])] == ["a.JPG", "b.png", "b.png"]
     (tmp_path / "empty").mkdir()
-    with pytest.raises(InputError, match="empty: the folder contains no images"):
+    with pytest.raises(InputError, match="empty: the directory contains no images"):
         list_images([tmp_path / "empty"])
-    with pytest.raises(InputError, match="gone: file or folder not found"):
+    with pytest.raises(InputError, match="gone: file or directory not found"):
         list_images([tmp_path / "gone"])

@@ -15,7 +15,6 @@ from hf_dino import DinoDetrImageProcessor
 from hf_dino.data import (
     DetectionDataset,
     InputError,
-    SameSizeBatchSampler,
     TrainingBatchSampler,
     TrainingCollator,
     make_augmentation,
@@ -24,6 +23,7 @@ from hf_dino.data import (
     steps_per_epoch,
     training_loader,
 )
+from hf_dino.data.loaders import SameSizeBatchSampler
 
 
 def batches(length, step_size, **options):
@@ -184,7 +184,7 @@ from hf_dino.data import DetectionDataset, TrainingBatchSampler, TrainingCollato
 from hf_dino.data.loaders import STOP_SIGNALS
 
 data = DetectionDataset(read_coco({images!r}, {file!r}))
-data.data.images.extend(39 * data.data.images)
+data.split.images.extend(39 * data.split.images)
 collate = TrainingCollator(DinoDetrImageProcessor(size={{"height": 32, "width": 32}}), {{}}, 1, True)
 sampler = TrainingBatchSampler(40, 1, seed=0, epoch=0)
 

@@ -393,7 +393,7 @@ def test_invalid_boxes_are_treated_alike_in_every_format(tmp_path, caplog, name)
 NOT_READABLE = {
     "nothing known": (
         {"notes.txt": "?"},
-        r"not in a known format. Looked for:\n  datasets: .*\n  YOLO: .*\n.*folder contains notes",
+        r"not in a known format. Looked for:\n  datasets: .*\n  YOLO: .*\n.*directory contains notes",
     ),
     "two files for a split": (
         {"train.json": coco_text("1.png"), "train_v2.json": coco_text("1.png"), "1.png": None},
@@ -406,7 +406,7 @@ NOT_READABLE = {
     ),
     "yaml of empty folders": (
         {"data.yaml": YAML + "train: gone\nval: gone2\n"},
-        r"folders not found: gone, gone2",
+        r"directories not found: gone, gone2",
     ),
     "a class without a name": (
         {"images/1.png": None, "labels/1.txt": LINES.replace("0 ", "4 ", 1), "classes.txt": "cell"},
@@ -468,9 +468,9 @@ def test_a_file_of_another_format_may_be_in_any_encoding(tmp_path):
 
 
 def test_neither_a_folder_nor_an_id_on_the_hub(tmp_path, monkeypatch):
-    with pytest.raises(InputError, match="folder not found, and not an id on the Hub"):
+    with pytest.raises(InputError, match="directory not found, and not an id on the Hub"):
         read_data(tmp_path / "gone")
-    with pytest.raises(InputError, match="folder not found, and not an id on the Hub"):
+    with pytest.raises(InputError, match="directory not found, and not an id on the Hub"):
         read_data("a/b/c")
 
     (tmp_path / "mine" / "cells").mkdir(parents=True)

@@ -143,20 +143,17 @@ def test_numbers_out_of_range(tmp_path: Path, wrong: dict[str, int], message: st
         generate_shapes(tmp_path / "shapes", **(SMALL | wrong))
 
 
-def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("--output_dir", "--image_size", "--num_train", "--num_val", "--num_test"),
+        ("--output-dir", "--image-size", "--num-train", "--num-val", "--num-test"),
+        ("--output", "--image-size", "--num-train", "--num-val", "--num-test"),
+    ],
+)
+def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str], options: tuple[str, ...]) -> None:
     folder = tmp_path / "shapes"
-    arguments = [
-        "--output",
-        str(folder),
-        "--image-size",
-        "64",
-        "--num-train",
-        "2",
-        "--num-val",
-        "0",
-        "--num-test",
-        "0",
-    ]
+    arguments = [f"{option}={value}" for option, value in zip(options, (folder, 64, 2, 0, 0), strict=True)]
     main(arguments)
     assert capsys.readouterr().out == f"{folder}\n"
     assert len(list((folder / "train").iterdir())) == 2

@@ -8,9 +8,16 @@ import pytest
 
 from helpers.coco_files import annotation, write_coco
 from hf_dino.data import read_coco, to_annotation_array
-from hf_dino.evaluation import ERROR_TYPES, OUTCOMES, analyze_errors, detections_from_results, evaluate_coco
+from hf_dino.evaluation import analyze_errors, detections_from_results, evaluate_coco
 from hf_dino.evaluation.coco_eval import group_rows
-from hf_dino.evaluation.error_analysis import IGNORED, TRUE_POSITIVE, best_f1_threshold, match_detections
+from hf_dino.evaluation.error_analysis import (
+    ERROR_TYPES,
+    IGNORED,
+    OUTCOMES,
+    TRUE_POSITIVE,
+    best_f1_threshold,
+    match_detections,
+)
 
 
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))

@@ -15,7 +15,8 @@ from helpers.command_line import hf_dino
 from helpers.models import tiny_model
 from hf_dino import DinoDetrImageProcessor
 from hf_dino.data import InputError, read_coco
-from hf_dino.evaluation import OUTCOMES, analyze_errors, detections_from_results, evaluate_coco, report
+from hf_dino.evaluation import analyze_errors, detections_from_results, evaluate_coco, report
+from hf_dino.evaluation.error_analysis import OUTCOMES
 from hf_dino.evaluation.report import write_report
 
 

@@ -195,7 +195,7 @@ def test_bad_input_leaves_the_old_run_alone(finished, examples, arguments, shape
     run = shutil.copytree(finished, tmp_path / "run")
     before = sorted(path.name for path in run.rglob("*"))
     bad = [*arguments, f"--output_dir={run}", "--overwrite_output_dir", f"--train_images={tmp_path / 'gone'}"]
-    with pytest.raises(InputError, match="gone: image folder not found"):
+    with pytest.raises(InputError, match="gone: image directory not found"):
         train(bad)
     assert sorted(path.name for path in run.rglob("*")) == before
 
@@ -368,7 +368,7 @@ def test_predict_draws_one_image_and_a_folder(finished, examples, shapes, tmp_pa
     for arguments, message in (
         ([str(image), f"--output={tmp_path / 'drawn.jpg'}"], r"drawn\.jpg: already exists"),
         ([str(image), f"--output={tmp_path / 'drawn.xyz'}"], r"images of kind '\.xyz' cannot be written"),
-        ([str(tmp_path / "gone.png"), f"--output={tmp_path / 'a.png'}"], r"gone\.png: file or folder not found"),
+        ([str(tmp_path / "gone.png"), f"--output={tmp_path / 'a.png'}"], r"gone\.png: file or directory not found"),
         ([str(image), f"--output={tmp_path / 'a.psd'}"], r"images of kind '\.psd' cannot be written"),
         (
             [str(image), f"--output={tmp_path / 'a.png'}", f"--detections_json={tmp_path / 'a.png'}"],

@@ -256,7 +256,7 @@ def test_wrong_input_is_reported_before_anything_is_written(example, arguments, 
     output = f"--output_dir={tmp_path / 'run'}"
     for wrong, message in (
         (f"--resume_from_checkpoint={tmp_path}", "has no checkpoint to resume from; remove"),
-        (f"--dataset={tmp_path / 'gone'}", "gone: folder not found"),
+        (f"--dataset={tmp_path / 'gone'}", "gone: directory not found"),
         (f"--model_name_or_path={tmp_path}", r"it has no config\.json"),
         ("--image_size=big", "--image_size big: expected SHORTEST"),
         ("--augmentation=hard", "unknown augmentation 'hard'"),

@@ -236,6 +236,26 @@ def test_incomplete_entry_is_compiled_again(missing: str, sources: Path, cache: 
     assert is_complete(entry)
 
 
+@needs_compiler
+def test_entry_for_cuda_needs_the_libraries_of_both_devices(sources: Path, cache: Path) -> None:
+    builder = Builder(sources, cache)
+    entry = builder.entry("cuda")
+    shutil.copytree(builder.get_or_build("cpu"), entry)
+    assert not is_complete(entry)
+    shutil.copy(entry / "hf_dino_kernels_cpu.so", entry / "hf_dino_kernels_cuda.so")
+    assert is_complete(entry)
+    (entry / "hf_dino_kernels_cpu.so").unlink()
+    assert not is_complete(entry)
+
+
+@needs_compiler
+def test_read_only_installation_is_compiled(sources: Path, cache: Path) -> None:
+    for path in sources.rglob("*.*"):
+        path.chmod(0o444)
+    entry = Builder(sources, cache).get_or_build("cpu")
+    assert all(path.stat().st_mode & 0o200 for path in entry.iterdir()), "the user can remove and replace them"
+
+
 # What may happen to a build
 
 
@@ -324,9 +344,9 @@ def test_lock_that_is_never_released_is_reported(sources: Path, cache: Path) -> 
 # Where nothing can be kept
 
 
-def no_folder(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def no_directory(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cache.parent.mkdir()
-    cache.write_text("a file where the folder should be")
+    cache.write_text("a file where the directory should be")
 
 
 def no_permission(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -348,7 +368,7 @@ def no_space(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @needs_compiler
-@pytest.mark.parametrize("obstacle", [no_folder, no_permission, no_space])
+@pytest.mark.parametrize("obstacle", [no_directory, no_permission, no_space])
 def test_cache_that_cannot_be_written_is_explained(
     obstacle: Callable[[Path, pytest.MonkeyPatch], None],
     sources: Path,
@@ -424,6 +444,35 @@ def test_failure_is_reported_once_and_not_repeated(
     assert "line 30\n" not in warning.getMessage()
     assert "HF_DINO_KERNELS=off" in warning.getMessage()
     assert not list(cache.glob("*/metadata.json"))
+
+
+def test_failure_shows_the_output_of_the_command_that_failed_alone(
+    sources: Path, cache: Path, compiler: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MAX_JOBS", "2")
+    compiler(
+        """
+        case "$*" in
+            *" -c "*one.cpp*) until [ -e "$NOTES" ]; do sleep 0.01; done; echo the reason; exit 1 ;;
+            *) seq 1 50; touch "$NOTES"; exec sleep 100 ;;
+        esac
+        """
+    )
+    with pytest.raises(KernelError) as error:
+        Builder(sources, cache).get_or_build("cpu")
+    command, *output = str(error.value).splitlines()[1:]
+    assert "one.cpp" in command
+    assert [line.strip() for line in output] == ["the reason"]
+
+
+@needs_compiler
+def test_log_has_each_command_followed_by_its_output(
+    sources: Path, cache: Path, compiler: Callable[[str], Path]
+) -> None:
+    compiler(f'for word; do last=$word; done; echo "made $last"; exec {COMPILER} "$@"')
+    log = (Builder(sources, cache).get_or_build("cpu") / "build.log").read_text().splitlines()
+    assert len(log) == 8
+    assert all(output == f"made {command.split()[-1]}" for command, output in zip(log[::2], log[1::2]))
 
 
 def test_failure_of_the_cpu_is_not_repeated_for_cuda(

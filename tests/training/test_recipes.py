@@ -8,7 +8,8 @@ import pytest
 
 from helpers.command_line import hf_dino, train_arguments
 from hf_dino import DinoDetrConfig
-from hf_dino.data import AUGMENTATIONS, InputError
+from hf_dino.data import InputError
+from hf_dino.data.augmentation import AUGMENTATIONS
 from hf_dino.training_arguments import OPTIONS, FineTuningArguments, read_recipe
 
 

@@ -2,9 +2,9 @@
 
 Two forms of one operator. Both run on CPUs and CUDA devices in float32, float64, bfloat16 and float16, have gradients,
 and work under autocast, `torch.compile(fullgraph=True)` and `torch.export`. Locations, softmax and sums are computed
-in at least 32 bits; 16-bit results are rounded once. They can be differentiated once, by backward().
+in at least 32 bits; 16-bit results are rounded once. Double backward is not supported.
 
-A cell of `value` that is infinite or NaN may reach queries that look beside it, or outside the map.
+A cell of `value` that is infinite or NaN may reach queries that look next to it, or outside the map.
 """
 
 from collections.abc import Sequence

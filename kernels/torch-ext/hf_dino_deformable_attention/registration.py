@@ -82,7 +82,7 @@ def _fused_gradients(ctx: Any, grad_output: torch.Tensor | None, grad_weights: t
     return grad_value, None, grad_references, grad_offsets, grad_logits
 
 
-def _refuse(ctx: Any, *grads: torch.Tensor) -> None:
+def _raise_on_double_backward(ctx: Any, *grads: torch.Tensor) -> None:
     raise RuntimeError(
         "the compiled deformable attention can be differentiated once only; for second derivatives use the reference "
         "implementation in PyTorch (in hf_dino: HF_DINO_KERNELS=off)"
@@ -102,6 +102,6 @@ torch.library.register_autograd(
     add_op_namespace_prefix("fused_deformable_attention"), _fused_gradients, setup_context=_keep_fused
 )
 for _name in ("deformable_attention_backward", "fused_deformable_attention_backward"):
-    torch.library.register_autograd(add_op_namespace_prefix(_name), _refuse)
+    torch.library.register_autograd(add_op_namespace_prefix(_name), _raise_on_double_backward)
 
 __all__ = ["ops"]

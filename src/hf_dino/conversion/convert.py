@@ -1,4 +1,4 @@
-"""Convert an official DINO checkpoint to a folder that `from_pretrained` loads.
+"""Convert an official DINO checkpoint to a directory that `from_pretrained` loads.
 
 The variant follows from the settings in the file. `key_tables.py` lists what is renamed, split, dropped or filled, and
 why. Nothing is written unless every tensor of the file is used once and every tensor of the model filled once.
@@ -46,20 +46,20 @@ logger = logging.getLogger(__name__)
 def convert_checkpoint(
     checkpoint: Path, output_dir: Path, *, use_ema: bool = False, trust_pickle: bool = False, overwrite: bool = False
 ) -> None:
-    """Convert an official checkpoint to a model folder.
+    """Convert an official checkpoint to a model directory.
 
     Args:
         checkpoint (`Path`): A file that the official training code wrote.
-        output_dir (`Path`): The folder to write: weights, configuration, image processor, model card and model code.
+        output_dir (`Path`): The directory to write: weights, configuration, image processor, model card and code.
             It appears complete or not at all.
         use_ema (`bool`, *optional*, defaults to `False`): Convert the EMA weights.
         trust_pickle (`bool`, *optional*, defaults to `False`): Read the file even if that runs code stored in it.
-        overwrite (`bool`, *optional*, defaults to `False`): Replace an output folder that is not empty. If it contains
-            anything besides a model, the old folder is renamed instead of deleted.
+        overwrite (`bool`, *optional*, defaults to `False`): Replace an output directory that is not empty. If it
+            contains anything besides a model, the old directory is renamed instead of deleted.
 
     Raises:
         InputError: If the file is not a complete official checkpoint, has settings or tensors that the model cannot
-            express, or the output folder is not empty.
+            express, or the output directory is not empty.
 
     Example:
 
@@ -99,9 +99,9 @@ def convert_checkpoint(
 
 
 def check_output(output_dir: Path, overwrite: bool) -> None:
-    """Check that the output folder may be written, before any time is spent on reading the checkpoint."""
+    """Check that the output directory may be written, before any time is spent on reading the checkpoint."""
     if output_dir.exists() and not output_dir.is_dir():
-        raise InputError(f"--output_dir {output_dir} is a file; give a folder")
+        raise InputError(f"--output_dir {output_dir} is a file; give a directory")
     if output_dir.is_dir() and any(output_dir.iterdir()) and not overwrite:
         raise InputError(
             f"--output_dir {output_dir} is not empty; use a different one, or replace it with --overwrite_output_dir"
@@ -278,7 +278,7 @@ def _fill_missing(
 
 
 def write_folder(model: PreTrainedModel, processor: BaseImageProcessor, card: str, output_dir: Path) -> None:
-    """Write a complete folder next to `output_dir`, then rename it: readers see the old content or all of the new."""
+    """Write a complete directory next to `output_dir`, then rename it: readers see the old content or the new."""
     new = output_dir.with_name(f".{output_dir.name}.new")
     shutil.rmtree(new, ignore_errors=True)  # left by a killed conversion
     with atomic_directory(new) as folder:
@@ -291,7 +291,7 @@ def write_folder(model: PreTrainedModel, processor: BaseImageProcessor, card: st
 
 
 def _replace(output_dir: Path, new: Path) -> None:
-    """Rename `new` to `output_dir`, and delete the old folder unless it contains files that no conversion writes."""
+    """Rename `new` to `output_dir`, and delete the old directory unless it has files that no conversion writes."""
     old = _unused_name(output_dir)
     names = {entry.name for entry in output_dir.iterdir()} if output_dir.is_dir() else set()
     foreign = sorted(names - {entry.name for entry in new.iterdir()})
@@ -305,7 +305,9 @@ def _replace(output_dir: Path, new: Path) -> None:
         raise
     if foreign:
         logger.warning(
-            "the replaced folder contained more than a model (%s): it was kept as %s", summarize_list(foreign, 12), old
+            "the replaced directory contained more than a model (%s): it was kept as %s",
+            summarize_list(foreign, 12),
+            old,
         )
     else:
         shutil.rmtree(old, ignore_errors=True)

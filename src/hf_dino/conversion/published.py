@@ -1,7 +1,4 @@
-"""Recognize the checkpoints that the authors of DINO published, and list them.
-
-`python -m hf_dino.conversion.published` prints the table of the README.
-"""
+"""Recognize the checkpoints that the authors of DINO published, and list them."""
 
 import logging
 from collections.abc import Mapping
@@ -71,7 +68,7 @@ _BACKBONE_NAMES = {"resnet50": "ResNet-50", "swin_L_384_22k": "Swin-L"}
 
 
 def checkpoint_table() -> str:
-    """Return a Markdown table of the published checkpoints.
+    """Return the Markdown table of the published checkpoints in the documentation.
 
     Example:
 
@@ -98,7 +95,3 @@ def checkpoint_table() -> str:
             "Box AP on COCO val2017: published by the authors, not measured here.",
         ]
     )
-
-
-if __name__ == "__main__":
-    print(checkpoint_table())

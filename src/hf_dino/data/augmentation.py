@@ -321,7 +321,7 @@ def _import_module(name: str) -> ModuleType:
         return importlib.import_module(name)
     except (ModuleNotFoundError, ValueError) as error:
         raise InputError(
-            f"{name}: cannot be imported ({error}). Install it, add its folder to PYTHONPATH, or name the file, "
+            f"{name}: cannot be imported ({error}). Install it, add its directory to PYTHONPATH, or name the file, "
             "path/to/file.py:function"
         ) from None
 

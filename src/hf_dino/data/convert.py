@@ -31,7 +31,7 @@ from .readers import read_data
 
 
 SPLIT_DIRS = {"train": "train", "validation": "val", "test": "test"}
-"""Names that other tools expect for the files and folders of each split."""
+"""Names that other tools expect for the files and directories of each split."""
 
 SplitData = tuple[DetectionSplit, Any]  # a split, and a supervision dataset of it
 
@@ -40,7 +40,7 @@ class FormatWriter(NamedTuple):
     """A format to write.
 
     Attributes:
-        images (`str`): Template for the folder of a split's images.
+        images (`str`): Template for the directory of a split's images.
         write (`Callable`): Writes the annotations of all splits, given by the names in `SPLIT_DIRS`.
         supports_crowds (`bool`): Whether it has iscrowd annotations and areas.
         supports_sizes (`bool`): Whether it has image sizes, which show whether boxes refer to the image with or
@@ -64,22 +64,21 @@ def convert_data(
 ) -> list[str]:
     """Write a dataset in another format, in a layout that [`read_data`] detects automatically.
 
-    Images keep their names. If two differ only in folder or extension, the second gets its number as a suffix. An
+    Images keep their names. If two differ only in directory or extension, the second gets its number as a suffix. An
     unknown extension is replaced by that of the image's format. Every split lists the classes of all splits.
 
     Args:
         splits (`Mapping[str, DetectionSplit]`): From [`read_data`], with keys `"train"`, `"validation"` and `"test"`.
-        output (`str` or `Path`): The folder, which must not exist or be empty. It appears when it is complete.
+        output (`str` or `Path`): The directory, which must not exist or be empty. It appears when it is complete.
         format (`str`): `"coco"`, `"voc"` or `"yolo"`.
         on_image (`Callable`, *optional*): Called twice per image: after reading its header, and after copying it.
 
     Returns:
-        `list[str]`: Human-readable warnings with counts: corrections by the reader, and what the format does not
-        support.
+        `list[str]`: Warnings with counts: corrections by the reader, and what the format does not support.
 
     Raises:
-        InputError: If the folder is not empty, an image cannot be read or is not of the annotated size, or nothing is
-            left that the format supports.
+        InputError: If the directory is not empty, an image cannot be read or is not of the annotated size, or nothing
+            is left that the format supports.
         ImportError: If supervision is not installed.
     """
     if format not in WRITERS:
@@ -174,7 +173,7 @@ def _extension(source: ImageSource) -> str:
         image_format = str(image.format)
     extension = ".jpg" if image_format == "MPO" else f".{image_format.lower()}"  # MPO: a JPEG with further images
     if extension not in IMAGE_EXTENSIONS:
-        raise InputError(f"{source}: {image_format} images are not found in folders. Save it as PNG")
+        raise InputError(f"{source}: {image_format} images are not found in directories. Save it as PNG")
     return extension
 
 
@@ -185,7 +184,7 @@ def _to_supervision(data: DetectionSplit, paths: Sequence[Path], classes: Sequen
     base: Any = supervision.DetectionDataset
 
     class SizedDataset(base):
-        """Returns blank images: supervision would decode every image only to know its size."""
+        """A dataset of blank images. Supervision would decode every image only to know its size."""
 
         def __getitem__(self, index: int) -> tuple[str, np.ndarray, Any]:
             path = self.image_paths[index]

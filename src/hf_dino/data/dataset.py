@@ -61,8 +61,8 @@ class AnnotatedImage:
             beyond the image.
         category_ids (`np.ndarray` of shape `(num_objects,)`): Category ids of the dataset.
         areas (`np.ndarray` of shape `(num_objects,)`): In square pixels: the mask's area if annotated, else the box's.
-        iscrowd (`np.ndarray` of shape `(num_objects,)`): 1 if the box holds a group of objects, else 0. Such a box is
-            not trained on, and detections inside it are ignored by the evaluation.
+        iscrowd (`np.ndarray` of shape `(num_objects,)`): 1 if the box contains a group of objects, else 0. Such a box
+            is not trained on, and detections inside it are ignored by the evaluation.
     """
 
     image_id: int
@@ -89,7 +89,7 @@ class DetectionSplit:
     """One split of a dataset, read and checked.
 
     Attributes:
-        source (`Path` or `str`): The annotation file or folder, or the dataset's id on the Hub.
+        source (`Path` or `str`): The annotation file or directory, or the dataset's id on the Hub.
         images (`list[AnnotatedImage]`): In the order of the source, including images without objects.
         categories (`dict[int, str]`): Category id to name, by ascending id.
         warnings (`dict[str, list[str]]`): What was corrected, mapped to the path of the image, once per correction.
@@ -102,7 +102,7 @@ class DetectionSplit:
 
     @property
     def name(self) -> str:
-        """Display name: the dataset folder (its parent if called `annotations` or after a split), or the Hub id."""
+        """Display name: the dataset directory (its parent if called `annotations` or after a split), or the Hub id."""
         if isinstance(self.source, str):
             return self.source
         path = self.source.resolve()
@@ -122,7 +122,7 @@ class DetectionDataset(Dataset[dict[str, Any]]):
     A resumed run therefore sees the same images as an uninterrupted one.
 
     Args:
-        data (`DetectionSplit`): From [`read_data`] or [`read_coco`].
+        split (`DetectionSplit`): From [`read_data`] or [`read_coco`].
         augmentation (`Augmentation`, *optional*): From [`make_augmentation`]; none by default.
         seed (`int`, *optional*, defaults to 0): Seed of the augmentation.
         epoch (`int`, *optional*, defaults to 0): Epoch, counted from 0. Make one dataset per epoch.
@@ -133,17 +133,17 @@ class DetectionDataset(Dataset[dict[str, Any]]):
           and `iscrowd`, as the image processor takes them.
     """
 
-    def __init__(self, data: DetectionSplit, augmentation: Augmentation | None = None, seed: int = 0, epoch: int = 0):
-        self.data = data
+    def __init__(self, split: DetectionSplit, augmentation: Augmentation | None = None, seed: int = 0, epoch: int = 0):
+        self.split = split
         self.augmentation = augmentation or NoAugmentation()
         self.seed = seed
         self.epoch = epoch
 
     def __len__(self) -> int:
-        return len(self.data.images)
+        return len(self.split.images)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        record = self.data.images[index]
+        record = self.split.images[index]
         image, boxes, areas = record.read(), torch.from_numpy(record.clipped_boxes), torch.from_numpy(record.areas)
         with seed_per_image(self.seed, self.epoch, record.image_id):
             image, boxes, areas, objects = self.augmentation(image, boxes, areas)
@@ -277,21 +277,21 @@ def _area_or_box_area(area: Any, box: np.ndarray) -> float:
     return float(area) if is_valid else float(box[2] * box[3])
 
 
-def require_image_files(data: DetectionSplit) -> DetectionSplit:
-    """Return `data` if all of its image files exist.
+def require_image_files(split: DetectionSplit) -> DetectionSplit:
+    """Return `split` if all of its image files exist.
 
     Raises:
         InputError: If an image file is missing.
     """
-    paths = [image.path for image in data.images if isinstance(image.path, Path)]
+    paths = [image.path for image in split.images if isinstance(image.path, Path)]
     missing = [path for path in paths if not path.is_file()]
     if missing:
         names = summarize_list(path.name for path in missing)
         raise InputError(
-            f"{data.source}: {len(missing)} images not found in {missing[0].parent}: {names}. Restore them, or remove "
-            "them from the annotations"
+            f"{split.source}: {len(missing)} images not found in {missing[0].parent}: {names}. Restore them, or "
+            "remove them from the annotations"
         )
-    return data
+    return split
 
 
 def check_unique_names(categories: Mapping[int, str], source: Path | str) -> dict[int, str]:
@@ -351,22 +351,22 @@ def xyxy_to_xywh(boxes: np.ndarray) -> np.ndarray:
     return np.concatenate([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], axis=1)
 
 
-def to_annotation_array(data: DetectionSplit) -> np.ndarray:
+def to_annotation_array(split: DetectionSplit) -> np.ndarray:
     """Return all annotations of a split in the order of its images, as an array of dtype `ANNOTATION_DTYPE`."""
-    annotations = np.empty(sum(len(image.boxes) for image in data.images), ANNOTATION_DTYPE)
-    parts = np.split(annotations, np.cumsum([len(image.boxes) for image in data.images])[:-1])
-    for part, image in zip(parts, data.images):
+    annotations = np.empty(sum(len(image.boxes) for image in split.images), ANNOTATION_DTYPE)
+    parts = np.split(annotations, np.cumsum([len(image.boxes) for image in split.images])[:-1])
+    for part, image in zip(parts, split.images):
         part["image_id"] = image.image_id
         part["category_id"], part["bbox"] = image.category_ids, image.boxes
         part["area"], part["iscrowd"] = image.areas, image.iscrowd
     return annotations
 
 
-def label_of_category(data: DetectionSplit, id2label: Mapping[int, str]) -> dict[int, int]:
+def label_of_category(split: DetectionSplit, id2label: Mapping[int, str]) -> dict[int, int]:
     """Map the category ids of a dataset to the labels of a model by name.
 
     Args:
-        data (`DetectionSplit`): The dataset.
+        split (`DetectionSplit`): The split of the dataset.
         id2label (`Mapping[int, str]`): The model's classes, `config.id2label`.
 
     Returns:
@@ -376,11 +376,11 @@ def label_of_category(data: DetectionSplit, id2label: Mapping[int, str]) -> dict
         InputError: If a category with objects is not a class of the model.
     """
     label_of_name = {name: int(label) for label, name in id2label.items() if name != UNUSED_LABEL}
-    used = {category_id: data.categories[category_id] for category_id in sorted(data.used_category_ids)}
+    used = {category_id: split.categories[category_id] for category_id in sorted(split.used_category_ids)}
     unknown = [f"{name!r} (id {category_id})" for category_id, name in used.items() if name not in label_of_name]
     if unknown:
         raise InputError(
-            f"{data.source}: the model has no class for {summarize_list(unknown)}; its classes are "
+            f"{split.source}: the model has no class for {summarize_list(unknown)}; its classes are "
             f"{summarize_list(map(repr, label_of_name), 20)}. Rename the categories, or train a model with them"
         )
-    return {id_: label_of_name[name] for id_, name in data.categories.items() if name in label_of_name}
+    return {id_: label_of_name[name] for id_, name in split.categories.items() if name in label_of_name}

@@ -94,18 +94,18 @@ def get_image_size(source: ImageSource, annotated_size: tuple[int, int] | None =
 
 
 def list_images(paths: list[Path]) -> list[Path]:
-    """Expand folders into the image files directly inside them, sorted by name.
+    """Expand directories into the image files directly inside them, sorted by name.
 
     Raises:
-        InputError: If a path does not exist or a folder contains no image.
+        InputError: If a path does not exist or a directory contains no image.
     """
     files = []
     for path in paths:
         if not path.exists():
-            raise InputError(f"{path}: file or folder not found")
+            raise InputError(f"{path}: file or directory not found")
         found = [path] if path.is_file() else sorted(entry for entry in path.iterdir() if is_image_file(entry))
         if not found:
-            raise InputError(f"{path}: the folder contains no images ({', '.join(sorted(IMAGE_EXTENSIONS))})")
+            raise InputError(f"{path}: the directory contains no images ({', '.join(sorted(IMAGE_EXTENSIONS))})")
         files.extend(found)
     return files
 
@@ -116,7 +116,7 @@ def is_image_file(path: Path) -> bool:
 
 
 def short_path(source: str | ImageSource) -> str:
-    """Return the last folder and the file name of an image, for messages."""
+    """Return the last directory and the file name of an image, for messages."""
     return "/".join(re.split(r"[/\\]", str(source))[-2:])
 
 

@@ -213,23 +213,23 @@ def steps_per_epoch(num_images: int, global_batch_size: int) -> int:
     return -(-num_images // global_batch_size)
 
 
-def predict_batch_shapes(data: DetectionDataset, collate: TrainingCollator) -> Callable[[int], tuple[int, int]]:
+def predict_batch_shapes(dataset: DetectionDataset, collate: TrainingCollator) -> Callable[[int], tuple[int, int]]:
     """Predict the `(height, width)` in pixels of each item in its batch, without reading the image.
 
     The official implementation's augmentation samples a new size and crop for every image, so the aspect ratio on
     disk is not enough. Sampling them again from the image's own seed gives the same values.
 
     Args:
-        data (`DetectionDataset`): The dataset of the epoch. A user's own augmentation is assumed to keep the shape,
+        dataset (`DetectionDataset`): The dataset of the epoch. A user's own augmentation is assumed to keep the shape,
             unless it overrides `output_shape`.
-        collate (`TrainingCollator`): Collates the items of `data`.
+        collate (`TrainingCollator`): Collates the items of `dataset`.
     """
 
     def get_shape(index: int) -> tuple[int, int]:
-        record = data.data.images[index]
+        record = dataset.split.images[index]
         boxes = torch.from_numpy(record.clipped_boxes)
-        with seed_per_image(data.seed, data.epoch, record.image_id):
-            shape = data.augmentation.output_shape(record.height, record.width, boxes)
+        with seed_per_image(dataset.seed, dataset.epoch, record.image_id):
+            shape = dataset.augmentation.output_shape(record.height, record.width, boxes)
         return get_processed_shape(collate.processor, *shape) if collate.do_resize else shape
 
     return get_shape
@@ -245,7 +245,7 @@ def get_processed_shape(processor: BaseImageProcessor, height: int, width: int) 
 
 
 def evaluation_loader(
-    data: DetectionSplit,
+    split: DetectionSplit,
     processor: BaseImageProcessor,
     *,
     batch_size: int,
@@ -256,16 +256,16 @@ def evaluation_loader(
     """Load the images of a split in batches of one size, each image in exactly one process.
 
     Args:
-        data (`DetectionSplit`): From [`read_data`] or [`read_coco`].
+        split (`DetectionSplit`): From [`read_data`] or [`read_coco`].
         processor (`BaseImageProcessor`): A DINO image processor.
         batch_size (`int`): Maximum number of images in a batch of this process.
         rank (`int`, *optional*, defaults to 0): Rank of this process.
         world_size (`int`, *optional*, defaults to 1): Number of processes.
         num_workers (`int`, *optional*, defaults to 0): Number of DataLoader workers.
     """
-    shapes = [get_processed_shape(processor, image.height, image.width) for image in data.images]
+    shapes = [get_processed_shape(processor, image.height, image.width) for image in split.images]
     return DataLoader(
-        DetectionDataset(data),
+        DetectionDataset(split),
         batch_sampler=SameSizeBatchSampler(shapes, batch_size, rank, world_size),
         collate_fn=EvaluationCollator(processor),
         num_workers=num_workers,
@@ -275,7 +275,7 @@ def evaluation_loader(
 
 
 def training_loader(
-    data: DetectionDataset,
+    dataset: DetectionDataset,
     collate: TrainingCollator,
     batches: TrainingBatchSampler,
     *,
@@ -283,7 +283,7 @@ def training_loader(
 ) -> DataLoader:
     """Load one epoch. Dataset and sampler belong to an epoch, so make a new loader for each."""
     return DataLoader(
-        data,
+        dataset,
         batch_sampler=batches,
         collate_fn=collate,
         num_workers=num_workers,

@@ -126,9 +126,9 @@ def _read_samples(datasets: Mapping[str, DetectionDataset], index: int) -> list[
 
 
 def _read_sample(dataset: DetectionDataset, index: int, title: str) -> Sample:
-    item, categories = dataset[index], dataset.data.categories
+    item, categories = dataset[index], dataset.split.categories
     objects = item["annotation"]["annotations"]
     boxes = np.array([each["bbox"] for each in objects], dtype=np.float64).reshape(-1, 4)
     names = [categories[each["category_id"]] + (" (crowd)" if each["iscrowd"] else "") for each in objects]
-    caption = f"{title}: {short_path(dataset.data.images[index].path)}"
+    caption = f"{title}: {short_path(dataset.split.images[index].path)}"
     return Sample(item["image"], boxes, names, list(categories.values()), caption)

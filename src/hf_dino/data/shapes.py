@@ -5,7 +5,7 @@ each class with a typical hue, overlap each other and extend beyond the image. L
 uneven light and noise make detection harder. Every image depends only on the seed, its split and its number, so splits
 share no image and a larger dataset begins with the images of a smaller one.
 
-    python -m hf_dino.data.shapes --output shapes --num-train 2000
+    python -m hf_dino.data.shapes --output_dir shapes --num_train 2000
 """
 
 import argparse
@@ -239,8 +239,8 @@ def generate_shapes(
     """Write the dataset, unless it exists already. Call it in one process at a time.
 
     Args:
-        output (`Path`): Folder for `{train,val,test}/*.png`, `{train,val,test}.json` in the COCO format (boxes x, y,
-            width, height in pixels; category ids from 1 in the order of `OUTLINES`) and `shapes.json` with the
+        output (`Path`): Directory for `{train,val,test}/*.png`, `{train,val,test}.json` in the COCO format (boxes x,
+            y, width, height in pixels; category ids from 1 in the order of `OUTLINES`) and `shapes.json` with the
             settings. It appears when it is complete; a killed process leaves nothing under this name.
         seed (`int`): Random seed. With the same numpy and Pillow, the same settings give bitwise identical files.
         image_size (`int`): Height and width in pixels; objects grow with it.
@@ -277,7 +277,7 @@ def _exists(output: Path, settings: dict[str, int]) -> bool:
     """
     if not output.exists() or (output.is_dir() and not any(output.iterdir())):
         return False
-    advice = "Choose another folder, or remove this one if it is no longer needed"
+    advice = "Choose another directory, or remove this one if it is no longer needed"
     try:
         found = json.loads((output / _SETTINGS_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -338,11 +338,17 @@ def main(arguments: list[str] | None = None) -> None:
     """Run the command line. `arguments` default to those of the process."""
     parser = argparse.ArgumentParser(prog="python -m hf_dino.data.shapes", description="Draw the shapes dataset.")
     parser.add_argument(
-        "--output", type=Path, required=True, metavar="DIR", help="Folder to write, which must not exist."
+        *("--output_dir", "--output-dir", "--output"),
+        dest="output",
+        type=Path,
+        required=True,
+        metavar="PATH",
+        help="Directory to write. Must not exist, be empty, or contain the same dataset.",
     )
     for name, default in (generate_shapes.__kwdefaults__ or {}).items():
-        option, help_text = f"--{name.replace('_', '-')}", f"{_OPTION_HELP[name]} (default: {default})."
-        parser.add_argument(option, type=int, default=default, metavar="N", help=help_text)
+        spellings = dict.fromkeys([f"--{name}", f"--{name.replace('_', '-')}"])
+        help_text = f"{_OPTION_HELP[name]} (default: {default})."
+        parser.add_argument(*spellings, type=int, default=default, metavar="INTEGER", help=help_text)
     try:
         print(generate_shapes(**vars(parser.parse_args(arguments))))
     except InputError as error:

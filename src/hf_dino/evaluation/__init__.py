@@ -1,9 +1,8 @@
 """Evaluate a model: collect its detections on a dataset, compute COCO metrics, analyze errors, write a report."""
 
 try:
-    from ..data.dataset import ANNOTATION_DTYPE
     from .coco_eval import ENGINES, METRICS, CocoScores, check_engine, evaluate_coco
-    from .error_analysis import ERROR_TYPES, OUTCOMES, ErrorAnalysis, ImageErrors, OperatingPoint, analyze_errors
+    from .error_analysis import analyze_errors
     from .predictions import (
         DETECTION_DTYPE,
         collect_detections,
@@ -16,16 +15,10 @@ except ImportError as error:
 
 
 __all__ = [
-    "ANNOTATION_DTYPE",
     "DETECTION_DTYPE",
     "ENGINES",
-    "ERROR_TYPES",
     "METRICS",
-    "OUTCOMES",
     "CocoScores",
-    "ErrorAnalysis",
-    "ImageErrors",
-    "OperatingPoint",
     "analyze_errors",
     "check_engine",
     "collect_detections",

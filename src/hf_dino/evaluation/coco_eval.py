@@ -43,11 +43,11 @@ class CocoScores:
     precision: np.ndarray = field(repr=False, compare=False)
 
 
-def evaluate_coco(data: DetectionSplit, detections: np.ndarray, engine: str = "pycocotools") -> CocoScores:
+def evaluate_coco(split: DetectionSplit, detections: np.ndarray, engine: str = "pycocotools") -> CocoScores:
     """Compute the COCO metrics of detections on a dataset.
 
     Args:
-        data (`DetectionSplit`): The dataset. Crowd regions (`iscrowd`) are ignored, not missed.
+        split (`DetectionSplit`): The split of the dataset. Crowd regions (`iscrowd`) are ignored, not missed.
         detections (`np.ndarray`): Of dtype [`DETECTION_DTYPE`], from [`collect_detections`] or
             [`detections_from_results`], with images in any order. An empty array scores 0. Detections of unknown
             categories are ignored.
@@ -60,12 +60,12 @@ def evaluate_coco(data: DetectionSplit, detections: np.ndarray, engine: str = "p
         InputError: If a detection's image is not in the dataset, or the engine is not available.
     """
     check_engine(engine)
-    _check_image_ids(data, detections)
-    curves = _compute_curves(data, detections, engine)
+    _check_image_ids(split, detections)
+    curves = _compute_curves(split, detections, engine)
     metrics, table = _summarize(curves)
     precision = curves["precision"][..., 0, -1]
     average_precision = precision.mean(axis=(0, 1)).tolist()
-    return CocoScores(metrics, dict(zip(data.categories.values(), average_precision, strict=True)), table, precision)
+    return CocoScores(metrics, dict(zip(split.categories.values(), average_precision, strict=True)), table, precision)
 
 
 def check_engine(engine: str) -> None:
@@ -88,10 +88,10 @@ def _load(engine: str) -> tuple[Any, Any]:
     return dataset, evaluation
 
 
-def _check_image_ids(data: DetectionSplit, detections: np.ndarray) -> None:
-    unknown = np.setdiff1d(detections["image_id"], [image.image_id for image in data.images])
+def _check_image_ids(split: DetectionSplit, detections: np.ndarray) -> None:
+    unknown = np.setdiff1d(detections["image_id"], [image.image_id for image in split.images])
     if len(unknown):
-        raise InputError(f"{data.source}: image ids not found: {summarize_list(unknown)}; detections refer to them")
+        raise InputError(f"{split.source}: image ids not found: {summarize_list(unknown)}; detections refer to them")
 
 
 def group_rows(ids: np.ndarray, keys: Iterable[int]) -> list[np.ndarray]:
@@ -110,7 +110,7 @@ def group_rows(ids: np.ndarray, keys: Iterable[int]) -> list[np.ndarray]:
     return [order[start:end] for start, end in zip(starts, ends)]
 
 
-def _compute_curves(data: DetectionSplit, detections: np.ndarray, engine: str) -> dict[str, np.ndarray]:
+def _compute_curves(split: DetectionSplit, detections: np.ndarray, engine: str) -> dict[str, np.ndarray]:
     """Return `precision` and `recall` as `COCOeval.eval` has them: -1 where there is no object.
 
     Precision, of shape `(10, 101, num_categories, 4, 3)`, is by IoU threshold (.5 to .95), recall (0 to 1), category
@@ -122,12 +122,12 @@ def _compute_curves(data: DetectionSplit, detections: np.ndarray, engine: str) -
     of images without an object or a detection of it.
     """
     parameters = Params(iouType="bbox")
-    by_recall = (len(parameters.iouThrs), len(parameters.recThrs), len(data.categories))
+    by_recall = (len(parameters.iouThrs), len(parameters.recThrs), len(split.categories))
     by_limit = (len(parameters.areaRng), len(parameters.maxDets))
     precision, recall = np.full(by_recall + by_limit, -1.0), np.full(by_recall[::2] + by_limit, -1.0)
 
-    objects = to_annotation_array(data)
-    rows = (group_rows(records["category_id"], data.categories) for records in (objects, detections))
+    objects = to_annotation_array(split)
+    rows = (group_rows(records["category_id"], split.categories) for records in (objects, detections))
     for index, (object_rows, detection_rows) in enumerate(zip(*rows)):
         if len(object_rows):  # a category without objects stays -1
             measured = _evaluate_category(objects[object_rows], detections[detection_rows], engine)

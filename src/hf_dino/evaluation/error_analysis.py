@@ -3,7 +3,7 @@
 The error types are those of TIDE (https://arxiv.org/abs/2008.08115), as counts; their effect on AP is not estimated.
 Detections are matched to objects as COCO does at an IoU of .5: in order of descending score, each to the unmatched
 object of its category with the highest IoU. So a detection's outcome depends only on detections with a higher score,
-and one matching serves every score threshold.
+and one matching is valid for every score threshold.
 """
 
 import math
@@ -74,7 +74,7 @@ class ImageErrors:
     """Detections of one image at a score threshold, and their errors.
 
     Attributes:
-        image_index (`int`): Index into `data.images`.
+        image_index (`int`): Index into `split.images`.
         detections (`np.ndarray`): Of dtype [`DETECTION_DTYPE`], by descending score.
         outcomes (`list[str]`): Keys of [`OUTCOMES`], one per detection.
         is_detected (`np.ndarray` of shape `(num_objects,)`): `False` for each object of the image that is a false
@@ -112,25 +112,25 @@ class ErrorAnalysis:
 
 
 def analyze_errors(
-    data: DetectionSplit, detections: np.ndarray, *, threshold: float | None = None, num_worst: int = 12
+    split: DetectionSplit, detections: np.ndarray, *, threshold: float | None = None, num_worst: int = 12
 ) -> ErrorAnalysis:
     """Classify the errors of detections.
 
     Args:
-        data (`DetectionSplit`): The dataset.
+        split (`DetectionSplit`): The split of the dataset.
         detections (`np.ndarray`): Of dtype [`DETECTION_DTYPE`], in any order. Those of unknown categories are ignored.
         threshold (`float`, *optional*): The lowest score that counts. By default the threshold with the highest F1
             over all categories together or, if there are no true positives, the one that leaves as many detections
             as there are objects.
         num_worst (`int`, *optional*, defaults to 12): Maximum number of images in `worst_images`.
     """
-    objects, category_ids = to_annotation_array(data), list(data.categories)
+    objects, category_ids = to_annotation_array(split), list(split.categories)
     detections = detections[np.isin(detections["category_id"], category_ids)]
     matches = match_detections(objects, detections)
     groups = zip(*(group_rows(records["category_id"], category_ids) for records in (objects, detections)))
     best_thresholds = {
         name: _best_threshold(objects[of_objects], detections[of_detections], matches.outcome[of_detections])
-        for name, (of_objects, of_detections) in zip(data.categories.values(), groups)
+        for name, (of_objects, of_detections) in zip(split.categories.values(), groups)
     }
     if threshold is None:
         threshold = _default_threshold(objects, detections, matches.outcome)
@@ -141,7 +141,7 @@ def analyze_errors(
         best_thresholds=best_thresholds,
         counts=_count_outcomes(objects, matches),
         confusion=_confusion_matrix(objects, detections, matches, category_ids),
-        worst_images=_worst_images(data, objects, detections, matches, num_worst),
+        worst_images=_worst_images(split, objects, detections, matches, num_worst),
     )
 
 
@@ -281,9 +281,9 @@ def _confusion_matrix(
 
 
 def _worst_images(
-    data: DetectionSplit, objects: np.ndarray, detections: np.ndarray, matches: MatchResults, limit: int
+    split: DetectionSplit, objects: np.ndarray, detections: np.ndarray, matches: MatchResults, limit: int
 ) -> list[ImageErrors]:
-    image_ids = [image.image_id for image in data.images]
+    image_ids = [image.image_id for image in split.images]
     of_objects, of_detections = (group_rows(records["image_id"], image_ids) for records in (objects, detections))
     is_detected, is_error = _is_detected(objects, matches), matches.outcome > IGNORED
     num_errors = [

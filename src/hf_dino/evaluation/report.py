@@ -53,7 +53,7 @@ class CategoryRow(NamedTuple):
 
 def write_report(
     path: Path,
-    data: DetectionSplit,
+    split: DetectionSplit,
     scores: CocoScores,
     analysis: ErrorAnalysis,
     *,
@@ -64,7 +64,7 @@ def write_report(
 
     Args:
         path (`Path`): Must not exist. It appears once it is complete.
-        data (`DetectionSplit`): The dataset. The images with the most errors are read.
+        split (`DetectionSplit`): The split of the dataset. The images with the most errors are read.
         scores (`CocoScores`): From [`evaluate_coco`].
         analysis (`ErrorAnalysis`): From [`analyze_errors`], of the same detections.
         title (`str`): Names the model and the dataset.
@@ -78,15 +78,15 @@ def write_report(
     environment = Environment(autoescape=True, undefined=StrictUndefined)
     environment.filters["shorten"] = partial(_shorten, limit=60)
     template = environment.from_string(_TEMPLATE.read_text("utf-8"))
-    names = list(data.categories.values())
+    names = list(split.categories.values())
     shown = _classes_to_show(analysis.confusion)
     with open_new_text_file(path) as file:
         stream = template.stream(
             title=title,
             metrics=[(METRIC_NAMES[name], value) for name, value in scores.metrics.items()],
-            num_images=len(data.images),
+            num_images=len(split.images),
             num_objects=int(analysis.confusion[:-1].sum()),
-            num_crowds=int(to_annotation_array(data)["iscrowd"].sum()),
+            num_crowds=int(to_annotation_array(split)["iscrowd"].sum()),
             threshold=analysis.threshold,
             counts=analysis.counts,
             outcomes=OUTCOMES,
@@ -97,7 +97,7 @@ def write_report(
             num_shown=len(shown),
             max_classes=_MAX_CLASSES,
             confusions=_confusions(names, analysis.confusion),
-            worst_images=_worst_images(data, analysis.worst_images),
+            worst_images=_worst_images(split, analysis.worst_images),
             details={**details, "versions": _versions()},
         )
         file.writelines(stream)
@@ -188,36 +188,36 @@ def _confusions(names: Sequence[str], confusion: np.ndarray) -> list[tuple[str, 
     return [(names[i], names[j], int(errors[i, j]), int(totals[i])) for i, j in pairs if errors[i, j]]
 
 
-def _worst_images(data: DetectionSplit, worst: Sequence[ImageErrors]) -> Iterator[dict[str, Any]]:
+def _worst_images(split: DetectionSplit, worst: Sequence[ImageErrors]) -> Iterator[dict[str, Any]]:
     """Yield one image at a time, as the template asks for it, since images are large."""
-    dataset = DetectionDataset(data)
+    dataset = DetectionDataset(split)
     for errors in worst:
         counts = {error: errors.outcomes.count(error) for error in ERROR_TYPES} | {
             "false negative": int(np.count_nonzero(~errors.is_detected))
         }
-        record = data.images[errors.image_index]
+        record = split.images[errors.image_index]
         image: Image.Image = dataset[errors.image_index]["image"]
         yield {
             "name": f"{record.path} (id {record.image_id})",
             "errors": ", ".join(f"{error}: {count}" for error, count in counts.items() if count),
-            "source": _jpeg(_draw(image, data, errors)),
+            "source": _jpeg(_draw(image, split, errors)),
         }
 
 
-def _draw(image: Image.Image, data: DetectionSplit, errors: ImageErrors) -> Image.Image:
+def _draw(image: Image.Image, split: DetectionSplit, errors: ImageErrors) -> Image.Image:
     """Draw objects on the left and detections on the right, with the errors in parentheses."""
-    record, detections = data.images[errors.image_index], errors.detections
+    record, detections = split.images[errors.image_index], errors.detections
     object_marks = np.select(
         [~errors.is_detected, record.iscrowd == 1], [" (false negative)", " (crowd)"], ""
     ).tolist()
     detection_marks = ["" if outcome == "true positive" else f" ({outcome})" for outcome in errors.outcomes]
     objects = draw_detections(
-        image, xywh_to_xyxy(record.boxes), _labels(data, record.category_ids.tolist(), object_marks)
+        image, xywh_to_xyxy(record.boxes), _labels(split, record.category_ids.tolist(), object_marks)
     )
     predictions = draw_detections(
         image,
         xywh_to_xyxy(detections["bbox"]),
-        _labels(data, detections["category_id"].tolist(), detection_marks),
+        _labels(split, detections["category_id"].tolist(), detection_marks),
         detections["score"].tolist(),
     )
     captions = (f"ground truth: {len(object_marks)} objects", f"predicted: {len(detections)} detections")
@@ -226,8 +226,8 @@ def _draw(image: Image.Image, data: DetectionSplit, errors: ImageErrors) -> Imag
     return both
 
 
-def _labels(data: DetectionSplit, category_ids: Sequence[int], marks: Sequence[str]) -> list[str]:
-    return [f"{_shorten(data.categories[category_id])}{mark}" for category_id, mark in zip(category_ids, marks)]
+def _labels(split: DetectionSplit, category_ids: Sequence[int], marks: Sequence[str]) -> list[str]:
+    return [f"{_shorten(split.categories[category_id])}{mark}" for category_id, mark in zip(category_ids, marks)]
 
 
 def _versions() -> str:

@@ -36,7 +36,7 @@ _lock = threading.Lock()
 
 
 def operators(device: str | torch.device) -> ModuleType | None:
-    """Return the Python side of the kernel, with operators for a device.
+    """Return the kernel's Python package, with operators for a device.
 
     Args:
         device (`str` or `torch.device`): Where the tensors are. The kernel is for `"cpu"` and `"cuda"`.
@@ -156,6 +156,6 @@ def _import(path: Path) -> ModuleType:
 
 def _check_same_sources(module: ModuleType, entry: Path) -> None:
     loaded_from = Path(str(module.__file__)).parent
-    hash_of_sources = [folder.name.split("-")[1:2] for folder in (loaded_from, entry)]
+    hash_of_sources = [path.name.split("-")[1:2] for path in (loaded_from, entry)]
     if hash_of_sources[0] != hash_of_sources[1]:
         raise ImportError(f"a kernel from other sources is loaded already, from {loaded_from}; restart Python")

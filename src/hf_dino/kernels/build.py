@@ -5,11 +5,11 @@ can load it too:
 
     cpu-<hash of the sources>-<hash of all else>/
     ├── __init__.py, …              the Python side, copied from kernels/torch-ext
-    ├── _ops.py                     loads the libraries beside it
+    ├── _ops.py                     loads the libraries next to it
     ├── hf_dino_kernels_cpu.so      an entry for CUDA has both: the schema is in this one
     ├── hf_dino_kernels_cuda.so
     ├── metadata.json               for the `kernels` library
-    └── build.log                   the commands, and what they printed
+    └── build.log                   each command, followed by its output
 """
 
 import hashlib
@@ -21,8 +21,9 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import IO
 
@@ -52,10 +53,11 @@ METADATA = {  # for the `kernels` library; name and version as in kernels/build.
 }
 PACKAGE = Path("torch-ext", "hf_dino_deformable_attention")
 SOURCES = {"cpu": ("torch-ext/torch_binding.cpp", "csrc/cpu/*.cpp"), "cuda": ("csrc/cuda/*.cu",)}
+LIBRARIES = {"cpu": ("cpu",), "cuda": ("cpu", "cuda")}  # in an entry for the device
 TIME_LIMIT = 600  # seconds for one build
 SHOWN_LINES = 15  # of the output of a compiler that fails
 
-OPS_PY = f'''"""The operators of the libraries beside this file, which hf_dino.kernels compiled."""
+OPS_PY = f'''"""The operators of the libraries next to this file, which hf_dino.kernels compiled."""
 
 from pathlib import Path
 
@@ -74,10 +76,10 @@ def add_op_namespace_prefix(name: str) -> str:
 
 
 class Builder:
-    """Finds the compiled kernel in a cache, or compiles it.
+    """A cache of compiled kernels, which compiles those that it lacks.
 
     Args:
-        sources (`Path`): The folder that holds csrc and torch-ext.
+        sources (`Path`): The directory that contains csrc and torch-ext.
         cache (`Path`): Where entries are kept; made if it does not exist, for its owner only.
         time_limit (`float`): Seconds for one build, and for waiting for another process that builds.
     """
@@ -89,7 +91,7 @@ class Builder:
         self._failures: dict[str, KernelError] = {}
 
     def entry(self, device_type: str) -> Path:
-        """Return the folder of the entry for `"cpu"` or `"cuda"`, which need not exist yet.
+        """Return the directory of the entry for `"cpu"` or `"cuda"`, which need not exist yet.
 
         The compiler is not part of its name, so that a container image may be used without the one that made it.
 
@@ -128,8 +130,8 @@ class Builder:
             raise KernelError(f"another process has held {entry}.lock for {self.time_limit:.0f} s: end it") from None
         except (OSError, NotImplementedError) as error:  # the latter on file systems without locks
             raise KernelError(
-                f"the kernel cannot be built in {self.cache}: {error}; set XDG_CACHE_HOME to a folder that can be "
-                "written and has space"
+                f"the kernel cannot be built in {self.cache}: {error}; set XDG_CACHE_HOME to a directory "
+                "that can be written and has space"
             ) from error
         return entry
 
@@ -138,10 +140,16 @@ class Builder:
         shutil.rmtree(entry, ignore_errors=True)  # an incomplete one
         with atomic_directory(entry) as draft:
             package = self.sources / PACKAGE
-            shutil.copytree(package, draft, ignore=shutil.ignore_patterns("__pycache__"), dirs_exist_ok=True)
+            shutil.copytree(
+                package,
+                draft,
+                ignore=shutil.ignore_patterns("__pycache__"),
+                copy_function=shutil.copyfile,  # without the permissions, since an installation may be read-only
+                dirs_exist_ok=True,
+            )
             (draft / "_ops.py").write_text(OPS_PY)
             for library in (path for other in others for path in other.glob("*.so")):
-                shutil.copy(library, draft)
+                shutil.copyfile(library, draft / library.name)
             self._compile(device_type, draft, deadline)
             (draft / "metadata.json").write_text(json.dumps({**METADATA, "backend": {"type": device_type}}, indent=2))
 
@@ -159,13 +167,13 @@ class Builder:
 
 
 def run_all(commands: list[list[str]], log: Path, deadline: float) -> None:
-    """Run commands side by side, and append them and what they print to a log.
+    """Run commands in parallel, and append each with its output to a log once all have succeeded.
 
     No command outlives the call: when one fails, when time is up or when the user interrupts, the others are killed.
 
     Args:
         commands (`list[list[str]]`): Each a program with its arguments.
-        log (`Path`): Made if it does not exist.
+        log (`Path`): Created if it does not exist.
         deadline (`float`): By the clock of `time.monotonic`.
 
     Raises:
@@ -173,19 +181,18 @@ def run_all(commands: list[list[str]], log: Path, deadline: float) -> None:
     """
     jobs = os.environ.get("MAX_JOBS", "")  # as for torch.utils.cpp_extension
     limit = max(1, int(jobs)) if jobs.isdecimal() else min(4, os.cpu_count() or 1)
-    waiting, running = list(commands), list[subprocess.Popen[bytes]]()
-    with log.open("ab") as output:
-        output.write("".join(f"{shlex.join(command)}\n" for command in commands).encode())
-        output.flush()
-        start = output.tell()
+    with ExitStack() as files:
+        outputs = [files.enter_context(tempfile.TemporaryFile(dir=log.parent)) for _ in commands]
+        waiting, running = list(zip(commands, outputs)), dict[subprocess.Popen[bytes], IO[bytes]]()
         try:
             while waiting or running:
                 while waiting and len(running) < limit:
-                    running.append(_start(waiting.pop(0), output))
+                    command, output = waiting.pop(0)
+                    running[_start(command, output)] = output
                 time.sleep(0.01)
                 if failed := [process for process in running if process.poll()]:
-                    raise KernelError(_failure(failed[0], log.read_bytes()[start:]))
-                running = [process for process in running if process.returncode is None]
+                    raise KernelError(_failure(failed[0], _read(running[failed[0]])))
+                running = {process: output for process, output in running.items() if process.returncode is None}
                 if time.monotonic() > deadline:
                     raise KernelError("compiling takes too long: set MAX_JOBS to the number of compilers at a time")
         finally:
@@ -193,6 +200,8 @@ def run_all(commands: list[list[str]], log: Path, deadline: float) -> None:
                 with suppress(ProcessLookupError, PermissionError):  # it has just ended by itself
                     os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
+        with log.open("a", encoding="utf-8") as joined:
+            joined.writelines(f"{shlex.join(command)}\n{_read(output)}" for command, output in zip(commands, outputs))
 
 
 def _start(command: list[str], output: IO[bytes]) -> "subprocess.Popen[bytes]":
@@ -202,16 +211,20 @@ def _start(command: list[str], output: IO[bytes]) -> "subprocess.Popen[bytes]":
     )
 
 
-def _failure(process: "subprocess.Popen[bytes]", printed: bytes) -> str:
-    lines = printed.decode(errors="replace").splitlines()[-SHOWN_LINES:] or ["(it printed nothing)"]
+def _read(output: IO[bytes]) -> str:
+    output.seek(0)
+    return output.read().decode(errors="replace")
+
+
+def _failure(process: "subprocess.Popen[bytes]", printed: str) -> str:
+    lines = printed.splitlines()[-SHOWN_LINES:] or ["(it printed nothing)"]
     return "\n    ".join(["this command failed:", shlex.join(map(str, process.args)), *lines])  # type: ignore[arg-type]
 
 
 def is_complete(entry: Path) -> bool:
     """Return whether an entry can be loaded; it gets its name when all is written, but files may have been deleted."""
-    return all((entry / name).is_file() for name in ("__init__.py", "_ops.py", "metadata.json")) and any(
-        entry.glob(f"{NAMESPACE}_*.so")
-    )
+    libraries = [f"{NAMESPACE}_{device}.so" for device in LIBRARIES[entry.name.partition("-")[0]]]
+    return all((entry / name).is_file() for name in ("__init__.py", "_ops.py", "metadata.json", *libraries))
 
 
 def hash_sources(sources: Path) -> str:
@@ -220,7 +233,7 @@ def hash_sources(sources: Path) -> str:
     Raises:
         KernelError: If there are none.
     """
-    files = [path for folder in ("csrc", "torch-ext") for path in sorted((sources / folder).rglob("*"))]
+    files = [path for name in ("csrc", "torch-ext") for path in sorted((sources / name).rglob("*"))]
     files = [path for path in files if path.suffix in (".cpp", ".h", ".cu", ".cuh", ".py")]
     if not files:
         raise KernelError(f"the sources of the kernel are not in {sources}: reinstall hf-dino")

@@ -28,8 +28,8 @@ CPP_FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden"]
 CUDA_FLAGS = ["-std=c++17", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden", "--expt-relaxed-constexpr", "-DUSE_CUDA=1"]
 LINK_FLAGS = {"linux": ["-shared"], "darwin": ["-shared", "-undefined", "dynamic_lookup"]}
 
-# Each of these files holds one vector instruction set, and which one runs is decided at run time: no other file may be
-# compiled for more than every CPU has. On other architectures the two files are empty.
+# Each of these files is for one vector instruction set, and which one runs is decided at run time: no other file may
+# be compiled for more than every CPU has. On other architectures the two files are empty.
 X86_FLAGS = {
     "avx2.cpp": ["-mavx2", "-mfma", "-mf16c"],
     "avx512.cpp": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c"],
@@ -39,7 +39,7 @@ DEFAULT_ARCHITECTURES = "8.0;9.0;10.0+PTX"  # where there is neither TORCH_CUDA_
 
 
 class KernelError(RuntimeError):
-    """Why there are no compiled operators, and what to do about it."""
+    """Raised if there are no compiled operators. The message says why, and what to do about it."""
 
 
 def find_cpp_compiler() -> list[str]:
@@ -61,13 +61,13 @@ def find_cpp_compiler() -> list[str]:
 
 
 def find_nvcc() -> str:
-    """Return the nvcc of `CUDA_HOME` or `CUDA_PATH`, of the PATH, or of the usual places.
+    """Return the nvcc of `CUDA_HOME` or `CUDA_PATH`, of the PATH, or of the default install locations.
 
     Raises:
         KernelError: If there is none, or it is of another major version than this PyTorch.
     """
     wanted = str(torch.version.cuda).partition(".")[0]
-    advice = f"install the CUDA {wanted} toolkit and set CUDA_HOME to its folder"
+    advice = f"install the CUDA {wanted} toolkit and set CUDA_HOME to its directory"
     homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH")]
     candidates = [*(Path(home, "bin", "nvcc") for home in homes if home), shutil.which("nvcc")]
     for nvcc in [*candidates, "/usr/local/cuda/bin/nvcc", *TORCH.parent.glob("nvidia/*/bin/nvcc")]:

@@ -1,1 +1,1 @@
-"""Utilities without knowledge of models or datasets: errors, files, command-line arguments, processes."""
+"""Utilities without knowledge of models or datasets: errors, files, distributed processes."""

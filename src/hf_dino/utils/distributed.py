@@ -68,10 +68,10 @@ which may take longer than NCCL's default timeout of 10 minutes."""
 
 
 def all_reduce_max(accelerator: Accelerator, number: int) -> int:
-    """Return the maximum over all processes, which must all call this."""
+    """Return the maximum over all processes, which must all call this. A bool counts as 0 or 1."""
     if accelerator.num_processes == 1:
-        return number
-    maximum = torch.tensor(number, device=accelerator.device)
+        return int(number)
+    maximum = torch.tensor(int(number), device=accelerator.device)
     torch.distributed.all_reduce(maximum, op=torch.distributed.ReduceOp.MAX)
     return int(maximum)
 

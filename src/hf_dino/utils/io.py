@@ -7,21 +7,20 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any, TextIO
 
 from .errors import InputError
 
 
+_FSYNC_FLAGS = os.O_RDONLY if os.name == "posix" else os.O_RDWR  # Windows flushes only what is open for writing
+
+
 def fsync(path: Path) -> None:
     """Flush a file, or the list of names in a directory, to the disk, so that it survives a power cut."""
-    if not path.is_dir():
-        with path.open("r+b") as file:
-            os.fsync(file.fileno())
-        return
-    with suppress(OSError):  # not every system can flush a directory
-        descriptor = os.open(path, os.O_RDONLY)
+    with suppress(OSError) if path.is_dir() else nullcontext():  # not every system can flush a directory
+        descriptor = os.open(path, _FSYNC_FLAGS)
         try:
             os.fsync(descriptor)
         finally:

@@ -13,16 +13,16 @@ from .voc import find_voc, read_voc
 from .yolo import find_yolo_folders, find_yolo_yaml, read_yolo
 
 
-__all__ = ["FORMATS", "Format", "detect_format", "read_coco", "read_coco_file", "read_data", "split_from_name"]
+__all__ = ["read_coco", "read_coco_file", "read_data", "split_from_name"]
 
 
 class Format(NamedTuple):
-    """A format of dataset folders.
+    """A format of dataset directories.
 
     Attributes:
         name (`str`): Display name.
         signature (`str`): The files that identify the format, for messages.
-        find (`Callable`): Returns the files of each split; empty for a folder in another format.
+        find (`Callable`): Returns the files of each split; empty for a directory in another format.
         read (`Callable`): Reads the splits that were found.
     """
 
@@ -60,12 +60,12 @@ def read_data(
 ) -> dict[str, DetectionSplit]:
     """Read a detection dataset. Its files are never changed.
 
-    A folder may be in the format of COCO, Pascal VOC, YOLO or Hugging Face `datasets`, which is detected
+    A directory may be in the format of COCO, Pascal VOC, YOLO or Hugging Face `datasets`, which is detected
     automatically. Any other name is an id on the Hub. Boxes that are empty, non-finite or outside their image are
     dropped. Boxes that extend beyond the image are kept and counted. Both are logged.
 
     Args:
-        source (`str` or `Path`): A folder, or an id on the Hub: `OWNER/NAME[:CONFIGURATION][@REVISION]`.
+        source (`str` or `Path`): A directory, or an id on the Hub: `OWNER/NAME[:CONFIGURATION][@REVISION]`.
         splits (`Sequence[str]`, *optional*): Any of `"train"`, `"validation"` and `"test"`, which must exist; by
             default all that exist. The dataset may name them differently, such as `val` or `train2017`; a dataset
             without splits is `"train"`. Classes that are given only as names with the objects are numbered over all
@@ -73,7 +73,7 @@ def read_data(
         streaming (`bool`, *optional*, defaults to `False`): Stream a dataset of `datasets` instead of downloading it
             completely. The images are kept in a cache, because training reads them repeatedly and in any order.
         max_samples (`int`, *optional*): Number of images of each split to stream, from its beginning.
-        cache_dir (`str` or `Path`, *optional*): Cache folder of a stream; by default that of `datasets`.
+        cache_dir (`str` or `Path`, *optional*): Cache directory of a stream; by default that of `datasets`.
         on_error (`Callable`, *optional*): Called with each error that makes the dataset unfit for training but not
             unreadable. By default the first one is raised.
 
@@ -94,9 +94,9 @@ def read_data(
     if missing := [split for split in splits if split not in available]:
         raise InputError(f"{source}: split {summarize_list(missing)} not found. It has {summarize_list(available)}")
     selected = {split: found[split] for split in available if not splits or split in splits}
-    data = read(selected, source, on_error)
+    contents = read(selected, source, on_error)
     return {
-        split: require_image_files(each) if on_error is raise_input_error else each for split, each in data.items()
+        split: require_image_files(each) if on_error is raise_input_error else each for split, each in contents.items()
     }
 
 
@@ -110,21 +110,21 @@ def _find_splits(
     if folder.is_dir():
         return detect_format(folder)
     if folder.exists():
-        raise InputError(f"{source}: is a file. Give the dataset's folder, or --images and --annotations")
+        raise InputError(f"{source}: is a file. Give the dataset's directory, or --images and --annotations")
     if not isinstance(source, str) or not is_hub_id(source):
-        raise InputError(f"{source}: folder not found, and not an id on the Hub")
+        raise InputError(f"{source}: directory not found, and not an id on the Hub")
     return read_tables, load_from_hub(source)
 
 
 def detect_format(folder: Path) -> tuple[Callable, Mapping[str, Any]]:
-    """Return the function that reads a folder's format, and the files of each split.
+    """Return the function that reads a directory's format, and the files of each split.
 
     Raises:
-        InputError: If the folder is in no known format.
+        InputError: If the directory is in no known format.
     """
     for format in FORMATS:
         if found := format.find(folder):
             return format.read, found
     signatures = "".join(f"\n  {format.name}: {format.signature}" for format in FORMATS)
     entries = summarize_list(sorted(entry.name for entry in folder.iterdir()), 10) or "nothing"
-    raise InputError(f"{folder}: is not in a known format. Looked for:{signatures}\nThe folder contains {entries}")
+    raise InputError(f"{folder}: is not in a known format. Looked for:{signatures}\nThe directory contains {entries}")

@@ -23,10 +23,12 @@ from ..images import IMAGE_EXTENSIONS
 from .common import group_by_split, split_from_name
 
 
-CocoFiles = tuple[list[Path], Path]  # folders that may contain the images, the most likely first; the annotation file
+CocoFiles = tuple[
+    list[Path], Path
+]  # directories that may contain the images, the most likely first; the annotation file
 
 _MAX_ID = 2**63 - 1
-_NUM_PROBED_IMAGES = 20  # looked for in each folder
+_NUM_PROBED_IMAGES = 20  # looked for in each directory
 _REQUIRED_FIELDS = {
     "images": {"id", "file_name"},
     "categories": {"id", "name"},
@@ -41,7 +43,7 @@ def read_coco(images: str | Path, annotations: str | Path) -> DetectionSplit:
     and counted. Both are logged.
 
     Args:
-        images (`str` or `Path`): The folder that the images' file names are relative to.
+        images (`str` or `Path`): The directory that the images' file names are relative to.
         annotations (`str` or `Path`): The JSON file, with `images`, `annotations` and `categories`.
 
     Returns:
@@ -57,7 +59,7 @@ def read_coco(images: str | Path, annotations: str | Path) -> DetectionSplit:
 def read_coco_file(
     folders: Sequence[Path], source: Path, on_error: ErrorHandler = raise_input_error
 ) -> DetectionSplit:
-    """Read an annotation file whose images are in one of several folders.
+    """Read an annotation file whose images are in one of several directories.
 
     Args:
         folders (`Sequence[Path]`): The first one with more than half of the first images is used.
@@ -87,7 +89,7 @@ def read_coco_file(
 
 
 def find_coco(folder: Path) -> dict[str, CocoFiles]:
-    """Find annotation files named after splits: in the folder, in `annotations`, or next to the images (Roboflow).
+    """Find annotation files named after splits: in the directory, in `annotations`, or next to the images (Roboflow).
 
     If any is called `instances_*`, as in COCO itself, the others do not contain boxes and are ignored.
     """
@@ -105,7 +107,7 @@ def find_single_coco_file(folder: Path) -> dict[str, CocoFiles]:
 
 
 def _candidate_folders(folder: Path, split: str, file: Path) -> list[Path]:
-    """Return folders that may contain a split's images; other splits' may have different images of the same names."""
+    """Return directories that may contain a split's images. Other splits may have others of the same names."""
     of_split, of_none = (
         [path for path in _subfolders(folder) if split_from_name(path.name) == name] for name in (split, None)
     )
@@ -197,9 +199,9 @@ def _find_image_folder(folders: Sequence[Path], content: dict, source: Path) -> 
     best = max(num_found, key=lambda folder: num_found[folder])  # the first of equals
     folder = next((folder for folder in folders if 2 * num_found[folder] > len(names)), best)
     if not folder.is_dir():
-        raise InputError(f"{folder}: image folder not found")
+        raise InputError(f"{folder}: image directory not found")
     if not num_found[folder] and not any(path.suffix.lower() in IMAGE_EXTENSIONS for path in folder.rglob("*")):
-        raise InputError(f"{folder}: the folder contains no images, but {source} lists {summarize_list(names)}")
+        raise InputError(f"{folder}: the directory contains no images, but {source} lists {summarize_list(names)}")
     return folder
 
 

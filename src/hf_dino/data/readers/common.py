@@ -40,7 +40,7 @@ def group_by_split(named_paths: Iterable[tuple[str, Path]]) -> dict[str, Path]:
         split = split_from_name(name)
         if split in found:
             raise InputError(
-                f"the {split} split may be {found[split]} or {path}. Move one of them away, or give a folder of "
+                f"the {split} split may be {found[split]} or {path}. Move one of them away, or give a directory of "
                 "images and its COCO file"
             )
         if split:
@@ -49,7 +49,7 @@ def group_by_split(named_paths: Iterable[tuple[str, Path]]) -> dict[str, Path]:
 
 
 def split_folders(folder: Path) -> dict[str, Path]:
-    """Return the folders directly inside `folder` that are named after splits."""
+    """Return the directories directly inside `folder` that are named after splits."""
     return group_by_split((entry.name, entry) for entry in sorted(folder.iterdir()) if entry.is_dir())
 
 

@@ -16,7 +16,7 @@ from ..images import is_image_file
 from .common import Annotation, read_valid, split_folders, supervision_to_xywh
 
 
-# folders of images and of XML files, relative to a dataset or split
+# directories of images and of XML files, relative to a dataset or split
 _FOLDERS = (("JPEGImages", "Annotations"), ("images", "annotations"), (".", "."))
 
 Pairs = Sequence[tuple[Path, Path]]  # an image and its annotation file, either of which may be missing
@@ -51,7 +51,7 @@ class VocAnnotation(NamedTuple):
 
 
 def find_voc(folder: Path) -> dict[str, VocSplit]:
-    """Find splits as lists in `ImageSets/Main` or as folders. Without either, everything is for training."""
+    """Find splits as lists in `ImageSets/Main` or as directories. Without either, everything is for training."""
     pairs_of_split = _find_pairs(folder)
     all_annotations = [file for pairs in pairs_of_split.values() for _, file in pairs]
     return {split: VocSplit(pairs, all_annotations) for split, pairs in pairs_of_split.items()}
@@ -67,7 +67,7 @@ def _find_pairs(folder: Path) -> dict[str, Pairs]:
 
 
 def _find_folders(folder: Path) -> tuple[Path, Path] | None:
-    """Return the folders of images and of XML files below `folder`, if it has any XML files."""
+    """Return the directories of images and of XML files below `folder`, if it has any XML files."""
     candidates = [(folder / images, folder / annotations) for images, annotations in _FOLDERS]
     return next((pair for pair in candidates if pair[0].is_dir() and any(pair[1].glob("*.xml"))), None)
 
@@ -95,7 +95,7 @@ def _find_listed_pairs(lists: Path, images: Path, annotations: Path) -> dict[str
 def read_voc(splits: Mapping[str, VocSplit], source: Path, on_error: ErrorHandler) -> dict[str, DetectionSplit]:
     """Read the splits of [`find_voc`].
 
-    Classes are numbered from 1 in alphabetical order over all splits of the folder, even if only some are read, so
+    Classes are numbered from 1 in alphabetical order over all splits of the directory, even if only some are read, so
     that category ids in result files do not depend on the choice. Difficult objects become iscrowd annotations.
     """
     files = dict.fromkeys(file for split in splits.values() for file in split.all_annotations)

@@ -77,7 +77,7 @@ def _find_listed_splits(file: Path, content: Mapping[str, Any], entries: Mapping
             images = [image for path in paths for image in _find_images(path, root)]
             splits[split] = YoloSplit(images, names, num_keypoint_values)
     if not splits:
-        raise InputError(f"{file}: folders not found: {summarize_list(map(str, entries.values()))}")
+        raise InputError(f"{file}: directories not found: {summarize_list(map(str, entries.values()))}")
     return splits
 
 
@@ -93,13 +93,13 @@ def _parse_names(names: Any, file: Path) -> dict[int, str]:
 
 
 def _resolve(root: Path, entry: str) -> Path:
-    """Return the path of an entry. Roboflow writes `../train/images` for a folder next to the YAML file."""
+    """Return the path of an entry. Roboflow writes `../train/images` for a directory next to the YAML file."""
     path = root / entry
     return path if path.exists() or not entry.startswith("../") else root / entry[3:]
 
 
 def _find_images(path: Path, root: Path) -> list[Path]:
-    """List the images of a folder or of a file with one path per line, and those expected by its label files."""
+    """List the images of a directory or of a file with one path per line, and those expected by its label files."""
     if path.is_file():
         return [root / line for line in read_lines(path)]
     images = sorted(image for image in path.rglob("*") if is_image_file(image))
@@ -111,7 +111,7 @@ def _find_images(path: Path, root: Path) -> list[Path]:
 
 
 def label_file(image: Path) -> Path:
-    """Return the path of an image's label file: the last folder `images` of its path, if any, becomes `labels`.
+    """Return the path of an image's label file: the last directory `images` of its path, if any, becomes `labels`.
 
     Example:
 
@@ -128,7 +128,7 @@ def label_file(image: Path) -> Path:
 
 
 def find_yolo_folders(folder: Path) -> dict[str, YoloSplit]:
-    """Find folders `images` and `labels` next to each other, with or without splits, and without a YAML file."""
+    """Find directories `images` and `labels` next to each other, with or without splits, and without a YAML file."""
     if all((folder / name).is_dir() for name in ("images", "labels")):
         paths = split_folders(folder / "images") or {"train": folder / "images"}
     else:
