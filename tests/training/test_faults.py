@@ -69,12 +69,13 @@ def assert_equal(one, other):
 
 
 def die_at(output, number):
-    """Train, and die just before the `number`-th change to the files below `output`."""
+    """Train, and die just before the `number`-th change to the files below `output`, or sync of one of them."""
     left = [number]
 
     def count(event, args):
+        is_sync = event == "open" and args[1] is None  # `os.open`, which only `fsync` uses
         is_write = event == "open" and isinstance(args[1], str) and set(args[1]) & set("wax+")
-        if (is_write or event in FILE_EVENTS) and str(output) in str(args[0]):
+        if (is_sync or is_write or event in FILE_EVENTS) and str(output) in str(args[0]):
             left[0] -= 1
             if left[0] == 0:
                 os.kill(os.getpid(), signal.SIGKILL)
