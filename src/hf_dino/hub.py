@@ -29,6 +29,7 @@ from .image_processing_dino_detr import (
 from .registration import DinoDetrForObjectDetection  # with the auto classes, which then load DINO models
 from .utils.errors import InputError, summarize_list
 from .utils.io import read_text
+from .utils.names import match_names, named_classes
 
 
 logger = logging.getLogger(__name__)
@@ -86,7 +87,7 @@ def load_pretrained_for_categories(
     id2label = contiguous_id2label(categories)
     detector = _load_weights(model, id2label, overrides, old_num_labels=config.num_labels)
     detector.reset_class_layers()  # an equal number of classes may be other classes, whose weights were loaded
-    known = _map_labels(id2label, config.id2label)
+    known = match_names(id2label, named_classes(config.id2label))
     if known:
         _copy_classes(_load_weights(model, config.id2label, overrides), detector, known)
     copied = [id2label[label] for label in known]
@@ -112,18 +113,6 @@ def contiguous_id2label(categories: Mapping[int, str]) -> dict[int, str]:
     ```
     """
     return {label: categories[category_id] for label, category_id in enumerate(sorted(categories))}
-
-
-def _map_labels(id2label: Mapping[int, str], old_id2label: Mapping[int, str]) -> dict[int, int]:
-    """Map new labels to the old labels of the same name, an exactly equal name first."""
-    exact = {name: label for label, name in old_id2label.items() if name != UNUSED_LABEL}
-    normalized = {_normalize_name(name): label for name, label in exact.items()}
-    old = {label: exact.get(name, normalized.get(_normalize_name(name))) for label, name in id2label.items()}
-    return {label: old_label for label, old_label in old.items() if old_label is not None}
-
-
-def _normalize_name(name: str) -> str:
-    return re.sub(r"[\s_-]+", " ", name).strip().casefold()
 
 
 @torch.no_grad()

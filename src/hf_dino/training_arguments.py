@@ -31,6 +31,15 @@ STREAMING_HELP = (
     "Download the images of a Hub dataset one by one and keep them, instead of downloading all its files; an "
     "interrupted download starts again."
 )
+BOX_FORMAT_HELP = (
+    "Meaning of the boxes in COCO files and tables, in pixels: xywh is x, y, width, height; xyxy is the corners."
+)
+ROTATED_BOXES_HELP = "Rotated boxes: use the upright box around each one, or refuse the dataset."
+COLUMNS = ("image", "objects", "bbox", "category")
+COLUMNS_HELP = (
+    f"Columns of a Hugging Face dataset by what they contain ({', '.join(COLUMNS)}), e.g. objects=digits; those with "
+    "usual names are found without it."
+)
 
 LARGEST_FLOAT = 1e38  # about the largest float32; a larger value, or `inf`, is almost certainly a typo
 
@@ -96,6 +105,14 @@ def _overrides(value: Any) -> dict[str, Any]:
     for name in overrides:
         _check_config_field(name)
     return overrides
+
+
+def _columns(value: Any) -> dict[str, str]:
+    """Read names of columns from a mapping, or from `CONTENT=NAME`."""
+    columns = dict(value.items() if isinstance(value, dict) else (text.split("=", 1) for text in _list(_text)(value)))
+    if unknown := sorted(columns.keys() - set(COLUMNS)):
+        raise ValueError(f"must be CONTENT=NAME, with CONTENT one of {', '.join(COLUMNS)}; got {unknown[0]!r}")
+    return columns
 
 
 def _check_config_field(name: str) -> None:
@@ -188,6 +205,9 @@ class FineTuningArguments:
         "DATASET",
     )
     streaming: bool = _option(False, _flag, STREAMING_HELP)
+    box_format: str = _choice_option("xywh", ("xywh", "xyxy"), BOX_FORMAT_HELP)
+    rotated_boxes: str = _choice_option("enclose", ("enclose", "refuse"), ROTATED_BOXES_HELP)
+    columns: dict[str, Any] = _option({}, _columns, COLUMNS_HELP, "CONTENT=NAME")
     train_images: Path | None = _option(None, _path, "Directory of the training images.")
     train_annotations: Path | None = _option(None, _path, "COCO annotation file of the training images.")
     val_images: Path | None = _option(None, _path, "Directory of the validation images.")

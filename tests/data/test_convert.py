@@ -269,7 +269,7 @@ def test_classes_of_only_some_splits_have_one_id_in_all(tmp_path):
     assert found["test"].images[0].category_ids.tolist() == [2]
 
 
-NAMES = {3: "a & <b>", 5: " blanks ", 7: "ключ: 'да'", 8: "no", 9: "1"}
+NAMES = {3: "a & <b>", 5: "two words", 7: "ключ: 'да'", 8: "no", 9: "1"}
 
 
 @pytest.mark.parametrize("form", FORMAT_NAMES)

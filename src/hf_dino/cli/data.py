@@ -9,7 +9,18 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from ..training_arguments import AUGMENTATION_HELP, DATASET_HELP, STREAMING_HELP
-from .options import AnnotationsOption, Command, ImagesOption, log_to_terminal, make_app, require_one_source
+from .options import (
+    AnnotationsOption,
+    BoxFormatOption,
+    ColumnsOption,
+    Command,
+    ImagesOption,
+    RotatedBoxesOption,
+    log_to_terminal,
+    make_app,
+    read_options,
+    require_one_source,
+)
 
 
 if TYPE_CHECKING:
@@ -42,6 +53,7 @@ class _Source:
     streaming: bool
     max_samples: int | None
     cache_dir: Path | None
+    options: tuple[str, str, Sequence[str] | None]
 
     def check(self, context: typer.Context) -> None:
         """End the command if the options exclude each other."""
@@ -49,21 +61,22 @@ class _Source:
         if self.dataset is None and (self.streaming or self.max_samples or self.cache_dir):
             context.fail("--streaming, --max_samples and --cache_dir need a DATASET.")
 
-    def read(self, on_error: Any) -> dict[str, "DetectionSplit"]:
-        """Read the dataset and pass each error in it to `on_error`."""
+    def read(self, **more: Any) -> dict[str, "DetectionSplit"]:
+        """Read the dataset, with more options of the readers."""
         from ..data.readers import read_coco_file, read_data, split_from_name
 
+        options = read_options(*self.options, **more)
         if self.dataset is not None:
             return read_data(
                 self.dataset,
                 streaming=self.streaming,
                 max_samples=self.max_samples,
                 cache_dir=self.cache_dir,
-                on_error=on_error,
+                options=options,
             )
         assert self.images is not None and self.annotations is not None
         split = split_from_name(self.annotations.stem) or "train"
-        return {split: read_coco_file([self.images], self.annotations, on_error)}
+        return {split: read_coco_file([self.images], self.annotations, options)}
 
 
 @app.command(cls=Command)
@@ -75,6 +88,9 @@ def check(
     streaming: StreamingOption = False,
     max_samples: MaxSamplesOption = None,
     cache_dir: CacheOption = None,
+    box_format: BoxFormatOption = "xywh",
+    rotated_boxes: RotatedBoxesOption = "enclose",
+    columns: ColumnsOption = None,
     headers_only: Annotated[
         bool, typer.Option("--headers_only", help="Read only the header of each image: faster, misses damaged pixels.")
     ] = False,
@@ -93,7 +109,9 @@ def check(
     Nothing is changed. Give either DATASET, or --images and --annotations. The exit status is 1 if an error would stop
     training.
     """
-    source = _Source(dataset, images, annotations, streaming, max_samples, cache_dir)
+    source = _Source(
+        dataset, images, annotations, streaming, max_samples, cache_dir, (box_format, rotated_boxes, columns)
+    )
     source.check(context)
     _log_to_terminal()
 
@@ -103,7 +121,7 @@ def check(
     if preview:
         ensure_can_draw(preview)
     errors: list[str] = []
-    splits = source.read(errors.append)
+    splits = source.read(on_error=errors.append)
     with _progress("images", sum(len(split.images) for split in splits.values())) as advance:
         found = check_data(splits, decode=not headers_only, num_workers=num_workers, on_image=advance)
     missing = [
@@ -131,6 +149,9 @@ def augment(
     streaming: StreamingOption = False,
     max_samples: MaxSamplesOption = None,
     cache_dir: CacheOption = None,
+    box_format: BoxFormatOption = "xywh",
+    rotated_boxes: RotatedBoxesOption = "enclose",
+    columns: ColumnsOption = None,
     augmentation: Annotated[
         str,
         typer.Option(metavar="NAME", help=f"Augmentation: {AUGMENTATION_HELP}."),
@@ -156,12 +177,13 @@ def augment(
     Each row of the preview shows an image and its augmented copies, with boxes. Give either DATASET, or --images and
     --annotations.
     """
-    source = _Source(dataset, images, annotations, streaming, max_samples, cache_dir)
+    source = _Source(
+        dataset, images, annotations, streaming, max_samples, cache_dir, (box_format, rotated_boxes, columns)
+    )
     source.check(context)
     _log_to_terminal()
 
     from ..data import make_augmentation
-    from ..data.dataset import raise_input_error
     from ..data.preview import draw_image_grid, ensure_can_draw, sample_augmented
     from ..hub import parse_image_size
     from ..image_processing_dino_detr import LONGEST_EDGE, SHORTEST_EDGE
@@ -169,7 +191,7 @@ def augment(
     ensure_can_draw(output)
     size = parse_image_size(image_size or [str(SHORTEST_EDGE), str(LONGEST_EDGE)])
     transform = make_augmentation(augmentation, size)
-    split = next(iter(source.read(raise_input_error).values()))
+    split = next(iter(source.read().values()))
     draw_image_grid(sample_augmented(split, transform, num_images, num_views, seed), output, columns=1 + num_views)
     print(f"preview: {output}")
 
@@ -193,22 +215,26 @@ def convert(
     streaming: StreamingOption = False,
     max_samples: MaxSamplesOption = None,
     cache_dir: CacheOption = None,
+    box_format: BoxFormatOption = "xywh",
+    rotated_boxes: RotatedBoxesOption = "enclose",
+    columns: ColumnsOption = None,
 ) -> None:
     """Convert a dataset to another format.
 
     Image files are copied byte by byte; a warning names information that the format cannot store. Give either DATASET,
     or --images and --annotations.
     """
-    source = _Source(dataset, images, annotations, streaming, max_samples, cache_dir)
+    source = _Source(
+        dataset, images, annotations, streaming, max_samples, cache_dir, (box_format, rotated_boxes, columns)
+    )
     source.check(context)
     _log_to_terminal()
 
     from ..data import InputError, convert_data
-    from ..data.dataset import raise_input_error
 
     if dataset and Path(dataset).resolve() in output_dir.resolve().parents:
         raise InputError(f"{output_dir}: is in {dataset}, which is not changed; use a different --output_dir")
-    splits = source.read(raise_input_error)
+    splits = source.read()
     num_images = sum(len(split.images) for split in splits.values())
     with _progress("checked, then copied", 2 * num_images) as advance:
         warnings = convert_data(splits, output_dir, format, on_image=advance)

@@ -8,13 +8,24 @@ import typer
 
 from ..training_arguments import DATASET_HELP
 from ..utils.errors import import_extra
-from .options import AnnotationsOption, ImagesOption, ModelOption, command_line, log_to_terminal, require_one_source
+from .options import (
+    AnnotationsOption,
+    BoxFormatOption,
+    ColumnsOption,
+    ImagesOption,
+    ModelOption,
+    RotatedBoxesOption,
+    command_line,
+    log_to_terminal,
+    read_options,
+    require_one_source,
+)
 
 
 if TYPE_CHECKING:
     import numpy as np
 
-    from ..data import DetectionSplit
+    from ..data import DetectionSplit, ReadOptions
     from ..evaluation import CocoScores
 
 
@@ -27,6 +38,9 @@ def evaluate(
     ] = "validation",
     images: ImagesOption = None,
     annotations: AnnotationsOption = None,
+    box_format: BoxFormatOption = "xywh",
+    rotated_boxes: RotatedBoxesOption = "enclose",
+    columns: ColumnsOption = None,
     metrics_json: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Save all metrics to this JSON file. It must not exist.")
     ] = None,
@@ -89,7 +103,8 @@ def evaluate(
         mixed_precision=mixed_precision,
         kwargs_handlers=[PROCESS_GROUP_TIMEOUT],
     )
-    (data,) = read_and_check(partial(_read_split, dataset, split, images, annotations)).values()
+    options = read_options(box_format, rotated_boxes, columns)
+    (data,) = read_and_check(partial(_read_split, dataset, split, images, annotations, options)).values()
     model, processor = load_model_and_processor(model_name_or_path, backend=image_processor_backend)
 
     with Progress(disable=not accelerator.is_main_process) as progress:
@@ -130,14 +145,14 @@ def _check_dependencies(coco_backend: str, report_html: Path | None) -> None:
 
 
 def _read_split(
-    dataset: str | None, split: str, images: Path | None, annotations: Path | None
+    dataset: str | None, split: str, images: Path | None, annotations: Path | None, options: "ReadOptions"
 ) -> dict[str, "DetectionSplit"]:
     from ..data import read_coco, read_data
 
     if dataset is not None:
-        return read_data(dataset, splits=[split])
+        return read_data(dataset, splits=[split], options=options)
     assert images is not None and annotations is not None
-    data = read_coco(images, annotations)
+    data = read_coco(images, annotations, options)
     return {data.name: data}
 
 

@@ -6,10 +6,16 @@ import sys
 from collections import defaultdict
 from collections.abc import Collection, Container, Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from typer.core import TyperCommand
+
+from ..training_arguments import BOX_FORMAT_HELP, COLUMNS_HELP, ROTATED_BOXES_HELP, parse_option
+
+
+if TYPE_CHECKING:
+    from ..data import ReadOptions
 
 
 ModelOption = Annotated[
@@ -24,6 +30,9 @@ AnnotationsOption = Annotated[
     Path | None,
     typer.Option(metavar="FILE", help="COCO annotation file of --images; with --images, instead of a dataset."),
 ]
+BoxFormatOption = Annotated[Literal["xywh", "xyxy"], typer.Option(help=BOX_FORMAT_HELP)]
+RotatedBoxesOption = Annotated[Literal["enclose", "refuse"], typer.Option(help=ROTATED_BOXES_HELP)]
+ColumnsOption = Annotated[list[str] | None, typer.Option(metavar="CONTENT=NAME", help=COLUMNS_HELP)]
 
 
 class Command(TyperCommand):
@@ -120,6 +129,13 @@ def require_one_source(
     given = tuple(value is not None for value in (dataset, images, annotations))
     if given not in ((True, False, False), (False, True, True)):
         context.fail(f"Give either {name}, or both --images and --annotations.")
+
+
+def read_options(box_format: str, rotated_boxes: str, columns: Sequence[str] | None, **more: Any) -> "ReadOptions":
+    """Make the options of the readers from those of a command."""
+    from ..data import ReadOptions
+
+    return ReadOptions(box_format, rotated_boxes, parse_option("columns", list(columns or [])), **more)
 
 
 class _StderrHandler(logging.Handler):

@@ -23,7 +23,7 @@ from .loaders import (
     steps_per_epoch,
     training_loader,
 )
-from .readers import read_coco, read_data
+from .readers import ReadOptions, read_coco, read_data
 
 
 __all__ = [
@@ -35,6 +35,7 @@ __all__ = [
     "DetectionSplit",
     "InputError",
     "NoAugmentation",
+    "ReadOptions",
     "TrainingBatchSampler",
     "TrainingCollator",
     "check_data",

@@ -14,8 +14,8 @@ import torch
 from PIL import Image
 from torch.utils.data import Dataset
 
-from ..configuration_dino_detr import UNUSED_LABEL
 from ..utils.errors import InputError, summarize_list
+from ..utils.names import match_names, named_classes
 from .augmentation import Augmentation, NoAugmentation, seed_per_image
 from .images import ImageSource, get_image_size, read_image
 
@@ -93,12 +93,14 @@ class DetectionSplit:
         images (`list[AnnotatedImage]`): In the order of the source, including images without objects.
         categories (`dict[int, str]`): Category id to name, by ascending id.
         warnings (`dict[str, list[str]]`): What was corrected, mapped to the path of the image, once per correction.
+        format (`str`): Display name of the format that was detected, if any.
     """
 
     source: Path | str
     images: list[AnnotatedImage]
     categories: dict[int, str]
     warnings: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    format: str = ""
 
     @property
     def name(self) -> str:
@@ -295,11 +297,12 @@ def require_image_files(split: DetectionSplit) -> DetectionSplit:
 
 
 def check_unique_names(categories: Mapping[int, str], source: Path | str) -> dict[int, str]:
-    """Return `categories` by ascending id.
+    """Return `categories` by ascending id, their names without blanks at the ends.
 
     Raises:
         InputError: If two categories have the same name.
     """
+    categories = {id_: name.strip() for id_, name in categories.items()}
     duplicates = [repr(name) for name, count in Counter(categories.values()).items() if count > 1]
     if duplicates:
         raise InputError(
@@ -363,7 +366,7 @@ def to_annotation_array(split: DetectionSplit) -> np.ndarray:
 
 
 def label_of_category(split: DetectionSplit, id2label: Mapping[int, str]) -> dict[int, int]:
-    """Map the category ids of a dataset to the labels of a model by name.
+    """Map the category ids of a dataset to the labels of a model by name, as [`~utils.names.match_names`] does.
 
     Args:
         split (`DetectionSplit`): The split of the dataset.
@@ -373,14 +376,19 @@ def label_of_category(split: DetectionSplit, id2label: Mapping[int, str]) -> dic
         `dict[int, int]`: Category id to label, for every category that the model has.
 
     Raises:
-        InputError: If a category with objects is not a class of the model.
+        InputError: If a category with objects is not a class of the model, or several categories are the same one.
     """
-    label_of_name = {name: int(label) for label, name in id2label.items() if name != UNUSED_LABEL}
-    used = {category_id: split.categories[category_id] for category_id in sorted(split.used_category_ids)}
-    unknown = [f"{name!r} (id {category_id})" for category_id, name in used.items() if name not in label_of_name]
-    if unknown:
+    classes = named_classes(id2label)
+    labels = match_names(split.categories, classes)
+    if unknown := [f"{split.categories[id_]!r} (id {id_})" for id_ in sorted(split.used_category_ids - labels.keys())]:
         raise InputError(
             f"{split.source}: the model has no class for {summarize_list(unknown)}; its classes are "
-            f"{summarize_list(map(repr, label_of_name), 20)}. Rename the categories, or train a model with them"
+            f"{summarize_list(map(repr, classes.values()), 20)}. Rename the categories, or train a model with them"
         )
-    return {id_: label_of_name[name] for id_, name in split.categories.items() if name in label_of_name}
+    shared = [label for label, count in Counter(labels.values()).items() if count > 1]
+    if same := [[split.categories[id_] for id_ in labels if labels[id_] == label] for label in shared]:
+        raise InputError(
+            f"{split.source}: the categories {summarize_list(map(repr, same[0]))} are all the model's class "
+            f"{classes[shared[0]]!r}. Give their objects one category"
+        )
+    return labels

@@ -20,6 +20,7 @@ from transformers import BaseImageProcessor, PreTrainedModel
 from ..data import (
     DetectionDataset,
     DetectionSplit,
+    ReadOptions,
     TrainingBatchSampler,
     per_device_batch_size,
     predict_batch_shapes,
@@ -447,10 +448,11 @@ def read_splits(arguments: FineTuningArguments) -> dict[str, DetectionSplit]:
     Raises:
         InputError: If it cannot be read or lacks one of the two.
     """
+    options = ReadOptions(arguments.box_format, arguments.rotated_boxes, arguments.columns)
     if arguments.dataset is None:
         files = arguments.split_files.items()
-        return {SPLIT_PREFIXES[prefix]: read_coco(*pair) for prefix, pair in files if pair}
-    splits = read_data(arguments.dataset, streaming=arguments.streaming)
+        return {SPLIT_PREFIXES[prefix]: read_coco(pair[0], pair[1], options) for prefix, pair in files if pair}
+    splits = read_data(arguments.dataset, streaming=arguments.streaming, options=options)
     if missing := [name for name in ("train", "validation") if name not in splits]:
         raise InputError(f"{arguments.dataset}: has no {' and '.join(missing)} split; it has {', '.join(splits)}")
     return splits

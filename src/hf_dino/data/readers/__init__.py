@@ -1,19 +1,20 @@
 """Read a dataset in any of the usual formats, which is detected automatically."""
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from ...utils.errors import InputError, summarize_list
-from ..dataset import SPLITS, DetectionSplit, ErrorHandler, raise_input_error, require_image_files
+from ..dataset import SPLITS, DetectionSplit, raise_input_error, require_image_files
 from .coco import find_coco, find_single_coco_file, read_coco, read_coco_file, read_coco_files
-from .common import split_from_name
+from .common import DEFAULT_OPTIONS, ReadOptions, split_from_name
 from .hf_datasets import find_imagefolder, find_saved, is_hub_id, load_from_hub, read_tables, stream
 from .voc import find_voc, read_voc
 from .yolo import find_yolo_folders, find_yolo_yaml, read_yolo
 
 
-__all__ = ["read_coco", "read_coco_file", "read_data", "split_from_name"]
+__all__ = ["ReadOptions", "read_coco", "read_coco_file", "read_data", "split_from_name"]
 
 
 class Format(NamedTuple):
@@ -29,12 +30,14 @@ class Format(NamedTuple):
     name: str
     signature: str
     find: Callable[[Path], Mapping[str, Any]]
-    read: Callable[[Mapping[str, Any], Path, ErrorHandler], dict[str, DetectionSplit]]
+    read: Callable[[Mapping[str, Any], Any, ReadOptions], dict[str, DetectionSplit]]
 
+
+TABLES = Format("datasets", "dataset_dict.json, or dataset_info.json and state.json", find_saved, read_tables)
 
 # The first match is taken, so the most specific signatures come first.
 FORMATS = (
-    Format("datasets", "dataset_dict.json, or dataset_info.json and state.json", find_saved, read_tables),
+    TABLES,
     Format("YOLO", "a YAML file with names and train, val or test", find_yolo_yaml, read_yolo),
     Format(
         "COCO",
@@ -56,7 +59,7 @@ def read_data(
     streaming: bool = False,
     max_samples: int | None = None,
     cache_dir: str | Path | None = None,
-    on_error: ErrorHandler = raise_input_error,
+    options: ReadOptions = DEFAULT_OPTIONS,
 ) -> dict[str, DetectionSplit]:
     """Read a detection dataset. Its files are never changed.
 
@@ -74,8 +77,7 @@ def read_data(
             completely. The images are kept in a cache, because training reads them repeatedly and in any order.
         max_samples (`int`, *optional*): Number of images of each split to stream, from its beginning.
         cache_dir (`str` or `Path`, *optional*): Cache directory of a stream; by default that of `datasets`.
-        on_error (`Callable`, *optional*): Called with each error that makes the dataset unfit for training but not
-            unreadable. By default the first one is raised.
+        options (`ReadOptions`, *optional*): What the files do not say, such as the names of columns.
 
     Returns:
         `dict[str, DetectionSplit]`: By split, in the order above.
@@ -89,23 +91,26 @@ def read_data(
         raise InputError(f"unknown splits: {summarize_list(sorted(unknown))}. Choose from {summarize_list(SPLITS)}")
     if not streaming and (max_samples is not None or cache_dir is not None):
         raise InputError("max_samples and cache_dir require streaming. Add streaming, or remove them")
-    read, found = _find_splits(source, splits, streaming, max_samples, Path(cache_dir) if cache_dir else None)
+    format, found = _find_splits(source, splits, streaming, max_samples, Path(cache_dir) if cache_dir else None)
     available = [split for split in SPLITS if split in found]
     if missing := [split for split in splits if split not in available]:
         raise InputError(f"{source}: split {summarize_list(missing)} not found. It has {summarize_list(available)}")
     selected = {split: found[split] for split in available if not splits or split in splits}
-    contents = read(selected, source, on_error)
-    return {
-        split: require_image_files(each) if on_error is raise_input_error else each for split, each in contents.items()
+    contents = {
+        split: replace(each, format=format.name) for split, each in format.read(selected, source, options).items()
     }
+    if options.on_error is raise_input_error:
+        for each in contents.values():
+            require_image_files(each)
+    return contents
 
 
 def _find_splits(
     source: str | Path, splits: Sequence[str], streaming: bool, max_samples: int | None, cache_dir: Path | None
-) -> tuple[Callable, Mapping[str, Any]]:
-    """Return a function that reads the source and the splits to call it with."""
+) -> tuple[Format, Mapping[str, Any]]:
+    """Return the format of the source and its splits."""
     if streaming:
-        return read_tables, stream(str(source), splits, max_samples, cache_dir)
+        return TABLES, stream(str(source), splits, max_samples, cache_dir)
     folder = Path(source)
     if folder.is_dir():
         return detect_format(folder)
@@ -113,18 +118,18 @@ def _find_splits(
         raise InputError(f"{source}: is a file. Give the dataset's directory, or --images and --annotations")
     if not isinstance(source, str) or not is_hub_id(source):
         raise InputError(f"{source}: directory not found, and not an id on the Hub")
-    return read_tables, load_from_hub(source)
+    return TABLES, load_from_hub(source)
 
 
-def detect_format(folder: Path) -> tuple[Callable, Mapping[str, Any]]:
-    """Return the function that reads a directory's format, and the files of each split.
+def detect_format(folder: Path) -> tuple[Format, Mapping[str, Any]]:
+    """Return the format of a directory, and the files of each split.
 
     Raises:
         InputError: If the directory is in no known format.
     """
     for format in FORMATS:
         if found := format.find(folder):
-            return format.read, found
+            return format, found
     signatures = "".join(f"\n  {format.name}: {format.signature}" for format in FORMATS)
     entries = summarize_list(sorted(entry.name for entry in folder.iterdir()), 10) or "nothing"
     raise InputError(f"{folder}: is not in a known format. Looked for:{signatures}\nThe directory contains {entries}")

@@ -16,11 +16,10 @@ from ..dataset import (
     DetectionSplit,
     ErrorHandler,
     check_unique_names,
-    raise_input_error,
     require_image_files,
 )
 from ..images import IMAGE_EXTENSIONS
-from .common import group_by_split, split_from_name
+from .common import DEFAULT_OPTIONS, ReadOptions, group_by_split, split_from_name
 
 
 CocoFiles = tuple[
@@ -36,7 +35,7 @@ _REQUIRED_FIELDS = {
 }
 
 
-def read_coco(images: str | Path, annotations: str | Path) -> DetectionSplit:
+def read_coco(images: str | Path, annotations: str | Path, options: ReadOptions = DEFAULT_OPTIONS) -> DetectionSplit:
     """Read and check an annotation file and check that its images exist. Neither is changed.
 
     Boxes that are empty, non-finite or outside their image are dropped. Boxes that extend beyond the image are kept
@@ -45,6 +44,7 @@ def read_coco(images: str | Path, annotations: str | Path) -> DetectionSplit:
     Args:
         images (`str` or `Path`): The directory that the images' file names are relative to.
         annotations (`str` or `Path`): The JSON file, with `images`, `annotations` and `categories`.
+        options (`ReadOptions`, *optional*): See there.
 
     Returns:
         `DetectionSplit`: Images, annotations and categories.
@@ -53,27 +53,25 @@ def read_coco(images: str | Path, annotations: str | Path) -> DetectionSplit:
         InputError: If the file is missing, truncated, not a COCO annotation file or inconsistent, or if images are
             missing. The message lists the first few faults.
     """
-    return require_image_files(read_coco_file([Path(images)], Path(annotations)))
+    return require_image_files(read_coco_file([Path(images)], Path(annotations), options))
 
 
-def read_coco_file(
-    folders: Sequence[Path], source: Path, on_error: ErrorHandler = raise_input_error
-) -> DetectionSplit:
+def read_coco_file(folders: Sequence[Path], source: Path, options: ReadOptions = DEFAULT_OPTIONS) -> DetectionSplit:
     """Read an annotation file whose images are in one of several directories.
 
     Args:
         folders (`Sequence[Path]`): The first one with more than half of the first images is used.
         source (`Path`): The JSON file.
-        on_error (`Callable`, *optional*): Called for annotations of an unknown image or category, which are left out.
-            Raises by default.
+        options (`ReadOptions`, *optional*): `on_error` is called for annotations of an unknown image or category,
+            which are left out.
     """
     content = _read_json(source)
     categories = check_unique_names({entry["id"]: str(entry["name"]) for entry in content["categories"]}, source)
     folder = _find_image_folder(folders, content, source)
     annotations_of: dict[int, list[dict]] = {entry["id"]: [] for entry in content["images"]}
-    for annotation in _select_valid_annotations(content, source, on_error):
+    for annotation in _select_valid_annotations(content, source, options.on_error):
         annotations_of[annotation["image_id"]].append(annotation)
-    builder = AnnotatedImageBuilder(source, on_error=on_error)
+    builder = AnnotatedImageBuilder(source, on_error=options.on_error)
     for entry in content["images"]:
         annotations = annotations_of[entry["id"]]
         builder.add(
@@ -119,11 +117,9 @@ def _subfolders(folder: Path) -> list[Path]:
     return [entry for entry in entries if entry.is_dir()]
 
 
-def read_coco_files(
-    splits: Mapping[str, CocoFiles], source: Path, on_error: ErrorHandler
-) -> dict[str, DetectionSplit]:
+def read_coco_files(splits: Mapping[str, CocoFiles], source: Path, options: ReadOptions) -> dict[str, DetectionSplit]:
     """Read the splits of [`find_coco`] or [`find_single_coco_file`]."""
-    return {split: read_coco_file(folders, file, on_error) for split, (folders, file) in splits.items()}
+    return {split: read_coco_file(folders, file, options) for split, (folders, file) in splits.items()}
 
 
 def _read_json(source: Path) -> dict:

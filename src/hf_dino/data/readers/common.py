@@ -1,18 +1,43 @@
-"""Shared by the readers: which split a name stands for, and boxes as supervision reads them."""
+"""Shared by the readers: their options, which split a name stands for, and boxes as supervision reads them."""
 
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 
 from ...utils.errors import InputError
-from ..dataset import SPLIT_ALIASES, SPLITS, xyxy_to_xywh
+from ..dataset import SPLIT_ALIASES, SPLITS, ErrorHandler, raise_input_error, xyxy_to_xywh
 
 
 Item = TypeVar("Item")
 Annotation = tuple[Any, Any]  # a class, and x, y, width, height in pixels or `None`
+
+
+@dataclass(frozen=True)
+class ReadOptions:
+    """What a dataset's files do not say, and what to do about errors in them.
+
+    Attributes:
+        box_format (`str`): Meaning of a box in COCO files and in tables, whose formats leave it open: `"xywh"` for x,
+            y, width, height or `"xyxy"` for corners, both in pixels.
+        rotated_boxes (`str`): `"enclose"` replaces a rotated box by the upright box around it, `"refuse"` reports it
+            as an error.
+        columns (`Mapping[str, str]`): Names of a table's columns by what they contain: `"image"`, `"objects"`,
+            `"bbox"` or `"category"`. Others are found by their usual names.
+        on_error (`Callable`): Receives each error that makes the dataset unfit for training but not unreadable. By
+            default, the first one is raised.
+    """
+
+    box_format: str = "xywh"
+    rotated_boxes: str = "enclose"
+    columns: Mapping[str, str] = field(default_factory=dict)
+    on_error: ErrorHandler = raise_input_error
+
+
+DEFAULT_OPTIONS = ReadOptions()
 
 
 def split_from_name(name: str) -> str | None:

@@ -17,8 +17,8 @@ from types import ModuleType
 from typing import Any, BinaryIO, NamedTuple
 
 from ...utils.errors import InputError, import_extra, summarize_list
-from ..dataset import SPLITS, AnnotatedImageBuilder, DetectionSplit, ErrorHandler, check_unique_names
-from .common import split_from_name
+from ..dataset import SPLITS, AnnotatedImageBuilder, DetectionSplit, check_unique_names
+from .common import ReadOptions, split_from_name
 
 
 # names of columns in datasets on the Hub, the first that exists is used
@@ -242,7 +242,7 @@ def _read_bytes(image: Mapping[str, Any]) -> bytes:
 
 
 def read_tables(
-    splits: Mapping[str, TableSplit], source: Path | str, on_error: ErrorHandler
+    splits: Mapping[str, TableSplit], source: Path | str, options: ReadOptions
 ) -> dict[str, DetectionSplit]:
     """Read tables of `datasets`. Their images stay on disk, in Arrow files or as files of their own.
 
@@ -259,7 +259,7 @@ def read_tables(
         for split, listed in names.items()
     }
     return {
-        split: _build_split(rows[split], categories[split], AnnotatedImageBuilder(source, split, on_error))
+        split: _build_split(rows[split], categories[split], AnnotatedImageBuilder(source, split, options.on_error))
         for split in splits
     }
 

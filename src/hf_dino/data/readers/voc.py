@@ -13,7 +13,7 @@ from ...utils.errors import InputError, import_extra
 from ...utils.io import read_lines
 from ..dataset import SPLIT_ALIASES, AnnotatedImageBuilder, DetectionSplit, ErrorHandler
 from ..images import is_image_file
-from .common import Annotation, read_valid, split_folders, supervision_to_xywh
+from .common import Annotation, ReadOptions, read_valid, split_folders, supervision_to_xywh
 
 
 # directories of images and of XML files, relative to a dataset or split
@@ -92,20 +92,20 @@ def _find_listed_pairs(lists: Path, images: Path, annotations: Path) -> dict[str
     } or {"train": _match_by_stem(images, annotations)}
 
 
-def read_voc(splits: Mapping[str, VocSplit], source: Path, on_error: ErrorHandler) -> dict[str, DetectionSplit]:
+def read_voc(splits: Mapping[str, VocSplit], source: Path, options: ReadOptions) -> dict[str, DetectionSplit]:
     """Read the splits of [`find_voc`].
 
     Classes are numbered from 1 in alphabetical order over all splits of the directory, even if only some are read, so
     that category ids in result files do not depend on the choice. Difficult objects become iscrowd annotations.
     """
     files = dict.fromkeys(file for split in splits.values() for file in split.all_annotations)
-    annotations = {file: _read_xml(file, on_error) for file in files}
+    annotations = {file: _read_xml(file, options.on_error) for file in files}
     names = sorted({name for annotation in annotations.values() for name in annotation.names if name})
     if splits and not names:
         raise InputError(f"{source}: no annotation file contains an object")
     categories = dict(enumerate(names, start=1))
     return {
-        split: _build_split(pairs, annotations, categories, AnnotatedImageBuilder(source, split, on_error))
+        split: _build_split(pairs, annotations, categories, AnnotatedImageBuilder(source, split, options.on_error))
         for split, (pairs, _) in splits.items()
     }
 

@@ -14,7 +14,7 @@ from ...utils.errors import InputError, import_extra, summarize_list
 from ...utils.io import read_lines, read_text
 from ..dataset import AnnotatedImageBuilder, DetectionSplit, ErrorHandler, check_unique_names
 from ..images import get_image_size, is_image_file
-from .common import Annotation, read_valid, split_folders, split_from_name, supervision_to_xywh
+from .common import Annotation, ReadOptions, read_valid, split_folders, split_from_name, supervision_to_xywh
 
 
 logger = logging.getLogger(__name__)
@@ -143,12 +143,12 @@ def _read_names(folder: Path) -> dict[int, str] | None:
     return check_unique_names(dict(enumerate(read_lines(file))), file) if file else None
 
 
-def read_yolo(splits: Mapping[str, YoloSplit], source: Path, on_error: ErrorHandler) -> dict[str, DetectionSplit]:
+def read_yolo(splits: Mapping[str, YoloSplit], source: Path, options: ReadOptions) -> dict[str, DetectionSplit]:
     """Read the splits of [`find_yolo_yaml`] or [`find_yolo_folders`].
 
     An image without a label file has no objects. Without names, a class is named by its number.
     """
-    return {split: _read_split(files, source, split, on_error) for split, files in splits.items()}
+    return {split: _read_split(files, source, split, options.on_error) for split, files in splits.items()}
 
 
 def _read_split(files: YoloSplit, source: Path, split: str, on_error: ErrorHandler) -> DetectionSplit:
