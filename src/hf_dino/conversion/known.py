@@ -13,6 +13,7 @@ from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from ..utils.errors import InputError, import_extra
 from ..utils.io import cache_folder
@@ -27,6 +28,9 @@ BACKBONE_NAMES = {
     **{f"swin_{letter}": f"Swin-{letter}" for letter in "TSBL"},
     **{f"convnext_{letter}": f"ConvNeXt-{letter}" for letter in "TSBL"},
 }
+
+
+FORMATS = ("official", "detrex", "mmdet")
 
 
 @dataclass(frozen=True)
@@ -69,12 +73,17 @@ class KnownCheckpoint:
 
     @property
     def backbone_name(self) -> str | None:
-        """Display name of the backbone; `None` if the model cannot express it."""
+        """Return the display name of the backbone; `None` if the model cannot express it."""
         return next((name for start, name in BACKBONE_NAMES.items() if self.backbone.startswith(start)), None)
 
     @property
+    def host(self) -> str:
+        """Return where the file is: a Google Drive folder, or the host of a URL."""
+        return self.url if self.format == "official" else str(urlsplit(self.url).hostname)
+
+    @property
     def cached_path(self) -> Path:
-        """Where the file is kept once it is downloaded."""
+        """Return where the file is kept once it is downloaded."""
         return cache_folder("checkpoints") / self.format / self.file_name
 
 
@@ -164,7 +173,7 @@ def fetch_checkpoint(source: str | Path) -> tuple[Path, KnownCheckpoint | None]:
         A file given by its path is to be recognized by [`find_known`].
 
     Raises:
-        InputError: If there is no such file, or it cannot be downloaded or verified.
+        InputError: If the file is not found, or cannot be downloaded or verified.
     """
     text = str(source)
     if Path(source).exists():
@@ -206,6 +215,14 @@ def _fetch_url(url: str) -> Path:
 
     folder = cache_folder("checkpoints") / "urls" / hashlib.sha256(url.encode()).hexdigest()[:16]
     return download(url, folder / url_file_name(url), check=_check_is_checkpoint)
+
+
+def downloaded_files() -> tuple[Path, list[Path]]:
+    """Return the directory of downloads, and the complete and partial files in it."""
+    folder = cache_folder("checkpoints")
+    # only what is made here: HF_DINO_CACHE may be a directory with a user's own checkpoints
+    files = (path for part in (*FORMATS, "urls") for path in (folder / part).rglob("*") if path.is_file())
+    return folder, sorted(path for path in files if path.suffix != ".lock")
 
 
 def _check_is_checkpoint(path: Path) -> None:
@@ -288,4 +305,4 @@ def checkpoint_table() -> str:
 
 def verified_by(known: KnownCheckpoint) -> str:
     """Return by what a downloaded file is verified."""
-    return {64: "SHA-256", 8: "8 digits of SHA-256"}.get(len(known.sha256 or ""), "length")
+    return {64: "SHA-256", 8: "8 digits of SHA-256"}.get(len(known.sha256 or ""), "length only")

@@ -2,8 +2,8 @@
 
 import logging
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 from urllib.parse import unquote, urlsplit
@@ -253,3 +253,21 @@ def _append_body(response: Any, file: BinaryIO, length: int | None) -> None:
         for block in response.iter_raw(BLOCK):
             file.write(block)
             bar.update(len(block))
+
+
+def delete_downloads(files: Iterable[Path]) -> None:
+    """Delete downloaded and partial files.
+
+    Raises:
+        InputError: If a process is downloading one of them; nothing is deleted then.
+    """
+    paths = list(files)
+    locks = {lock for path in paths for lock in path.parent.glob(".*.lock")}
+    with ExitStack() as held:
+        for lock in sorted(locks):
+            try:
+                held.enter_context(FileLock(lock, timeout=0))
+            except Timeout:
+                raise InputError(f"{lock.parent}: another process is downloading a file; wait, or end it") from None
+        for path in paths:
+            path.unlink()
