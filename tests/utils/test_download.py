@@ -233,17 +233,12 @@ def test_secrets_in_a_url_are_not_shown(path):
     assert display_url("https://u:p@host:1/a/b.pth?c#d") == "https://host:1/a/b.pth"
 
 
-@pytest.mark.parametrize(
-    "url",
-    [
-        "ftp://host/model.pth",
-        "file:///model.pth",
-        "https:///model.pth",
-        "https://host",
-        "https://host/",
-        "http://[a/b",
-    ],
-)
+ADDRESSES = ["ftp://host/model.pth", "file:///model.pth", "https:///model.pth", "https://host", "https://host/"]
+ADDRESSES += ["http://[a/b", "http://host:abc/b", "http://host:99999/b", "http://a..b/c", f"http://{'a' * 99}/b"]
+ADDRESSES += ["http://host/a\nb", "http://host/%00", "http://host/%2e%2e", "http://\u2603.example/a", "://"]
+
+
+@pytest.mark.parametrize("url", ADDRESSES)
 def test_address_that_is_not_of_a_file_is_an_error(url):
     with pytest.raises(InputError, match="is not the http or https URL of a file"):
         url_file_name(url)

@@ -108,8 +108,8 @@ def _download(
         resumed = partial.exists() and partial.stat().st_size > 0
         length = transfer(url, partial)
         try:
-            _verify(url, partial, length if size is None else size, digest)
             check(partial)
+            _verify(url, partial, length if size is None else size, digest)
             break
         except InputError:
             partial.unlink()
@@ -157,11 +157,13 @@ def url_file_name(url: str) -> str:
     """
     try:
         parts = urlsplit(url)
-        supported = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+        host = parts.hostname or ""
+        host.encode("idna")  # raises an error if a part of it is empty or too long
+        supported = parts.scheme in ("http", "https") and host and host.isascii() and parts.port != 0
     except ValueError:
         supported = False
     name = Path(unquote(parts.path)).name if supported else ""
-    if name in ("", ".."):
+    if name in ("", "..") or not (url + name).isprintable():
         raise InputError(f"{url}: is not the http or https URL of a file")
     return name
 
