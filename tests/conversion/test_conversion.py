@@ -19,6 +19,7 @@ import torch
 from transformers import AutoImageProcessor, AutoModelForObjectDetection, ConvNextConfig
 
 from helpers.command_line import hf_dino
+from helpers.http_server import serving
 from helpers.paths import FIXTURES
 from hf_dino import conversion
 from hf_dino.conversion import convert_checkpoint, key_tables
@@ -623,3 +624,12 @@ def test_card_of_an_own_file_claims_nothing(folder):
     assert "official checkpoint" not in card
     assert "license:" not in card
     assert "12 epochs" in card
+
+
+def test_checkpoint_from_a_url_is_converted_like_the_file(folder, small_file, tmp_path, monkeypatch, caplog):
+    monkeypatch.setenv("HF_DINO_CACHE", str(tmp_path / "cache"))
+    with serving(small_file.read_bytes(), [{"cut": 9999}], name=small_file.name) as server:
+        assert hf_dino(["convert", "--checkpoint", server.url, "--output_dir", tmp_path / "model"]) == 0
+    assert "only its length was verified" in caplog.text
+    for name in ("model.safetensors", "config.json", "README.md"):
+        assert (tmp_path / "model" / name).read_bytes() == (folder / name).read_bytes()
