@@ -2,7 +2,10 @@
 
 import itertools
 import math
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -20,9 +23,9 @@ from hf_dino.model_info import (
     FLOPS_PER_SAMPLE,
     OTHER,
     PARTS,
-    _flop_formulas,
     count_flops,
     count_parameters,
+    flop_formulas,
     measure_forward,
     part_of,
     read_origin,
@@ -30,8 +33,12 @@ from hf_dino.model_info import (
 from hf_dino.utils.errors import InputError
 
 
+ROOT = Path(__file__).parents[1]
+ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (ROOT / "src", ROOT / "tests")))}
+
+
 def flops_of(call) -> int:
-    with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=_flop_formulas()) as counter:
+    with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=flop_formulas(torch.device("cpu"))) as counter:
         call()
     return counter.get_total_flops()
 
@@ -116,16 +123,29 @@ def test_flops_do_not_depend_on_the_kernel(pixel_values, kernel, monkeypatch):
     assert count_flops(model, pixel_values) == with_kernel
 
 
-def test_flops_of_the_encoder_are_those_of_its_layers(pixel_values):
-    """Linear layers and sampling, by hand: the levels of a 96 x 128 image have strides of 16, 32 and 64."""
+def encoder_flops_by_hand() -> int:
+    """Linear layers and sampling: the levels of a 96 x 128 image have strides of 16, 32 and 64."""
     config = tiny_config()
     tokens = 6 * 8 + 3 * 4 + 2 * 2
     points = config.encoder_attention_heads * 3 * config.encoder_n_points
     d_model, inner = config.d_model, config.encoder_ffn_dim
     linear = 2 * tokens * (2 * d_model * d_model + 3 * points * d_model + 2 * d_model * inner)
     sampling = FLOPS_PER_SAMPLE * tokens * points * (d_model // config.encoder_attention_heads)
-    flops = count_flops(tiny_model(), pixel_values[:1])
-    assert flops["encoder"] == config.encoder_layers * (linear + sampling)
+    return config.encoder_layers * (linear + sampling)
+
+
+def test_flops_of_the_encoder_are_those_of_its_layers(pixel_values):
+    assert count_flops(tiny_model(), pixel_values[:1])["encoder"] == encoder_flops_by_hand()
+
+
+def test_first_forward_pass_of_a_process_counts_all():
+    """Although it is what loads the kernel."""
+    code = (
+        "import torch\nfrom helpers.models import tiny_model\nfrom hf_dino.model_info import count_flops\n"
+        "print(count_flops(tiny_model(), torch.zeros(1, 3, 96, 128))['encoder'])"
+    )
+    counted = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=ENVIRONMENT)
+    assert int(counted.stdout) == encoder_flops_by_hand()
 
 
 def test_flops_of_images_add_up(pixel_values):

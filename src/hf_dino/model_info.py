@@ -93,8 +93,9 @@ def _cpu_attention_flops(query: Shape, key: Shape, value: Shape, *_: Any, **__: 
     return sdpa_flop_count(query, key, value)
 
 
-def _flop_formulas() -> dict[Any, Any]:
-    """Return formulas for operators that PyTorch does not count. Ours exist once the kernel is loaded."""
+def flop_formulas(device: torch.device) -> dict[Any, Any]:
+    """Return formulas for operators that PyTorch does not count, after loading ours for a device, which adds them."""
+    kernels.operators(device)
     aten, ours = torch.ops.aten, getattr(torch.ops, NAMESPACE)
     names = [name for name in ("deformable_attention", "fused_deformable_attention") if hasattr(ours, name)]
     return {
@@ -112,13 +113,13 @@ def count_flops(model: nn.Module, *inputs: torch.Tensor) -> Counter[str]:
     elementwise operations, norms and softmax are not. Deformable attention counts alike in all implementations.
 
     Args:
-        model (`nn.Module`): The model; its compiled kernel, if any, is loaded.
+        model (`nn.Module`): The model.
         inputs (`torch.Tensor`): Arguments of its forward.
 
     Returns:
         `Counter[str]`: FLOPs by part; their total is that of the whole pass.
     """
-    with FlopCounterMode(display=False, custom_mapping=_flop_formulas()) as counter:
+    with FlopCounterMode(display=False, custom_mapping=flop_formulas(inputs[0].device)) as counter:
         model(*inputs)
     root = type(model).__name__
     of_modules = {name: sum(flops.values()) for name, flops in counter.get_flop_counts().items() if name != "Global"}

@@ -4,7 +4,7 @@ import re
 import threading
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
@@ -62,7 +62,8 @@ class Handler(BaseHTTPRequestHandler):
             self.send_header(name.replace("_", "-"), value)
         self.end_headers()
         time.sleep(delay)
-        self.wfile.write(content[:cut])
+        with suppress(ConnectionError):  # the client may have given up
+            self.wfile.write(content[:cut])
 
     def start(self, length: int) -> int:
         same_file = self.headers["If-Range"] in (None, self.files.etag)

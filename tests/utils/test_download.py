@@ -31,7 +31,6 @@ DIGEST = hashlib.sha256(CONTENT).hexdigest()
 def impatient(monkeypatch):
     monkeypatch.setattr(downloads, "RETRY_DELAY", 0)
     monkeypatch.setattr(downloads, "BLOCK", 10_000)
-    monkeypatch.setattr(constants, "HF_HUB_DOWNLOAD_TIMEOUT", 0.3)
 
 
 @pytest.fixture
@@ -102,7 +101,7 @@ def test_another_run_starts_again_without_a_hash(path):
 
 
 def test_process_that_is_killed_leaves_no_file_and_is_resumed(path):
-    with serving(CONTENT, [{"cut": 100_000}, {"delay": 0.2}]) as server:
+    with serving(CONTENT, [{"cut": 100_000}, {"delay": 30}]) as server:
         process = FORK.Process(target=download, args=(server.url, path), kwargs={"digest": DIGEST})
         process.start()
         while len(server.ranges) < 2:
@@ -181,7 +180,8 @@ def test_wrong_answer_is_an_error_and_leaves_nothing_that_looks_complete(path, a
     [{"delay": 0.6}, {"length": 400_000, "resume": False}, {"cut": 0}, {"status": 503}],
     ids=["too slow", "states too many bytes", "sends nothing", "overloaded"],
 )
-def test_server_that_never_sends_the_file_is_given_up(path, answer):
+def test_server_that_never_sends_the_file_is_given_up(path, answer, monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_DOWNLOAD_TIMEOUT", 0.3)
     with serving(CONTENT, [answer] * 20) as server, pytest.raises(InputError, match="cannot be downloaded"):
         download(server.url, path, digest=DIGEST)
     assert not path.exists()
@@ -288,17 +288,19 @@ def test_processes_download_one_at_a_time(path):
     assert path.read_bytes() == CONTENT
 
 
-def _hold(lock: Path, held: Any) -> None:
+def _hold(lock: Path, held: Any, release: Any) -> None:
     with FileLock(lock):
         held.set()
-        time.sleep(0.1)
+        release.wait()
 
 
-def test_waiting_for_another_process_is_said(path, caplog):
+def test_waiting_for_another_process_is_said(path, monkeypatch):
     path.parent.mkdir()
-    held = FORK.Event()
-    FORK.Process(target=_hold, args=(lock_path(path), held)).start()
+    held, release = FORK.Event(), FORK.Event()
+    FORK.Process(target=_hold, args=(lock_path(path), held, release)).start()
     held.wait()
+    warnings = []
+    monkeypatch.setattr(downloads.logger, "warning", lambda *parts: (warnings.append(parts), release.set()))
     with serving(CONTENT) as server:
-        download(server.url, path)
-    assert "waiting for another process that downloads model.pth" in caplog.text
+        download(server.url, path, digest=DIGEST)
+    assert warnings == [("waiting for another process that downloads %s", "model.pth")]
