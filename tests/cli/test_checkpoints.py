@@ -1,8 +1,10 @@
 """`hf-dino checkpoints`: it lists what can be converted and what is downloaded, and deletes only the latter."""
 
 import io
+import logging
 import re
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,7 @@ from filelock import FileLock
 
 from helpers.command_line import hf_dino
 from hf_dino.cli.checkpoints import format_size, print_columns
+from hf_dino.cli.options import log_to_terminal
 from hf_dino.conversion.known import KNOWN_CHECKPOINTS
 from hf_dino.utils.download import lock_path, partial_path
 from hf_dino.utils.errors import InputError
@@ -106,3 +109,16 @@ def test_sizes_have_a_unit(size, text):
 def test_columns_are_aligned(capsys):
     print_columns([("a", "bcd"), ("efgh", "i")])
     assert capsys.readouterr().out == "  a     bcd\n  efgh  i\n"
+
+
+def test_only_warnings_of_other_packages_are_printed(monkeypatch, capsys, request):
+    """The HTTP client informs of each URL, in which there may be a token."""
+    monkeypatch.setattr(logging.root, "handlers", [])
+    request.addfinalizer(partial(logging.root.setLevel, logging.root.level))
+    log_to_terminal(logging.INFO)
+    for name in ("httpx", "httpx2", "hf_dino.utils.download"):
+        logging.getLogger(name).info("information of %s", name)
+        logging.getLogger(name).warning("warning of %s", name)
+    printed = capsys.readouterr().err.splitlines()
+    assert [line for line in printed if "information" in line] == ["INFO information of hf_dino.utils.download"]
+    assert len(printed) == 4

@@ -21,7 +21,6 @@ logger = logging.getLogger(__name__)
 
 ATTEMPTS = 5  # in a row without a byte received, until a download is given up
 RETRY_DELAY = 1.0  # seconds, times the number of failed attempts
-BLOCK = 1 << 20
 TRANSIENT = (408, 429, 500, 502, 503, 504)  # statuses of HTTP after which it may help to ask again
 
 Transfer = Callable[[str, Path], int | None]
@@ -252,7 +251,7 @@ def _restart(file: BinaryIO, response: Any) -> None:
 def _append_body(response: Any, file: BinaryIO, length: int | None) -> None:
     name = Path(urlsplit(str(response.url)).path).name
     with tqdm(desc=name, total=length, initial=file.tell(), unit="B", unit_scale=True, disable=None) as bar:
-        for block in response.iter_raw(BLOCK):
+        for block in response.iter_raw():
             file.write(block)
             bar.update(len(block))
 
