@@ -72,7 +72,7 @@ RANKS = {
             ("kernels",),
             ("data", "hub", "model_card", "__init__"),
             ("conversion",),
-            ("evaluation", "inference"),
+            ("evaluation", "inference", "model_info"),
             ("training", "training_arguments"),
             ("cli", "__main__"),
         ]

@@ -74,7 +74,7 @@ def converted_card(
         tags=TAGS,
         datasets=["detection-datasets/coco"] if published else None,
     )
-    title = f"DINO, {_backbone_name(config)}, {config.num_feature_levels} feature levels"
+    title = f"DINO, {backbone_name(config)}, {config.num_feature_levels} feature levels"
     origin = f"the official checkpoint `{checkpoint}`" if published else f"`{checkpoint}`"
     kind = " of " if published else ", a checkpoint in the format of "
     ema = " (its EMA weights, `ema_model`)" if weights == "ema_model" else ""
@@ -184,7 +184,7 @@ def finetuned_card(
         or None,
     )
     sections = [
-        f"# DINO, {_backbone_name(config)}, trained on {dataset}",
+        f"# DINO, {backbone_name(config)}, trained on {dataset}",
         _DESCRIPTION,
         f"Trained {_start(base_model, backbone)} on {dataset}, with this command:\n\n```bash\n{command.strip()}\n```",
         _measured(measured, dataset, split),
@@ -335,7 +335,7 @@ def _license_of_published(config: DinoDetrConfig) -> str:
     text = (
         "## License\n\nDINO's code and checkpoints are released by IDEA-Research under Apache-2.0; so is this model."
     )
-    if _backbone_name(config).startswith("Swin"):
+    if backbone_name(config).startswith("Swin"):
         text += " The Swin backbone was trained by Microsoft and is released under the MIT license."
     return text
 
@@ -357,7 +357,7 @@ _RESNET_NAMES = {(3, 4, 6, 3): "ResNet-50", (3, 4, 23, 3): "ResNet-101"}
 _SWIN_NAMES = {(96, 6): "Swin-T", (96, 18): "Swin-S", (128, 18): "Swin-B", (192, 18): "Swin-L"}
 
 
-def _backbone_name(config: DinoDetrConfig) -> str:
+def backbone_name(config: DinoDetrConfig) -> str:
     """Return the display name of a backbone: the usual one if it has one, otherwise its type."""
     backbone: Any = config.backbone_config
     if backbone.model_type == "resnet" and backbone.layer_type == "bottleneck":

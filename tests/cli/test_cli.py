@@ -23,7 +23,7 @@ from hf_dino.image_processing_dino_detr import LONGEST_EDGE, SHORTEST_EDGE
 
 ROOT = Path(__file__).parents[2]
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-COMMANDS = ["", "train", "evaluate", "predict", "convert", "kernels"]
+COMMANDS = ["", "train", "evaluate", "predict", "convert", "checkpoints", "info", "kernels"]
 COMMANDS += ["data", "data check", "data augment", "data convert"]
 IMPORTED = "import atexit, sys; atexit.register(lambda: print(*sys.modules, file=sys.stderr));"
 

@@ -19,10 +19,11 @@ import torch
 from transformers import AutoImageProcessor, AutoModelForObjectDetection, ConvNextConfig
 
 from helpers.command_line import hf_dino
+from helpers.http_server import serving
 from helpers.paths import FIXTURES
 from hf_dino import conversion
 from hf_dino.conversion import convert_checkpoint, key_tables
-from hf_dino.conversion.checkpoint import load_checkpoint, official_settings, official_state_dict, sha256
+from hf_dino.conversion.checkpoint import load_checkpoint, official_settings, official_state_dict
 from hf_dino.conversion.convert import (
     REQUIRED_SETTINGS,
     config_and_processor,
@@ -31,8 +32,8 @@ from hf_dino.conversion.convert import (
     evaluation_size,
     write_folder,
 )
-from hf_dino.conversion.published import checkpoint_table, find_published_checkpoint
 from hf_dino.utils.errors import InputError
+from hf_dino.utils.io import sha256
 
 
 ROOT = Path(__file__).parents[2]
@@ -518,9 +519,11 @@ def test_options_have_dashes_or_underscores(tmp_path, options, monkeypatch):
     given = {}
     monkeypatch.setattr(conversion, "convert_checkpoint", lambda *paths, **flags: given.update(flags, paths=paths))
     output, use_ema = options
+    (tmp_path / "some-file.pth").touch()
+    monkeypatch.chdir(tmp_path)
     assert hf_dino(["convert", "--checkpoint=some-file.pth", output, tmp_path / "a-model", use_ema]) == 0
     assert given.pop("paths") == (Path("some-file.pth"), tmp_path / "a-model")
-    assert given == {"use_ema": True, "trust_pickle": False, "overwrite": False}
+    assert given == {"known": None, "use_ema": True, "trust_pickle": False, "overwrite": False}
 
 
 def test_script_prints_one_line_for_an_error(tmp_path):
@@ -529,7 +532,10 @@ def test_script_prints_one_line_for_an_error(tmp_path):
         command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT / "src")}
     )
     assert ended.returncode == 1
-    assert ended.stderr == f"error: --checkpoint {tmp_path / 'none.pth'} is not a file\n"
+    assert ended.stderr == (
+        f"error: {tmp_path / 'none.pth'}: is not a file nor the name of a known checkpoint; "
+        f"`hf-dino checkpoints` lists those\n"
+    )
 
 
 def test_folder_that_is_not_empty_is_refused_before_anything_is_read(tmp_path):
@@ -613,37 +619,6 @@ def test_file_without_ema_weights_is_an_error(small_file, tmp_path):
     assert not (tmp_path / "model").exists()
 
 
-# Published files
-
-
-def test_published_file_is_recognized_by_its_hash():
-    digest = key_tables.PUBLISHED["checkpoint0011_5scale.pth"].sha256
-    assert find_published_checkpoint("renamed.pth", digest, {}, None).box_ap == 0.494
-
-
-def test_namesake_with_another_hash_is_not_credited(caplog):
-    assert find_published_checkpoint("checkpoint0011_4scale.pth", "0" * 64, {}, 12) is None
-    assert "not its content" in caplog.text
-
-
-SWIN_LARGE = {"backbone": "swin_L_384_22k", "num_feature_levels": 4, "num_classes": 91}
-
-
-def test_published_file_without_known_hash_is_recognized_by_all_that_its_name_says():
-    found = find_published_checkpoint("checkpoint0029_4scale_swin.pth", "0" * 64, SWIN_LARGE, 30)
-    assert found.box_ap == 0.580
-
-
-@pytest.mark.parametrize(
-    ("settings", "epochs"),
-    [({"num_feature_levels": 5}, 30), ({"backbone": "resnet50"}, 30), ({"num_classes": 20}, 30), ({}, 29), ({}, None)],
-)
-def test_namesake_that_does_not_fit_is_not_credited(settings, epochs, caplog):
-    name = "checkpoint0029_4scale_swin.pth"
-    assert find_published_checkpoint(name, "0" * 64, SWIN_LARGE | settings, epochs) is None
-    assert "91 classes, 30 epochs" in caplog.text
-
-
 def test_card_of_an_own_file_claims_nothing(folder):
     card = (folder / "README.md").read_text(encoding="utf-8")
     assert "official checkpoint" not in card
@@ -651,15 +626,10 @@ def test_card_of_an_own_file_claims_nothing(folder):
     assert "12 epochs" in card
 
 
-def test_readme_lists_the_published_files():
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    [table] = re.findall(r"<!-- checkpoints -->\n(.*?)\n<!-- /checkpoints -->", readme, flags=re.DOTALL)
-    assert table.strip() == checkpoint_table(), "paste what checkpoint_table() returns"
-
-
-def test_the_list_of_published_files_is_complete():
-    table = checkpoint_table()
-    for name, published in key_tables.PUBLISHED.items():
-        assert f"| `{name}` |" in table
-        assert f"| {100 * published.box_ap:.1f} |" in table
-    assert "published by the authors, not measured here" in table
+def test_checkpoint_from_a_url_is_converted_like_the_file(folder, small_file, tmp_path, monkeypatch, caplog):
+    monkeypatch.setenv("HF_DINO_CACHE", str(tmp_path / "cache"))
+    with serving(small_file.read_bytes(), [{"cut": 9999}], name=small_file.name) as server:
+        assert hf_dino(["convert", "--checkpoint", server.url, "--output_dir", tmp_path / "model"]) == 0
+    assert "only its length was verified" in caplog.text
+    for name in ("model.safetensors", "config.json", "README.md"):
+        assert (tmp_path / "model" / name).read_bytes() == (folder / name).read_bytes()

@@ -12,7 +12,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from ..utils.errors import run_cli
-from . import data, evaluate, predict, train
+from . import checkpoints, data, evaluate, predict, train
 from .options import Command, log_to_terminal, make_app
 
 
@@ -20,12 +20,20 @@ app = make_app("Train, evaluate and run DINO object detectors.")
 app.command(cls=Command)(train.train)
 app.command(cls=Command)(evaluate.evaluate)
 app.command(cls=Command)(predict.predict)
+app.command(cls=Command)(checkpoints.checkpoints)
+app.command(cls=Command)(checkpoints.info)
 app.add_typer(data.app, name="data")
 
 
 @app.command(cls=Command)
 def convert(
-    checkpoint: Annotated[Path, typer.Option(metavar="FILE", help="Checkpoint of the official implementation.")],
+    checkpoint: Annotated[
+        str,
+        typer.Option(
+            metavar="FILE",
+            help="Checkpoint file, its URL, or a name that `hf-dino checkpoints` lists; downloaded once.",
+        ),
+    ],
     output_dir: Annotated[Path, typer.Option(metavar="DIRECTORY", help="Directory to write the model to.")],
     use_ema: Annotated[
         bool, typer.Option("--use_ema", help="Convert the EMA weights of the checkpoint instead of the trained ones.")
@@ -48,9 +56,13 @@ def convert(
     log_to_terminal(logging.INFO)
 
     from ..conversion import convert_checkpoint
+    from ..conversion.convert import check_output
+    from ..conversion.known import fetch_checkpoint
 
+    check_output(output_dir.resolve(), overwrite_output_dir)
+    path, known = fetch_checkpoint(checkpoint)
     convert_checkpoint(
-        checkpoint, output_dir, use_ema=use_ema, trust_pickle=trust_pickle, overwrite=overwrite_output_dir
+        path, output_dir, known=known, use_ema=use_ema, trust_pickle=trust_pickle, overwrite=overwrite_output_dir
     )
 
 

@@ -149,9 +149,11 @@ def log_to_terminal(level: int = logging.WARNING, hide: Collection[str] = ()) ->
     """Print log messages to stderr, above a progress bar if there is one.
 
     Args:
-        level (`int`, *optional*, defaults to `logging.WARNING`): Lowest level that is printed.
+        level (`int`, *optional*, defaults to `logging.WARNING`): Lowest level that is printed. Of other packages, at
+            least warnings: the HTTP client informs of each request, with secrets that a URL may contain.
         hide (`Collection[str]`, *optional*): Names of loggers that are not printed.
     """
     handler = _StderrHandler()
     handler.addFilter(lambda record: record.name not in hide)
+    handler.addFilter(lambda record: record.levelno >= logging.WARNING or record.name.startswith("hf_dino."))
     logging.basicConfig(level=level, format="%(levelname)s %(message)s", handlers=[handler])

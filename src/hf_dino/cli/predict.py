@@ -65,7 +65,7 @@ def predict(
     ensure_new_files(*outputs.values(), detections_json)
     check_drawing_dependencies(*outputs.values())
     model, processor = load_model_and_processor(model_name_or_path)
-    _move(model, device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    move_to_device(model, device or ("cuda" if torch.cuda.is_available() else "cpu"))
     detections: dict[str, list[dict[str, Any]]] = {}
     errors: list[str] = []
     for source, target in track(outputs.items(), "detecting", disable=len(outputs) == 1):
@@ -83,7 +83,12 @@ def predict(
         raise InputError("\n".join([f"{len(errors)} of {len(outputs)} images cannot be read:", *errors]))
 
 
-def _move(model: "DinoDetrForObjectDetection", device: str) -> None:
+def move_to_device(model: "DinoDetrForObjectDetection", device: str) -> None:
+    """Move a model to a device.
+
+    Raises:
+        InputError: If it cannot be used.
+    """
     from ..utils.errors import InputError
 
     try:

@@ -1,7 +1,6 @@
 """Read checkpoint files of the official implementation without running the code that a pickle may contain."""
 
 import argparse
-import hashlib
 import logging
 import pickle
 import re
@@ -156,12 +155,3 @@ def official_settings(content: Mapping[str, Any]) -> dict[str, Any]:
 def finished_epochs(content: Mapping[str, Any]) -> int | None:
     """Return the number of epochs trained, if known. The official code stores the last one, counted from 0."""
     return content["epoch"] + 1 if isinstance(content.get("epoch"), int) else None
-
-
-def sha256(path: Path) -> str:
-    """Return the SHA-256 of a file, in hexadecimal."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()

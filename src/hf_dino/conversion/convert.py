@@ -23,8 +23,8 @@ from ..image_processing_dino_detr import LONGEST_EDGE, SHORTEST_EDGE, DinoDetrIm
 from ..model_card import converted_card
 from ..modeling_dino_detr import DinoDetrForObjectDetection
 from ..utils.errors import InputError, summarize_list
-from ..utils.io import atomic_directory, fsync
-from .checkpoint import finished_epochs, load_checkpoint, official_settings, official_state_dict, sha256
+from ..utils.io import atomic_directory, fsync, sha256
+from .checkpoint import finished_epochs, load_checkpoint, official_settings, official_state_dict
 from .key_tables import (
     BACKBONES,
     COCO_NAMES,
@@ -37,14 +37,20 @@ from .key_tables import (
     fills_for,
     rules_for,
 )
-from .published import find_published_checkpoint
+from .known import KnownCheckpoint, find_known
 
 
 logger = logging.getLogger(__name__)
 
 
 def convert_checkpoint(
-    checkpoint: Path, output_dir: Path, *, use_ema: bool = False, trust_pickle: bool = False, overwrite: bool = False
+    checkpoint: Path,
+    output_dir: Path,
+    *,
+    known: KnownCheckpoint | None = None,
+    use_ema: bool = False,
+    trust_pickle: bool = False,
+    overwrite: bool = False,
 ) -> None:
     """Convert an official checkpoint to a model directory.
 
@@ -52,6 +58,8 @@ def convert_checkpoint(
         checkpoint (`Path`): A file that the official training code wrote.
         output_dir (`Path`): The directory to write: weights, configuration, image processor, model card and code.
             It appears complete or not at all.
+        known (`KnownCheckpoint`, *optional*): The published file that it is, from [`~known.fetch_checkpoint`]. If not
+            given, it is recognized by its hash, or by its name and content.
         use_ema (`bool`, *optional*, defaults to `False`): Convert the EMA weights.
         trust_pickle (`bool`, *optional*, defaults to `False`): Read the file even if that runs code stored in it.
         overwrite (`bool`, *optional*, defaults to `False`): Replace an output directory that is not empty. If it
@@ -82,7 +90,8 @@ def convert_checkpoint(
 
     logger.info("computing the SHA-256 of %s", checkpoint.name)
     digest, epochs = sha256(checkpoint), finished_epochs(content)
-    published = find_published_checkpoint(checkpoint.name, digest, settings, epochs)
+    # a file that was downloaded without a known hash is also compared with what its name says
+    published = known if known and known.sha256 else find_known(checkpoint.name, digest, settings, epochs)
     card = converted_card(
         config,
         checkpoint=checkpoint.name,

@@ -1,4 +1,4 @@
-"""Settings, keys and published results of the official DINO checkpoints, all as data.
+"""Settings and keys of the official DINO checkpoints, all as data.
 
 Every line that does more than rename gives a reason. The official implementation is IDEA-Research/DINO, commit
 faa8520.
@@ -385,43 +385,6 @@ OTHER_MODELS = (
 # Packages whose types are pickled into checkpoints of other code.
 OTHER_PACKAGES = {"mmengine": _MMDETECTION_3, "mmcv": _MMDETECTION_2, "detectron2": _DETREX}
 
-
-@dataclass(frozen=True)
-class PublishedCheckpoint:
-    """A file that the authors of DINO released.
-
-    Args:
-        backbone (`str`): Key of [`BACKBONES`].
-        num_feature_levels (`int`): Feature levels that the transformer reads.
-        box_ap (`float`): AP on COCO val2017, as a fraction of 1. The README of IDEA-Research/DINO lists it by model
-            and number of epochs; the file follows from the epoch in its name.
-        sha256 (`str`, *optional*): Hash of the file, where one is publicly known.
-    """
-
-    backbone: str
-    num_feature_levels: int
-    box_ap: float
-    sha256: str | None = None
-
-
-PUBLISHED = {
-    "checkpoint0011_4scale.pth": PublishedCheckpoint(
-        "resnet50", 4, 0.490, "0bcd6b0c33d60ed33461ce6f02ce5797a819c7c02eb7e15b76adfb6df307955a"
-    ),
-    "checkpoint0023_4scale.pth": PublishedCheckpoint("resnet50", 4, 0.504),
-    "checkpoint0033_4scale.pth": PublishedCheckpoint("resnet50", 4, 0.509),
-    "checkpoint0011_5scale.pth": PublishedCheckpoint(
-        "resnet50", 5, 0.494, "1ccc1b6b7139813e4d3bfbeecfcf88347ebc226829769a0bf16c4a114c275cc0"
-    ),
-    "checkpoint0022_5scale.pth": PublishedCheckpoint("resnet50", 5, 0.513),
-    "checkpoint0031_5scale.pth": PublishedCheckpoint("resnet50", 5, 0.512),
-    "checkpoint0011_4scale_swin.pth": PublishedCheckpoint("swin_L_384_22k", 4, 0.568),
-    "checkpoint0029_4scale_swin.pth": PublishedCheckpoint("swin_L_384_22k", 4, 0.580),
-    "checkpoint0011_5scale_swin.pth": PublishedCheckpoint("swin_L_384_22k", 5, 0.573),
-    "checkpoint0027_5scale_swin.pth": PublishedCheckpoint(
-        "swin_L_384_22k", 5, 0.585, "17ddce1592816a0c63a2edc94d4a0877ffeb086f397a6657e151c703a4c850b5"
-    ),
-}
 
 # The 80 categories of COCO detection by their original category ids; the ids in between were never used.
 COCO_NUM_LABELS = 91

@@ -23,6 +23,7 @@ from types import ModuleType
 
 import torch
 
+from ..utils.io import cache_folder
 from .build import Builder
 from .compilers import NAMESPACE, KernelError
 
@@ -116,8 +117,7 @@ def get_builder() -> Builder:
     """Return the builder of this process, for the sources of the wheel or of the checkout."""
     packaged = Path(__file__).parents[1] / "kernel_sources"
     sources = packaged if packaged.is_dir() else Path(__file__).parents[3] / "kernels"
-    cache_home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")  # noqa: PTH111, raises no error
-    return Builder(sources, Path(cache_home, "hf_dino", "kernels"))
+    return Builder(sources, cache_folder("kernels"))
 
 
 def load(entry: Path) -> ModuleType:

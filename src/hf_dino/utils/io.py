@@ -1,8 +1,9 @@
-"""Read text files, and write files and directories atomically.
+"""Read text files and hashes, and write files and directories atomically.
 
 After an error, a killed process or a power cut, a file or directory is complete, as it was before, or absent.
 """
 
+import hashlib
 import json
 import os
 import shutil
@@ -181,3 +182,18 @@ def read_lines(path: Path) -> list[str]:
     """
     # not splitlines, which also splits at characters that a name may contain
     return [line.strip() for line in read_text(path).split("\n") if line.strip()]
+
+
+def sha256(path: Path) -> str:
+    """Return the SHA-256 of a file, in hexadecimal."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def cache_folder(name: str) -> Path:
+    """Return a directory in the cache of hf_dino, which `HF_DINO_CACHE` moves; it need not exist."""
+    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")  # noqa: PTH111, raises no error
+    return Path(os.environ.get("HF_DINO_CACHE") or Path(home, "hf_dino"), name)

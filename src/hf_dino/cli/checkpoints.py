@@ -1,0 +1,139 @@
+"""`hf-dino checkpoints` and `hf-dino info`."""
+
+from collections.abc import Sequence
+from itertools import groupby
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from .options import log_to_terminal
+
+
+if TYPE_CHECKING:
+    from ..conversion.known import KnownCheckpoint
+
+
+def checkpoints(
+    cached: Annotated[bool, typer.Option("--cached", help="List downloaded files and their sizes instead.")] = False,
+    clear: Annotated[bool, typer.Option("--clear", help="List downloaded files, ask, and delete them.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", help="Delete without asking.")] = False,
+) -> None:
+    """List the published checkpoints that `hf-dino convert` takes by name.
+
+    AP is on COCO val2017, published by the authors and not measured here.
+    """
+    if cached or clear:
+        _list_downloads(clear, yes)
+    else:
+        _list_known()
+
+
+def _list_known() -> None:
+    from ..conversion.known import KNOWN_CHECKPOINTS, OTHER_CHECKPOINTS
+
+    for _, group in groupby(KNOWN_CHECKPOINTS.values(), key=lambda known: known.format):
+        rows = list(group)
+        print(f"from {', '.join(sorted({known.host for known in rows}))}; license {rows[0].license}")
+        print(f"AP from {rows[0].ap_source}")
+        print_columns(
+            [("name", "backbone", "levels", "epochs", "AP", "size", "verified by", "here"), *map(_row, rows)]
+        )
+        print()
+    print(f"{len(OTHER_CHECKPOINTS)} more of detrex have a backbone that cannot be converted.")
+    print("Download and convert one: hf-dino convert NAME --output_dir DIRECTORY")
+
+
+def _row(known: "KnownCheckpoint") -> tuple[str, ...]:
+    from ..conversion.known import verified_by
+
+    cached = known.cached_path.is_file()
+    size = known.cached_path.stat().st_size if cached else known.size
+    return (
+        known.name,
+        str(known.backbone_name),
+        str(known.num_feature_levels),
+        str(known.epochs),
+        f"{100 * known.box_ap:.1f}",
+        format_size(size) if size else "unknown",
+        verified_by(known),
+        "yes" if cached else "no",
+    )
+
+
+def print_columns(rows: Sequence[Sequence[str]]) -> None:
+    """Print rows of text in columns that are as wide as needed, in any terminal and any file."""
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    for row in rows:
+        print("  " + "  ".join(text.ljust(width) for text, width in zip(row, widths)).rstrip())
+
+
+def format_size(num_bytes: int) -> str:
+    """Return a number of bytes for humans.
+
+    Example:
+
+    ```python
+    >>> format_size(999), format_size(562_000_000), format_size(2_615_534_683)
+    ('999 B', '562.0 MB', '2.6 GB')
+
+    ```
+    """
+    exponent = min((len(str(num_bytes)) - 1) // 3, 4)
+    return f"{num_bytes / 1000**exponent:.{int(exponent > 0)}f} {('B', 'kB', 'MB', 'GB', 'TB')[exponent]}"
+
+
+def _list_downloads(clear: bool, yes: bool) -> None:
+    from ..conversion.known import downloaded_files
+    from ..utils.download import delete_downloads
+
+    folder, files = downloaded_files()
+    sizes = [file.stat().st_size for file in files]
+    rows = [(str(file.relative_to(folder)), format_size(size)) for file, size in zip(files, sizes)]
+    print_columns([*rows, ("total", format_size(sum(sizes)))])
+    print(f"in {folder}")
+    if clear and files and (yes or typer.confirm(f"Delete these {len(files)} files?", abort=True)):
+        delete_downloads(files)
+        print(f"deleted {len(files)} files, {format_size(sum(sizes))}")
+
+
+def info(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Directory or Hub id (OWNER/NAME) of the model.")],
+    image_size: Annotated[
+        str, typer.Option(metavar="HEIGHTxWIDTH", help="Size in pixels of the image that is counted and measured.")
+    ] = "800x1066",
+    device: Annotated[
+        str | None,
+        typer.Option(
+            metavar="DEVICE",
+            help="Device to measure on, such as cpu, cuda, cuda:1 or mps.",
+            show_default="cuda if available, otherwise cpu",
+        ),
+    ] = None,
+) -> None:
+    """Describe a model: parameters, FLOPs, memory and time of a forward pass, labels, image size, versions, origin.
+
+    FLOPs are those of matrix products, convolutions and attention; a multiplication and an addition count as two.
+    """
+    log_to_terminal()
+
+    import torch
+
+    from ..hub import load_model_and_processor, parse_image_size
+    from ..model_info import describe_model
+    from ..utils.errors import InputError
+    from .predict import move_to_device
+
+    size = parse_image_size([image_size])
+    if "height" not in size:
+        raise InputError(f"--image_size {image_size}: expected HEIGHTxWIDTH")
+    detector, processor = load_model_and_processor(model)
+    move_to_device(detector, device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    facts, parts = describe_model(model, detector, processor, (size["height"], size["width"]))
+    print_columns(list(facts.items()))
+    print()
+    print_columns([("part", "parameters", "GFLOPs"), *map(_part_row, parts)])
+
+
+def _part_row(part: tuple[str, int, int]) -> tuple[str, ...]:
+    name, parameters, flops = part
+    return name, f"{parameters:,}".rjust(len("parameters")), f"{flops / 1e9:.3f}".rjust(len("GFLOPs"))

@@ -1,0 +1,261 @@
+"""Count the parameters and FLOPs of a model by part, measure a forward pass, and read where a model came from."""
+
+import ctypes
+import math
+import re
+import time
+from collections import Counter
+from collections.abc import Sequence
+from contextlib import suppress
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from huggingface_hub import hf_hub_download
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+from transformers import BaseImageProcessor, PreTrainedModel
+
+import hf_dino
+
+from . import kernels
+from .configuration_dino_detr import UNUSED_LABEL, DinoDetrConfig
+from .kernels.compilers import NAMESPACE
+from .model_card import backbone_name
+from .utils.errors import InputError, summarize_list
+
+
+# Beginning of the name of a module -> the part of the model that it belongs to; the longest that fits.
+PARTS = {
+    "model.backbone.body": "backbone",
+    "model.backbone": "neck",
+    "model.encoder": "encoder",
+    "model.query_selection": "query selection",
+    "model.decoder": "decoder",
+    "model.decoder.bbox_embed": "heads",
+    "class_embed": "heads",
+    "model.denoising": "denoising (training only)",
+}
+OTHER = "other"
+
+# Per sampling point and channel, multiply-adds of four cells and one of the attention weight.
+FLOPS_PER_SAMPLE = 10
+
+Shape = Sequence[int]
+
+
+def part_of(name: str) -> str:
+    """Return the part of the model that a module or parameter belongs to.
+
+    Example:
+
+    ```python
+    >>> part_of("model.backbone.body.encoder"), part_of("model.backbone.level_embed"), part_of("class_embed.0")
+    ('backbone', 'neck', 'heads')
+
+    ```
+    """
+    starts = (start for start in PARTS if f"{name}.".startswith(f"{start}."))
+    return PARTS.get(max(starts, key=len, default=""), OTHER)
+
+
+def count_parameters(model: nn.Module) -> Counter[str]:
+    """Return the number of parameters by part; shared ones count once."""
+    counts: Counter[str] = Counter()
+    for name, parameter in model.named_parameters():
+        counts[part_of(name)] += parameter.numel()
+    return counts
+
+
+def deformable_attention_flops(value: Shape, *inputs: Any, **_: Any) -> int:
+    """Return the FLOPs of the compiled operators, whose last input has a weight for each sampling point.
+
+    Args:
+        value (`Shape`): `(batch_size, sequence_length, num_heads, head_dim)`.
+        inputs: Spatial shapes, and shapes of the other tensors.
+    """
+    return FLOPS_PER_SAMPLE * value[3] * math.prod(inputs[-1])
+
+
+def grid_sample_flops(feature_maps: Shape, grids: Shape, *_: Any, **__: Any) -> int:
+    """Return the FLOPs of the reference implementation, which weights after `grid_sample` by uncounted operators.
+
+    Args:
+        feature_maps (`Shape`): `(batch_size * num_heads, head_dim, height, width)`.
+        grids (`Shape`): `(batch_size * num_heads, num_queries, num_points, 2)`.
+    """
+    return FLOPS_PER_SAMPLE * feature_maps[1] * math.prod(grids[:-1])
+
+
+def _cpu_attention_flops(query: Shape, key: Shape, value: Shape, *_: Any, **__: Any) -> int:
+    return sdpa_flop_count(query, key, value)
+
+
+def flop_formulas(device: torch.device) -> dict[Any, Any]:
+    """Return formulas for operators that PyTorch does not count, after loading ours for a device, which adds them."""
+    kernels.operators(device)
+    aten, ours = torch.ops.aten, getattr(torch.ops, NAMESPACE)
+    names = [name for name in ("deformable_attention", "fused_deformable_attention") if hasattr(ours, name)]
+    return {
+        aten.grid_sampler_2d: grid_sample_flops,
+        aten._scaled_dot_product_flash_attention_for_cpu: _cpu_attention_flops,
+        **{getattr(ours, name): deformable_attention_flops for name in names},
+    }
+
+
+@torch.no_grad()
+def count_flops(model: nn.Module, *inputs: torch.Tensor) -> Counter[str]:
+    """Run a forward pass and return its FLOPs by part.
+
+    Matrix products, convolutions and attention are counted, with two FLOPs for a multiplication and an addition;
+    elementwise operations, norms and softmax are not. Deformable attention counts alike in all implementations.
+
+    Args:
+        model (`nn.Module`): The model.
+        inputs (`torch.Tensor`): Arguments of its forward.
+
+    Returns:
+        `Counter[str]`: FLOPs by part; their total is that of the whole pass.
+    """
+    with FlopCounterMode(display=False, custom_mapping=flop_formulas(inputs[0].device)) as counter:
+        model(*inputs)
+    root = type(model).__name__
+    of_modules = {name: sum(flops.values()) for name, flops in counter.get_flop_counts().items() if name != "Global"}
+    counts: Counter[str] = Counter()
+    for name, flops in of_modules.items():
+        counts[part_of(name.removeprefix(f"{root}."))] += flops
+        if name != root:  # a module counts what it calls, too
+            counts[part_of(_caller(name, of_modules).removeprefix(f"{root}."))] -= flops
+    return counts
+
+
+def _caller(name: str, modules: dict[str, int]) -> str:
+    """Return the closest module around another one that has a forward of its own."""
+    outer = name.rpartition(".")[0]
+    return outer if outer in modules else _caller(outer, modules)
+
+
+@torch.no_grad()
+def measure_forward(model: nn.Module, pixel_values: torch.Tensor) -> tuple[float, int | None]:
+    """Return the seconds of a forward pass and its peak memory in bytes, beyond that of the weights and the image.
+
+    Peak memory is that of PyTorch's allocator on a CUDA device, and that of the process on a CPU with Linux. It is
+    `None` on other systems.
+    """
+    device = pixel_values.device
+    before = _start_memory(device)
+    start = time.perf_counter()
+    model(pixel_values)
+    _synchronize(device)
+    seconds = time.perf_counter() - start
+    return seconds, None if before is None else _memory(device, peak=True) - before
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type != "cpu":
+        torch.get_device_module(device).synchronize()
+
+
+def _start_memory(device: torch.device) -> int | None:
+    """Reset the peak and return the memory in use; `None` if it cannot be measured."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return _memory(device, peak=False)
+    try:
+        ctypes.CDLL(None).malloc_trim(0)  # else memory that was freed before would be used without being counted
+        Path("/proc/self/clear_refs").write_text("5")  # resets the peak
+    except (OSError, AttributeError):
+        return None
+    return _memory(device, peak=False) if device.type == "cpu" else None
+
+
+def _memory(device: torch.device, *, peak: bool) -> int:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) if peak else torch.cuda.memory_allocated(device)
+    status = Path("/proc/self/status").read_text().split()
+    return int(status[status.index("VmHWM:" if peak else "VmRSS:") + 1]) * 1024
+
+
+def read_origin(model: str) -> str | None:
+    """Return what the model card states about where a model came from, without Markdown.
+
+    Args:
+        model (`str`): Directory or Hub id of the model.
+
+    Returns:
+        `str` or `None`: `None` if there is no card, or one that was not written by hf_dino.
+    """
+    text = ""
+    with suppress(OSError, ValueError):  # not found, offline, or not a Hub id
+        card = Path(model, "README.md") if Path(model).is_dir() else Path(hf_hub_download(model, "README.md"))
+        text = card.read_text(encoding="utf-8")
+    origin = next(
+        (each for each in text.split("\n\n") if re.match(r"(Converted|Trained) (from|with|on)\b", each)), None
+    )
+    return origin and re.sub(r"\[([^]]+)\]\([^)]+\)|`", r"\1", " ".join(origin.split())).removesuffix(
+        ", with this command:"
+    )
+
+
+def describe_model(
+    name: str, model: PreTrainedModel, processor: BaseImageProcessor, image_size: tuple[int, int]
+) -> tuple[dict[str, str], list[tuple[str, int, int]]]:
+    """Run two forward passes of a random image and return what is to be known of a model.
+
+    Args:
+        name (`str`): Directory or Hub id of the model.
+        model (`PreTrainedModel`): The model, in evaluation mode, on any device.
+        processor (`BaseImageProcessor`): Its image processor.
+        image_size (`tuple[int, int]`): Height and width of the image, in pixels.
+
+    Returns:
+        `tuple[dict[str, str], list[tuple[str, int, int]]]`: Facts by name; then name, parameters and FLOPs of each
+        part and, last, of the whole model.
+
+    Raises:
+        InputError: If the image is too small for the model.
+    """
+    pixel_values = torch.rand(1, 3, *image_size, device=model.device, dtype=model.dtype)
+    try:
+        flops = count_flops(model, pixel_values)
+    except ValueError as error:
+        raise InputError(f"--image_size {image_size[0]}x{image_size[1]}: is too small ({error})") from error
+    parameters = count_parameters(model)
+    parts = [part for part in dict.fromkeys([*PARTS.values(), OTHER]) if parameters[part] or flops[part]]
+    config = model.config
+    facts = {
+        "model": f"{backbone_name(config)}, {config.num_feature_levels} feature levels, {config.num_queries} queries",
+        "origin": read_origin(name) or "unknown: no model card by hf_dino",
+        "labels": _labels(config),
+        "images": ", ".join(f"{key} {pixels}" for key, pixels in dict(processor.size).items()),
+        "saved by": f"transformers {config.transformers_version or 'of an unknown version'}",
+        "here": f"hf_dino {hf_dino.__version__}, PyTorch {torch.__version__}, transformers {transformers.__version__}",
+        "kernel": _kernel(model.device),
+        "forward": _forward(model, pixel_values),
+    }
+    rows = [(part, parameters[part], flops[part]) for part in parts]
+    return facts, [*rows, ("total", parameters.total(), flops.total())]
+
+
+def _labels(config: DinoDetrConfig) -> str:
+    names = [name for name in config.id2label.values() if name != UNUSED_LABEL]
+    unused = f" and {config.num_labels - len(names)} unused" if len(names) < config.num_labels else ""
+    return f"{len(names)}{unused}: {summarize_list(names)}"
+
+
+def _kernel(device: torch.device) -> str:
+    operators = kernels.operators(device)
+    return str(Path(str(operators.__file__)).parent) if operators else "none: the reference implementation in PyTorch"
+
+
+def _forward(model: nn.Module, pixel_values: torch.Tensor) -> str:
+    seconds, peak = measure_forward(model, pixel_values)
+    height, width = pixel_values.shape[2:]
+    weights = sum(tensor.nbytes for tensor in chain(model.parameters(), model.buffers()))
+    memory = "peak memory not measured on this system" if peak is None else f"peak memory {peak / 1e6:,.0f} MB"
+    return (
+        f"{height}x{width} on {pixel_values.device} in {pixel_values.dtype}: {seconds:.3g} s, {memory} beyond the "
+        f"{weights / 1e6:,.0f} MB of the weights"
+    )
