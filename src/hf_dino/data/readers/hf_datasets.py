@@ -355,7 +355,8 @@ def _select_by_split(loaded: Any, source: Path | str) -> dict[str, Any]:
             "with splits of these names with save_to_disk"
         )
     if unread := [name for name in tables if split_from_name(name) is None]:
-        logger.warning("%s: splits are not named after train, validation or test: %s: left out", source, unread)
+        names = summarize_list(unread)
+        logger.warning("%s: splits are not named after train, validation or test: left out: %s", source, names)
     return selected
 
 
@@ -562,7 +563,7 @@ def _find_images(
 ) -> list[ImageSource | None]:
     """Return the images of a table, `None` for those that are reported because their files are missing."""
     column = _find_image_column(tables.table.features, names, builder.title)
-    encoded = _load(builder.title, partial(_encoded_images, tables.table, column))
+    encoded = _load(f"{builder.title}, column {column}", partial(_encoded_images, tables.table, column))
     paths = _load(builder.title, partial(_image_files, encoded, column))
     missing = [row for row, path in enumerate(paths) if path is not None and not Path(path).is_file()]
     renamed = _find_renamed(paths, missing, tables.folder, builder) if tables.folder and missing else {}
@@ -650,7 +651,7 @@ def _read_table(table: Any, options: ReadOptions, title: str) -> TableContent:
 
 def _to_dict_of_lists(objects: Any, where: str) -> Mapping[str, Any]:
     """Return the objects of an image as a dict of lists. They may be a list of dicts, and either may be JSON."""
-    objects = _parse_json(objects, where) or {}
+    objects = _parse_json(objects, "its objects", where) or {}
     if isinstance(objects, list) and all(isinstance(each, dict) for each in objects):
         keys = dict.fromkeys(key for each in objects for key in each)
         return {key: [each.get(key) for each in objects] for key in keys}
@@ -661,12 +662,14 @@ def _to_dict_of_lists(objects: Any, where: str) -> Mapping[str, Any]:
     return objects
 
 
-def _parse_json(value: Any, where: str) -> Any:
+def _parse_json(value: Any, name: str, where: str) -> Any:
     """Return a value, parsed if it is text, as in CSV files."""
     try:
         return json.loads(value) if isinstance(value, str) and value.strip() else value
     except (ValueError, RecursionError) as error:
-        raise InputError(f"{where}: is not valid JSON ({error}): {_shorten(value)}") from None
+        raise InputError(
+            f"{where}: {name} must be a list with one item for each object or JSON ({error}), got {_shorten(value)}"
+        ) from None
 
 
 def _shorten(value: Any) -> str:
@@ -693,9 +696,11 @@ def _to_row(
 
 
 def _to_list(value: Any, name: str, where: str) -> list[Any] | None:
-    values = _parse_json(value, where) or (None if value is None else [])
+    values = _parse_json(value, name, where) or (None if value is None else [])
     if values is not None and not isinstance(values, list):
-        raise InputError(f"{where}: {name} must be a list with one item for each object, got {_shorten(value)}")
+        raise InputError(
+            f"{where}: {name} must be a list with one item for each object or JSON, got {_shorten(value)}"
+        )
     return values
 
 
@@ -790,8 +795,8 @@ def _find_fields(keys: Iterable[str], names: Mapping[str, str]) -> dict[str, str
 def _objects_not_found(title: str, got: str, hint: str) -> str:
     boxes, categories = (summarize_list(_FIELDS[content], 9) for content in ("bbox", "category"))
     return (
-        f"{title}: the objects of an image need boxes ({boxes}) and categories ({categories}), as columns or within "
-        f"one called {' or '.join(_OBJECTS)}; got {got}.{hint}"
+        f"{title}: the objects of an image need boxes ({boxes}) and categories ({categories}), as lists within a "
+        f"column called {' or '.join(_OBJECTS)} or as columns of lists; got {got}.{hint}"
     )
 
 
@@ -813,7 +818,7 @@ def _suggest(features: Mapping[str, Any]) -> str:
 
 def _candidates(content: str, fields: Mapping[str, Field]) -> list[str]:
     """Return the fields that may be the boxes or the categories: that with a usual name, or those of such a type."""
-    found = [name for name in _FIELDS[content] if name in fields][:1]
+    found = [name for name in _FIELDS[content] if name in fields and fields[name].depth][:1]
     return found or [name for name, field in fields.items() if _has_type_of(content, field)]
 
 
