@@ -210,7 +210,7 @@ class AnnotatedImageBuilder:
         except InputError as error:
             self.on_error(str(error))
             return
-        all_boxes = np.array([_to_floats(box) for box in boxes], dtype=np.float64).reshape(-1, 4)
+        all_boxes = to_box_array(boxes)
         kept = self._check_boxes(all_boxes, height, width, path)
         areas = [None] * len(all_boxes) if areas is None else areas
         iscrowd = [0] * len(all_boxes) if iscrowd is None else iscrowd
@@ -264,13 +264,22 @@ def _is_one_line(name: str) -> bool:
     return bool(name.strip()) and not {unicodedata.category(sign) for sign in name} & {"Cc", "Cs", "Zl", "Zp"}
 
 
+def to_box_array(boxes: Sequence[Any] | np.ndarray) -> np.ndarray:
+    """Return annotated boxes as floats of shape `(num_boxes, 4)`, NaN for a box that is not four numbers."""
+    return np.array([_to_floats(box) for box in boxes], dtype=np.float64).reshape(-1, 4)
+
+
 def _to_floats(box: Any) -> list[float]:
-    """Return a box as four floats, NaN if it is anything else."""
+    is_sequence = isinstance(box, list | tuple | np.ndarray) and len(box) == 4
+    return [to_float(value) for value in box] if is_sequence else [math.nan] * 4
+
+
+def to_float(value: Any) -> float:
+    """Return a number, possibly written as text, and NaN for anything else."""
     try:
-        numbers = [float(value) for value in box]
-    except (TypeError, ValueError):
-        numbers = []
-    return numbers if len(numbers) == 4 else [float("nan")] * 4
+        return math.nan if isinstance(value, bool | np.bool_) else float(value)
+    except (TypeError, ValueError, OverflowError):
+        return math.nan
 
 
 def _area_or_box_area(area: Any, box: np.ndarray) -> float:
