@@ -18,6 +18,8 @@ from .common import split_from_name
 
 RENAMED_WARNING = "image file names are those of another machine: matched by the last part of the name"
 
+_MAY_LEAD_OUTSIDE = re.compile(r"\.\.|[/\\]|.:")  # of a normalized path: its parent, a root or a drive
+
 
 class FoundFiles(NamedTuple):
     """Image files by the names that annotations have for them.
@@ -54,9 +56,13 @@ def find_image_files(
         `FoundFiles`: Paths in the order of the names.
     """
     root = root or folder
-    expected = {name: path for name in names if (path := path_inside(name, folder, root))}
-    listed = {directory: _list_files(directory) for directory in {path.parent for path in expected.values()}}
-    direct = {name: path for name, path in expected.items() if path.name in listed[path.parent]}
+    relative = {name: path for name in names if (path := relative_path(name, folder, root))}
+    expected = {name: folder / path for name, path in relative.items()}
+    located = {name: os.path.split(path) for name, path in relative.items()}
+    listed = {
+        directory: _list_files(folder / directory) for directory in {directory for directory, _ in located.values()}
+    }
+    direct = {name: expected[name] for name, (directory, file) in located.items() if file in listed[directory]}
     missing = {name: expected.get(name) for name in names if name not in direct}
     renamed = _find_elsewhere(missing, {*direct.values()}, (folder, root), split) if missing else {}
     found = expected | renamed
@@ -67,11 +73,18 @@ def find_image_files(
     )
 
 
-def path_inside(name: str, folder: Path, root: Path) -> Path | None:
-    """Return the path of a name, unless it leads out of the dataset's directory other than by symbolic links."""
-    path = Path(os.path.normpath(folder / name))
-    is_inside = str(path.absolute()).startswith(os.path.normpath(root.absolute()) + os.sep)
-    return path if is_inside and "\0" not in name else None
+def relative_path(name: str, folder: Path, root: Path) -> str | None:
+    """Return what to join with `folder`, unless it leads out of the dataset's directory, as symbolic links may."""
+    path = os.path.normpath(name)
+    if _MAY_LEAD_OUTSIDE.match(path):
+        path = _normal_path(folder / name)
+        if not path.startswith(_normal_path(root).rstrip(os.sep) + os.sep):
+            return None
+    return None if "\0" in name else path
+
+
+def _normal_path(path: Path) -> str:
+    return os.path.normpath(path.absolute())
 
 
 def _list_files(folder: Path) -> set[str]:
@@ -119,7 +132,8 @@ def _match(names: Sequence[str], files: Iterable[Path], taken: set[Path]) -> dic
     """Return the files whose names match one to one."""
     if not names:
         return {}
-    index = _FileIndex(path for path in files if path not in taken and is_image_file(path))
+    others = {_normal_path(path) for path in taken}
+    index = _FileIndex(path for path in files if _normal_path(path) not in others and is_image_file(path))
     found = {name: path for name in names if (path := index.find(name))}
     num_names = Counter(found.values())
     return {name: path for name, path in found.items() if num_names[path] == 1}
