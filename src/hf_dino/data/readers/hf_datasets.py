@@ -54,8 +54,7 @@ _SIDES = {
     ("x1", "y1", "x2", "y2"): "xyxy",
     ("left", "top", "right", "bottom"): "xyxy",
 }
-_CROWDS = {"none": 0, "": 0, "0": 0, "0.0": 0, "false": 0, "1": 1, "1.0": 1, "true": 1}  # also as text
-_NUMBER = re.compile("0|-?[1-9][0-9]*")  # as `str` writes it
+_NUMBER = re.compile("0|-?[1-9][0-9]{0,18}")  # as `str` writes it
 
 _METADATA_FILES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 _HUB_ID = re.compile(r"(?P<path>[\w.-]+(/[\w.-]+)?)(:(?P<name>[\w.-]+))?(@(?P<revision>[\w.-]+))?")
@@ -140,6 +139,7 @@ class Row(NamedTuple):
         size (`tuple[int, int]` or `None`): `(height, width)` in pixels, if annotated.
         boxes (`np.ndarray` of shape `(num_objects, 4)`): x, y, width, height in pixels, NaN for an invalid box.
         categories, areas, iscrowd (sequences of length `num_objects`): The other fields of the annotations.
+        is_annotated (`bool`): False if there is nothing at all, rather than no objects.
     """
 
     image_id: Any
@@ -147,10 +147,11 @@ class Row(NamedTuple):
     boxes: np.ndarray
     categories: Sequence[Any]
     areas: Sequence[Any]
-    iscrowd: Sequence[int]
+    iscrowd: Sequence[Any]
+    is_annotated: bool
 
 
-_NO_OBJECTS = Row(None, None, np.empty((0, 4)), (), (), ())
+_NO_OBJECTS = Row(None, None, np.empty((0, 4)), (), (), (), is_annotated=False)
 
 
 class TableContent(NamedTuple):
@@ -183,7 +184,23 @@ def find_imagefolder(folder: Path) -> dict[str, TableSplit]:
     folders = {split: path for split, (path, _) in _metadata_files(folder).items()}
     if folders == {"train": folder}:
         return _load(folder, partial(_divide_by_folder, splits["train"].table, folder))
+    unread = [path.name for path in _subfolders(folder) if path not in folders.values() and _is_data(path)]
+    if folders and unread:
+        logger.warning(
+            "%s: directories have no metadata or are not named after splits: left out: %s",
+            folder,
+            summarize_list(unread),
+        )
     return {split: each._replace(folder=folders.get(split)) for split, each in splits.items()}
+
+
+def _subfolders(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.iterdir() if path.is_dir())
+
+
+def _is_data(folder: Path) -> bool:
+    """Return whether a directory seems to be a split."""
+    return split_from_name(folder.name) is not None or bool(_find_metadata(folder))
 
 
 def _divide_by_folder(table: Any, folder: Path) -> dict[str, TableSplit]:
@@ -222,7 +239,7 @@ def _metadata_files(folder: Path) -> dict[str, tuple[Path, list[Path]]]:
     card = folder / "README.md"
     if card.is_file() and b"\nconfigs:" in card.read_bytes():
         return {}
-    inside = {path: files for path in sorted(folder.iterdir()) if path.is_dir() and (files := _find_metadata(path))}
+    inside = {path: files for path in _subfolders(folder) if (files := _find_metadata(path))}
     of_split = group_by_split((path.name, path) for path in inside)
     here = [folder / name for name in _METADATA_FILES if (folder / name).is_file()]
     if here and of_split:
@@ -449,7 +466,6 @@ def _read_contents(
             if split != "test" or not contents:
                 raise
             class_names = next(iter(contents.values())).class_names
-            builders[split].add_warning(_NO_ANNOTATIONS, builders[split].title, len(tables.table))
             contents[split] = TableContent([_NO_OBJECTS] * len(tables.table), class_names)
     return contents
 
@@ -481,6 +497,11 @@ def _to_category(value: Any) -> int | str | None:
     return value.strip() if isinstance(value, str) else to_integer(value)
 
 
+def _to_number(value: Any) -> int | None:
+    """Return a whole number, which may be text if it is written as `str` writes it."""
+    return to_integer(int(value) if isinstance(value, str) and _NUMBER.fullmatch(value) else value)
+
+
 def _number_categories(used: Mapping[int | str, str], source: Path | str) -> dict[int, str]:
     """Assign ids from 0 to categories that are names, in alphabetical order. Categories that are numbers keep them.
 
@@ -488,8 +509,9 @@ def _number_categories(used: Mapping[int | str, str], source: Path | str) -> dic
         used (`Mapping[int | str, str]`): From [`_to_category`], with a row that has each.
         source (`Path` or `str`): Source of the dataset.
     """
-    if all(_NUMBER.fullmatch(str(category)) for category in used):
-        return {number: str(number) for number in sorted({int(category) for category in used})}
+    numbers = {number for category in used if (number := _to_number(category)) is not None}
+    if len(numbers) == len({str(category) for category in used}):
+        return {number: str(number) for number in sorted(numbers)}
     examples = {type(category): f"{category!r} ({where})" for category, where in used.items()}
     if len(examples) > 1:
         raise InputError(
@@ -513,6 +535,7 @@ def _build_split(
         if image is None:
             continue
         known = _known_categories(image, row, ids, builder)
+        builder.add_warning(_NO_ANNOTATIONS, image, not row.is_annotated)
         builder.add(
             image,
             row.size,
@@ -544,7 +567,7 @@ def _unique_ids(
     images: Sequence[ImageSource | None], rows: Sequence[Row], builder: AnnotatedImageBuilder
 ) -> list[int | None]:
     """Return the ids of images, or `None` for all unless each has its own."""
-    ids = [_to_image_id(row.image_id) for row in rows]
+    ids = [_to_number(row.image_id) for row in rows]
     num_images = Counter(ids)
     invalid = [image for image, id_ in zip(images, ids) if id_ is None or num_images[id_] > 1]
     if not invalid:
@@ -552,10 +575,6 @@ def _unique_ids(
     for image in invalid if any(row.image_id is not None for row in rows) else ():
         builder.add_warning("images have no id of their own that is a whole number: numbered", image or builder.title)
     return [None] * len(ids)
-
-
-def _to_image_id(value: Any) -> int | None:
-    return to_integer(int(value) if isinstance(value, str) and _NUMBER.fullmatch(value) else value)
 
 
 def _find_images(
@@ -583,8 +602,8 @@ def _find_renamed(
 ) -> dict[int, Path]:
     """Return image files that are missing by their names, but not by the last parts of these, by row."""
     names = [os.path.relpath(path or folder.resolve(), folder.resolve()) for path in paths]
-    found = find_image_files(names, folder)
-    renamed = {row: found.paths[row] for row in missing if found.paths[row].is_file()}
+    found = find_image_files(names, folder).paths
+    renamed = {row: found[row] for row in missing if found[row].is_file()}
     for path in renamed.values():
         builder.add_warning(RENAMED_WARNING, path)
     return renamed
@@ -626,36 +645,40 @@ def _read_table(table: Any, options: ReadOptions, title: str) -> TableContent:
         InputError: If a column is not found, or a row is not as expected.
     """
     columns = _find_columns(table.features, options.columns, title)
-    known = {columns.objects, *(_find_fields(columns.fields or (), options.columns).values())}
-    chosen = [name for name in table.column_names if name in (known if columns.objects is None else {columns.objects})]
-    rows = table.with_format(None).select_columns(
-        [*chosen, *(name for name in _OF_IMAGES if name in table.column_names and name not in chosen)]
-    )
-    objects, images = [], []
-    for index, row in enumerate(_load(title, lambda: [*rows])):
-        content = row if columns.objects is None else row[columns.objects]
-        objects.append(_to_dict_of_lists(content, f"{title}, row {index}"))
-        images.append({name: row.get(name) for name in _OF_IMAGES})
-    keys = dict.fromkeys(key for each in objects for key in each) if columns.fields is None else columns.fields
+    rows = _read_columns(table, columns, options.columns, title)
+    objects = [
+        _to_dict_of_lists(row if columns.objects is None else row[columns.objects], f"{title}, row {index}")
+        for index, row in enumerate(rows)
+    ]
+    keys = columns.fields or dict.fromkeys(key for each in objects for key in each or ())
     fields = _find_fields(keys, options.columns)
     if keys and not fields.keys() >= _REQUIRED:
         raise _ObjectsNotFoundError(_objects_not_found(title, f"{columns.objects}: {{{', '.join(keys)}}}", ""))
+    category = keys.get(fields.get("category", ""))
     return TableContent(
         [
-            _to_row(image, each, fields, options.box_format, f"{title}, row {index}")
-            for index, (image, each) in enumerate(zip(images, objects))
+            _to_row(row, each, fields, options.box_format, f"{title}, row {index}")
+            for index, (row, each) in enumerate(zip(rows, objects))
         ],
-        getattr((columns.fields or {}).get(fields.get("category", ""), Field(None, 0)).feature, "names", None),
+        getattr(category.feature, "names", None) if category else None,
     )
 
 
-def _to_dict_of_lists(objects: Any, where: str) -> Mapping[str, Any]:
+def _read_columns(table: Any, columns: Columns, names: Mapping[str, str], title: str) -> list[dict[str, Any]]:
+    """Return all rows, with those columns only that are needed: not with the images."""
+    objects = {columns.objects} if columns.objects else {*_find_fields(columns.fields or (), names).values()}
+    needed = [name for name in table.column_names if name in objects | {*_OF_IMAGES}]
+    # a saved table may be set to return tensors
+    return _load(title, lambda: [*table.with_format(None).select_columns(needed)])
+
+
+def _to_dict_of_lists(objects: Any, where: str) -> Mapping[str, Any] | None:
     """Return the objects of an image as a dict of lists. They may be a list of dicts, and either may be JSON."""
-    objects = _parse_json(objects, "its objects", where) or {}
+    objects = _parse_json(objects, "its objects", where)
     if isinstance(objects, list) and all(isinstance(each, dict) for each in objects):
         keys = dict.fromkeys(key for each in objects for key in each)
         return {key: [each.get(key) for each in objects] for key in keys}
-    if not isinstance(objects, dict):
+    if not isinstance(objects, dict | None):
         raise InputError(
             f"{where}: the objects of an image must be a list of dicts or a dict of lists, got {_shorten(objects)}"
         )
@@ -663,9 +686,9 @@ def _to_dict_of_lists(objects: Any, where: str) -> Mapping[str, Any]:
 
 
 def _parse_json(value: Any, name: str, where: str) -> Any:
-    """Return a value, parsed if it is text, as in CSV files."""
+    """Return a value, parsed if it is text, as in CSV files. Empty text is `None`."""
     try:
-        return json.loads(value) if isinstance(value, str) and value.strip() else value
+        return json.loads(value.strip() or "null") if isinstance(value, str) else value
     except (ValueError, RecursionError) as error:
         raise InputError(
             f"{where}: {name} must be a list with one item for each object or JSON ({error}), got {_shorten(value)}"
@@ -677,27 +700,28 @@ def _shorten(value: Any) -> str:
 
 
 def _to_row(
-    image: Mapping[str, Any], objects: Mapping[str, Any], fields: Mapping[str, str], box_format: str, where: str
+    row: Mapping[str, Any], objects: Mapping[str, Any] | None, fields: Mapping[str, str], box_format: str, where: str
 ) -> Row:
-    lists = {content: _to_list(objects.get(name), name, where) for content, name in fields.items()}
+    lists = {content: _to_list((objects or {}).get(name), name, where) for content, name in fields.items()}
     given = {content: [] for content in _REQUIRED} | {key: each for key, each in lists.items() if each is not None}
     if len({len(values) for values in given.values()}) > 1:
         lengths = summarize_list(f"{len(values)} {fields.get(content, content)}" for content, values in given.items())
         raise InputError(f"{where}: an image must have as many of each for its objects, got {lengths}")
     nothing = [None] * len(given["bbox"])
     return Row(
-        image["image_id"],
-        _to_size(image["height"], image["width"], where),
+        row.get("image_id"),
+        _to_size(row.get("height"), row.get("width"), where),
         _to_box_array(given["bbox"], box_format, where),
         given["category"],
-        [to_float(area) if isinstance(area, str) else area for area in given.get("area", nothing)],
-        [_to_crowd(value, where) for value in given.get("iscrowd", nothing)],
+        given.get("area", nothing),
+        given.get("iscrowd", nothing),
+        is_annotated=objects == {} or any(lists.get(content) is not None for content in _REQUIRED),
     )
 
 
 def _to_list(value: Any, name: str, where: str) -> list[Any] | None:
-    values = _parse_json(value, name, where) or (None if value is None else [])
-    if values is not None and not isinstance(values, list):
+    values = _parse_json(value, name, where)
+    if not isinstance(values, list | None):
         raise InputError(
             f"{where}: {name} must be a list with one item for each object or JSON, got {_shorten(value)}"
         )
@@ -718,13 +742,6 @@ def _named_sides_to_xywh(box: Mapping[str, Any], where: str) -> np.ndarray:
         expected = " or ".join(", ".join(names) for names in _SIDES if names[0] in ("x", "xmin"))
         raise InputError(f"{where}: a box must be a list of 4 numbers, or have {expected}; got {_shorten(box)}")
     return boxes_to_xywh([[sides[name] for name in names]], _SIDES[names])
-
-
-def _to_crowd(value: Any, where: str) -> int:
-    is_crowd = _CROWDS.get(str(value).strip().lower())
-    if is_crowd is None:
-        raise InputError(f"{where}: iscrowd must be 0 or 1, got {_shorten(value)}")
-    return is_crowd
 
 
 def _to_size(height: Any, width: Any, where: str) -> tuple[int, int] | None:
@@ -770,18 +787,25 @@ def _check_names(features: Mapping[str, Any], names: Mapping[str, str], title: s
 
 
 def _find_columns(features: Mapping[str, Any], names: Mapping[str, str], title: str) -> Columns:
-    """Find the objects: in the column that the user names or in one with a usual name, or in columns of the table."""
+    """Find the objects: in the column that the user names, or else in one with a usual name or in those of the table.
+
+    Raises:
+        InputError: If they are not found, or in several columns.
+    """
     usual = [name for name in _OBJECTS if name in features]
-    options = [
-        Columns(name, None if _is_open(features[name]) else _fields(features[name]))
-        for name in ([names["objects"]] if "objects" in names else usual)
-    ]
-    if "objects" not in names:
-        options.append(Columns(None, _flat_fields(features)))
-    for each in sorted(options, key=lambda each: each.fields is None):
-        if each.fields is None or _find_fields(each.fields, names).keys() >= _REQUIRED:
-            return each
-    raise _ObjectsNotFoundError(_objects_not_found(title, _describe_columns(features), _suggest(features)))
+    options = {name: _fields(features[name]) for name in ([names["objects"]] if "objects" in names else usual)}
+    flat = {} if "objects" in names else {None: _flat_fields(features)}
+    found = [
+        Columns(name, fields)
+        for name, fields in (options | flat).items()
+        if _find_fields(fields, names).keys() >= _REQUIRED
+    ] or [Columns(name, None) for name in options if _is_open(features[name])]
+    if not found:
+        raise _ObjectsNotFoundError(_objects_not_found(title, _describe_columns(features), _suggest(features)))
+    if len(found) > 1:
+        several = summarize_list(each.objects or "columns of the table" for each in found)
+        raise InputError(f"{title}: objects are in {several}. Name one of them with --columns objects=NAME")
+    return found[0]
 
 
 def _find_fields(keys: Iterable[str], names: Mapping[str, str]) -> dict[str, str]:
