@@ -40,7 +40,7 @@ _FIELDS = {
     "area": ("area",),
     "iscrowd": ("iscrowd", "is_crowd"),
 }
-_REQUIRED = {"bbox", "category"}
+_REQUIRED = dict.fromkeys(("bbox", "category")).keys()  # a set in this order
 _OF_IMAGES = ("image_id", "height", "width")
 
 # sides of boxes that are dicts, in the order of a format of boxes
@@ -224,7 +224,7 @@ def _load_options(source: Path | str) -> dict[str, Any]:
     if not Path(source).is_dir():
         return parse_hub_id(str(source))
     files = _metadata_files(Path(source))
-    data_files = {split: [glob.escape(str(path.resolve())) for path in paths] for split, (_, paths) in files.items()}
+    data_files = {split: [glob.escape(str(path.absolute())) for path in paths] for split, (_, paths) in files.items()}
     return {"path": "imagefolder", "data_files": data_files} if files else {"path": str(Path(source).resolve())}
 
 
@@ -245,6 +245,8 @@ def _metadata_files(folder: Path) -> dict[str, tuple[Path, list[Path]]]:
     if here and of_split:
         directories = summarize_list(path.name for path in of_split.values())
         raise InputError(f"{folder}: has {here[0].name} in itself and in {directories}. Remove one of them")
+    if empty := [file for files in (here, *inside.values()) for file in files if not file.stat().st_size]:
+        raise InputError(f"{empty[0]}: is empty")
     all_files = [*here, *(file for files in inside.values() for file in files)]
     return {split: (path, inside[path]) for split, path in of_split.items()} or (
         {"train": (folder, all_files)} if all_files else {}
@@ -421,8 +423,13 @@ def _read_bytes(image: Mapping[str, Any] | None) -> bytes:
         return image["bytes"]
     # opens local paths and every URL that `datasets` returns
     fsspec = import_extra("fsspec", "hub-data", "reading Hugging Face datasets")
-    with fsspec.open(image["path"], "rb") as file:
-        return file.read()
+    try:
+        with fsspec.open(image["path"], "rb") as file:
+            return file.read()
+    except OSError:
+        raise
+    except Exception as error:  # those of the packages that open URLs are of their own types
+        raise OSError(_one_line(error)) from None
 
 
 def read_tables(
@@ -584,10 +591,10 @@ def _find_images(
     column = _find_image_column(tables.table.features, names, builder.title)
     encoded = _load(f"{builder.title}, column {column}", partial(_encoded_images, tables.table, column))
     paths = _load(builder.title, partial(_image_files, encoded, column))
-    missing = [row for row, path in enumerate(paths) if path is not None and not Path(path).is_file()]
+    missing = [row for row, path in enumerate(paths) if path is not None and not os.path.isfile(path)]  # noqa: PTH113
     renamed = _find_renamed(paths, missing, tables.folder, builder) if tables.folder and missing else {}
     if lost := [row for row in missing if row not in renamed]:
-        examples = summarize_list(f"{paths[row] or 'no name'} (row {row})" for row in lost)
+        examples = summarize_list(f"{(paths[row] or 'no name')[:_MAX_TEXT]} (row {row})" for row in lost)
         builder.on_error(
             f"{builder.title}: {len(lost)} images not found: {examples}. Restore them, or remove their rows"
         )
@@ -601,7 +608,7 @@ def _find_renamed(
     paths: Sequence[str | None], missing: Sequence[int], folder: Path, builder: AnnotatedImageBuilder
 ) -> dict[int, Path]:
     """Return image files that are missing by their names, but not by the last parts of these, by row."""
-    names = [os.path.relpath(path or folder.resolve(), folder.resolve()) for path in paths]
+    names = [os.path.relpath(path or folder, folder) for path in paths]
     found = find_image_files(names, folder).paths
     renamed = {row: found[row] for row in missing if found[row].is_file()}
     for path in renamed.values():
@@ -759,31 +766,19 @@ class _ObjectsNotFoundError(InputError):
 
 
 def _find_image_column(features: Mapping[str, Any], names: Mapping[str, str], title: str) -> str:
-    _check_names(features, names, title)
-    images = [name for name, feature in features.items() if isinstance(feature, _datasets().Image)]
-    found = [name for name in images if name == names.get("image", "image")] or images
-    if "image" not in names and len(found) != 1:
-        number = "several columns" if found else "no column"
-        raise InputError(
-            f"{title}: has {number} of images. Its columns are {_describe_columns(features)}. If one contains images, "
-            "paths, URLs or encoded bytes, add --columns image=NAME"
-        )
-    return names.get("image") or found[0]
-
-
-def _check_names(features: Mapping[str, Any], names: Mapping[str, str], title: str) -> None:
-    """Check that the user names columns, or fields of the objects, which only the rows show if they are JSON."""
-    inside = {name for feature in features.values() for name in _fields(feature)}
-    is_known = not any(_is_open(feature) for feature in features.values())
     if unknown := names.keys() - {"image", "objects", *_REQUIRED}:
         raise InputError(f"columns may be given for image, objects, bbox and category, got {summarize_list(unknown)}")
-    for content, name in names.items():
-        in_objects = content in _REQUIRED and (name in inside or not is_known)
-        if name not in features and not in_objects:
-            raise InputError(
-                f"{title}: column {name} of --columns {content}={name} not found. The columns are "
-                f"{_describe_columns(features)}"
-            )
+    images = [name for name, feature in features.items() if isinstance(feature, _datasets().Image)]
+    named = [names["image"]] if "image" in names else [name for name in images if name == "image"] or images
+    if len(named) == 1 and named[0] in features:
+        return named[0]
+    number = (
+        f"no column {named[0]}" if len(named) == 1 else "several columns of images" if named else "no column of images"
+    )
+    raise InputError(
+        f"{title}: has {number}. Its columns are {_describe_columns(features)}. If one contains images, paths, URLs "
+        "or encoded bytes, add --columns image=NAME"
+    )
 
 
 def _find_columns(features: Mapping[str, Any], names: Mapping[str, str], title: str) -> Columns:
@@ -792,6 +787,9 @@ def _find_columns(features: Mapping[str, Any], names: Mapping[str, str], title: 
     Raises:
         InputError: If they are not found, or in several columns.
     """
+    if missing := [f"{content}={name}" for content, name in names.items() if not _may_have(features, content, name)]:
+        columns = _describe_columns(features)
+        raise _ObjectsNotFoundError(f"{title}: --columns {' '.join(missing)} not found. Its columns are {columns}")
     usual = [name for name in _OBJECTS if name in features]
     options = {name: _fields(features[name]) for name in ([names["objects"]] if "objects" in names else usual)}
     flat = {} if "objects" in names else {None: _flat_fields(features)}
@@ -806,6 +804,13 @@ def _find_columns(features: Mapping[str, Any], names: Mapping[str, str], title: 
         several = summarize_list(each.objects or "columns of the table" for each in found)
         raise InputError(f"{title}: objects are in {several}. Name one of them with --columns objects=NAME")
     return found[0]
+
+
+def _may_have(features: Mapping[str, Any], content: str, name: str) -> bool:
+    """Return whether a table has a column, or a field in one. The fields of JSON are known for each row only."""
+    inside = {field for feature in features.values() for field in _fields(feature)}
+    is_open = any(_is_open(feature) for feature in features.values())
+    return name in features or (content in _REQUIRED and (name in inside or is_open))
 
 
 def _find_fields(keys: Iterable[str], names: Mapping[str, str]) -> dict[str, str]:
