@@ -286,7 +286,8 @@ def test_the_option_that_a_message_names_is_enough(images, tmp_path, capsys):
 @pytest.mark.parametrize("content", ["image", "objects", "bbox", "category"])
 def test_a_column_that_is_not_there_is_an_error(images, content):
     with pytest.raises(
-        InputError, match=r"gone.*columns are image: Image, objects: \{bbox: list of list of float64, "
+        InputError,
+        match=rf"--columns {content}=gone not found\. Its columns are image: Image, objects: \{{bbox: list of list",
     ):
         read(make_table(images, objects=ROWS), columns={content: "gone"})
 
@@ -406,8 +407,7 @@ def mutate(value, path, strange):
 def test_no_mutation_changes_a_box_or_a_class_without_a_word(images, form):
     objects = {"bbox": [[1, 2, 30, 20], [5, 5, 10, 12]], "category": [7, 8], "area": [600, 120], "iscrowd": [0, 0]}
     row = objects if form == "dict of lists" else as_dicts(objects)
-    good = json.dumps(row)
-    expected = contents(read(make_table(images, objects=[good] * 3)))
+    expected = contents(read(make_table(images[:1], objects=[json.dumps(row)])))
     counts = {"error": 0, "warning": 0, "equal": 0}
     for path in paths_in(row):
         (content,) = {*path} & {*objects} or {""}
@@ -417,7 +417,7 @@ def test_no_mutation_changes_a_box_or_a_class_without_a_word(images, form):
             errors = []
             try:
                 data = read(
-                    make_table(images, objects=[json.dumps(mutate(row, path, strange)), good, good]),
+                    make_table(images[:1], objects=[json.dumps(mutate(row, path, strange))]),
                     on_error=errors.append,
                 )
             except InputError as error:
@@ -580,6 +580,26 @@ IMAGES = {
     "bytes": encoded,
     "structs": lambda path: {"bytes": encoded(path), "path": "1.png"},
 }
+
+
+def test_flags_of_two_names_are_an_error(images):
+    rows = [json.dumps(row if index else renamed(row, iscrowd="is_crowd")) for index, row in enumerate(ROWS)]
+    with pytest.raises(InputError, match="objects have both iscrowd and is_crowd"):
+        read(make_table(images, objects=rows))
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_columns_of_parquet_files_are_named(images, tmp_path, streaming):
+    table = datasets.Dataset.from_dict({"photo": images, "digits": ROWS, "image_id": IDS})
+    (tmp_path / "cells").mkdir()
+    table.to_parquet(str(tmp_path / "cells" / "train.parquet"))
+    data = read_data(
+        tmp_path / "cells",
+        streaming=streaming,
+        cache_dir=tmp_path / "cache" if streaming else None,
+        options=ReadOptions(columns={"image": "photo", "objects": "digits"}),
+    )
+    assert contents(data["train"]) == EXPECTED
 
 
 @pytest.mark.parametrize("name", IMAGES)

@@ -374,8 +374,9 @@ def _select_by_split(loaded: Any, source: Path | str) -> dict[str, Any]:
             "with splits of these names with save_to_disk"
         )
     if unread := [name for name in tables if split_from_name(name) is None]:
-        names = summarize_list(unread)
-        logger.warning("%s: splits are not named after train, validation or test: left out: %s", source, names)
+        logger.warning(
+            "%s: splits are not named after train, validation or test: left out: %s", source, summarize_list(unread)
+        )
     return selected
 
 
@@ -580,7 +581,8 @@ def _unique_ids(
     if not invalid:
         return ids
     for image in invalid if any(row.image_id is not None for row in rows) else ():
-        builder.add_warning("images have no id of their own that is a whole number: numbered", image or builder.title)
+        if image is not None:
+            builder.add_warning("images have no id of their own that is a whole number: numbered", image)
     return [None] * len(ids)
 
 
@@ -600,8 +602,10 @@ def _find_images(
         )
     if tables.folder:
         _warn_of_unlisted([*filter(None, paths), *map(str, renamed.values())], tables.folder, builder)
-    images = [TableImage(encoded, column, row, builder.title) for row in range(len(paths))]
-    return [*({**dict(enumerate(images)), **renamed, **dict.fromkeys(lost)}).values()]
+    images: dict[int, ImageSource | None] = {
+        row: TableImage(encoded, column, row, builder.title) for row in range(len(paths))
+    }
+    return [*(images | renamed | dict.fromkeys(lost)).values()]
 
 
 def _find_renamed(
@@ -661,6 +665,10 @@ def _read_table(table: Any, options: ReadOptions, title: str) -> TableContent:
     fields = _find_fields(keys, options.columns)
     if keys and not fields.keys() >= _REQUIRED:
         raise _ObjectsNotFoundError(_objects_not_found(title, f"{columns.objects}: {{{', '.join(keys)}}}", ""))
+    if keys.keys() >= {*_FIELDS["iscrowd"]}:
+        raise InputError(
+            f"{title}: objects have both {' and '.join(_FIELDS['iscrowd'])}. Rename or remove one of them"
+        )
     category = keys.get(fields.get("category", ""))
     return TableContent(
         [
@@ -736,29 +744,32 @@ def _to_list(value: Any, name: str, where: str) -> list[Any] | None:
 
 
 def _to_box_array(boxes: Sequence[Any], box_format: str, where: str) -> np.ndarray:
-    """Return boxes as x, y, width, height. The sides of dicts are known by their names."""
-    if not any(isinstance(box, dict) for box in boxes):
-        return boxes_to_xywh(boxes, box_format)
-    return np.concatenate([_named_sides_to_xywh(box or {}, where) for box in boxes])
+    """Return boxes as x, y, width, height. The sides of dicts are known by their names, whatever the format."""
+    array = boxes_to_xywh(boxes, box_format)
+    for index, box in enumerate(boxes):
+        if isinstance(box, dict):
+            array[index] = _named_sides_to_xywh(box, where)
+    return array
 
 
 def _named_sides_to_xywh(box: Mapping[str, Any], where: str) -> np.ndarray:
-    sides = {name.lower(): value for name, value in box.items()}
+    sides = {str(name).lower(): value for name, value in box.items()}
     names = next((names for names in _SIDES if sides.keys() == {*names}), None)
     if names is None:
         expected = " or ".join(", ".join(names) for names in _SIDES if names[0] in ("x", "xmin"))
         raise InputError(f"{where}: a box must be a list of 4 numbers, or have {expected}; got {_shorten(box)}")
-    return boxes_to_xywh([[sides[name] for name in names]], _SIDES[names])
+    return boxes_to_xywh([[sides[name] for name in names]], _SIDES[names])[0]
 
 
 def _to_size(height: Any, width: Any, where: str) -> tuple[int, int] | None:
     """Return the annotated size in pixels, `None` if a side is missing or 0."""
-    sides = [to_integer(to_float(side or 0)) for side in (height, width)]
-    if any(side is None or side < 0 for side in sides):
+    sides = (to_integer(to_float(side or 0)) for side in (height, width))
+    rows, columns = (-1 if side is None else side for side in sides)
+    if rows < 0 or columns < 0:
         raise InputError(
             f"{where}: height and width must be positive integers, got {_shorten(height)} and {_shorten(width)}"
         )
-    return (sides[0], sides[1]) if all(sides) else None
+    return (rows, columns) if rows and columns else None
 
 
 class _ObjectsNotFoundError(InputError):
@@ -769,16 +780,17 @@ def _find_image_column(features: Mapping[str, Any], names: Mapping[str, str], ti
     if unknown := names.keys() - {"image", "objects", *_REQUIRED}:
         raise InputError(f"columns may be given for image, objects, bbox and category, got {summarize_list(unknown)}")
     images = [name for name, feature in features.items() if isinstance(feature, _datasets().Image)]
-    named = [names["image"]] if "image" in names else [name for name in images if name == "image"] or images
-    if len(named) == 1 and named[0] in features:
-        return named[0]
-    number = (
-        f"no column {named[0]}" if len(named) == 1 else "several columns of images" if named else "no column of images"
-    )
-    raise InputError(
-        f"{title}: has {number}. Its columns are {_describe_columns(features)}. If one contains images, paths, URLs "
-        "or encoded bytes, add --columns image=NAME"
-    )
+    found = [name for name in images if name == "image"] or images
+    problem = f"has {'several columns' if found else 'no column'} of images"
+    if "image" in names:
+        found = [name for name in features if name == names["image"]]
+        problem = f"--columns image={names['image']} not found"
+    if len(found) != 1:
+        raise InputError(
+            f"{title}: {problem}. Its columns are {_describe_columns(features)}. If one contains images, paths, URLs "
+            "or encoded bytes, add --columns image=NAME"
+        )
+    return found[0]
 
 
 def _find_columns(features: Mapping[str, Any], names: Mapping[str, str], title: str) -> Columns:
