@@ -624,6 +624,12 @@ def test_a_column_that_is_no_image_is_named(images):
         read(table, columns={"image": "number"})
 
 
+def test_text_that_is_no_path_is_shown_shortened(images):
+    table = make_table(images, objects=ROWS, text=["x" * 9999] * 3)
+    with pytest.raises(InputError, match=r"3 images not found: x{200} \(row 0\), .*Restore"):
+        read(table, columns={"image": "text"})
+
+
 def test_one_of_several_columns_of_images_must_be_named(images):
     table = make_table(images, objects=ROWS, image_id=IDS).rename_column("image", "photo")
     table = table.add_column("mask", images[::-1]).cast_column("mask", datasets.Image())
@@ -662,7 +668,7 @@ def test_names_of_splits(images, tmp_path, caplog, splits, expected):
 
 
 def test_a_part_of_a_split_is_no_id_on_the_hub():
-    with pytest.raises(InputError, match="directory not found, and not an id on the Hub"):
+    with pytest.raises(InputError, match=r"not an id on the Hub of the form OWNER/NAME\[:CONFIGURATION\]"):
         read_data("owner/cells:train[:80%]")
 
 

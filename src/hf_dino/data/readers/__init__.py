@@ -124,7 +124,9 @@ def _find_splits(
     if folder.exists():
         raise InputError(f"{source}: is a file. Give the dataset's directory, or --images and --annotations")
     if not isinstance(source, str) or not is_hub_id(source):
-        raise InputError(f"{source}: directory not found, and not an id on the Hub")
+        raise InputError(
+            f"{source}: directory not found, and not an id on the Hub of the form OWNER/NAME[:CONFIGURATION][@REVISION]"
+        )
     return TABLES, load_from_hub(source)
 
 

@@ -593,6 +593,7 @@ def _find_images(
     column = _find_image_column(tables.table.features, names, builder.title)
     encoded = _load(f"{builder.title}, column {column}", partial(_encoded_images, tables.table, column))
     paths = _load(builder.title, partial(_image_files, encoded, column))
+    # unlike `Path.is_file`, it takes text of any length
     missing = [row for row, path in enumerate(paths) if path is not None and not os.path.isfile(path)]  # noqa: PTH113
     renamed = _find_renamed(paths, missing, tables.folder, builder) if tables.folder and missing else {}
     if lost := [row for row in missing if row not in renamed]:
