@@ -668,7 +668,7 @@ def test_names_of_splits(images, tmp_path, caplog, splits, expected):
 
 
 def test_a_part_of_a_split_is_no_id_on_the_hub():
-    with pytest.raises(InputError, match=r"not an id on the Hub of the form OWNER/NAME\[:CONFIGURATION\]"):
+    with pytest.raises(InputError, match=r"not an id on the Hub \(OWNER/NAME\[:CONFIGURATION\]"):
         read_data("owner/cells:train[:80%]")
 
 

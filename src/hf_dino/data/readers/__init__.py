@@ -125,7 +125,7 @@ def _find_splits(
         raise InputError(f"{source}: is a file. Give the dataset's directory, or --images and --annotations")
     if not isinstance(source, str) or not is_hub_id(source):
         raise InputError(
-            f"{source}: directory not found, and not an id on the Hub of the form OWNER/NAME[:CONFIGURATION][@REVISION]"
+            f"{source}: directory not found, and not an id on the Hub (OWNER/NAME[:CONFIGURATION][@REVISION])"
         )
     return TABLES, load_from_hub(source)
 
