@@ -425,11 +425,11 @@ NOT_READABLE = {
     "no json": ({"train.json": "[", "train/1.png": None}, r"train\.json: is not valid JSON"),
     "datasets without boxes": (
         {"metadata.jsonl": '{"file_name": "1.png", "objects": {"x": [1]}}', "1.png": None},
-        r"the objects of an image need boxes \(bbox, .*, got \{'x': \[1\]\}",
+        r"the objects of an image need boxes \(bbox, .*; got image: Image, objects: \{x: list of int64\}\.",
     ),
     "datasets without images": (
         {"metadata.jsonl": '{"file_name": "gone.png", "objects": {"bbox": []}}'},
-        r"`datasets` cannot load it|has no column of images",
+        r"1 images not found: .*gone\.png \(row 0\)\. Restore them, or remove their rows",
     ),
 }
 

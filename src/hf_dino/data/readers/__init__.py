@@ -91,7 +91,9 @@ def read_data(
         raise InputError(f"unknown splits: {summarize_list(sorted(unknown))}. Choose from {summarize_list(SPLITS)}")
     if not streaming and (max_samples is not None or cache_dir is not None):
         raise InputError("max_samples and cache_dir require streaming. Add streaming, or remove them")
-    format, found = _find_splits(source, splits, streaming, max_samples, Path(cache_dir) if cache_dir else None)
+    format, found = _find_splits(
+        source, splits, streaming, max_samples, Path(cache_dir) if cache_dir else None, options.columns
+    )
     available = [split for split in SPLITS if split in found]
     if missing := [split for split in splits if split not in available]:
         raise InputError(f"{source}: split {summarize_list(missing)} not found. It has {summarize_list(available)}")
@@ -106,18 +108,25 @@ def read_data(
 
 
 def _find_splits(
-    source: str | Path, splits: Sequence[str], streaming: bool, max_samples: int | None, cache_dir: Path | None
+    source: str | Path,
+    splits: Sequence[str],
+    streaming: bool,
+    max_samples: int | None,
+    cache_dir: Path | None,
+    columns: Mapping[str, str],
 ) -> tuple[Format, Mapping[str, Any]]:
     """Return the format of the source and its splits."""
     if streaming:
-        return TABLES, stream(str(source), splits, max_samples, cache_dir)
+        return TABLES, stream(str(source), splits, max_samples, cache_dir, columns)
     folder = Path(source)
     if folder.is_dir():
         return detect_format(folder)
     if folder.exists():
         raise InputError(f"{source}: is a file. Give the dataset's directory, or --images and --annotations")
     if not isinstance(source, str) or not is_hub_id(source):
-        raise InputError(f"{source}: directory not found, and not an id on the Hub")
+        raise InputError(
+            f"{source}: directory not found, and not an id on the Hub (OWNER/NAME[:CONFIGURATION][@REVISION])"
+        )
     return TABLES, load_from_hub(source)
 
 

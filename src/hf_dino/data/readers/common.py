@@ -9,11 +9,15 @@ from typing import Any, TypeVar
 import numpy as np
 
 from ...utils.errors import InputError
-from ..dataset import SPLIT_ALIASES, SPLITS, ErrorHandler, raise_input_error, xyxy_to_xywh
+from ..dataset import SPLIT_ALIASES, SPLITS, ErrorHandler, raise_input_error, to_box_array, xyxy_to_xywh
 
 
 Item = TypeVar("Item")
 Annotation = tuple[Any, Any]  # a class, and x, y, width, height in pixels or `None`
+
+ROTATED_WARNING = "boxes are rotated: replaced by the upright box around each"
+
+_TO_XYWH = {"xywh": lambda boxes: boxes, "xyxy": xyxy_to_xywh}
 
 
 @dataclass(frozen=True)
@@ -76,6 +80,58 @@ def group_by_split(named_paths: Iterable[tuple[str, Path]]) -> dict[str, Path]:
 def split_folders(folder: Path) -> dict[str, Path]:
     """Return the directories directly inside `folder` that are named after splits."""
     return group_by_split((entry.name, entry) for entry in sorted(folder.iterdir()) if entry.is_dir())
+
+
+def boxes_to_xywh(boxes: Sequence[Any] | np.ndarray, box_format: str) -> np.ndarray:
+    """Convert annotated boxes to x, y, width, height.
+
+    Args:
+        boxes (sequence of length `num_boxes`): As annotated. A row that is not four numbers is invalid.
+        box_format (`str`): See [`ReadOptions`].
+
+    Returns:
+        `np.ndarray` of shape `(num_boxes, 4)`: x, y, width, height in the same unit, NaN for an invalid box.
+
+    Raises:
+        InputError: If the format is unknown.
+
+    Example:
+
+    ```python
+    >>> boxes_to_xywh([[1, 2, 31, 22], None], "xyxy").tolist()
+    [[1.0, 2.0, 30.0, 20.0], [nan, nan, nan, nan]]
+
+    ```
+    """
+    if box_format not in _TO_XYWH:
+        raise InputError(f"unknown box_format {box_format!r}. Choose from {', '.join(_TO_XYWH)}")
+    return _TO_XYWH[box_format](to_box_array(boxes))
+
+
+def enclose_rotated_boxes(boxes: np.ndarray, degrees: np.ndarray) -> np.ndarray:
+    """Return the smallest upright boxes around boxes that are rotated about their centers.
+
+    Args:
+        boxes (`np.ndarray` of shape `(num_boxes, 4)`): x, y, width, height before the rotation.
+        degrees (`np.ndarray` of shape `(num_boxes,)`): In either direction, which does not change the result.
+
+    Returns:
+        `np.ndarray` of shape `(num_boxes, 4)`: x, y, width, height. A box without width or height stays as it is.
+
+    Example:
+
+    ```python
+    >>> enclose_rotated_boxes(np.array([[60.0, 20.0, 20.0, 80.0]]), np.array([90.0])).tolist()
+    [[30.0, 50.0, 80.0, 20.0]]
+
+    ```
+    """
+    angles = np.radians(degrees)[:, None]
+    cosines, sines = np.abs(np.cos(angles)).round(12), np.abs(np.sin(angles)).round(12)  # exact for right angles
+    sizes = boxes[:, 2:]
+    enclosing_sizes = cosines * sizes + sines * sizes[:, ::-1]
+    enclosing = np.concatenate([boxes[:, :2] + (sizes - enclosing_sizes) / 2, enclosing_sizes], axis=1)
+    return np.where((sizes > 0).all(axis=1, keepdims=True), enclosing, boxes)
 
 
 def supervision_to_xywh(detections: Any) -> np.ndarray:
