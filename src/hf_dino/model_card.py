@@ -33,6 +33,9 @@ METRIC_NAMES = {
 }
 """Key and display name of the twelve COCO metrics, each in [0, 1], in pycocotools' order."""
 
+COCO_MAX_DETECTIONS = 100
+"""Detections with the highest scores that COCO's metrics count, of each class in each image."""
+
 
 def converted_card(
     config: DinoDetrConfig,

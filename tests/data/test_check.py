@@ -93,7 +93,7 @@ def test_boxes_in_another_format(tmp_path):
     (error,) = check_data({"train": wrong}).errors
     assert error == (
         "train: boxes seem to be x0, y0, x1, y1, but must be x, y, width, height: read so, 2 of 3 extend beyond "
-        "their image"
+        "their image, and 3 of 3 are inside as corners. Read them with --box_format xyxy"
     )
     (error,) = check_data({"train": data(tmp_path / "b", [annotation(1, 3, [0.1, 0.2, 0.5, 0.3])])}).errors
     assert "Boxes seem to be fractions" in error
