@@ -296,7 +296,7 @@ class FineTuningArguments:
     max_detections: int = _option(
         100,
         _integer(100),
-        "Number of detections of a class in an image that evaluations count; more than COCO's 100 for images with more "
+        "Number of detections of a class in an image that evaluations count: COCO's 100, or more for images with more "
         "objects.",
     )
     checkpointing_steps: int | None = _option(

@@ -62,8 +62,8 @@ def evaluate(
         typer.Option(
             metavar="INTEGER",
             min=100,
-            help="Detections of a class in an image that count. With more than COCO's 100, for images with more "
-            "objects, the metrics are not comparable with COCO's.",
+            help="Detections of a class in an image that count: COCO's 100, or more for images with more objects, "
+            "which makes other metrics than COCO's.",
         ),
     ] = 100,
     image_processor_backend: Annotated[
