@@ -132,7 +132,7 @@ def _set_num_queries(detector: DinoDetrForObjectDetection, num_queries: int) -> 
     weights = detector.state_dict()
     learned = {name: value[rows] for name, value in weights.items() if name.endswith(_QUERY_WEIGHTS)}
     changed.load_state_dict({**weights, **learned})
-    logger.warning("the model has %d queries instead of %d: its learned queries are repeated", num_queries, old)
+    logger.warning("the model has %d queries instead of %d: learned ones are repeated or left out", num_queries, old)
     return changed.eval()
 
 
