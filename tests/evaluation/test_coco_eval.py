@@ -208,11 +208,11 @@ def test_equal_to_pycocotools_with_more_detections(engine, max_detections):
     assert list(measured.metrics.values())[1:] == pytest.approx(expected.stats.tolist()[1:], abs=1e-12, rel=0)
 
 
-@pytest.mark.parametrize(("field", "index"), [("score", ()), ("bbox", 0), ("bbox", 3)])
+@pytest.mark.parametrize(("field", "index"), [("score", (1,)), ("bbox", (1, 0)), ("bbox", (1, 3))])
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 def test_detections_that_are_not_finite_are_an_error(data, field, index, value):
     detections = detections_from_results(RESULTS)
-    detections[field][1][index] = value
+    detections[field][index] = value
     message = "1 of 2 detections have a box or a score that is not finite, the first in the image with id 2"
     with pytest.raises(FloatingPointError, match=message):
         evaluate_coco(data, detections)
