@@ -136,7 +136,7 @@ def test_a_pretrained_model_gets_more_or_fewer_queries(saved, names, num_queries
     assert all(torch.equal(after.state_dict()[key], value) for key, value in weights.items() if key not in random)
     with torch.no_grad():
         assert after(torch.rand(1, 3, 128, 128)).logits.shape[1] == num_queries
-    with pytest.raises(InputError, match="--config_overrides: .*num_queries must be between 1 and inf, got 0"):
+    with pytest.raises(InputError, match=r"--config_overrides: .*num_queries must be between 1 and inf, got 0"):
         load_pretrained_for_categories(str(saved), names, None, {"num_queries": 0})
 
 

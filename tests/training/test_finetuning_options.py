@@ -191,8 +191,8 @@ def test_names_of_the_same_words_and_dense_images_from_training_to_evaluation(st
         "with --config_overrides num_denoising=105 all",
         f"{of_val} 12 objects, up to 105: a model of 12 queries cannot detect them all, one that is trained with "
         "--config_overrides num_queries=105 can",
-        f"{of_val} 104 objects of a class, up to 105: an evaluation counts 104 detections of a class in an image, with "
-        "--max_detections 105 more",
+        f"{of_val} 104 objects of a class, up to 105: an evaluation counts 104 detections of a class in an image, "
+        "with --max_detections 105 more",
     ]
     assert (
         "validation: classes are those of train with the same words: 'Traffic_Light' is 'traffic light'" in caplog.text
