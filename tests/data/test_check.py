@@ -157,7 +157,7 @@ def test_true_boxes_are_taken_for_nothing_else(image, kind):
         for each in (boxes, sloppy, np.round(boxes)):
             errors, warnings = messages(make_split(image, each, min(count, 10)))
             assert errors == []
-            assert not [text for text in warnings if "far beyond" in text or "x0" in text]
+            assert not [text for text in warnings if "far beyond" in text or "x0" in text or "percent" in text]
 
 
 @pytest.mark.parametrize("kind", ["coco", "large", "tiny", "of one size"])
@@ -179,7 +179,7 @@ def test_corners_in_the_upper_left_are_found_by_their_equal_sizes(image):
     errors, warnings = messages(make_split(image, xywh_to_xyxy(boxes)))
     assert errors == []
     assert [text for text in warnings if "may be x0, y0, x1, y1: as such, 100 of 100 are inside" in text]
-    assert messages(make_split(image, boxes)) == [[], []]
+    assert messages(make_split(image, xywh_to_xyxy(boxes), box_format="xyxy"))[0] == [], "these were converted"
     boxes[:4, :2] = 0.7 * SIZE
     assert "read so, 4 of 100 extend beyond" in messages(make_split(image, xywh_to_xyxy(boxes)))[0][0]
 
@@ -227,6 +227,10 @@ def test_boxes_of_unusual_sizes_are_named(image):
     assert messages(make_split(image, boxes))[1] == [
         f"train: 1 of 40 boxes cover less than a pixel; {image.parent.name}/1.png"
     ]
+    percent = random_boxes(np.random.default_rng(7), "coco", 40) / np.tile(SIZE, 2) * 100
+    assert messages(make_split(image, percent))[1][-1] == (
+        "train: 40 of 40 boxes are in the first 100 pixels of larger images: are they in percent?"
+    )
     boxes[:30] = [0, 0, *SIZE]
     assert "train: 30 of 40 boxes cover the entire image" in messages(make_split(image, boxes))[1]
 

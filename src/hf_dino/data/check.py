@@ -221,26 +221,41 @@ def _check_boxes(data: DetectionSplit) -> Iterator[tuple[str, str]]:
     """Yield "error" or "warning", and what suggests that the boxes are not x, y, width, height in pixels."""
     num_boxes = [len(image.boxes) for image in data.images]
     boxes = np.concatenate([np.empty((0, 4)), *(image.boxes for image in data.images)])
-    sizes = np.repeat(
-        np.array([(image.width, image.height) for image in data.images]).reshape(-1, 2), num_boxes, axis=0
-    )
-    tiny, fractions = boxes[:, 2:].prod(axis=1) < 1, (boxes <= 1).all(axis=1)
+    sizes = np.array([(image.width, image.height) for image in data.images]).reshape(-1, 2)
+    sizes = np.repeat(sizes, num_boxes, axis=0)
+    fractions = np.asarray((boxes <= 1).all(axis=1))
     if _share(fractions) > 0.5:
         yield (
             "error",
             f"{_count_of(fractions)} boxes are in the first pixel of their image. Boxes seem to be fractions, but "
             "must be in pixels",
         )
-    elif tiny.any():
-        images = np.repeat(np.arange(len(num_boxes)), num_boxes)[tiny]
-        names = dict.fromkeys(short_path(data.images[index].path) for index in images)
-        yield "warning", f"{_count_of(tiny)} boxes cover less than a pixel; {summarize_list(names, 3)}"
-    covers_all = (boxes[:, :2] < 1).all(axis=1) & (boxes[:, :2] + boxes[:, 2:] > sizes - 1).all(axis=1)
-    if len(boxes) >= _MIN_BOXES and _share(covers_all) > 0.5:
-        yield "warning", f"{_count_of(covers_all)} boxes cover the entire image"
-    if data.format in _OPEN_FORMATS:
-        yield from _check_reading(boxes, sizes)
+    else:
+        yield from _check_sizes(data, boxes, sizes, np.repeat(np.arange(len(num_boxes)), num_boxes))
+        if data.format in _OPEN_FORMATS and data.box_format == "xywh":
+            yield from _check_reading(boxes, sizes)
     yield from _check_dropped(data, len(boxes))
+
+
+def _check_sizes(
+    data: DetectionSplit, boxes: np.ndarray, sizes: np.ndarray, images: np.ndarray
+) -> Iterator[tuple[str, str]]:
+    """Detect boxes of sizes that objects hardly have, in images of these sizes and indices."""
+    tiny, ends = boxes[:, 2:].prod(axis=1) < 1, boxes[:, :2] + boxes[:, 2:]
+    if tiny.any():
+        names = dict.fromkeys(short_path(data.images[index].path) for index in images[tiny])
+        yield "warning", f"{_count_of(tiny)} boxes cover less than a pixel; {summarize_list(names, 3)}"
+    if len(boxes) < _MIN_BOXES:
+        return
+    covers_all = ((boxes[:, :2] < 1) & (ends > sizes - 1)).all(axis=1)
+    if _share(covers_all) > 0.5:
+        yield "warning", f"{_count_of(covers_all)} boxes cover the entire image"
+    percent = ((boxes <= 100) & np.tile(sizes > 200, 2)).all(axis=1)
+    if _share(percent) > 1 - _SUSPICIOUS:
+        yield (
+            "warning",
+            f"{_count_of(percent)} boxes are in the first 100 pixels of larger images: are they in percent?",
+        )
 
 
 def _share(mask: np.ndarray) -> float:
@@ -316,11 +331,8 @@ def object_limits(config: Any, max_detections: int = COCO_MAX_DETECTIONS) -> dic
         `max_detections`. The last one is for objects of one class, and `num_select` is at least as large if it is not
         COCO's.
     """
-    names = [
-        "num_queries",
-        "num_select",
-        *(["num_denoising"] if getattr(config, "denoising", "none") != "none" else []),
-    ]
+    has_denoising = getattr(config, "denoising", "none") != "none"
+    names = ("num_queries", "num_select", *(["num_denoising"] if has_denoising else []))
     limits = {name: getattr(config, name) for name in names if hasattr(config, name)}
     if max_detections > COCO_MAX_DETECTIONS:
         limits["num_select"] = max(limits["num_select"], max_detections)
@@ -397,9 +409,8 @@ def _check_classes(counts: Mapping[str, SplitCounts]) -> Iterator[str]:
 def _match_classes(each: SplitCounts, train: SplitCounts) -> dict[str, str]:
     """Return the name that a class has in the train split, for every class that it has, as training matches them."""
     of_train = dict(enumerate(train.classes))
-    return {
-        name: of_train[label] for name, label in match_names({name: name for name in each.classes}, of_train).items()
-    }
+    labels = match_names({name: name for name in each.classes}, of_train)
+    return {name: of_train[label] for name, label in labels.items()}
 
 
 def _similar_classes(counts: Mapping[str, SplitCounts]) -> Iterator[str]:
@@ -408,9 +419,9 @@ def _similar_classes(counts: Mapping[str, SplitCounts]) -> Iterator[str]:
     for split, each in counts.items():
         for names in similar_names(each.classes):
             splits_with[tuple(names)].append(split)
-    for names, splits in splits_with.items():
+    for group, splits in splits_with.items():
         yield (
-            f"{' and '.join(splits)}: the names {', '.join(map(repr, names))} are the same words, but different "
+            f"{' and '.join(splits)}: the names {', '.join(map(repr, group))} are the same words, but different "
             "classes. If they are one class, give it one name"
         )
     for split, each in counts.items():
@@ -425,9 +436,8 @@ def _missing_objects_and_classes(counts: Mapping[str, SplitCounts]) -> Iterator[
             yield f"{split}: {each.num_empty_images} of {each.num_images} images have no objects"
         if empty := [repr(name) for name, count in each.classes.items() if not count]:
             yield f"{split}: {len(empty)} of {len(each.classes)} classes have no objects: {summarize_list(empty)}"
-    common = (
-        set.intersection(*(set(map(normalize_name, each.classes)) for each in counts.values())) if counts else set()
-    )
+    words = [set(map(normalize_name, each.classes)) for each in counts.values()]
+    common = set.intersection(*words) if words else set()
     for split, each in counts.items():
         if own := [repr(name) for name in each.classes if normalize_name(name) not in common]:
             yield f"{split}: has classes that another split does not have: {summarize_list(own)}"
