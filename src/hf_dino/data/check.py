@@ -247,10 +247,10 @@ def _check_sizes(
         yield "warning", f"{_count_of(tiny)} boxes cover less than a pixel; {summarize_list(names, 3)}"
     if len(boxes) < _MIN_BOXES:
         return
-    covers_all = ((boxes[:, :2] < 1) & (ends > sizes - 1)).all(axis=1)
+    covers_all = np.asarray(((boxes[:, :2] < 1) & (ends > sizes - 1)).all(axis=1))
     if _share(covers_all) > 0.5:
         yield "warning", f"{_count_of(covers_all)} boxes cover the entire image"
-    percent = ((boxes <= 100) & np.tile(sizes > 200, 2)).all(axis=1)
+    percent = np.asarray(((boxes <= 100) & np.tile(sizes > 200, 2)).all(axis=1))
     if _share(percent) > 1 - _SUSPICIOUS:
         yield (
             "warning",
