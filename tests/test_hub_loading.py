@@ -122,6 +122,24 @@ def test_a_model_saved_in_half_precision_is_trained_in_float32(saved, tmp_path, 
     }
 
 
+@pytest.mark.parametrize("num_queries", [30, 7])
+@pytest.mark.parametrize("names", [CATEGORIES, {1: "another"}], ids=["the same classes", "others"])
+def test_a_pretrained_model_gets_more_or_fewer_queries(saved, names, num_queries, caplog):
+    before, _ = load_pretrained_for_categories(str(saved), names)
+    caplog.clear()
+    after, _ = load_pretrained_for_categories(str(saved), names, None, {"num_queries": num_queries})
+    assert f"the model has {num_queries} queries instead of 12" in caplog.text
+    weights = dict(before.state_dict())
+    name = "model.query_selection.content_queries.weight"
+    weights[name] = weights[name][torch.arange(num_queries) % 12]
+    random = CLASS_TENSORS if names != CATEGORIES else set()
+    assert all(torch.equal(after.state_dict()[key], value) for key, value in weights.items() if key not in random)
+    with torch.no_grad():
+        assert after(torch.rand(1, 3, 128, 128)).logits.shape[1] == num_queries
+    with pytest.raises(InputError, match=r"--config_overrides: .*num_queries must be between 1 and inf, got 0"):
+        load_pretrained_for_categories(str(saved), names, None, {"num_queries": 0})
+
+
 CLASS_TENSORS = {
     "class_embed.0.weight",
     "class_embed.0.bias",

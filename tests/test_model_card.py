@@ -85,6 +85,17 @@ def test_measured_numbers_enter_the_model_index():
     assert "**Measured** with pycocotools on Blood cells, test" in card.text
 
 
+def test_numbers_that_are_not_coco_s_are_marked_in_text_and_index():
+    card = finetuned(tiny_config(), metrics={"ap": 0.5, "ar_500": 0.75}, max_detections=500)
+    assert [result.metric_name for result in card.data.eval_results] == [
+        "AP@[.50:.95] (500 detections per class and image)",
+        "AR 500 (500 detections per class and image)",
+    ]
+    assert "instead of 100: not comparable with COCO's metrics.\n\n| metric | value |" in card.text
+    assert "| AR 500 | 0.750 |" in card.text
+    assert "not comparable" not in finetuned(tiny_config(), metrics={"ap": 0.5}, max_detections=100).text
+
+
 def test_absent_measurements_are_left_out():
     card = finetuned(tiny_config(), metrics={"ap": 0.5, "ap_large": -1.0, "ap_small": float("nan")})
     assert [result.metric_type for result in card.data.eval_results] == ["ap"]

@@ -82,8 +82,9 @@ def load_pretrained_for_categories(
     processor = _load_processor(model, {"size": size})
     # updates as small as those of training are lost in half precision, in which a model may have been saved
     overrides = {**(overrides or {}), "dtype": torch.float32}
+    num_queries = overrides.pop("num_queries", config.num_queries)
     if set(config.id2label.values()) - {UNUSED_LABEL} == set(categories.values()):
-        return _load_weights(model, config.id2label, overrides), processor
+        return _set_num_queries(_load_weights(model, config.id2label, overrides), num_queries), processor
     id2label = contiguous_id2label(categories)
     detector = _load_weights(model, id2label, overrides, old_num_labels=config.num_labels)
     detector.reset_class_layers()  # an equal number of classes may be other classes, whose weights were loaded
@@ -98,7 +99,7 @@ def load_pretrained_for_categories(
         summarize_list(copied, 20) or "none",
         summarize_list(new, 20) or "none",
     )
-    return detector, processor
+    return _set_num_queries(detector, num_queries), processor
 
 
 def contiguous_id2label(categories: Mapping[int, str]) -> dict[int, str]:
@@ -113,6 +114,26 @@ def contiguous_id2label(categories: Mapping[int, str]) -> dict[int, str]:
     ```
     """
     return {label: categories[category_id] for label, category_id in enumerate(sorted(categories))}
+
+
+_QUERY_WEIGHTS = ("query_selection.content_queries.weight", "query_selection.anchors.weight")
+"""Ends of the names of weights with a row per query."""
+
+
+def _set_num_queries(detector: DinoDetrForObjectDetection, num_queries: int) -> DinoDetrForObjectDetection:
+    """Change the number of queries; additional ones begin as copies of the others."""
+    config, old = deepcopy(detector.config), detector.config.num_queries
+    if num_queries == old:
+        return detector
+    with _as_input_error(_OVERRIDES, "is not a configuration of a DINO model"):
+        config.num_queries = num_queries
+        changed = DinoDetrForObjectDetection(config)
+    rows = torch.arange(num_queries) % old
+    weights = detector.state_dict()
+    learned = {name: value[rows] for name, value in weights.items() if name.endswith(_QUERY_WEIGHTS)}
+    changed.load_state_dict({**weights, **learned})
+    logger.warning("the model has %d queries instead of %d: learned ones are repeated or left out", num_queries, old)
+    return changed.eval()
 
 
 @torch.no_grad()

@@ -33,6 +33,24 @@ METRIC_NAMES = {
 }
 """Key and display name of the twelve COCO metrics, each in [0, 1], in pycocotools' order."""
 
+COCO_MAX_DETECTIONS = 100
+"""Detections with the highest scores that COCO's metrics count, of each class in each image."""
+
+
+def describe_max_detections(max_detections: int) -> str:
+    """Return a note on metrics that count another number of detections than COCO's, empty if it is COCO's."""
+    if max_detections == COCO_MAX_DETECTIONS:
+        return ""
+    return (
+        f"With {max_detections} detections of a class in an image instead of {COCO_MAX_DETECTIONS}: not comparable "
+        "with COCO's metrics."
+    )
+
+
+def metric_name(metric: str) -> str:
+    """Return the display name of a metric, also of one that is not COCO's: `ar_500` is AR 500."""
+    return METRIC_NAMES.get(metric, metric.replace("_", " ").upper() if metric.startswith("ar_") else metric)
+
 
 def converted_card(
     config: DinoDetrConfig,
@@ -141,6 +159,7 @@ def finetuned_card(
     backbone: str | None = None,
     split: str | None = None,
     size: Mapping[str, int] | None = None,
+    max_detections: int = COCO_MAX_DETECTIONS,
 ) -> str:
     """Write the card of a model trained or fine-tuned with hf_dino.
 
@@ -156,10 +175,12 @@ def finetuned_card(
             [`~hub.load_backbone_weights`].
         split (`str`, *optional*): Split of the dataset on which the metrics were measured.
         size (`dict[str, int]`, *optional*): Size of the image processor, in pixels.
+        max_detections (`int`, *optional*, defaults to 100): Detections of a class in an image that the metrics count.
 
     Returns:
         `str`: Markdown with a metadata block, to be saved as `README.md`.
     """
+    limit = "" if max_detections == COCO_MAX_DETECTIONS else f" ({max_detections} detections per class and image)"
     measured = {name: float(value) for name, value in metrics.items() if math.isfinite(value) and value >= 0}
     name = f"dino-detr-{_slug(dataset)}"
     on_hub = base_model is not None and _is_hub_id(base_model)
@@ -176,7 +197,7 @@ def finetuned_card(
                 dataset_name=dataset,
                 dataset_split=split,
                 metric_type=metric,
-                metric_name=METRIC_NAMES.get(metric, metric),
+                metric_name=metric_name(metric) + limit,
                 metric_value=round(value, 4),
             )
             for metric, value in measured.items()
@@ -187,7 +208,7 @@ def finetuned_card(
         f"# DINO, {backbone_name(config)}, trained on {dataset}",
         _DESCRIPTION,
         f"Trained {_start(base_model, backbone)} on {dataset}, with this command:\n\n```bash\n{command.strip()}\n```",
-        _measured(measured, dataset, split),
+        _measured(measured, dataset, split, describe_max_detections(max_detections)),
         _usage(),
         _preprocessing(size) if size else "",
         _labels(config),
@@ -301,15 +322,14 @@ def _published(box_ap: float | None, hash_known: bool) -> str:
     )
 
 
-def _measured(measured: Mapping[str, float], dataset: str, split: str | None) -> str:
+def _measured(measured: Mapping[str, float], dataset: str, split: str | None, note: str) -> str:
     head = "## Results\n\n"
     if not measured:
         return head + "Nothing was measured."
-    rows = "\n".join(f"| {METRIC_NAMES.get(name, name)} | {value:.3f} |" for name, value in measured.items())
+    rows = "\n".join(f"| {metric_name(name)} | {value:.3f} |" for name, value in measured.items())
     where = f"{dataset}, {split}" if split else dataset
-    return (
-        head + f"**Measured** with pycocotools on {where}, as fractions of 1:\n\n| metric | value |\n|---|---|\n{rows}"
-    )
+    how = f"**Measured** with pycocotools on {where}, as fractions of 1{'. ' if note else ':'}{note}"
+    return f"{head}{how}\n\n| metric | value |\n|---|---|\n{rows}"
 
 
 _LIMITS = """## Limits

@@ -293,6 +293,12 @@ class FineTuningArguments:
     # evaluation and logging
     per_device_eval_batch_size: int = _option(8, _integer(1), "Number of images per process in an evaluation batch.")
     eval_epochs: int = _option(1, _integer(1), "Number of epochs between two evaluations.")
+    max_detections: int = _option(
+        100,
+        _integer(100),
+        "Number of detections of a class in an image that evaluations count: COCO's 100, or more for images with more "
+        "objects.",
+    )
     checkpointing_steps: int | None = _option(
         None, _integer(1), "Number of optimizer steps between two checkpoints within an epoch; by default, none there."
     )

@@ -1,5 +1,6 @@
 """The command line `hf-dino`: its help is fast, its options have two spellings, its errors are one line."""
 
+import inspect
 import os
 import subprocess
 import sys
@@ -19,6 +20,8 @@ from hf_dino.data.augmentation import AUGMENTATIONS
 from hf_dino.data.convert import WRITERS
 from hf_dino.evaluation import ENGINES
 from hf_dino.image_processing_dino_detr import LONGEST_EDGE, SHORTEST_EDGE
+from hf_dino.model_card import COCO_MAX_DETECTIONS
+from hf_dino.training_arguments import default_of
 
 
 ROOT = Path(__file__).parents[2]
@@ -167,6 +170,8 @@ def test_choices_are_those_of_the_library():
 
     assert choices(evaluate.evaluate, "split") == SPLITS
     assert choices(evaluate.evaluate, "coco_backend") == tuple(ENGINES)
+    assert inspect.signature(evaluate.evaluate).parameters["max_detections"].default == COCO_MAX_DETECTIONS
+    assert default_of("max_detections") == COCO_MAX_DETECTIONS
     assert choices(data.convert, "format") == tuple(WRITERS)
     (help,) = get_type_hints(data.augment, include_extras=True)["augmentation"].__metadata__
     assert [name for name in AUGMENTATIONS if name not in help.help] == []

@@ -3,6 +3,7 @@
 import json
 import logging
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,7 +12,10 @@ from PIL import Image
 from helpers.coco_files import annotation, write_coco
 from helpers.command_line import hf_dino
 from helpers.data_formats import coco_text, draw, voc_xml, write, write_shapes
+from hf_dino import DinoDetrConfig
 from hf_dino.data import InputError, check_data, read_coco, read_data
+from hf_dino.data.check import object_limits
+from hf_dino.data.dataset import AnnotatedImageBuilder, label_of_category, xywh_to_xyxy, xyxy_to_xywh
 from hf_dino.data.preview import Sample, draw_image_grid
 
 
@@ -93,10 +97,222 @@ def test_boxes_in_another_format(tmp_path):
     (error,) = check_data({"train": wrong}).errors
     assert error == (
         "train: boxes seem to be x0, y0, x1, y1, but must be x, y, width, height: read so, 2 of 3 extend beyond "
-        "their image"
+        "their image, and 3 of 3 are inside as corners. Read them with --box_format xyxy"
     )
     (error,) = check_data({"train": data(tmp_path / "b", [annotation(1, 3, [0.1, 0.2, 0.5, 0.3])])}).errors
     assert "Boxes seem to be fractions" in error
+
+
+SIZE = np.array([320, 240])  # width, height
+
+
+@pytest.fixture(scope="module")
+def image(tmp_path_factory):
+    path = tmp_path_factory.mktemp("image") / "1.png"
+    draw(path, (240, 320))
+    return path
+
+
+def make_split(image, boxes, num_images=10, format="COCO", **options):
+    """Boxes as they are read, in copies of an image of 320 x 240 pixels."""
+    builder = AnnotatedImageBuilder("made")
+    for part in np.array_split(np.asarray(boxes, dtype=float), num_images):
+        builder.add(image, (240, 320), part, [1] * len(part))
+    return replace(builder.build({1: "cat"}), format=format, **options)
+
+
+def messages(split):
+    """Errors and warnings about boxes."""
+    report = check_data({"train": split}, decode=False, num_workers=1)
+    about_boxes = [[text for text in texts if " boxes " in f" {text} "] for texts in (report.errors, report.warnings)]
+    assert not [text for texts in about_boxes for text in texts if "\n" in text]
+    return about_boxes
+
+
+def random_boxes(rng, kind, count):
+    """True x, y, width, height in pixels."""
+    sides = {
+        "coco": np.clip(rng.lognormal(-2, 0.8, (count, 2)), 0.02, 1),
+        "large": rng.uniform(0.6, 1, (count, 2)),
+        "tiny": rng.uniform(0.01, 0.03, (count, 2)),
+        "upper left": rng.uniform(0.3, 1, (count, 2)),
+        "of one size": np.tile(rng.uniform(0.2, 0.8, 2), (count, 1)),
+        "whole": 1 - rng.uniform(0, 0.04, (count, 2)),
+    }[kind]
+    starts = rng.uniform(0, 0.1 if kind == "upper left" else 1, (count, 2)) * (1 - sides)
+    return np.hstack([starts, sides]) * np.tile(SIZE, 2)
+
+
+KINDS = ("coco", "large", "tiny", "upper left", "of one size", "whole")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_true_boxes_are_taken_for_nothing_else(image, kind):
+    """Also those of which people drew some a little too far, and a few much too far."""
+    rng = np.random.default_rng(0)
+    for count in (1, 2, 3, 10, 40, 400):
+        boxes = random_boxes(rng, kind, count)
+        sloppy = boxes + np.pad(rng.uniform(0, 0.04, (count, 2)) * SIZE, ((0, 0), (2, 0)))
+        sloppy[: count // 20, 2:] += SIZE
+        for each in (boxes, sloppy, np.round(boxes)):
+            errors, warnings = messages(make_split(image, each, min(count, 10)))
+            assert errors == []
+            assert not [text for text in warnings if "far beyond" in text or "x0" in text or "percent" in text]
+
+
+@pytest.mark.parametrize("kind", ["coco", "large", "tiny", "of one size"])
+@pytest.mark.parametrize("share_odd", [0, 0.01, 0.2])
+def test_corners_are_found_though_some_boxes_are_odd(image, kind, share_odd):
+    rng = np.random.default_rng(1)
+    corners = xywh_to_xyxy(random_boxes(rng, kind, 200))
+    odd = rng.permutation(200)[: int(200 * share_odd)]
+    corners[odd, 2] = corners[odd, 0] * rng.choice([0, 0.5, 1], len(odd))
+    (error,), _ = messages(make_split(image, corners))
+    assert error.startswith("train: boxes seem to be x0, y0, x1, y1, but must be x, y, width, height: read so, ")
+    assert error.endswith("Read them with --box_format xyxy")
+    for format in ("Pascal VOC", "YOLO"):  # which define their boxes
+        assert messages(make_split(image, corners, format=format))[0] == []
+
+
+def test_corners_in_the_upper_left_are_found_by_their_equal_sizes(image):
+    boxes = random_boxes(np.random.default_rng(2), "tiny", 100) / 2
+    errors, warnings = messages(make_split(image, xywh_to_xyxy(boxes)))
+    assert errors == []
+    assert [text for text in warnings if "may be x0, y0, x1, y1: as such, 100 of 100 are inside" in text]
+    assert messages(make_split(image, xywh_to_xyxy(boxes), box_format="xyxy"))[0] == [], "these were converted"
+    boxes[:4, :2] = 0.7 * SIZE
+    assert "read so, 4 of 100 extend beyond" in messages(make_split(image, xywh_to_xyxy(boxes)))[0][0]
+
+
+def test_boxes_read_as_corners_that_are_none(image):
+    boxes = random_boxes(np.random.default_rng(3), "coco", 200)
+    (error,), _ = messages(make_split(image, xyxy_to_xywh(boxes), box_format="xyxy"))
+    assert "boxes cannot be used as xyxy. Leave out --box_format xyxy" in error
+    assert messages(make_split(image, boxes, box_format="xyxy")) == [[], []]
+    boxes[:120] = 0  # rows of images without objects
+    errors, warnings = messages(make_split(image, boxes))
+    assert (errors, "train: 120 of 200 boxes cannot be used as xywh. They may be in another format" in warnings) == (
+        [],
+        True,
+    )
+
+
+@pytest.mark.parametrize(
+    ("convert", "hint"),
+    [
+        (lambda boxes: boxes + np.pad(boxes[:, 2:] / 2, ((0, 0), (0, 2))), "as center x, center y, width, height"),
+        (lambda boxes: boxes * [1.5, 1.5, 1.5, 1.5], "are they of images of another size?"),
+    ],
+)
+def test_boxes_far_beyond_their_image(image, convert, hint):
+    boxes = convert(random_boxes(np.random.default_rng(4), "coco", 200))
+    errors, warnings = messages(make_split(image, boxes))
+    assert errors == []
+    assert [text for text in warnings if "boxes extend far beyond their image: " in text and text.endswith(hint)]
+
+
+@pytest.mark.parametrize("num_in_pixels", [0, 1, 40])
+def test_fractions_are_found_among_pixels(image, num_in_pixels):
+    boxes = random_boxes(np.random.default_rng(5), "coco", 100)
+    for fractions in (boxes, boxes + np.pad(boxes[:, 2:] / 2, ((0, 0), (0, 2)))):
+        fractions = fractions / np.tile(SIZE, 2)
+        fractions[:num_in_pixels] = boxes[:num_in_pixels]
+        (error,), _ = messages(make_split(image, fractions))
+        assert error.startswith(f"train: {100 - num_in_pixels} of 100 boxes are in the first pixel of their image. ")
+
+
+def test_boxes_of_unusual_sizes_are_named(image):
+    boxes = random_boxes(np.random.default_rng(6), "coco", 40)
+    boxes[3] = [0.1, 0.2, 0.3, 0.2]
+    assert messages(make_split(image, boxes))[1] == [
+        f"train: 1 of 40 boxes cover less than a pixel; {image.parent.name}/1.png"
+    ]
+    percent = random_boxes(np.random.default_rng(7), "coco", 40) / np.tile(SIZE, 2) * 100
+    assert messages(make_split(image, percent))[1][-1] == (
+        "train: 40 of 40 boxes are in the first 100 pixels of larger images: are they in percent?"
+    )
+    boxes[:30] = [0, 0, *SIZE]
+    assert "train: 30 of 40 boxes cover the entire image" in messages(make_split(image, boxes))[1]
+
+
+@pytest.mark.parametrize("name", ["bccd", "tiny_coco"])
+def test_real_boxes_and_their_corners(shared, name):
+    for split in read_data(shared / "data" / name).values():
+        assert messages(split)[0] == []
+        wrong = [replace(image, boxes=xywh_to_xyxy(image.boxes)) for image in split.images]
+        assert "--box_format xyxy" in messages(replace(split, images=wrong))[0][0]
+
+
+def classes(*names):
+    return dict(enumerate(names, start=1))
+
+
+def named_data(folder, names):
+    """One object of each class."""
+    objects = [annotation(1, number, [number, 2, 8, 8]) for number in range(1, len(names) + 1)]
+    return data(folder, objects, categories=classes(*names))
+
+
+@pytest.mark.parametrize(
+    ("train", "validation", "error"),
+    [
+        (["traffic light"], ["Traffic_Light"], None),
+        (["Traffic_Light", "bus"], ["bus", "traffic-light"], None),
+        (["cat", "Cat"], ["Cat", "cat"], None),
+        (["cat"], ["cat", "Cat"], "validation: 'cat' and 'Cat' are all the class 'cat' of train. Give it one name"),
+        (["cat", "Cat"], ["CAT"], "validation: has objects of classes that train does not have: 'CAT'"),
+        (["cat"], ["category"], "validation: has objects of classes that train does not have: 'category'"),
+    ],
+)
+def test_classes_of_splits_are_matched_as_training_matches_them(tmp_path, train, validation, error):
+    splits = {"train": named_data(tmp_path / "a", train), "validation": named_data(tmp_path / "b", validation)}
+    errors = check_data(splits, decode=False).errors
+    assert [text.startswith(error or "") for text in errors] == [True] * bool(error)
+    id2label = dict(enumerate(train))
+    if error:
+        with pytest.raises(InputError):
+            label_of_category(splits["validation"], id2label)
+    else:
+        assert len(set(label_of_category(splits["validation"], id2label).values())) == len(validation)
+
+
+def test_names_of_the_same_words_are_shown(tmp_path):
+    names = ["traffic light", "Traffic  light", "bus"]
+    splits = {"train": named_data(tmp_path / "a", names), "validation": named_data(tmp_path / "b", ["BUS"])}
+    warnings = check_data(splits, decode=False).warnings
+    assert (
+        "train: the names 'traffic light', 'Traffic  light' are the same words, but different classes. If they are "
+        "one class, give it one name"
+    ) in warnings
+    assert "validation: classes are those of train with the same words: 'BUS' is 'bus'" in warnings
+    assert [text for text in warnings if "another split" in text] == [
+        "train: has classes that another split does not have: 'traffic light', 'Traffic  light'"
+    ]
+
+
+def test_images_with_many_objects_are_named_with_the_option(tmp_path):
+    objects = [annotation(1, 3, [x, y, 1, 1]) for x in range(50) for y in range(20)]
+    objects += [annotation(2, 3 + 4 * (n % 2), [n % 50, n // 50, 1, 1]) for n in range(301)]
+    objects += [annotation(3, 3, [n % 50, n // 50, 1, 1], iscrowd=int(n > 99)) for n in range(300)]
+    split = data(tmp_path, objects, sizes=[(40, 60)] * 3)
+    warnings = check_data({"train": split, "validation": split}, decode=False).warnings
+    assert [text.partition(";")[0] for text in warnings if "more than" in text] == [
+        "train: 1 of 3 images have more than 900 objects, up to 1000: a model of 900 queries cannot detect them all, "
+        "one that is trained with --config_overrides num_queries=1000 can",
+        "train: 2 of 3 images have more than 100 objects, up to 1000: a step takes 100 of them at random for "
+        "denoising, with --config_overrides num_denoising=1000 all",
+        "validation: 1 of 3 images have more than 900 objects, up to 1000: a model of 900 queries cannot detect them "
+        "all, one that is trained with --config_overrides num_queries=1000 can",
+        "validation: 2 of 3 images have more than 300 objects, up to 1000: an evaluation keeps 300 detections of an "
+        "image, with --max_detections 1000 more",
+        "validation: 2 of 3 images have more than 100 objects of a class, up to 1000: an evaluation counts 100 "
+        "detections of a class in an image, with --max_detections 1000 more",
+    ]
+    images = {text.partition("; images/1.png")[2] for text in warnings if "more than" in text}
+    assert images == {"", ", images/2.png"}
+    config = DinoDetrConfig(num_queries=1000, denoising="none", num_select=50)
+    enough = check_data({"train": split, "validation": split}, decode=False, limits=object_limits(config, 1000))
+    assert not [text for text in enough.warnings if "more than" in text]
 
 
 def test_classes_that_differ_between_splits(tmp_path):

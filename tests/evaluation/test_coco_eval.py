@@ -43,7 +43,7 @@ def data(tmp_path):
     return read_coco(*write_coco(tmp_path, OBJECTS, sizes=[(40, 80), (100, 60), (40, 80)]))
 
 
-def by_pycocotools(data, detections):
+def by_pycocotools(data, detections, max_detections=100):
     """Evaluate all categories at once; pycocotools loads the detections from a list of dicts."""
     objects = [(image, row) for image in data.images for row in range(len(image.boxes))]
     truth = COCO()
@@ -69,6 +69,7 @@ def by_pycocotools(data, detections):
     with contextlib.redirect_stdout(io.StringIO()):
         truth.createIndex()
         evaluation = COCOeval(truth, truth.loadRes(results), "bbox")
+        evaluation.params.maxDets = [1, 10, max_detections]
         evaluation.evaluate()
         evaluation.accumulate()
         evaluation.summarize()
@@ -148,6 +149,76 @@ def test_annotation_id_zero_can_be_matched(tmp_path, engine):
     """Pycocotools takes id 0 for "no match"."""
     data = read_coco(*write_coco(tmp_path, [annotation(1, 3, BOXES[1], id=0)], sizes=[(40, 80)]))
     assert evaluate_coco(data, detections_from_results(RESULTS[:1]), engine).metrics["ap"] == pytest.approx(1)
+
+
+def perfect_detections(data):
+    return detections_from_results(
+        {"image_id": image.image_id, "category_id": int(category_id), "bbox": box.tolist(), "score": 1 - 1e-4 * number}
+        for image in data.images
+        for number, (box, category_id) in enumerate(zip(image.boxes, image.category_ids))
+    )
+
+
+@pytest.fixture
+def dense(tmp_path):
+    """Two images with 200 objects of a class each."""
+    objects = [annotation(i, 3, [n % 20 * 8, n // 20 * 8, 7, 6]) for i in (1, 2) for n in range(200)]
+    return read_coco(*write_coco(tmp_path, objects, sizes=[(120, 160)] * 2))
+
+
+def test_more_detections_than_coco_counts(dense, engine, caplog):
+    detections = perfect_detections(dense)
+    measured = evaluate_coco(dense, detections, engine)
+    assert 0.49 < measured.metrics["ap"] < 0.51, "half of the objects, as pycocotools says"
+    evaluate_coco(dense, detections, engine)
+    (warning,) = [each.getMessage() for each in caplog.records if "more than" in each.getMessage()]
+    assert warning == (
+        f"{dense.source}: 2 of 2 images have more than 100 objects of a class, up to 200: an evaluation counts 100 "
+        "detections of a class in an image, with --max_detections 200 more; images/1.png, images/2.png"
+    )
+    caplog.clear()
+    enough = evaluate_coco(dense, detections, engine, max_detections=200)
+    assert enough.metrics["ap"] == pytest.approx(1)
+    assert (enough.metrics["ar_200"], enough.max_detections) == (pytest.approx(1), 200)
+    assert "ar_100" not in enough.metrics
+    assert not caplog.records
+
+
+def test_no_number_of_more_detections_is_shown_as_coco_s(dense, engine):
+    coco, more = (evaluate_coco(dense, perfect_detections(dense), engine, limit) for limit in (100, 250))
+    note = "With 250 detections of a class in an image instead of 100: not comparable with COCO's metrics."
+    assert more.table.splitlines()[-1] == note
+    assert more.table.count("maxDets=250") == 10
+    assert "maxDets=100" not in more.table
+    assert more.to_dict() == {**more.metrics, "ap_per_category": more.ap_per_category, "max_detections": 250}
+    assert coco.to_dict() == {**coco.metrics, "ap_per_category": coco.ap_per_category}
+    with pytest.raises(InputError, match="--max_detections must be at least COCO's 100, got 99"):
+        evaluate_coco(dense, perfect_detections(dense), engine, 99)
+
+
+@pytest.mark.parametrize("max_detections", [101, 150, 300, 1000])
+def test_equal_to_pycocotools_with_more_detections(engine, max_detections):
+    data, detections = generate(num_images=10, num_detections=300, num_categories=2)
+    expected = by_pycocotools(data, detections, max_detections)
+    measured = evaluate_coco(data, detections, engine, max_detections)
+    curves = expected.eval["precision"][..., 0, -1]
+    np.testing.assert_allclose(measured.precision, curves, atol=1e-12, rtol=0)
+    assert measured.metrics["ap"] == pytest.approx(curves[curves > -1].mean(), abs=1e-12, rel=0)
+    # pycocotools gives all but the first number for any limit
+    assert list(measured.metrics.values())[1:] == pytest.approx(expected.stats.tolist()[1:], abs=1e-12, rel=0)
+
+
+@pytest.mark.parametrize(("field", "index"), [("score", (1,)), ("bbox", (1, 0)), ("bbox", (1, 3))])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_detections_that_are_not_finite_are_an_error(data, field, index, value):
+    detections = detections_from_results(RESULTS)
+    detections[field][index] = value
+    message = "1 of 2 detections have a box or a score that is not finite, the first in the image with id 2"
+    with pytest.raises(FloatingPointError, match=message):
+        evaluate_coco(data, detections)
+    result = dict(RESULTS[0], score=float("nan"))
+    with pytest.raises(FloatingPointError, match="1 of 1 detections"):
+        detections_from_results([result])
 
 
 def test_crowds_are_ignored_rather_than_missed(tmp_path, engine):

@@ -178,6 +178,72 @@ def test_unknown_categories_are_an_error_before_the_first_image(data):
     assert not model.batches
 
 
+def test_classes_are_matched_by_their_words_and_others_are_named_once(tmp_path, caplog):
+    names = {3: "Dog", 5: "unicorn", 7: " CAT"}
+    data = read_coco(*write_coco(tmp_path, OBJECTS, sizes=SIZES, categories=names))
+    same = read_coco(*write_coco(tmp_path / "same", OBJECTS, sizes=SIZES))
+    model = make_oracle()
+    (scores, detections), (expected_scores, expected), _ = (
+        evaluate_model(model, make_processor(), each, Accelerator(), batch_size=2) for each in (data, same, data)
+    )
+    assert detections.tobytes() == expected.tobytes()
+    assert scores.metrics == expected_scores.metrics
+    assert [record.getMessage() for record in caplog.records if record.name.startswith("hf_dino.eval")] == [
+        f"{data.source}: categories are the model's classes with the same words: 'Dog' is 'dog', 'CAT' is 'cat'",
+        f"{data.source}: the model has no class for the categories 'unicorn', which have no objects",
+    ]
+
+
+def test_classes_that_the_dataset_lacks_are_named(tmp_path, caplog):
+    data = read_coco(*write_coco(tmp_path, OBJECTS[:1], sizes=SIZES, categories={3: "dog"}))
+    _, detections = evaluate_model(make_oracle(), make_processor(), data, Accelerator(), batch_size=2)
+    assert set(detections["category_id"].tolist()) == {3}
+    assert caplog.messages == [
+        f"{data.source}: detections of the model's classes 'cat' are not counted, since the dataset does not have them"
+    ]
+
+
+def test_two_categories_that_are_one_class_are_an_error(tmp_path):
+    data = read_coco(*write_coco(tmp_path, OBJECTS, sizes=SIZES, categories={3: "dog", 7: "Dog"}))
+    with pytest.raises(InputError, match="the categories 'dog', 'Dog' are all the model's class 'dog'"):
+        evaluate_model(make_oracle(), make_processor(), data, Accelerator(), batch_size=2)
+
+
+def test_max_detections_keeps_more_than_the_model_selects(data, caplog):
+    """The oracle has two queries and three labels, of which it selects two detections of an image."""
+    arguments = (make_oracle(), make_processor(), data, Accelerator())
+    few, more = (evaluate_model(*arguments, batch_size=2, max_detections=limit) for limit in (100, 101))
+    assert (len(few[1]), len(more[1])) == (6, 12), "two of three labels are classes of the dataset"
+    assert (few[0].max_detections, more[0].max_detections) == (100, 101)
+    assert not caplog.messages
+
+
+def test_images_with_more_objects_than_a_model_detects_are_named(tmp_path, caplog):
+    objects = [annotation(1, 3, [n, n, 9, 9]) for n in range(5)] + [annotation(2, 7, [1, 1, 9, 9])]
+    data = read_coco(*write_coco(tmp_path, objects, sizes=SIZES))
+    model = make_oracle()
+    model.config.num_queries, model.config.num_select = 3, 4
+    for _ in range(2):
+        evaluate_model(model, make_processor(), data, Accelerator(), batch_size=2)
+    queries, selected = caplog.messages
+    assert queries.startswith(f"{data.source}: 1 of 3 images have more than 3 objects, up to 5: a model of 3 queries ")
+    assert selected.startswith(
+        f"{data.source}: 1 of 3 images have more than 4 objects, up to 5: an evaluation keeps 4"
+    )
+
+
+def test_no_result_of_a_model_with_broken_weights(data, tmp_path):
+    model = make_oracle()
+    model.boxes = {shape: (label, [float("nan")] * 4) for shape, (label, _) in model.boxes.items()}
+    with pytest.raises(FloatingPointError, match="detections have a box or a score that is not finite"):
+        evaluate_model(model, make_processor(), data, Accelerator(), batch_size=2)
+    broken = random_detections([1, 2])
+    broken["score"][0] = float("nan")
+    with pytest.raises(FloatingPointError, match="the first in the image with id 1"):
+        write_coco_results(tmp_path / "new" / "results.json", broken)
+    assert not (tmp_path / "new").exists()
+
+
 @pytest.mark.parametrize("count", [0, 1, 5])
 def test_coco_results_survive_writing_and_reading(tmp_path, count):
     detections = random_detections(range(count))

@@ -172,6 +172,26 @@ def test_the_command_writes_all_files_and_overwrites_none(data, tmp_path, capsys
     assert hf_dino([*command, "--coco_backend=other"]) == 2
 
 
+def test_metrics_of_more_detections_than_coco_s_are_marked_everywhere(data, tmp_path, capsys):
+    tiny_model(id2label=dict(enumerate(HOSTILE.values()))).save_pretrained(tmp_path / "model")
+    DinoDetrImageProcessor(size={"shortest_edge": 64, "longest_edge": 107}).save_pretrained(tmp_path / "model")
+    outputs = {name: tmp_path / name for name in ("metrics_json", "results_json", "report_html")}
+    command = ["evaluate", f"--model_name_or_path={tmp_path / 'model'}", "--dataloader_num_workers=0"]
+    command += [f"--images={tmp_path / 'images'}", f"--annotations={tmp_path / 'annotations.json'}"]
+    command += ["--max_detections=400", *(f"--{name}={path}" for name, path in outputs.items())]
+    assert hf_dino(command) == 0
+    note = "With 400 detections of a class in an image instead of 100: not comparable with COCO's metrics."
+    assert note in capsys.readouterr().out
+    metrics = json.loads(outputs["metrics_json"].read_text())
+    assert (metrics["max_detections"], "ar_400" in metrics, "ar_100" in metrics) == (400, True, False)
+    page = " ".join(" ".join(Page(outputs["report_html"].read_text(encoding="utf-8")).words).split())
+    assert f"Metrics {note}" in page
+    assert "COCO metrics" not in page
+    assert "AR 400" in page
+    assert "at most 1, 10 or 400 detections per image and class" in page
+    assert hf_dino([*command, "--max_detections=99"]) == 2
+
+
 @pytest.mark.filterwarnings("error")
 def test_names_that_are_long_or_in_no_font(tmp_path):
     names = {3: 300 * "x", 7: "🐈 猫"}

@@ -13,6 +13,7 @@ from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 from transformers import ResNetConfig, ResNetForImageClassification
 
+from helpers.coco_files import annotation, write_coco
 from helpers.command_line import hf_dino, train_arguments
 from helpers.data_formats import FORMATS, write_shapes
 from helpers.jobs import Killed
@@ -163,6 +164,52 @@ def test_a_run_with_these_options_ends_the_same_when_it_was_interrupted(
     torch.manual_seed(1234)  # nothing may depend on the state of this process
     train([*command, f"--output_dir={cut}", "--resume_from_checkpoint"])
     assert_same_run(cut, whole)
+
+
+def test_names_of_the_same_words_and_dense_images_from_training_to_evaluation(start, tmp_path, caplog, capsys):
+    """Train and validation split, the model and another dataset spell a class differently."""
+    names = {"train": "traffic light", "val": "Traffic_Light", "test": " TRAFFIC-LIGHT "}
+    files = {}
+    for split, name in names.items():
+        objects = [annotation(1, 1, [n % 8 * 8, n // 8 * 3, 8, 3]) for n in range(105)]
+        files[split] = write_coco(tmp_path / split, objects, sizes=[(64, 64)] * 2, categories={1: name})
+    paired = [
+        f"--{split}_{kind}={path}"
+        for split in ("train", "val")
+        for kind, path in zip(("images", "annotations"), files[split])
+    ]
+    run = tmp_path / "run"
+    train([*start, *paired, f"--output_dir={run}", "--max_train_steps=1", "--max_detections=104"])
+    said = [message.partition(";")[0] for message in caplog.messages if "objects" in message]
+    of_val = f"{files['val'][1]}: 1 of 2 images have more than"
+    assert said == [
+        "train: 1 of 2 images have no objects",
+        "validation: 1 of 2 images have no objects",
+        "train: 1 of 2 images have more than 12 objects, up to 105: a model of 12 queries cannot detect them all, one "
+        "that is trained with --config_overrides num_queries=105 can",
+        "train: 1 of 2 images have more than 6 objects, up to 105: a step takes 6 of them at random for denoising, "
+        "with --config_overrides num_denoising=105 all",
+        f"{of_val} 12 objects, up to 105: a model of 12 queries cannot detect them all, one that is trained with "
+        "--config_overrides num_queries=105 can",
+        f"{of_val} 104 objects of a class, up to 105: an evaluation counts 104 detections of a class in an image, "
+        "with --max_detections 105 more",
+    ]
+    assert (
+        "validation: classes are those of train with the same words: 'Traffic_Light' is 'traffic light'" in caplog.text
+    )
+    measured = json.loads((run / "metrics.json").read_text())
+    assert measured["validation"]["max_detections"] == 104
+    assert measured["validation"]["ap_per_category"].keys() == {"Traffic_Light"}
+    assert "instead of 100: not comparable with COCO's metrics" in (run / "README.md").read_text()
+
+    capsys.readouterr()
+    for split in ("val", "test"):
+        pair = (f"--{kind}={path}" for kind, path in zip(("images", "annotations"), files[split]))
+        command = ["evaluate", f"--model_name_or_path={run}", *pair, f"--metrics_json={tmp_path / split}.json"]
+        assert hf_dino([*command, "--max_detections=104", "--dataloader_num_workers=0"]) == 0
+        scores = json.loads((tmp_path / f"{split}.json").read_text())
+        del scores["ap_per_category"]
+        assert scores == {name: measured["validation"][name] for name in scores}
 
 
 def test_a_resumed_run_of_another_length_warns_where_the_learning_rate_jumps(start, data, tmp_path, caplog):

@@ -57,6 +57,15 @@ def evaluate(
         Literal["pycocotools", "faster-coco-eval"],
         typer.Option(help="Package that computes COCO metrics; faster-coco-eval is faster and equally exact."),
     ] = "pycocotools",
+    max_detections: Annotated[
+        int,
+        typer.Option(
+            metavar="INTEGER",
+            min=100,
+            help="Detections of a class in an image that count: COCO's 100, or more for images with more objects, "
+            "which makes other metrics than COCO's.",
+        ),
+    ] = 100,
     image_processor_backend: Annotated[
         Literal["torchvision", "pil"] | None,
         typer.Option(
@@ -118,6 +127,7 @@ def evaluate(
             num_workers=dataloader_num_workers,
             on_batch=partial(progress.advance, task),
             engine=coco_backend,
+            max_detections=max_detections,
         )
     if accelerator.is_main_process:
         print(f"{split if dataset else data.name}, {len(data.images)} images:\n{scores.table}")
@@ -170,7 +180,7 @@ def _write(
     from ..utils.io import write_json
 
     if metrics_json is not None:
-        write_json(metrics_json, {**scores.metrics, "ap_per_category": scores.ap_per_category})
+        write_json(metrics_json, scores.to_dict())
     if results_json is not None:
         write_coco_results(results_json, detections)
     if report_html is not None:

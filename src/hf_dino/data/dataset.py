@@ -99,6 +99,7 @@ class DetectionSplit:
         categories (`dict[int, str]`): Category id to name, by ascending id.
         warnings (`dict[str, list[str]]`): What was corrected, mapped to the path of the image, once per correction.
         format (`str`): Display name of the format that was detected, if any.
+        box_format (`str`): `box_format` of the [`ReadOptions`] that it was read with.
     """
 
     source: Path | str
@@ -106,6 +107,7 @@ class DetectionSplit:
     categories: dict[int, str]
     warnings: Mapping[str, Sequence[str]] = field(default_factory=dict)
     format: str = ""
+    box_format: str = "xywh"
 
     @property
     def name(self) -> str:

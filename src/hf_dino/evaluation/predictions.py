@@ -12,13 +12,20 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object, send_to_device
 from torch import nn
 from transformers import BaseImageProcessor
+from transformers.utils import logging
 
+from ..data.check import object_limits
 from ..data.dataset import DetectionSplit, label_of_category, xyxy_to_xywh
 from ..data.loaders import evaluation_loader
+from ..model_card import COCO_MAX_DETECTIONS
 from ..utils.distributed import summon_full_params
+from ..utils.errors import summarize_list
 from ..utils.io import open_new_text_file
-from .coco_eval import CocoScores, check_engine, evaluate_coco
+from ..utils.names import named_classes
+from .coco_eval import CocoScores, check_engine, check_finite, evaluate_coco, warn_about_dense_images
 
+
+logger = logging.get_logger(__name__)
 
 DETECTION_DTYPE = np.dtype([("image_id", "<i8"), ("category_id", "<i8"), ("bbox", "<f8", 4), ("score", "<f8")])
 """One detection: COCO image id and category id, box as x, y, width, height in pixels of the original image, and score
@@ -35,11 +42,13 @@ def evaluate_model(
     num_workers: int = 0,
     on_batch: Callable[[int], None] = lambda num_images: None,
     engine: str = "pycocotools",
+    max_detections: int = COCO_MAX_DETECTIONS,
 ) -> tuple[CocoScores, np.ndarray]:
     """Run a model over a dataset and compute its COCO metrics. All processes must call it and get the same result.
 
     Categories are matched to the model's classes by name. A batch only has images of one resized size, so the result
-    does not depend on the batch size. The main process computes the metrics.
+    does not depend on the batch size. The main process computes the metrics. It warns, once, about classes of which
+    only the model or the dataset knows, and about images with more objects than can be detected or counted.
 
     Args:
         model (`nn.Module`): A detection model, prepared by `accelerator` or not.
@@ -51,15 +60,22 @@ def evaluate_model(
         on_batch (`Callable[[int], None]`, *optional*): Called after each batch of this process with its number of
             images.
         engine (`str`, *optional*, defaults to `"pycocotools"`): Computes the metrics; one of [`ENGINES`].
+        max_detections (`int`, *optional*, defaults to 100): Detections of a class in an image that count. If it is
+            more than COCO's 100, as many are kept of each image, even if the model's `num_select` is lower.
 
     Returns:
         `tuple[CocoScores, np.ndarray]`: The metrics, and the detections as [`collect_detections`] returns them.
 
     Raises:
         InputError: If a category that has objects is not among the model's classes, or the engine is not available.
+        FloatingPointError: If a detection is not finite.
     """
     check_engine(engine)
-    labels = label_of_category(split, accelerator.unwrap_model(model).config.id2label)
+    config = accelerator.unwrap_model(model).config
+    labels, limits = label_of_category(split, config.id2label), object_limits(config, max_detections)
+    if accelerator.is_main_process:
+        _warn_about_classes(split, config.id2label, labels)
+        warn_about_dense_images(split, limits)
     loader = evaluation_loader(
         split,
         processor,
@@ -69,9 +85,33 @@ def evaluate_model(
         num_workers=num_workers,
     )
     label_to_category_id = {label: category_id for category_id, label in labels.items()}
-    detections = collect_detections(model, loader, processor, label_to_category_id, accelerator, on_batch)
-    scores = [evaluate_coco(split, detections, engine)] if accelerator.is_main_process else [None]
+    detections = collect_detections(
+        model, loader, processor, label_to_category_id, accelerator, on_batch, top_k=limits["num_select"]
+    )
+    is_main = accelerator.is_main_process
+    scores = [evaluate_coco(split, detections, engine, max_detections) if is_main else None]
     return broadcast_object_list(scores)[0], detections
+
+
+def _warn_about_classes(split: DetectionSplit, id2label: Mapping[int, str], labels: Mapping[int, int]) -> None:
+    """Warn about classes that are matched by their words, and about those that only one side has."""
+    classes, categories = named_classes(id2label), split.categories
+    texts = {
+        "categories are the model's classes with the same words: {}": [
+            f"{categories[id_]!r} is {classes[label]!r}"
+            for id_, label in labels.items()
+            if categories[id_] != classes[label]
+        ],
+        "detections of the model's classes {} are not counted, since the dataset does not have them": [
+            repr(name) for label, name in classes.items() if label not in labels.values()
+        ],
+        "the model has no class for the categories {}, which have no objects": [
+            repr(name) for id_, name in categories.items() if id_ not in labels
+        ],
+    }
+    for text, names in texts.items():
+        if names:
+            logger.warning_once(f"{split.source}: {text.format(summarize_list(names))}")
 
 
 @torch.no_grad()
@@ -82,6 +122,7 @@ def collect_detections(
     label_to_category_id: Mapping[int, int],
     accelerator: Accelerator,
     on_batch: Callable[[int], None] = lambda num_images: None,
+    top_k: int | None = None,
 ) -> np.ndarray:
     """Run a model over a dataset and return the detections of all processes. All processes must call it.
 
@@ -98,10 +139,14 @@ def collect_detections(
             labels are dropped.
         accelerator (`Accelerator`): Provides the device.
         on_batch (`Callable[[int], None]`, *optional*): Called after each batch with its number of images.
+        top_k (`int`, *optional*): Detections of an image; by default, the model's `num_select`.
 
     Returns:
-        `np.ndarray` of shape `(num_detections,)` and dtype [`DETECTION_DTYPE`]: The `config.num_select` detections
-        with the highest scores of each image, by ascending image id; those of one image by descending score.
+        `np.ndarray` of shape `(num_detections,)` and dtype [`DETECTION_DTYPE`]: The `top_k` detections with the
+        highest scores of each image, by ascending image id; those of one image by descending score.
+
+    Raises:
+        FloatingPointError: If a detection is not finite.
     """
     # DistributedDataParallel's forward would wait for the other processes
     network = accelerator.unwrap_model(model)
@@ -111,12 +156,14 @@ def collect_detections(
             tensors = {name: batch[name] for name in ("pixel_values", "pixel_mask")}
             outputs = network(**send_to_device(tensors, accelerator.device, non_blocking=True))
             results = processor.post_process_object_detection(
-                outputs, threshold=0.0, target_sizes=batch["target_sizes"], top_k=network.config.num_select
+                outputs, threshold=0.0, target_sizes=batch["target_sizes"], top_k=top_k or network.config.num_select
             )
             for image_id, result in zip(batch["image_ids"], results, strict=True):
                 own.append(_to_detections(image_id, result, label_to_category_id))
             on_batch(len(batch["image_ids"]))
-    return sort_by_image(np.concatenate(gather_object([np.concatenate(own)])))
+    detections = sort_by_image(np.concatenate(gather_object([np.concatenate(own)])))
+    check_finite(detections)
+    return detections
 
 
 @contextmanager
@@ -158,7 +205,9 @@ def write_coco_results(path: Path, detections: np.ndarray) -> None:
 
     Raises:
         InputError: If the file exists.
+        FloatingPointError: If a detection is not finite, for which JSON has no number.
     """
+    check_finite(detections)
     fields = DETECTION_DTYPE.names or ()
     with open_new_text_file(path) as file:
         file.write("[")
@@ -170,6 +219,9 @@ def write_coco_results(path: Path, detections: np.ndarray) -> None:
 
 def detections_from_results(results: Iterable[Mapping[str, Any]]) -> np.ndarray:
     """Convert COCO results, as read from JSON, to an array of dtype [`DETECTION_DTYPE`].
+
+    Raises:
+        FloatingPointError: If a box or a score is not finite.
 
     Example:
 
@@ -183,4 +235,6 @@ def detections_from_results(results: Iterable[Mapping[str, Any]]) -> np.ndarray:
     ```
     """
     fields = DETECTION_DTYPE.names or ()
-    return np.array([tuple(result[field] for field in fields) for result in results], dtype=DETECTION_DTYPE)
+    detections = np.array([tuple(result[field] for field in fields) for result in results], dtype=DETECTION_DTYPE)
+    check_finite(detections)
+    return detections

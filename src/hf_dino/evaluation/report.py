@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from ..data.dataset import DetectionDataset, DetectionSplit, to_annotation_array, xywh_to_xyxy
-from ..model_card import METRIC_NAMES
+from ..model_card import describe_max_detections, metric_name
 from ..utils.io import open_new_text_file
 from ..visualization import draw_detections, hstack_images
 from .coco_eval import CocoScores
@@ -83,7 +83,9 @@ def write_report(
     with open_new_text_file(path) as file:
         stream = template.stream(
             title=title,
-            metrics=[(METRIC_NAMES[name], value) for name, value in scores.metrics.items()],
+            metrics=[(metric_name(name), value) for name, value in scores.metrics.items()],
+            max_detections=scores.max_detections,
+            note=describe_max_detections(scores.max_detections),
             num_images=len(split.images),
             num_objects=int(analysis.confusion[:-1].sum()),
             num_crowds=int(to_annotation_array(split)["iscrowd"].sum()),

@@ -14,12 +14,14 @@ from accelerate.utils import broadcast_object_list
 from transformers import BaseImageProcessor, PreTrainedModel
 
 from ..data.augmentation import Augmentation, make_augmentation
-from ..data.check import check_data
+from ..data.check import check_data, dense_images, object_limits
 from ..data.dataset import DetectionSplit, label_of_category
 from ..data.dataset import logger as reader_logger
 from ..data.loaders import TrainingCollator, get_processed_shape
+from ..evaluation.coco_eval import warn_about_dense_images
 from ..evaluation.predictions import eval_mode
 from ..loss_dino_detr import DinoDetrEffectiveBatch
+from ..model_card import COCO_MAX_DETECTIONS
 from ..utils.errors import InputError
 
 
@@ -48,7 +50,8 @@ def read_and_check(read: Callable[[], dict[str, DetectionSplit]], *, is_new: boo
     finally:
         reader_logger.disabled = False
     if is_new:
-        reports = [check_data(data, decode=False) if process.is_main_process else None]
+        # whatever limits the number of objects is known once there is a model
+        reports = [check_data(data, decode=False, limits={}) if process.is_main_process else None]
         (report,) = broadcast_object_list(reports)
         for warning in report.warnings if process.is_main_process else ():
             logger.warning(warning)
@@ -70,9 +73,15 @@ class TrainingPipeline:
 
 
 def build_training_pipeline(
-    model: PreTrainedModel, processor: BaseImageProcessor, data: Mapping[str, DetectionSplit], augmentation: str
+    model: PreTrainedModel,
+    processor: BaseImageProcessor,
+    data: Mapping[str, DetectionSplit],
+    augmentation: str,
+    max_detections: int = COCO_MAX_DETECTIONS,
 ) -> TrainingPipeline:
     """Build the preprocessing of a dataset for a model, and check before the first step that every image is usable.
+
+    Images with more objects than the model or an evaluation takes are warned about.
 
     Args:
         model (`PreTrainedModel`): A `DinoDetrForObjectDetection`, before `accelerator.prepare`.
@@ -80,12 +89,15 @@ def build_training_pipeline(
             evaluation size of the augmentation.
         data (`Mapping[str, DetectionSplit]`): The dataset by the names of splits; `"train"` is trained on.
         augmentation (`str`): A name for [`make_augmentation`].
+        max_detections (`int`, *optional*, defaults to 100): Detections of a class in an image that evaluations count.
 
     Raises:
         InputError: If a category with objects is not a class of the model, the augmentation cannot be used, or an
             image becomes too small for the model.
     """
     labels = {name: label_of_category(split, model.config.id2label) for name, split in data.items()}
+    if PartialState().is_main_process:
+        _warn_about_dense_images(data, object_limits(model.config, max_detections))
     chosen = make_augmentation(augmentation, dict(processor.size))
     processor.size = dict(chosen.evaluation_size)
     shape_of = {name: partial(get_processed_shape, processor) for name in data} | {"train": chosen.min_output_shape}
@@ -96,6 +108,13 @@ def build_training_pipeline(
     return TrainingPipeline(
         chosen, TrainingCollator(processor, labels["train"], model.config.num_labels, do_resize=not chosen.resizes)
     )
+
+
+def _warn_about_dense_images(data: Mapping[str, DetectionSplit], limits: Mapping[str, int]) -> None:
+    for warning in dense_images("train", data["train"], limits):
+        logger.warning(warning)
+    for split in (split for name, split in data.items() if name != "train"):
+        warn_about_dense_images(split, limits)
 
 
 @torch.no_grad()

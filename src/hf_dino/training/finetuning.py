@@ -113,7 +113,9 @@ class FineTuner:
 
         set_seed(arguments.seed)
         model, self.processor = build_model(arguments, self.train_split, is_new=self.start is None)
-        self.pipeline = build_training_pipeline(model, self.processor, splits, arguments.augmentation)
+        self.pipeline = build_training_pipeline(
+            model, self.processor, splits, arguments.augmentation, arguments.max_detections
+        )
         self._prepare(model)
         self._plan_steps()
         set_seed(arguments.seed, device_specific=True)  # from here on, each process samples its own noise
@@ -326,6 +328,7 @@ class FineTuner:
                 batch_size=args.per_device_eval_batch_size,
                 num_workers=args.dataloader_num_workers,
                 on_batch=advance,
+                max_detections=args.max_detections,
             )
         return scores
 
@@ -379,12 +382,13 @@ class FineTuner:
             backbone=self.arguments.backbone_weights,
             split=split,
             size=dict(self.processor.size),
+            max_detections=self.arguments.max_detections,
         )
 
     def _report(self, scores: dict[str, CocoScores]) -> dict[str, Any]:
         return {
             "best_step": self.state.export_step,
-            **{name: {**each.metrics, "ap_per_category": each.ap_per_category} for name, each in scores.items()},
+            **{name: each.to_dict() for name, each in scores.items()},
             "command": self.command,
             "versions": {
                 "python": platform.python_version(),

@@ -99,7 +99,8 @@ def read_data(
         raise InputError(f"{source}: split {summarize_list(missing)} not found. It has {summarize_list(available)}")
     selected = {split: found[split] for split in available if not splits or split in splits}
     contents = {
-        split: replace(each, format=format.name) for split, each in format.read(selected, source, options).items()
+        split: replace(each, format=format.name, box_format=options.box_format)
+        for split, each in format.read(selected, source, options).items()
     }
     if options.on_error is raise_input_error:
         for each in contents.values():

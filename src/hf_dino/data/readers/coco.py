@@ -6,6 +6,7 @@ Format: https://cocodataset.org/#format-data, boxes as `[x, y, width, height]` i
 import json
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +54,8 @@ def read_coco(images: str | Path, annotations: str | Path, options: ReadOptions 
         InputError: If the file is missing, truncated, not a COCO annotation file or inconsistent, or if images are
             missing. The message lists the first few faults.
     """
-    return require_image_files(read_coco_file([Path(images)], Path(annotations), options))
+    split = read_coco_file([Path(images)], Path(annotations), options)
+    return require_image_files(replace(split, box_format=options.box_format))
 
 
 def read_coco_file(folders: Sequence[Path], source: Path, options: ReadOptions = DEFAULT_OPTIONS) -> DetectionSplit:
