@@ -11,7 +11,7 @@ from .coco import find_coco, find_single_coco_file, read_coco, read_coco_file, r
 from .common import DEFAULT_OPTIONS, ReadOptions, split_from_name
 from .hf_datasets import find_imagefolder, find_saved, is_hub_id, load_from_hub, read_tables, stream
 from .voc import find_voc, read_voc
-from .yolo import find_yolo_folders, find_yolo_yaml, read_yolo
+from .yolo import find_darknet, find_yolo_folders, find_yolo_yaml, read_yolo
 
 
 __all__ = ["ReadOptions", "read_coco", "read_coco_file", "read_data", "split_from_name"]
@@ -39,6 +39,7 @@ TABLES = Format("datasets", "dataset_dict.json, or dataset_info.json and state.j
 FORMATS = (
     TABLES,
     Format("YOLO", "a YAML file with names and train, val or test", find_yolo_yaml, read_yolo),
+    Format("YOLO", "obj.data with names and train, valid or test", find_darknet, read_yolo),
     Format(
         "COCO",
         "train.json, annotations/instances_train*.json or train/_annotations.coco.json",

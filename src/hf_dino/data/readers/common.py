@@ -1,19 +1,17 @@
-"""Shared by the readers: their options, which split a name stands for, and boxes as supervision reads them."""
+"""Shared by the readers: their options, which split a name stands for, and rotated boxes."""
 
+import math
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-import numpy as np
-
-from ...utils.errors import InputError
-from ..dataset import SPLIT_ALIASES, SPLITS, ErrorHandler, raise_input_error, xyxy_to_xywh
+from ...utils.errors import InputError, summarize_list
+from ..dataset import SPLIT_ALIASES, SPLITS, ErrorHandler, raise_input_error
 
 
-Item = TypeVar("Item")
-Annotation = tuple[Any, Any]  # a class, and x, y, width, height in pixels or `None`
+ROTATED_WARNING = "boxes are rotated: replaced by the upright boxes around them"
 
 
 @dataclass(frozen=True)
@@ -78,40 +76,53 @@ def split_folders(folder: Path) -> dict[str, Path]:
     return group_by_split((entry.name, entry) for entry in sorted(folder.iterdir()) if entry.is_dir())
 
 
-def supervision_to_xywh(detections: Any) -> np.ndarray:
-    """Return the boxes of supervision's detections as x, y, width, height in pixels.
+def child_folder(folder: Path, names: Sequence[str]) -> Path | None:
+    """Return the directory inside `folder` that has the first of several names, in upper or lower case."""
+    entries = sorted(folder.iterdir()) if folder.is_dir() else []
+    folders = {entry.name.lower(): entry for entry in entries if entry.is_dir()}
+    return next((folders[name] for name in names if name in folders), None)
 
-    supervision stores corners in single precision. Rounding to thousandths of a pixel removes its error, so that a box
-    is the same in every format.
+
+def to_finite(value: Any) -> float:
+    """Return the finite number that a text contains, NaN for anything else.
 
     Example:
 
     ```python
-    >>> from types import SimpleNamespace
-    >>> supervision_to_xywh(SimpleNamespace(xyxy=np.array([[11.3, 2, 20, 30.125]], dtype=np.float32))).tolist()
-    [[11.3, 2.0, 8.7, 28.125]]
+    >>> to_finite(" 1.5 "), to_finite("12.5px"), to_finite("inf"), to_finite(None)
+    (1.5, nan, nan, nan)
 
     ```
     """
-    return np.round(xyxy_to_xywh(detections.xyxy.astype(np.float64)), 3)
-
-
-def read_valid(
-    items: Sequence[Item], read: Callable[[Sequence[Item]], list[Annotation]], invalid: Annotation
-) -> list[Annotation]:
-    """Read annotations with supervision, which rejects a whole file for one invalid item.
-
-    Args:
-        items (sequence of length `num_objects`): Lines or XML elements.
-        read (`Callable`): Reads items; raises `ValueError` if one is invalid.
-        invalid (`tuple`): Returned for an invalid item.
-
-    Returns:
-        `list[tuple]` of length `num_objects`: Class and box of each item.
-    """
     try:
-        return read(items)
-    except ValueError:
-        if len(items) > 1:
-            return [annotation for item in items for annotation in read_valid([item], read, invalid)]
-        return [invalid]
+        number = float(value)
+    except (TypeError, ValueError):
+        return math.nan
+    return number if math.isfinite(number) else math.nan
+
+
+def enclose_rotated_box(x0: float, y0: float, x1: float, y1: float, angle: float) -> list[float]:
+    """Return the upright box around a box that is rotated about its center by `angle` degrees, as corners.
+
+    Example:
+
+    ```python
+    >>> [round(value, 3) for value in enclose_rotated_box(0, 0, 4, 2, 90)]
+    [1.0, -1.0, 3.0, 3.0]
+
+    ```
+    """
+    cosine, sine = abs(math.cos(math.radians(angle))), abs(math.sin(math.radians(angle)))
+    center_x, center_y, width, height = (x0 + x1) / 2, (y0 + y1) / 2, x1 - x0, y1 - y0
+    half_width, half_height = (width * cosine + height * sine) / 2, (width * sine + height * cosine) / 2
+    return [center_x - half_width, center_y - half_height, center_x + half_width, center_y + half_height]
+
+
+def refuse_rotated_boxes(files: Sequence[Path], source: Path, options: ReadOptions) -> None:
+    """Report rotated boxes as an error if the options ask for it, given the file of each."""
+    if files and options.rotated_boxes == "refuse":
+        names = summarize_list(dict.fromkeys(file.name for file in files), 3)
+        options.on_error(
+            f"{source}: {len(files)} boxes are rotated, in {names}. To use the upright boxes around them, add "
+            "--rotated_boxes enclose"
+        )
