@@ -16,7 +16,7 @@ from xml.etree.ElementTree import Element, ParseError
 
 import numpy as np
 
-from ...utils.errors import InputError, import_extra
+from ...utils.errors import InputError, import_extra, summarize_list
 from ...utils.io import read_lines
 from ...utils.names import to_integer
 from ..dataset import SPLIT_ALIASES, SPLITS, AnnotatedImageBuilder, DetectionSplit, ErrorHandler, xyxy_to_xywh
@@ -71,6 +71,7 @@ class VocObject(NamedTuple):
     Attributes:
         name (`str`): Class name.
         corners (`list[float]`): xmin, ymin, xmax, ymax as written, NaN if invalid.
+        angle (`float`): Rotation of the box about its center in degrees.
         difficult (`int`): 1 for an object that VOC's evaluation ignores.
         counts_pixels (`bool`): Whether the corners are `bndbox`; otherwise they are x and y as everywhere else.
         warnings (`list[str]`): What was corrected.
@@ -78,6 +79,7 @@ class VocObject(NamedTuple):
 
     name: str
     corners: Sequence[float]
+    angle: float
     difficult: int
     counts_pixels: bool
     warnings: Sequence[str]
@@ -243,7 +245,7 @@ def read_voc(splits: Mapping[str, VocSplit], source: Path, options: ReadOptions)
     names = sorted({each.name for annotation in annotations.values() for each in annotation.objects})
     if splits and not names:
         raise InputError(f"{source}: no annotation file contains an object")
-    rotated = [file for file, content in annotations.items() for each in content.objects if _is_rotated(each)]
+    rotated = [file for file, content in annotations.items() for each in content.objects if each.angle]
     refuse_rotated_boxes(rotated, source, options)
     counting = _find_counting(list(annotations.values()))
     logger.info("%s: %s", source, counting.message)
@@ -254,10 +256,6 @@ def read_voc(splits: Mapping[str, VocSplit], source: Path, options: ReadOptions)
         )
         for name, split in splits.items()
     }
-
-
-def _is_rotated(each: VocObject) -> bool:
-    return ROTATED_WARNING in each.warnings
 
 
 def _find_counting(annotations: Sequence[VocAnnotation]) -> Counting:
@@ -286,7 +284,7 @@ def _find_counting(annotations: Sequence[VocAnnotation]) -> Counting:
 
 def _corners(annotation: VocAnnotation) -> np.ndarray:
     """Return the valid corners that count pixels, of shape `(num_boxes, 4)`."""
-    corners = [each.corners for each in annotation.objects if each.counts_pixels and not _is_rotated(each)]
+    corners = [each.corners for each in annotation.objects if each.counts_pixels and not each.angle]
     array = np.array(corners, dtype=np.float64).reshape(-1, 4)
     return array[(array[:, 2:] > array[:, :2]).all(axis=1)]
 
@@ -299,8 +297,16 @@ def _build_split(
     builder: AnnotatedImageBuilder,
 ) -> DetectionSplit:
     id_of_name = {name: id_ for id_, name in categories.items()}
-    for path, file in _pair_images(split, annotations, builder):
-        annotation = annotations.get(file, VocAnnotation())
+    pairs = _pair_images(split, annotations, builder)
+    unknown = {path for path, file in pairs if annotations[file].size is None and not path.is_file()}
+    if unknown:
+        names = summarize_list(sorted(path.name for path in unknown))
+        builder.on_error(
+            f"{builder.title}: {len(unknown)} images not found in {split.images}: {names}. Restore them, or remove "
+            "them from the annotations"
+        )
+    for path, file in (pair for pair in pairs if pair[0] not in unknown):
+        annotation = annotations[file]
         if annotation.root not in ("", "annotation"):
             builder.on_error(
                 f"{file}: is not a Pascal VOC annotation, but <{annotation.root}>. Remove it, or restore it"
@@ -328,8 +334,11 @@ def _build_split(
 def _to_boxes(objects: Sequence[VocObject], counting: Counting) -> np.ndarray:
     """Return x, y, width, height in pixels, of shape `(num_objects, 4)`."""
     corners = np.array([each.corners for each in objects], dtype=np.float64).reshape(-1, 4)
-    counted = np.array([each.counts_pixels for each in objects], dtype=np.float64).reshape(-1, 1)
-    return np.round(xyxy_to_xywh(corners - counted * counting.offset), 3)
+    corners -= np.array([each.counts_pixels for each in objects]).reshape(-1, 1) * counting.offset
+    for index, each in enumerate(objects):
+        if each.angle:
+            corners[index] = enclose_rotated_box(*corners[index], each.angle)
+    return np.round(xyxy_to_xywh(corners), 3)
 
 
 def _pair_images(
@@ -407,7 +416,8 @@ def _read_object(element: Element) -> VocObject:
     }
     return VocObject(
         element.findtext("name", "").strip(),
-        enclose_rotated_box(*low, *high, angle) if angle % 180 else [*low, *high],
+        [*low, *high],
+        angle % 180,
         _DIFFICULT.get(difficult, 0),
         box.tag == "bndbox",
         [warning for warning, applies in warnings.items() if applies],

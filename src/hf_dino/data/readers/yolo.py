@@ -95,7 +95,7 @@ def find_darknet(folder: Path) -> dict[str, YoloSplit]:
         pairs = [line.partition("=") for line in read_lines(file)]
         content: dict[str, Any] = {key.strip(): value.strip() for key, _, value in pairs}
         if "names" in content:
-            names = _locate(content["names"], [file.parent])
+            names = _locate(content["names"], [file.parent], min_parts=1)
             content |= {"names": _read_names(names or file.parent / content["names"]), "nc": content.get("classes")}
         if found := _find_listed_splits(file, content):
             return found
