@@ -33,12 +33,20 @@ class ReadOptions:
             `"bbox"` or `"category"`. Others are found by their usual names.
         on_error (`Callable`): Receives each error that makes the dataset unfit for training but not unreadable. By
             default, the first one is raised.
+
+    Raises:
+        InputError: If `box_format` or `rotated_boxes` is none of these.
     """
 
     box_format: str = "xywh"
     rotated_boxes: str = "enclose"
     columns: Mapping[str, str] = field(default_factory=dict)
     on_error: ErrorHandler = raise_input_error
+
+    def __post_init__(self) -> None:
+        for name, choices in (("box_format", _TO_XYWH), ("rotated_boxes", ("enclose", "refuse"))):
+            if getattr(self, name) not in choices:
+                raise InputError(f"{name} is {getattr(self, name)!r}. Choose from {', '.join(choices)}")
 
 
 DEFAULT_OPTIONS = ReadOptions()
@@ -92,9 +100,6 @@ def boxes_to_xywh(boxes: Sequence[Any] | np.ndarray, box_format: str) -> np.ndar
     Returns:
         `np.ndarray` of shape `(num_boxes, 4)`: x, y, width, height in the same unit, NaN for an invalid box.
 
-    Raises:
-        InputError: If the format is unknown.
-
     Example:
 
     ```python
@@ -103,8 +108,6 @@ def boxes_to_xywh(boxes: Sequence[Any] | np.ndarray, box_format: str) -> np.ndar
 
     ```
     """
-    if box_format not in _TO_XYWH:
-        raise InputError(f"unknown box_format {box_format!r}. Choose from {', '.join(_TO_XYWH)}")
     return _TO_XYWH[box_format](to_box_array(boxes))
 
 
