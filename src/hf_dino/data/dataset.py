@@ -5,6 +5,7 @@ import math
 import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
@@ -17,7 +18,7 @@ from torch.utils.data import Dataset
 from ..utils.errors import InputError, summarize_list
 from ..utils.names import match_names, named_classes
 from .augmentation import Augmentation, NoAugmentation, seed_per_image
-from .images import ImageSource, get_image_size, read_image
+from .images import ImageSource, get_image_size, is_image_file, read_image
 
 
 logger = logging.getLogger(__name__)
@@ -38,6 +39,12 @@ ANNOTATION_DTYPE = np.dtype(
     [("image_id", "<i8"), ("category_id", "<i8"), ("bbox", "<f8", 4), ("area", "<f8"), ("iscrowd", "<i8")]
 )
 """One annotation: original COCO ids, box as x, y, width, height in pixels, area in square pixels, `iscrowd` 0 or 1."""
+
+_MAX_NAME_LENGTH = 100  # of file names in messages
+_TRUTH_TYPES = (bool, np.bool_)
+_MAX_PIXELS = 2**31  # no image is larger
+# some tools write numbers as text, others as truth values
+_CROWD_FLAGS = {**dict.fromkeys(("", "0", "0.0", "false", "none"), 0), **dict.fromkeys(("1", "1.0", "true"), 1)}
 
 ErrorHandler = Callable[[str], None]
 """Receives an error that makes the dataset unfit for training, although the rest of it can still be read."""
@@ -201,16 +208,17 @@ class AnnotatedImageBuilder:
                 numbers is dropped.
             category_ids (`Sequence[int]` of length `num_objects`): Category ids of the dataset.
             image_id (`int`, *optional*): Defaults to the image's number, counted from 1.
-            areas (sequence of length `num_objects`, *optional*): In square pixels. Anything that is not a positive
-                number is replaced by the area of the box.
-            iscrowd (sequence of length `num_objects`, *optional*): 1, `"1"` or `True` for a group of objects.
+            areas (sequence of length `num_objects`, *optional*): In square pixels, `None` for the area of the box.
+                Anything else that is not a positive number is replaced by it.
+            iscrowd (sequence of length `num_objects`, *optional*): 1, `"1"` or `True` for a group of objects. Anything
+                else that is not 0 is read as 0.
         """
         try:
             height, width = size or get_image_size(path)
         except InputError as error:
             self.on_error(str(error))
             return
-        all_boxes = np.array([_to_floats(box) for box in boxes], dtype=np.float64).reshape(-1, 4)
+        all_boxes = to_box_array(boxes)
         kept = self._check_boxes(all_boxes, height, width, path)
         areas = [None] * len(all_boxes) if areas is None else areas
         iscrowd = [0] * len(all_boxes) if iscrowd is None else iscrowd
@@ -222,15 +230,14 @@ class AnnotatedImageBuilder:
                 width=width,
                 boxes=all_boxes[kept],
                 category_ids=np.array([category_ids[i] for i in kept], dtype=np.int64),
-                areas=np.array([_area_or_box_area(areas[i], all_boxes[i]) for i in kept], dtype=np.float64),
-                # some tools write numbers as text
-                iscrowd=np.array([int(iscrowd[i] in (1, "1")) for i in kept], dtype=np.int64),
+                areas=self._check_areas([areas[i] for i in kept], all_boxes[kept], path),
+                iscrowd=self._check_crowds([iscrowd[i] for i in kept], path),
             )
         )
 
     def _check_boxes(self, boxes: np.ndarray, height: int, width: int, path: ImageSource) -> np.ndarray:
         """Return the indices of the boxes to keep, and add warnings about these and the others."""
-        finite = np.asarray(np.isfinite(boxes).all(axis=1))
+        finite = np.asarray((np.abs(boxes) < _MAX_PIXELS).all(axis=1))
         boxes[~finite] = 0
         clipped = clip_boxes(boxes, height, width)
         has_size, overlaps_image = (boxes[:, 2:] > 0).all(axis=1), (clipped[:, 2:] > 0).all(axis=1)
@@ -245,8 +252,20 @@ class AnnotatedImageBuilder:
             self.add_warning(warning, path, int(mask.sum()))
         return np.flatnonzero(overlaps_image)
 
-    def add_warning(self, warning: str, path: ImageSource, count: int = 1) -> None:
-        """Record `count` corrections of one kind in an image."""
+    def _check_areas(self, areas: Sequence[Any], boxes: np.ndarray, path: ImageSource) -> np.ndarray:
+        annotated = np.array([to_float(area) for area in areas], dtype=np.float64)
+        is_valid = (annotated > 0) & np.isfinite(annotated)
+        num_invalid = sum(area is not None for area in areas) - int(is_valid.sum())
+        self.add_warning("areas are not positive numbers: replaced by the area of the box", path, num_invalid)
+        return np.where(is_valid, annotated, boxes[:, 2] * boxes[:, 3])
+
+    def _check_crowds(self, iscrowd: Sequence[Any], path: ImageSource) -> np.ndarray:
+        flags = [_CROWD_FLAGS.get(str(value).strip().lower()) for value in iscrowd]
+        self.add_warning("iscrowd values are neither 0 nor 1: read as 0", path, flags.count(None))
+        return np.array([flag or 0 for flag in flags], dtype=np.int64)
+
+    def add_warning(self, warning: str, path: ImageSource | str, count: int = 1) -> None:
+        """Record `count` corrections of one kind in an image, or of what else `path` names."""
         if count:
             self.warnings[warning] += [str(path)] * count
 
@@ -264,19 +283,24 @@ def _is_one_line(name: str) -> bool:
     return bool(name.strip()) and not {unicodedata.category(sign) for sign in name} & {"Cc", "Cs", "Zl", "Zp"}
 
 
+def to_box_array(boxes: Sequence[Any] | np.ndarray) -> np.ndarray:
+    """Return annotated boxes as floats of shape `(num_boxes, 4)`, NaN for a box that is not four numbers."""
+    if isinstance(boxes, np.ndarray) and boxes.dtype.kind == "f" and boxes.shape[1:] == (4,):
+        return boxes.astype(np.float64)
+    return np.array([_to_floats(box) for box in boxes], dtype=np.float64).reshape(-1, 4)
+
+
 def _to_floats(box: Any) -> list[float]:
-    """Return a box as four floats, NaN if it is anything else."""
+    is_sequence = isinstance(box, list | tuple | np.ndarray) and len(box) == 4
+    return [to_float(value) for value in box] if is_sequence else [math.nan] * 4
+
+
+def to_float(value: Any) -> float:
+    """Return a number, possibly written as text, and NaN for anything else."""
     try:
-        numbers = [float(value) for value in box]
-    except (TypeError, ValueError):
-        numbers = []
-    return numbers if len(numbers) == 4 else [float("nan")] * 4
-
-
-def _area_or_box_area(area: Any, box: np.ndarray) -> float:
-    """Return the annotated area, or the area of the box if there is none."""
-    is_valid = isinstance(area, int | float) and math.isfinite(area) and area > 0
-    return float(area) if is_valid else float(box[2] * box[3])
+        return math.nan if isinstance(value, _TRUTH_TYPES) else float(value)
+    except (TypeError, ValueError, OverflowError):
+        return math.nan
 
 
 def require_image_files(split: DetectionSplit) -> DetectionSplit:
@@ -285,15 +309,34 @@ def require_image_files(split: DetectionSplit) -> DetectionSplit:
     Raises:
         InputError: If an image file is missing.
     """
-    paths = [image.path for image in split.images if isinstance(image.path, Path)]
-    missing = [path for path in paths if not path.is_file()]
+    paths = dict.fromkeys(image.path for image in split.images if isinstance(image.path, Path))
+    missing = [path for path in paths if not is_file(path)]
     if missing:
-        names = summarize_list(path.name for path in missing)
+        folder = missing[0].parent
+        others = sorted({*filter(is_image_file, folder.iterdir())} - paths.keys()) if folder.is_dir() else []
+        held = f". Images there that are not listed: {_summarize_names(others, 3)}" if others else ""
         raise InputError(
-            f"{split.source}: {len(missing)} images not found in {missing[0].parent}: {names}. Restore them, or "
-            "remove them from the annotations"
+            f"{split.source}: {len(missing)} images not found in {folder}: {_summarize_names(missing)}{held}. "
+            "Restore them, or remove them from the annotations"
         )
     return split
+
+
+def is_file(path: Path) -> bool:
+    """Return whether a file exists, also for names that no file can have."""
+    with suppress(OSError, ValueError):
+        return path.is_file()
+    return False
+
+
+def displayed_name(name: str) -> str:
+    """Return a file name as one short line of text."""
+    short = name if len(name) <= _MAX_NAME_LENGTH else f"...{name[-_MAX_NAME_LENGTH:]}"
+    return short if short.isprintable() else repr(short)
+
+
+def _summarize_names(paths: Sequence[Path], limit: int = 5) -> str:
+    return summarize_list([displayed_name(path.name) for path in paths], limit)
 
 
 def check_unique_names(categories: Mapping[int, str], source: Path | str) -> dict[int, str]:

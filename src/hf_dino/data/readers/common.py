@@ -7,11 +7,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from ...utils.errors import InputError, summarize_list
-from ..dataset import SPLIT_ALIASES, SPLITS, ErrorHandler, raise_input_error
+from ..dataset import SPLIT_ALIASES, SPLITS, ErrorHandler, raise_input_error, to_box_array, to_float, xyxy_to_xywh
 
 
 ROTATED_WARNING = "boxes are rotated: replaced by the upright boxes around them"
+
+_TO_XYWH = {"xywh": lambda boxes: boxes, "xyxy": xyxy_to_xywh}
 
 
 @dataclass(frozen=True)
@@ -27,12 +31,20 @@ class ReadOptions:
             `"bbox"` or `"category"`. Others are found by their usual names.
         on_error (`Callable`): Receives each error that makes the dataset unfit for training but not unreadable. By
             default, the first one is raised.
+
+    Raises:
+        InputError: If `box_format` or `rotated_boxes` is none of these.
     """
 
     box_format: str = "xywh"
     rotated_boxes: str = "enclose"
     columns: Mapping[str, str] = field(default_factory=dict)
     on_error: ErrorHandler = raise_input_error
+
+    def __post_init__(self) -> None:
+        for name, choices in (("box_format", _TO_XYWH), ("rotated_boxes", ("enclose", "refuse"))):
+            if getattr(self, name) not in choices:
+                raise InputError(f"{name} is {getattr(self, name)!r}. Choose from {', '.join(choices)}")
 
 
 DEFAULT_OPTIONS = ReadOptions()
@@ -83,6 +95,53 @@ def child_folder(folder: Path, names: Sequence[str]) -> Path | None:
     return next((folders[name] for name in names if name in folders), None)
 
 
+def boxes_to_xywh(boxes: Sequence[Any] | np.ndarray, box_format: str) -> np.ndarray:
+    """Convert annotated boxes to x, y, width, height.
+
+    Args:
+        boxes (sequence of length `num_boxes`): As annotated. A row that is not four numbers is invalid.
+        box_format (`str`): See [`ReadOptions`].
+
+    Returns:
+        `np.ndarray` of shape `(num_boxes, 4)`: x, y, width, height in the same unit, NaN for an invalid box.
+
+    Example:
+
+    ```python
+    >>> boxes_to_xywh([[1, 2, 31, 22], None], "xyxy").tolist()
+    [[1.0, 2.0, 30.0, 20.0], [nan, nan, nan, nan]]
+
+    ```
+    """
+    return _TO_XYWH[box_format](to_box_array(boxes))
+
+
+def enclose_rotated_boxes(boxes: np.ndarray, degrees: np.ndarray) -> np.ndarray:
+    """Return the smallest upright boxes around boxes that are rotated about their centers.
+
+    Args:
+        boxes (`np.ndarray` of shape `(num_boxes, 4)`): x, y, width, height before the rotation.
+        degrees (`np.ndarray` of shape `(num_boxes,)`): In either direction, which does not change the result.
+
+    Returns:
+        `np.ndarray` of shape `(num_boxes, 4)`: x, y, width, height. A box without width or height stays as it is.
+
+    Example:
+
+    ```python
+    >>> enclose_rotated_boxes(np.array([[60.0, 20.0, 20.0, 80.0]]), np.array([90.0])).tolist()
+    [[30.0, 50.0, 80.0, 20.0]]
+
+    ```
+    """
+    angles = np.radians(degrees)[:, None]
+    cosines, sines = np.abs(np.cos(angles)).round(12), np.abs(np.sin(angles)).round(12)  # exact for right angles
+    sizes = boxes[:, 2:]
+    enclosing_sizes = cosines * sizes + sines * sizes[:, ::-1]
+    enclosing = np.concatenate([boxes[:, :2] + (sizes - enclosing_sizes) / 2, enclosing_sizes], axis=1)
+    return np.where((sizes > 0).all(axis=1, keepdims=True), enclosing, boxes)
+
+
 def to_finite(value: Any) -> float:
     """Return the finite number that a text contains, NaN for anything else.
 
@@ -94,28 +153,8 @@ def to_finite(value: Any) -> float:
 
     ```
     """
-    try:
-        number = float(value)
-    except (TypeError, ValueError):
-        return math.nan
+    number = to_float(value)
     return number if math.isfinite(number) else math.nan
-
-
-def enclose_rotated_box(x0: float, y0: float, x1: float, y1: float, angle: float) -> list[float]:
-    """Return the upright box around a box that is rotated about its center by `angle` degrees, as corners.
-
-    Example:
-
-    ```python
-    >>> [round(value, 3) for value in enclose_rotated_box(0, 0, 4, 2, 90)]
-    [1.0, -1.0, 3.0, 3.0]
-
-    ```
-    """
-    cosine, sine = abs(math.cos(math.radians(angle))), abs(math.sin(math.radians(angle)))
-    center_x, center_y, width, height = (x0 + x1) / 2, (y0 + y1) / 2, x1 - x0, y1 - y0
-    half_width, half_height = (width * cosine + height * sine) / 2, (width * sine + height * cosine) / 2
-    return [center_x - half_width, center_y - half_height, center_x + half_width, center_y + half_height]
 
 
 def refuse_rotated_boxes(files: Sequence[Path], source: Path, options: ReadOptions) -> None:

@@ -25,7 +25,7 @@ from .common import (
     ROTATED_WARNING,
     ReadOptions,
     child_folder,
-    enclose_rotated_box,
+    enclose_rotated_boxes,
     group_by_split,
     refuse_rotated_boxes,
     split_folders,
@@ -335,10 +335,8 @@ def _to_boxes(objects: Sequence[VocObject], counting: Counting) -> np.ndarray:
     """Return x, y, width, height in pixels, of shape `(num_objects, 4)`."""
     corners = np.array([each.corners for each in objects], dtype=np.float64).reshape(-1, 4)
     corners -= np.array([each.counts_pixels for each in objects]).reshape(-1, 1) * counting.offset
-    for index, each in enumerate(objects):
-        if each.angle:
-            corners[index] = enclose_rotated_box(*corners[index], each.angle)
-    return np.round(xyxy_to_xywh(corners), 3)
+    boxes = enclose_rotated_boxes(xyxy_to_xywh(corners), np.array([each.angle for each in objects]))
+    return np.round(boxes, 3)
 
 
 def _pair_images(

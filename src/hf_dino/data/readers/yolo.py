@@ -8,7 +8,7 @@ rotated box. Darknet has a file `*.data` instead of YAML, and label files next t
 import logging
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
@@ -48,14 +48,14 @@ class YoloSplit(NamedTuple):
         images (`list[Path]`): Image files, including missing ones that a list names.
         names (`dict[int, str]` or `None`): Class names by number, if a file lists them.
         num_keypoint_values (`int`): Values after the box on each line of a pose dataset, else 0.
-        renamed (`list[Path]`): Images that were found by the last part of their name only.
+        renamed (`Collection[Path]`): Images that were found by the last part of their name only.
         folder (`Path` or `None`): The directory of the images, unless they are listed.
     """
 
     images: Sequence[Path]
     names: Mapping[int, str] | None
     num_keypoint_values: int = 0
-    renamed: Sequence[Path] = ()
+    renamed: Collection[Path] = ()
     folder: Path | None = None
 
 
