@@ -13,7 +13,7 @@ from ..dataset import SPLITS, DetectionSplit, raise_input_error, require_image_f
 from .coco import find_coco, find_single_coco_file, read_coco, read_coco_file, read_coco_files
 from .common import DEFAULT_OPTIONS, ReadOptions, split_from_name
 from .hf_datasets import find_imagefolder, find_saved, is_hub_id, load_from_hub, read_tables, stream
-from .unsupported import read_beginning, refuse_unsupported, refuse_unsupported_files
+from .unsupported import is_unsupported, read_beginning, refuse_unsupported
 from .voc import find_voc, read_voc
 from .yolo import find_darknet, find_yolo_folders, find_yolo_yaml, read_yolo
 
@@ -163,8 +163,8 @@ def detect_format(folder: Path) -> tuple[Format, Mapping[str, Any]]:
                 refuse_unsupported(folder)
             raise
         if found:
-            if format.name == "COCO":
-                refuse_unsupported_files(files.file for files in found.values())
+            if format.name == "COCO" and not all(_is_coco(files.file) for files in found.values()):
+                refuse_unsupported(folder)
             _log_other_formats(folder, format)
             return format, found
     _name_nested(folder)
@@ -193,7 +193,9 @@ def _find_formats(folder: Path, read: str = "") -> Iterator[str]:
 
 
 def _is_coco(file: Path) -> bool:
-    return re.search(r'"(images|annotations)"\s*:\s*\[', read_beginning(file)) is not None
+    """Return whether the beginning of a JSON file looks like COCO."""
+    is_likely = re.match(r'(?s)\s*\{.*"(images|annotations)"\s*:\s*\[', read_beginning(file))
+    return is_likely is not None and not is_unsupported(file)
 
 
 def _name_nested(folder: Path) -> None:

@@ -1,7 +1,7 @@
 """Recognize formats of datasets that are not read, and name the way from each to one that is."""
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
 from itertools import islice
 from pathlib import Path
@@ -106,7 +106,7 @@ UNSUPPORTED_FORMATS = (
     UnsupportedFormat(
         "V7 Darwin",
         ("*.json",),
-        r'(?s)darwin-public|"dataset"\s*:.*"image"\s*:.*"bounding_box"',
+        r'darwin-public|"slots"\s*:\s*\[',
         "In V7, export as COCO or Pascal VOC",
     ),
     UnsupportedFormat(
@@ -167,16 +167,9 @@ def read_beginning(file: Path) -> str:
     return ""
 
 
-def refuse_unsupported_files(files: Iterable[Path]) -> None:
-    """Raise an error if one of the files is in a format that is not read, although its name suits another.
-
-    Raises:
-        InputError: If there is such a file. The message names the format and the way to one that is read.
-    """
-    for file in files:
-        for format in UNSUPPORTED_FORMATS:
-            if file.suffix in {Path(pattern).suffix for pattern in format.files} and format.matches(file):
-                raise InputError(f"{file}: is {format.name}, which is not read. {format.advice}")
+def is_unsupported(file: Path) -> bool:
+    """Return whether a file is in a format that is not read."""
+    return any(any(map(file.match, format.files)) and format.matches(file) for format in UNSUPPORTED_FORMATS)
 
 
 def refuse_unsupported(folder: Path) -> None:

@@ -32,6 +32,7 @@ from .common import (
     to_finite,
 )
 from .files import find_image_files
+from .unsupported import read_beginning
 
 
 logger = logging.getLogger(__name__)
@@ -40,7 +41,6 @@ logger = logging.getLogger(__name__)
 _IMAGE_FOLDERS = ("jpegimages", "images", "imgs", "img")
 _XML_FOLDERS = ("annotations", "xmls", "xml", "labels")
 _NUM_PROBED_FILES = 20  # XML files, to know the format
-_ROOT = re.compile(rb"<annotation[\s>]")
 
 _DIFFICULT = {"": 0, "0": 0, "false": 0, "no": 0, "1": 1, "true": 1, "yes": 1}
 
@@ -148,9 +148,11 @@ def _probe_xml_files(folder: Path) -> Iterator[Path]:
 
 
 def _is_annotation(file: Path) -> bool:
-    """Return whether the beginning of an XML file has the root of an annotation, in any encoding."""
-    with file.open("rb") as opened:
-        return _ROOT.search(opened.read(4096).replace(b"\0", b"")) is not None
+    """Return whether an XML file seems to be an annotation, in any encoding. Those of LabelMe have points only."""
+    beginning = read_beginning(file)
+    return re.search(r"<annotation[\s>]", beginning) is not None and (
+        "<pt>" not in beginning or "bndbox>" in beginning
+    )
 
 
 def _match(images: Path, annotations: Path) -> list[Pair]:
