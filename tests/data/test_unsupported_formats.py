@@ -9,20 +9,9 @@ import pytest
 from helpers.data_formats import coco_text, draw, voc_xml, write, yolo_lines
 from hf_dino.data import InputError, read_data
 from hf_dino.data.readers import FORMATS
-from hf_dino.data.readers.unsupported import UNSUPPORTED_FORMATS
+from hf_dino.data.readers.annotation_tools import UNSUPPORTED_FORMATS
 
 
-LABELME = {
-    "version": "5.4.1",
-    "flags": {},
-    "shapes": [
-        {"label": "cell", "points": [[1, 2], [31, 22]], "group_id": None, "shape_type": "rectangle", "flags": {}}
-    ],
-    "imagePath": "1.png",
-    "imageData": None,
-    "imageHeight": 40,
-    "imageWidth": 60,
-}
 DATUMARO = {
     "info": {},
     "categories": {"label": {"labels": [{"name": "cell", "parent": "", "attributes": []}], "attributes": []}},
@@ -69,17 +58,6 @@ XMLS = {"annotations.xml": CVAT, "images/1.png": None}
 
 # files, the name of the format and part of the advice
 EXPORTS = {
-    "LabelMe": ({"1.json": LABELME, "1.png": None}, "LabelMe", "from_labelme"),
-    "LabelMe, several": (
-        {f"train_{n}.{e}": t for n in (1, 2) for e, t in (("json", LABELME), ("png", None))},
-        "LabelMe",
-        "labelme2coco",
-    ),
-    "LabelMe in splits": (
-        {"train/1.json": LABELME, "train/1.png": None, "val/2.json": LABELME},
-        "LabelMe",
-        "labelme2coco",
-    ),
     "FiftyOne": (
         {"samples.json": FIFTYONE, "metadata.json": {"name": "a"}, "data/1.png": None},
         "FiftyOne",
@@ -187,7 +165,7 @@ YOLO = {
 }
 
 
-@pytest.mark.parametrize("name", ["LabelMe", "CVAT for images", "VIA project", "FiftyOne", "TFRecord", "Label Studio"])
+@pytest.mark.parametrize("name", ["CVAT for images", "VIA project", "FiftyOne", "TFRecord", "Label Studio"])
 def test_what_is_read_is_read_whatever_else_is_there(tmp_path, name):
     files = {key: content for key, content in EXPORTS[name][0].items() if content is not None}
     assert len(read_data(lay_out(tmp_path, YOLO | files))["train"].images[0].boxes) == 1

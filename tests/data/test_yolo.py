@@ -180,7 +180,7 @@ LINES = {
     "a polygon with a confidence": (
         "0 0.1 0.1 0.5 0.1 0.5 0.5 0.9",
         [6, 4, 24, 16],
-        "labels are polygons: their bounding boxes without the last value are used",
+        "labels are polygons with another value: it is ignored",
     ),
     "a rotated box": (
         "0 0.5 0.1 0.9 0.5 0.5 0.9 0.1 0.5",

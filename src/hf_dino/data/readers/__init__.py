@@ -1,7 +1,6 @@
 """Read a dataset in any of the usual formats, which is detected automatically."""
 
 import logging
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -10,10 +9,10 @@ from typing import Any, NamedTuple
 
 from ...utils.errors import InputError, summarize_list
 from ..dataset import SPLITS, DetectionSplit, raise_input_error, require_image_files
+from .annotation_tools import find_labelme, is_coco, read_labelme, refuse_unsupported
 from .coco import find_coco, find_single_coco_file, read_coco, read_coco_file, read_coco_files
 from .common import DEFAULT_OPTIONS, ReadOptions, split_from_name
 from .hf_datasets import find_imagefolder, find_saved, is_hub_id, load_from_hub, read_tables, stream
-from .unsupported import is_unsupported, read_beginning, refuse_unsupported
 from .voc import find_voc, read_voc
 from .yolo import find_darknet, find_yolo_folders, find_yolo_yaml, read_yolo
 
@@ -59,6 +58,7 @@ FORMATS = (
     Format("Pascal VOC", "JPEGImages and Annotations with *.xml, or *.xml here or in train", find_voc, read_voc),
     Format("YOLO", "images and labels with *.txt, here or in train", find_yolo_folders, read_yolo),
     Format("COCO", "a single *.json", find_single_coco_file, read_coco_files),
+    Format("LabelMe", "*.json for each image, here or in train", find_labelme, read_labelme),
 )
 
 
@@ -156,15 +156,7 @@ def detect_format(folder: Path) -> tuple[Format, Mapping[str, Any]]:
             that is in a known one.
     """
     for format in FORMATS:
-        try:
-            found = format.find(folder)
-        except InputError:
-            if format.name == "COCO":
-                refuse_unsupported(folder)
-            raise
-        if found:
-            if format.name == "COCO" and not all(_is_coco(files.file) for files in found.values()):
-                refuse_unsupported(folder)
+        if found := _find(format, folder):
             _log_other_formats(folder, format)
             return format, found
     _name_nested(folder)
@@ -172,6 +164,20 @@ def detect_format(folder: Path) -> tuple[Format, Mapping[str, Any]]:
     entries = summarize_list(sorted(entry.name for entry in folder.iterdir()), 10) or "nothing"
     signatures = "; ".join(f"{format.name}: {format.signature}" for format in FORMATS)
     raise InputError(f"{folder}: is not in a known format. It contains {entries}\nLooked for {signatures}")
+
+
+def _find(format: Format, folder: Path) -> Mapping[str, Any]:
+    """Return the files of each split. A JSON file that is named as COCO's may be of another format."""
+    if format.name != "COCO":
+        return format.find(folder)
+    with suppress(InputError):
+        found = format.find(folder)
+        if all(is_coco(files.file) for files in found.values()):
+            return found
+    if find_labelme(folder):
+        return {}
+    refuse_unsupported(folder)
+    return format.find(folder)
 
 
 def _log_other_formats(folder: Path, format: Format) -> None:
@@ -188,14 +194,8 @@ def _find_formats(folder: Path, read: str = "") -> Iterator[str]:
     for format in FORMATS:
         with suppress(InputError, ImportError, OSError):
             found = {} if format.name in (read, "datasets") else format.find(folder)
-            if found and (format.name != "COCO" or all(_is_coco(files.file) for files in found.values())):
+            if found and (format.name != "COCO" or all(is_coco(files.file) for files in found.values())):
                 yield format.name
-
-
-def _is_coco(file: Path) -> bool:
-    """Return whether the beginning of a JSON file looks like COCO."""
-    is_likely = re.match(r'(?s)\s*\{.*"(images|annotations)"\s*:\s*\[', read_beginning(file))
-    return is_likely is not None and not is_unsupported(file)
 
 
 def _name_nested(folder: Path) -> None:

@@ -13,6 +13,8 @@ from ...utils.errors import InputError, summarize_list
 from ..dataset import SPLIT_ALIASES, SPLITS, ErrorHandler, raise_input_error, to_box_array, to_float, xyxy_to_xywh
 
 
+NO_FILE_WARNING = "images have no annotation file: treated as images without objects"
+POLYGON_WARNING = "labels are polygons: their bounding boxes are used"
 ROTATED_WARNING = "boxes are rotated: replaced by the upright boxes around them"
 
 _TO_XYWH = {"xywh": lambda boxes: boxes, "xyxy": xyxy_to_xywh}

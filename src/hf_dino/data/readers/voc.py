@@ -21,7 +21,9 @@ from ...utils.io import read_lines
 from ...utils.names import to_integer
 from ..dataset import SPLIT_ALIASES, SPLITS, AnnotatedImageBuilder, DetectionSplit, ErrorHandler, xyxy_to_xywh
 from ..images import IMAGE_EXTENSIONS, is_image_file
+from .annotation_tools import read_beginning
 from .common import (
+    NO_FILE_WARNING,
     ROTATED_WARNING,
     ReadOptions,
     child_folder,
@@ -32,7 +34,6 @@ from .common import (
     to_finite,
 )
 from .files import find_image_files
-from .unsupported import read_beginning
 
 
 logger = logging.getLogger(__name__)
@@ -326,7 +327,7 @@ def _build_split(
         if counting.offset[0] == counting.offset[2]:
             builder.add_warning(counting.message, path, len(objects))
         if not file.is_file():
-            builder.add_warning("images have no annotation file: treated as images without objects", path)
+            builder.add_warning(NO_FILE_WARNING, path)
     for note, paths in split.notes.items():
         for path in paths:
             builder.add_warning(note, path)

@@ -9,6 +9,7 @@ import logging
 import math
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import suppress
 from itertools import islice
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
@@ -21,6 +22,8 @@ from ...utils.names import to_integer
 from ..dataset import SPLIT_ALIASES, AnnotatedImageBuilder, DetectionSplit, check_unique_names
 from ..images import get_image_size, is_image_file
 from .common import (
+    NO_FILE_WARNING,
+    POLYGON_WARNING,
     ROTATED_WARNING,
     ReadOptions,
     child_folder,
@@ -77,7 +80,7 @@ class Label(NamedTuple):
 
 def find_yolo_yaml(folder: Path) -> dict[str, YoloSplit]:
     """Find the splits listed in a YAML file that has `names` and at least one of `train`, `val` and `test`."""
-    for file in sorted([*folder.glob("*.yaml"), *folder.glob("*.yml")]):
+    for file in _yaml_files(folder):
         try:
             content = _read_yaml(file)
         except InputError:
@@ -87,6 +90,10 @@ def find_yolo_yaml(folder: Path) -> dict[str, YoloSplit]:
         if found := _find_listed_splits(file, content):
             return found
     return {}
+
+
+def _yaml_files(folder: Path) -> list[Path]:
+    return sorted([*folder.glob("*.yaml"), *folder.glob("*.yml")])
 
 
 def find_darknet(folder: Path) -> dict[str, YoloSplit]:
@@ -275,11 +282,16 @@ def _probe_label_files(images: Path) -> Iterator[Path]:
 
 
 def _find_names(images: Path, folder: Path) -> dict[int, str] | None:
-    """Return the class names in a file of the split or else of the dataset, if any."""
+    """Return the class names in a file of the split or else of the dataset, which may be YAML, if any."""
     folders = (images, label_folder(images), images.parent, folder, folder / "labels")
     files = (each / name for each in folders if each.is_relative_to(folder) for name in _NAME_FILES)
-    file = next((file for file in files if file.is_file()), None)
-    return check_unique_names(dict(enumerate(_read_names(file))), file) if file else None
+    if file := next((file for file in files if file.is_file()), None):
+        return check_unique_names(dict(enumerate(_read_names(file))), file)
+    for file in _yaml_files(folder):
+        with suppress(InputError):
+            if "names" in (content := _read_yaml(file)):
+                return _parse_names(content["names"], content.get("nc"), file)
+    return None
 
 
 def _read_names(file: Path) -> list[str]:
@@ -314,9 +326,7 @@ def _read_split(files: YoloSplit, source: Path, split: str, options: ReadOptions
     for path in files.images:
         if path in labels:
             _add_image(path, sizes[path], [each for each in labels[path] if each.number in names], builder)
-            builder.add_warning(
-                "images have no annotation file: treated as images without objects", path, path not in label_files
-            )
+            builder.add_warning(NO_FILE_WARNING, path, path not in label_files)
     for path in files.renamed:
         builder.add_warning(RENAMED_WARNING, path)
     return builder.build(names)
@@ -419,5 +429,4 @@ def _parse_polygon(values: np.ndarray) -> tuple[np.ndarray, str]:
     if len(points) == 4 and np.abs(points[0] + points[2] - points[1] - points[3]).max() < 1e-3:
         is_upright = (np.isclose(points, low, atol=1e-6) | np.isclose(points, high, atol=1e-6)).all()
         return box, "" if is_upright else ROTATED_WARNING
-    extra = " without the last value" if len(values) % 2 else ""
-    return box, f"labels are polygons: their bounding boxes{extra} are used"
+    return box, "labels are polygons with another value: it is ignored" if len(values) % 2 else POLYGON_WARNING
