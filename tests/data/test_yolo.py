@@ -194,6 +194,7 @@ LINES = {
     "nan": ("0 0.5 nan 0.2 0.2", None, DROPPED),
     "infinity": ("0 0.5 inf 0.2 0.2", None, DROPPED),
     "text": ("0 0.5 0.5 0.2 wide", None, DROPPED),
+    "an underscore": ("0 0.5 0.5 0.2 0.2_5", None, DROPPED),
     "a negative width": ("0 0.5 0.5 -0.2 0.2", None, DROPPED),
     "no width": ("0 0.5 0.5 0 0.2", None, "boxes have no width or no height: dropped"),
     "outside": ("0 -0.5 0.5 0.2 0.2", None, "boxes lie outside their image: dropped"),
@@ -259,7 +260,7 @@ def test_files_without_partner_are_said(tmp_path):
         "labels/2.txt": "",
     }
     data = read_data(lay_out(tmp_path, files))["train"]
-    assert data.warnings == {NO_FILE: [str(tmp_path / "images" / "3.png")]}
+    assert data.warnings[NO_FILE] == [str(tmp_path / "images" / "3.png")]
     lay_out(tmp_path, {"labels/8.txt": LINE, "labels/sub/9.txt": LINE})
     with pytest.raises(InputError, match=r"2 label files have no image of their name: 8\.txt, 9\.txt"):
         read_data(tmp_path)
@@ -354,7 +355,8 @@ def test_layouts(tmp_path, name):
     data = read_data(lay_out(tmp_path / "images" / "cells", files))
     assert {split: len(each.images[0].boxes) for split, each in data.items()} == num_boxes
     for each in data.values():
-        assert (list(each.categories.values()), len(each.images), each.warnings) == (names, 1, {})
+        assert (list(each.categories.values()), len(each.images)) == (names, 1)
+        assert list(each.warnings) == ["classes have no names: named by their numbers"] * (names == ["0"])
 
 
 def test_captions_of_images_are_not_labels(tmp_path):

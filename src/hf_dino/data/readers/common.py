@@ -155,7 +155,8 @@ def to_finite(value: Any) -> float:
 
     ```
     """
-    number = to_float(value)
+    # Python also reads underscores between digits, and digits of other scripts
+    number = to_float(value) if str(value).isascii() and "_" not in str(value) else math.nan
     return number if math.isfinite(number) else math.nan
 
 

@@ -8,7 +8,7 @@ rotated box. Darknet has a file `*.data` instead of YAML, and label files next t
 import logging
 import math
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from itertools import islice
 from pathlib import Path, PurePosixPath
@@ -51,14 +51,14 @@ class YoloSplit(NamedTuple):
         images (`list[Path]`): Image files, including missing ones that a list names.
         names (`dict[int, str]` or `None`): Class names by number, if a file lists them.
         num_keypoint_values (`int`): Values after the box on each line of a pose dataset, else 0.
-        renamed (`Collection[Path]`): Images that were found by the last part of their name only.
+        renamed (`list[Path]`): Images that were found by the last part of their name only.
         folder (`Path` or `None`): The directory of the images, unless they are listed.
     """
 
     images: Sequence[Path]
     names: Mapping[int, str] | None
     num_keypoint_values: int = 0
-    renamed: Collection[Path] = ()
+    renamed: Sequence[Path] = ()
     folder: Path | None = None
 
 
@@ -220,7 +220,7 @@ def _find_images(path: Path, root: Path) -> tuple[list[Path], list[Path]]:
     found = find_image_files([line for line, image in located.items() if image is None], root)
     others = iter(found.paths)
     images = {line: image or next(others) for line, image in located.items()}
-    return [images[line] for line in lines], found.renamed
+    return [images[line] for line in lines], [*found.renamed]
 
 
 def label_folder(images: Path) -> Path:
@@ -329,6 +329,9 @@ def _read_split(files: YoloSplit, source: Path, split: str, options: ReadOptions
             builder.add_warning(NO_FILE_WARNING, path, path not in label_files)
     for path in files.renamed:
         builder.add_warning(RENAMED_WARNING, path)
+    builder.add_warning(
+        "classes have no names: named by their numbers", str(source), (files.names is None) * len(names)
+    )
     return builder.build(names)
 
 
