@@ -64,6 +64,7 @@ SHAPES = {
     "null": ([BOX, shape([[1, 2], [3, 4]], label=None)], [[1, 2, 30, 20]], ["objects have no class name: left out"]),
     "one point": ([BOX, shape([[1, 2]])], [[1, 2, 30, 20]], [DROPPED]),
     "text": ([BOX, shape([[1, "x"], [3, 4]])], [[1, 2, 30, 20]], [DROPPED]),
+    "truth values": ([BOX, shape([[1, True], [3, 4]])], [[1, 2, 30, 20]], [DROPPED]),
     "no points": ([BOX, shape(None)], [[1, 2, 30, 20]], [DROPPED]),
     "not finite": ([BOX, shape([[1, float("nan")], [3, 4]])], [[1, 2, 30, 20]], [DROPPED]),
     "blanks around a label": ([shape([[1, 2], [31, 22]], label=" cell ")], [[1, 2, 30, 20]], []),

@@ -113,6 +113,12 @@ def test_images_found_by_the_last_part_of_their_name_are_said(tmp_path):
     assert (len(data.images[0].boxes), list(data.warnings)) == (1, [RENAMED_WARNING])
 
 
+def test_images_that_are_listed_several_times_are_used_once(tmp_path):
+    files = {"data.yaml": "names: [a]\ntrain: train.txt\n", "train.txt": "images/1.png\nimages/1.png\n"}
+    data = read_data(lay_out(tmp_path, files | {"images/1.png": None, "labels/1.txt": LINE}))["train"]
+    assert (len(data.images), list(data.warnings)) == (1, ["images are listed several times: used once"])
+
+
 def test_a_listed_image_that_does_not_exist_is_named(tmp_path):
     files = {"data.yaml": "names: [a]\ntrain: train.txt\n", "train.txt": "gone/images/1.png\n"}
     with pytest.raises(InputError, match=r"1\.png: image file not found"):

@@ -288,8 +288,8 @@ def _build_split(
             builder.add_warning(RENAMED_WARNING, path)
     if len(file_of_image) < len(split.files):
         builder.on_error(f"{builder.title}: several LabelMe files have the same image. Keep one of each")
-    others = sorted(path for path in split.folder.rglob("*") if is_image_file(path) and path not in file_of_image)
-    for path in [*file_of_image, *others]:
+    images = {path for path in split.folder.rglob("*") if is_image_file(path)}
+    for path in sorted(images | file_of_image.keys()):
         content = contents[file_of_image[path]] if path in file_of_image else LabelMeFile()
         builder.add(path, content.size, content.boxes, [names.index(name) + 1 for name in content.names])
         for warning in content.warnings if path in file_of_image else [NO_FILE_WARNING]:
@@ -341,6 +341,8 @@ def _read_objects(shapes: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, np
 def _enclose(shapes: Sequence[Mapping[str, Any]], reader: Any) -> np.ndarray:
     """Return the box around shapes as x, y, width, height, NaN if one is invalid."""
     with suppress(ValueError, TypeError, KeyError, IndexError):
+        if any(isinstance(value, bool) for shape in shapes for point in shape["points"] for value in point):
+            raise ValueError
         labels = {shape["label"]: 0 for shape in shapes}
         corners = reader.labelme_shapes_to_detections(list(shapes), labels, (1, 1), with_masks=False).xyxy
         return np.round(xyxy_to_xywh(corners.astype(np.float64)), 3)[0]

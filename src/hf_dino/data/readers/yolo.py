@@ -323,7 +323,8 @@ def _read_split(files: YoloSplit, source: Path, split: str, options: ReadOptions
     rotated = [label_files[path] for path in labels for label in labels[path] if label.warning == ROTATED_WARNING]
     refuse_rotated_boxes(rotated, source, options)
     names = _check_labels({label_files[path]: each for path, each in labels.items() if each}, files.names, builder)
-    for path in files.images:
+    for path, count in Counter(files.images).items():
+        builder.add_warning("images are listed several times: used once", path, count - 1)
         if path in labels:
             _add_image(path, sizes[path], [each for each in labels[path] if each.number in names], builder)
             builder.add_warning(NO_FILE_WARNING, path, path not in label_files)
