@@ -393,7 +393,7 @@ def test_invalid_boxes_are_treated_alike_in_every_format(tmp_path, caplog, name)
 NOT_READABLE = {
     "nothing known": (
         {"notes.txt": "?"},
-        r"not in a known format. Looked for:\n  datasets: .*\n  YOLO: .*\n.*directory contains notes",
+        r"not in a known format\. It contains notes\.txt\nLooked for datasets: [^\n]*; YOLO: [^\n]*$",
     ),
     "two files for a split": (
         {"train.json": coco_text("1.png"), "train_v2.json": coco_text("1.png"), "1.png": None},

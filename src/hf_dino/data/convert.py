@@ -6,7 +6,7 @@ Only boxes are converted; masks and keypoints are not read.
 |---|---|---|---|
 | COCO | `train.json`, `train/` | none | |
 | YOLO | `data.yaml`, `images/train/`, `labels/train/` | 7.5e-6 of the side: 0.015 pixels of 2000 | iscrowd, areas |
-| Pascal VOC | `train/JPEGImages/`, `train/Annotations/` | half a pixel | iscrowd, areas, classes without objects |
+| Pascal VOC | `train/JPEGImages/`, `train/Annotations/` | half a pixel | also unused classes, areas beyond the image |
 
 The other splits are called `val` and `test`. Classes keep their order. COCO also keeps their ids and those of images,
 if they are unique over all splits; YOLO numbers classes from 0, and Pascal VOC has only names.
@@ -46,6 +46,8 @@ class FormatWriter(NamedTuple):
         supports_sizes (`bool`): Whether it has image sizes, which show whether boxes refer to the image with or
             without its EXIF orientation.
         supports_unused_classes (`bool`): Whether it has a list of classes, apart from the objects.
+        supports_beyond (`bool`): Whether boxes may extend beyond the image. In Pascal VOC, a coordinate of 0 or of
+            the width plus 1 shows that a tool counts pixels differently.
     """
 
     images: str
@@ -53,6 +55,7 @@ class FormatWriter(NamedTuple):
     supports_crowds: bool
     supports_sizes: bool
     supports_unused_classes: bool
+    supports_beyond: bool = True
 
 
 def convert_data(
@@ -110,6 +113,7 @@ def _select_supported(data: DetectionSplit, writer: FormatWriter, on_image: Call
         if not _ignores_exif_orientation(image) or writer.supports_sizes:
             images.append(image)
         on_image()
+    images = images if writer.supports_beyond else [replace(image, boxes=image.clipped_boxes) for image in images]
     return replace(data, images=images if writer.supports_crowds else [_without_crowds(image) for image in images])
 
 
@@ -259,7 +263,12 @@ def _write_yolo(splits: Mapping[str, SplitData], folder: Path) -> None:
 WRITERS = {
     "coco": FormatWriter("{}", _write_coco, supports_crowds=True, supports_sizes=True, supports_unused_classes=True),
     "voc": FormatWriter(
-        "{}/JPEGImages", _write_voc, supports_crowds=False, supports_sizes=True, supports_unused_classes=False
+        "{}/JPEGImages",
+        _write_voc,
+        supports_crowds=False,
+        supports_sizes=True,
+        supports_unused_classes=False,
+        supports_beyond=False,
     ),
     "yolo": FormatWriter(
         "images/{}", _write_yolo, supports_crowds=False, supports_sizes=False, supports_unused_classes=True

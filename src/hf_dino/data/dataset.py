@@ -5,6 +5,7 @@ import math
 import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
@@ -17,7 +18,7 @@ from torch.utils.data import Dataset
 from ..utils.errors import InputError, summarize_list
 from ..utils.names import match_names, named_classes
 from .augmentation import Augmentation, NoAugmentation, seed_per_image
-from .images import ImageSource, get_image_size, read_image
+from .images import ImageSource, get_image_size, is_image_file, read_image
 
 
 logger = logging.getLogger(__name__)
@@ -39,6 +40,7 @@ ANNOTATION_DTYPE = np.dtype(
 )
 """One annotation: original COCO ids, box as x, y, width, height in pixels, area in square pixels, `iscrowd` 0 or 1."""
 
+_MAX_NAME_LENGTH = 100  # of file names in messages
 _TRUTH_TYPES = (bool, np.bool_)
 _MAX_PIXELS = 2**31  # no image is larger
 # some tools write numbers as text, others as truth values
@@ -264,8 +266,8 @@ class AnnotatedImageBuilder:
         self.add_warning("iscrowd values are neither 0 nor 1: read as 0", path, flags.count(None))
         return np.array([flag or 0 for flag in flags], dtype=np.int64)
 
-    def add_warning(self, warning: str, path: ImageSource, count: int = 1) -> None:
-        """Record `count` corrections of one kind in an image."""
+    def add_warning(self, warning: str, path: ImageSource | str, count: int = 1) -> None:
+        """Record `count` corrections of one kind in an image, or of what else `path` names."""
         if count:
             self.warnings[warning] += [str(path)] * count
 
@@ -309,15 +311,34 @@ def require_image_files(split: DetectionSplit) -> DetectionSplit:
     Raises:
         InputError: If an image file is missing.
     """
-    paths = [image.path for image in split.images if isinstance(image.path, Path)]
-    missing = [path for path in paths if not path.is_file()]
+    paths = dict.fromkeys(image.path for image in split.images if isinstance(image.path, Path))
+    missing = [path for path in paths if not is_file(path)]
     if missing:
-        names = summarize_list(path.name for path in missing)
+        folder = missing[0].parent
+        others = sorted({*filter(is_image_file, folder.iterdir())} - paths.keys()) if folder.is_dir() else []
+        held = f". Images there that are not listed: {_summarize_names(others, 3)}" if others else ""
         raise InputError(
-            f"{split.source}: {len(missing)} images not found in {missing[0].parent}: {names}. Restore them, or "
-            "remove them from the annotations"
+            f"{split.source}: {len(missing)} images not found in {folder}: {_summarize_names(missing)}{held}. "
+            "Restore them, or remove them from the annotations"
         )
     return split
+
+
+def is_file(path: Path) -> bool:
+    """Return whether a file exists, also for names that no file can have."""
+    with suppress(OSError, ValueError):
+        return path.is_file()
+    return False
+
+
+def displayed_name(name: str) -> str:
+    """Return a file name as one short line of text."""
+    short = name if len(name) <= _MAX_NAME_LENGTH else f"...{name[-_MAX_NAME_LENGTH:]}"
+    return short if short.isprintable() else repr(short)
+
+
+def _summarize_names(paths: Sequence[Path], limit: int = 5) -> str:
+    return summarize_list([displayed_name(path.name) for path in paths], limit)
 
 
 def check_unique_names(categories: Mapping[int, str], source: Path | str) -> dict[int, str]:

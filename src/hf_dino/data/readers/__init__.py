@@ -1,18 +1,23 @@
 """Read a dataset in any of the usual formats, which is detected automatically."""
 
-from collections.abc import Callable, Mapping, Sequence
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from ...utils.errors import InputError, summarize_list
 from ..dataset import SPLITS, DetectionSplit, raise_input_error, require_image_files
+from .annotation_tools import find_labelme, is_coco, read_labelme, refuse_unsupported
 from .coco import find_coco, find_single_coco_file, read_coco, read_coco_file, read_coco_files
 from .common import DEFAULT_OPTIONS, ReadOptions, split_from_name
 from .hf_datasets import find_imagefolder, find_saved, is_hub_id, load_from_hub, read_tables, stream
 from .voc import find_voc, read_voc
-from .yolo import find_yolo_folders, find_yolo_yaml, read_yolo
+from .yolo import find_darknet, find_yolo_folders, find_yolo_yaml, read_yolo
 
+
+logger = logging.getLogger(__name__)
 
 __all__ = ["ReadOptions", "read_coco", "read_coco_file", "read_data", "split_from_name"]
 
@@ -35,10 +40,14 @@ class Format(NamedTuple):
 
 TABLES = Format("datasets", "dataset_dict.json, or dataset_info.json and state.json", find_saved, read_tables)
 
+_ARCHIVES = (".zip", ".tar", ".gz", ".tgz", ".bz2", ".xz", ".zst", ".7z", ".rar")
+_MAX_NESTED = 50  # directories that are looked into
+
 # The first match is taken, so the most specific signatures come first.
 FORMATS = (
     TABLES,
     Format("YOLO", "a YAML file with names and train, val or test", find_yolo_yaml, read_yolo),
+    Format("YOLO", "obj.data with names and train, valid or test", find_darknet, read_yolo),
     Format(
         "COCO",
         "train.json, annotations/instances_train*.json or train/_annotations.coco.json",
@@ -49,6 +58,7 @@ FORMATS = (
     Format("Pascal VOC", "JPEGImages and Annotations with *.xml, or *.xml here or in train", find_voc, read_voc),
     Format("YOLO", "images and labels with *.txt, here or in train", find_yolo_folders, read_yolo),
     Format("COCO", "a single *.json", find_single_coco_file, read_coco_files),
+    Format("LabelMe", "*.json for each image, here or in train", find_labelme, read_labelme),
 )
 
 
@@ -118,28 +128,92 @@ def _find_splits(
 ) -> tuple[Format, Mapping[str, Any]]:
     """Return the format of the source and its splits."""
     if streaming:
+        if not Path(source).exists():
+            _check_hub_id(str(source))
         return TABLES, stream(str(source), splits, max_samples, cache_dir, columns)
     folder = Path(source)
     if folder.is_dir():
         return detect_format(folder)
+    if folder.exists() and folder.suffix.lower() in _ARCHIVES:
+        raise InputError(f"{source}: is an archive. Unpack it, and give the directory")
     if folder.exists():
         raise InputError(f"{source}: is a file. Give the dataset's directory, or --images and --annotations")
     if not isinstance(source, str) or not is_hub_id(source):
         raise InputError(
             f"{source}: directory not found, and not an id on the Hub (OWNER/NAME[:CONFIGURATION][@REVISION])"
         )
-    return TABLES, load_from_hub(source)
+    _check_hub_id(source)
+    try:
+        return TABLES, load_from_hub(source)
+    except ImportError as error:
+        raise ImportError(f"{source}: directory not found, and as an id on the Hub, {error}") from error
+
+
+def _check_hub_id(source: str) -> None:
+    """Check that a name is not rather a directory that is missing: it has an owner or a revision."""
+    if not set("/@") & set(source):
+        raise InputError(
+            f"{source}: directory not found. If it is a dataset on the Hub, write OWNER/{source}, or {source}@main if "
+            "it has no owner"
+        )
 
 
 def detect_format(folder: Path) -> tuple[Format, Mapping[str, Any]]:
     """Return the format of a directory, and the files of each split.
 
     Raises:
-        InputError: If the directory is in no known format.
+        InputError: If the directory is in no known format. The message names one that it is in, or a directory inside
+            that is in a known one.
     """
     for format in FORMATS:
-        if found := format.find(folder):
+        if found := _find(format, folder):
+            _log_other_formats(folder, format)
             return format, found
-    signatures = "".join(f"\n  {format.name}: {format.signature}" for format in FORMATS)
+    _name_nested(folder)
+    refuse_unsupported(folder)
     entries = summarize_list(sorted(entry.name for entry in folder.iterdir()), 10) or "nothing"
-    raise InputError(f"{folder}: is not in a known format. Looked for:{signatures}\nThe directory contains {entries}")
+    signatures = "; ".join(f"{format.name}: {format.signature}" for format in FORMATS)
+    raise InputError(f"{folder}: is not in a known format. It contains {entries}\nLooked for {signatures}")
+
+
+def _find(format: Format, folder: Path) -> Mapping[str, Any]:
+    """Return the files of each split. A JSON file that is named as COCO's may be of another format."""
+    if format.name != "COCO":
+        return format.find(folder)
+    with suppress(InputError):
+        found = format.find(folder)
+        if all(is_coco(files.file) for files in found.values()):
+            return found
+    if find_labelme(folder):
+        return {}
+    refuse_unsupported(folder)
+    return format.find(folder)
+
+
+def _log_other_formats(folder: Path, format: Format) -> None:
+    """Log in which other formats a directory contains annotations, which are not read."""
+    if others := list(dict.fromkeys(_find_formats(folder, format.name))):
+        logger.warning("%s: read as %s, although it is also %s", folder, format.name, summarize_list(others))
+
+
+def _find_formats(folder: Path, read: str = "") -> Iterator[str]:
+    """Yield the names of the formats that a directory may be in, apart from the one that is read.
+
+    Tables of `datasets`, which would have to be loaded, are left out.
+    """
+    for format in FORMATS:
+        with suppress(InputError, ImportError, OSError):
+            found = {} if format.name in (read, "datasets") else format.find(folder)
+            if found and (format.name != "COCO" or all(is_coco(files.file) for files in found.values())):
+                yield format.name
+
+
+def _name_nested(folder: Path) -> None:
+    """Raise an error that names the directories inside which are datasets, as of an archive in a directory."""
+    for pattern in ("*", "*/*"):
+        folders = [path for path in sorted(folder.glob(pattern))[:_MAX_NESTED] if path.is_dir()]
+        found = {path: next(_find_formats(path), None) for path in folders}
+        if names := [f"{path} ({name})" for path, name in found.items() if name]:
+            raise InputError(
+                f"{folder}: is not a dataset itself, but contains {summarize_list(names, 3)}. Give that directory"
+            )

@@ -1,21 +1,21 @@
-"""Shared by the readers: their options, which split a name stands for, and boxes as supervision reads them."""
+"""Shared by the readers: their options, which split a name stands for, and rotated boxes."""
 
+import math
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 
-from ...utils.errors import InputError
-from ..dataset import SPLIT_ALIASES, SPLITS, ErrorHandler, raise_input_error, to_box_array, xyxy_to_xywh
+from ...utils.errors import InputError, summarize_list
+from ..dataset import SPLIT_ALIASES, SPLITS, ErrorHandler, raise_input_error, to_box_array, to_float, xyxy_to_xywh
 
 
-Item = TypeVar("Item")
-Annotation = tuple[Any, Any]  # a class, and x, y, width, height in pixels or `None`
-
-ROTATED_WARNING = "boxes are rotated: replaced by the upright box around each"
+NO_FILE_WARNING = "images have no annotation file: treated as images without objects"
+POLYGON_WARNING = "labels are polygons: their bounding boxes are used"
+ROTATED_WARNING = "boxes are rotated: replaced by the upright boxes around them"
 
 _TO_XYWH = {"xywh": lambda boxes: boxes, "xyxy": xyxy_to_xywh}
 
@@ -33,12 +33,20 @@ class ReadOptions:
             `"bbox"` or `"category"`. Others are found by their usual names.
         on_error (`Callable`): Receives each error that makes the dataset unfit for training but not unreadable. By
             default, the first one is raised.
+
+    Raises:
+        InputError: If `box_format` or `rotated_boxes` is none of these.
     """
 
     box_format: str = "xywh"
     rotated_boxes: str = "enclose"
     columns: Mapping[str, str] = field(default_factory=dict)
     on_error: ErrorHandler = raise_input_error
+
+    def __post_init__(self) -> None:
+        for name, choices in (("box_format", _TO_XYWH), ("rotated_boxes", ("enclose", "refuse"))):
+            if getattr(self, name) not in choices:
+                raise InputError(f"{name} is {getattr(self, name)!r}. Choose from {', '.join(choices)}")
 
 
 DEFAULT_OPTIONS = ReadOptions()
@@ -82,6 +90,13 @@ def split_folders(folder: Path) -> dict[str, Path]:
     return group_by_split((entry.name, entry) for entry in sorted(folder.iterdir()) if entry.is_dir())
 
 
+def child_folder(folder: Path, names: Sequence[str]) -> Path | None:
+    """Return the directory inside `folder` that has the first of several names, in upper or lower case."""
+    entries = sorted(folder.iterdir()) if folder.is_dir() else []
+    folders = {entry.name.lower(): entry for entry in entries if entry.is_dir()}
+    return next((folders[name] for name in names if name in folders), None)
+
+
 def boxes_to_xywh(boxes: Sequence[Any] | np.ndarray, box_format: str) -> np.ndarray:
     """Convert annotated boxes to x, y, width, height.
 
@@ -92,9 +107,6 @@ def boxes_to_xywh(boxes: Sequence[Any] | np.ndarray, box_format: str) -> np.ndar
     Returns:
         `np.ndarray` of shape `(num_boxes, 4)`: x, y, width, height in the same unit, NaN for an invalid box.
 
-    Raises:
-        InputError: If the format is unknown.
-
     Example:
 
     ```python
@@ -103,8 +115,6 @@ def boxes_to_xywh(boxes: Sequence[Any] | np.ndarray, box_format: str) -> np.ndar
 
     ```
     """
-    if box_format not in _TO_XYWH:
-        raise InputError(f"unknown box_format {box_format!r}. Choose from {', '.join(_TO_XYWH)}")
     return _TO_XYWH[box_format](to_box_array(boxes))
 
 
@@ -134,40 +144,27 @@ def enclose_rotated_boxes(boxes: np.ndarray, degrees: np.ndarray) -> np.ndarray:
     return np.where((sizes > 0).all(axis=1, keepdims=True), enclosing, boxes)
 
 
-def supervision_to_xywh(detections: Any) -> np.ndarray:
-    """Return the boxes of supervision's detections as x, y, width, height in pixels.
-
-    supervision stores corners in single precision. Rounding to thousandths of a pixel removes its error, so that a box
-    is the same in every format.
+def to_finite(value: Any) -> float:
+    """Return the finite number that a text contains, NaN for anything else.
 
     Example:
 
     ```python
-    >>> from types import SimpleNamespace
-    >>> supervision_to_xywh(SimpleNamespace(xyxy=np.array([[11.3, 2, 20, 30.125]], dtype=np.float32))).tolist()
-    [[11.3, 2.0, 8.7, 28.125]]
+    >>> to_finite(" 1.5 "), to_finite("12.5px"), to_finite("inf"), to_finite(None)
+    (1.5, nan, nan, nan)
 
     ```
     """
-    return np.round(xyxy_to_xywh(detections.xyxy.astype(np.float64)), 3)
+    # Python also reads underscores between digits, and digits of other scripts
+    number = to_float(value) if str(value).isascii() and "_" not in str(value) else math.nan
+    return number if math.isfinite(number) else math.nan
 
 
-def read_valid(
-    items: Sequence[Item], read: Callable[[Sequence[Item]], list[Annotation]], invalid: Annotation
-) -> list[Annotation]:
-    """Read annotations with supervision, which rejects a whole file for one invalid item.
-
-    Args:
-        items (sequence of length `num_objects`): Lines or XML elements.
-        read (`Callable`): Reads items; raises `ValueError` if one is invalid.
-        invalid (`tuple`): Returned for an invalid item.
-
-    Returns:
-        `list[tuple]` of length `num_objects`: Class and box of each item.
-    """
-    try:
-        return read(items)
-    except ValueError:
-        if len(items) > 1:
-            return [annotation for item in items for annotation in read_valid([item], read, invalid)]
-        return [invalid]
+def refuse_rotated_boxes(files: Sequence[Path], source: Path, options: ReadOptions) -> None:
+    """Report rotated boxes as an error if the options ask for it, given the file of each."""
+    if files and options.rotated_boxes == "refuse":
+        names = summarize_list(dict.fromkeys(file.name for file in files), 3)
+        options.on_error(
+            f"{source}: {len(files)} boxes are rotated, in {names}. To use the upright boxes around them, add "
+            "--rotated_boxes enclose"
+        )
