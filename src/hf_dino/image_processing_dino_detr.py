@@ -4,6 +4,7 @@ The image processor has both backends of transformers: torchvision (the default;
 (bitwise identical to the official implementation).
 """
 
+import math
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,11 @@ logger = logging.get_logger(__name__)
 
 SHORTEST_EDGE, LONGEST_EDGE = 800, 1333  # pixels; the official implementation trains and evaluates with these
 
+WHITE = 255
+TOLERANCE = 1e-3  # how far values may exceed their range, as a fraction of it: rounding errors
+DARK_LIMIT = 2**14  # values below use at most 14 of 16 bits, as those of many cameras and X-ray devices
+DARK_ADVICE = "scale them yourself, e.g. 12 bits by np.uint8(pixels * (255 / 4095)), unless the image is dark"
+
 
 def get_size_with_aspect_ratio(height: int, width: int, shortest_edge: int, longest_edge: int) -> tuple[int, int]:
     """Return the size to resize an image to: the shorter side is `shortest_edge`, or less to respect `longest_edge`.
@@ -28,7 +34,8 @@ def get_size_with_aspect_ratio(height: int, width: int, shortest_edge: int, long
 
     Args:
         height, width (`int`): Of the image, in pixels.
-        shortest_edge, longest_edge (`int`): Limits, in pixels. Rounding may exceed `longest_edge` by a pixel.
+        shortest_edge, longest_edge (`int`): Limits, in pixels. Rounding may exceed `longest_edge`: by a pixel, or more
+            for an image that is many times longer than wide.
 
     Returns:
         `(height, width)` in pixels.
@@ -79,6 +86,76 @@ def _to_8_bits(values: np.ndarray) -> np.ndarray:
     return (values // 257).astype(np.uint8)
 
 
+def _warn_if_dark(values: np.ndarray) -> None:
+    if 0 < values.max() < DARK_LIMIT:
+        logger.warning_once(f"16-bit values below {DARK_LIMIT}, divided by 257, are nearly black: {DARK_ADVICE}")
+
+
+def to_8_bit_scale(images: list[Any]) -> list[Any]:
+    """Bring images of other dtypes than uint8 to values from 0 to 255.
+
+    Floats in [0, 1] are multiplied by 255 with a warning, because `do_rescale` would divide them a second time. Zeros
+    and ones alone are taken for a nearly black image if another image has larger values.
+
+    Args:
+        images (list of `np.ndarray` or `torch.Tensor`): Channels first, in the range of 8 bits or in [0, 1].
+
+    Returns:
+        Images of the same kinds: uint8, but float32 for tensors of floats. The PIL backend, whose images are arrays,
+        resizes nothing but uint8.
+
+    Raises:
+        ValueError: If values are in neither range, or not finite.
+    """
+    peaks = {index: _peak(image) for index, image in enumerate(images) if _dtype_name(image) != "uint8"}
+    has_levels = any(peak > 1 + TOLERANCE for peak in peaks.values())
+    return [
+        _scale_to_8_bits(image, peaks[index], has_levels) if index in peaks else image
+        for index, image in enumerate(images)
+    ]
+
+
+def _dtype_name(image: Any) -> str:
+    return str(image.dtype).removeprefix("torch.")
+
+
+def _is_finite(image: Any) -> bool:
+    return "float" not in _dtype_name(image) or math.isfinite(float(image.max()) - float(image.min()))
+
+
+def _is_whole(image: Any) -> bool:
+    return bool((image == image.round()).all())
+
+
+def _peak(image: Any) -> float:
+    """Return the largest value, once all values are known to be in one of the two ranges."""
+    low, high = float(image.min()), float(image.max())
+    is_between = "float" in _dtype_name(image) and 1 + TOLERANCE < high < 2 and not _is_whole(image)
+    if not -TOLERANCE <= low <= high <= WHITE * (1 + TOLERANCE) or is_between:
+        raise ValueError(
+            f"the image has {_dtype_name(image)} values from {low:g} to {high:g}, but do_rescale needs 0 to 255, or "
+            f"floats in 0 to 1: clip it or convert it to uint8. If it is rescaled or normalized already, pass "
+            f"do_rescale=False and do_normalize=False"
+        )
+    return high
+
+
+def _scale_to_8_bits(image: Any, peak: float, has_levels: bool) -> Any:
+    dtype = _dtype_name(image)
+    is_float, is_array = "float" in dtype, isinstance(image, np.ndarray)
+    is_unit = dtype == "bool" or (is_float and peak <= 1 + TOLERANCE and not (has_levels and _is_whole(image)))
+    if is_unit and is_float and peak > 0:
+        logger.warning_once(
+            "float images in 0 to 1 are taken as rescaled and not divided by 255 again; do_rescale=False says so "
+            "without this warning"
+        )
+    levels = (image.astype(np.float32) if is_array else image.to(torch.float32)) * (WHITE if is_unit else 1)
+    if is_float and not is_array:
+        return levels
+    levels = levels.round().clip(0, WHITE)
+    return levels.astype(np.uint8) if is_array else levels.to(torch.uint8)
+
+
 class DinoDetrImageProcessorMixin:
     """Differences from transformers' DETR image processors, for both backends."""
 
@@ -96,7 +173,9 @@ class DinoDetrImageProcessorMixin:
         Resize, normalize and pad images, and turn their COCO annotations into labels.
 
         Args:
-            images (image or list of images): PIL images, arrays or tensors.
+            images (image or list of images):
+                PIL images, arrays or tensors: 8-bit, 16-bit (divided by 257), or floats from 0 to 255. Floats in
+                0 to 1 are not rescaled again, which is logged unless `do_rescale=False` says so.
             annotations (`dict` or `list[dict]`, *optional*):
                 Per image `{"image_id": int, "annotations": [...]}` with COCO's `category_id`, `bbox` (x, y, width,
                 height in pixels), and optionally `area` and `iscrowd`. Annotations with `iscrowd` are dropped; boxes
@@ -115,7 +194,8 @@ class DinoDetrImageProcessorMixin:
               `area` and `iscrowd`.
 
         Raises:
-            ValueError: If a category id is not in `category_id_to_label`, naming it and its image.
+            ValueError: If a category id is not in `category_id_to_label` or an annotation is malformed, naming the
+                image; or if the values of an image are neither in 0 to 255 nor floats in 0 to 1.
         """
         if annotations is not None:
             targets = [annotations] if isinstance(annotations, dict) else annotations
@@ -124,17 +204,34 @@ class DinoDetrImageProcessorMixin:
 
     def process_image(self, image: Any, *args: Any, **kwargs: Any) -> Any:
         if isinstance(image, Image.Image):
+            if image.mode.startswith("I"):
+                _warn_if_dark(np.asarray(image))
             image = convert_to_rgb(image)
-        elif isinstance(image, np.ndarray) and image.dtype == np.uint16:
-            image = _to_8_bits(image)
+        elif getattr(image, "dtype", None) in (np.uint16, torch.uint16):
+            values = np.asarray(torch.as_tensor(image).cpu())
+            _warn_if_dark(values)
+            image = torch.as_tensor(_to_8_bits(values), device=getattr(image, "device", "cpu"))
         channels = super().process_image(image, *args, **kwargs)
         return channels[[0, 0, 0]] if len(channels) == 1 else channels  # transformers 5.14 leaves gray arrays gray
+
+    def _preprocess(
+        self, images: list[Any], *args: Any, do_rescale: bool, rescale_factor: float, **kwargs: Any
+    ) -> BatchFeature:
+        if do_rescale and math.isclose(rescale_factor, 1 / WHITE):
+            images = to_8_bit_scale(images)
+        elif not all(map(_is_finite, images)):
+            raise ValueError("the values of an image are NaN or infinite")
+        return super()._preprocess(images, *args, do_rescale=do_rescale, rescale_factor=rescale_factor, **kwargs)
 
     def resize(self, image: Any, size: SizeDict, *args: Any, **kwargs: Any) -> Any:
         if size.shortest_edge and size.longest_edge:
             height, width = image.shape[-2:]
             height, width = get_size_with_aspect_ratio(height, width, size.shortest_edge, size.longest_edge)
             size = SizeDict(height=height, width=width)
+        if isinstance(image, np.ndarray) and image.dtype.kind == "f" and 0 <= image.min() <= image.max() <= 1:
+            # transformers would round them down to 8 bits
+            levels = np.rint(image * WHITE).astype(np.uint8)
+            return super().resize(levels, size, *args, **kwargs) / np.float32(WHITE)
         return super().resize(image, size, *args, **kwargs)
 
     def prepare_annotation(self, image: Any, target: dict[str, Any], *args: Any, **kwargs: Any) -> dict[str, Any]:
@@ -190,6 +287,7 @@ class DinoDetrImageProcessorMixin:
 
         Raises:
             ValueError: If `target_sizes` is not one size per image.
+            FloatingPointError: If a score or a box is NaN or infinite.
         """
         logits, pred_boxes = outputs.logits, outputs.pred_boxes
         batch_size, _, num_labels = logits.shape
@@ -202,6 +300,7 @@ class DinoDetrImageProcessorMixin:
                 f"got a shape of {tuple(target_sizes.shape)}"
             )
 
+        _check_finite(logits, pred_boxes)
         all_scores = logits.to(pred_boxes.dtype).sigmoid().flatten(1)  # (batch, queries * labels)
         scores, topk_indices = all_scores.topk(min(top_k, all_scores.shape[1]), dim=1)
         queries, labels = topk_indices // num_labels, topk_indices % num_labels
@@ -223,10 +322,22 @@ class DinoDetrImageProcessorMixin:
         return super().to_dict() | {"auto_map": {"AutoImageProcessor": BACKENDS}}
 
 
-def _map_categories(target: dict[str, Any], category_id_to_label: dict[int, int] | None) -> dict[str, Any]:
+def _check_finite(logits: torch.Tensor, pred_boxes: torch.Tensor) -> None:
+    """Raise an error if detections would be NaN or infinite. A class may be excluded by a logit of minus infinity."""
+    is_finite = (logits < math.inf).all() & pred_boxes.isfinite().all()
+    if not is_finite:
+        raise FloatingPointError(
+            "the model's scores or boxes are NaN or infinite: fp16 overflowed (use bf16 or float32), or the weights "
+            "diverged in training or are damaged (use an earlier checkpoint)"
+        )
+
+
+def _map_categories(target: Any, category_id_to_label: dict[int, int] | None) -> Any:
     """Replace category ids by labels, and fill in missing areas, in the annotations of an image."""
-    if target.get("annotations") is None:
+    if not isinstance(target, dict) or not isinstance(target.get("annotations"), list | tuple):
         return target  # transformers raises the error
+    if not _is_integer(target.get("image_id", 0)):
+        raise ValueError(f"image_id must be an integer, got {target['image_id']!r}")
     mapped = [_map_category(annotation, target, category_id_to_label) for annotation in target["annotations"]]
     return {**target, "annotations": mapped}
 
@@ -235,16 +346,36 @@ def _map_category(
     annotation: dict[str, Any], target: dict[str, Any], category_id_to_label: dict[int, int] | None
 ) -> dict[str, Any]:
     name = f"image_id {target.get('image_id')}"
-    if "category_id" not in annotation or len(annotation.get("bbox", ())) != 4:
+    if not isinstance(annotation, dict) or not _is_box(annotation.get("bbox")) or "category_id" not in annotation:
         raise ValueError(f"{name}: an annotation must have a category_id and a bbox of 4 numbers, got {annotation}")
-    category = annotation["category_id"]
+    category, (_, _, width, height) = annotation["category_id"], annotation["bbox"]
+    if not _is_integer(category):
+        raise ValueError(f"{name}: a category_id must be an integer, got {category!r}")
     if category_id_to_label is not None and category not in category_id_to_label:
         raise ValueError(
             f"{name}: category_id {category} is not in category_id_to_label, which has {sorted(category_id_to_label)}"
         )
-    label = category if category_id_to_label is None else category_id_to_label[category]
-    width, height = annotation["bbox"][2:]
-    return {"area": width * height, **annotation, "category_id": label}
+    label = int(category) if category_id_to_label is None else category_id_to_label[category]
+    area = width * height if annotation.get("area") is None else annotation["area"]
+    # some tools write numbers as text, or null for the usual case
+    iscrowd = int(annotation.get("iscrowd") in (1, "1"))
+    return {**annotation, "area": area, "iscrowd": iscrowd, "category_id": label}
+
+
+def _is_integer(value: Any) -> bool:
+    """Return whether a value is an integer of any type; a float without fraction is one."""
+    try:
+        return not isinstance(value, bool) and bool(int(value) == value)
+    except (TypeError, ValueError, OverflowError):
+        return False
+
+
+def _is_box(values: Any) -> bool:
+    """Return whether a value is a sequence of 4 numbers, which may be NaN."""
+    try:
+        return len(values) == 4 and all(float(value) == value or math.isnan(value) for value in values)
+    except (TypeError, ValueError):
+        return False
 
 
 class DinoDetrImageProcessor(DinoDetrImageProcessorMixin, DetrImageProcessor):

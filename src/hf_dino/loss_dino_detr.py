@@ -7,6 +7,7 @@ The losses of all layers and images are computed in one batched pass. One tensor
 objects: for each query, it is the index of the object that the query is matched to, in its image, or -1 for none.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -269,29 +270,32 @@ def matching_cost(
     )
 
 
-def check_labels(labels: list[dict[str, torch.Tensor]], batch_size: int, num_labels: int) -> None:
+def check_labels(
+    labels: list[dict[str, torch.Tensor]], batch_size: int, num_labels: int, device: torch.device | None = None
+) -> None:
     """Raise an error that names the image if labels are invalid.
 
     On an accelerator a class out of range would otherwise end the process with a device-side assertion.
 
+    Args:
+        labels (`list[dict[str, torch.Tensor]]`): See `dino_detr_loss`.
+        batch_size (`int`): Number of images.
+        num_labels (`int`): Number of classes of the model.
+        device (`torch.device`, *optional*): Where labels must be; anywhere by default.
+
     Raises:
-        ValueError: If images and labels differ in number, an entry is missing, classes and boxes of an image differ
-            in number, a class is not in [0, num_labels), or a box is not finite, has no area or is not in [0, 1].
+        ValueError: If images and labels differ in number, an entry is missing, or of another type, shape or device, a
+            class is not in [0, num_labels), or a box is not finite, has no area or is not in [0, 1].
     """
+    if isinstance(labels, Mapping):
+        raise ValueError(f"labels must be a list with one dict per image, got one dict with {list(labels)}")
     if len(labels) != batch_size:
         raise ValueError(f"labels must have one entry per image: got {len(labels)} for {batch_size} images")
     if not labels:
         return
     for image, label in enumerate(labels):
-        if not {"class_labels", "boxes"} <= set(label):
-            raise ValueError(f"labels[{image}] must have 'class_labels' and 'boxes', got {sorted(label)}")
-        if label["class_labels"].dtype.is_floating_point:
-            raise ValueError(f"labels[{image}]: class_labels must be integers, got {label['class_labels'].dtype}")
-        if label["boxes"].shape != (len(label["class_labels"]), 4):
-            raise ValueError(
-                f"labels[{image}]: boxes must have the shape (number of class_labels, 4), "
-                f"got {tuple(label['boxes'].shape)} for {len(label['class_labels'])} class_labels"
-            )
+        if problem := _label_problem(label, device):
+            raise ValueError(f"labels[{image}]{problem}")
     classes = torch.cat([label["class_labels"] for label in labels])
     boxes = torch.cat([label["boxes"] for label in labels])
     invalid_class = (classes < 0) | (classes >= num_labels)
@@ -299,6 +303,29 @@ def check_labels(labels: list[dict[str, torch.Tensor]], batch_size: int, num_lab
     invalid_box |= ~(boxes[:, 2:] > 0).all(dim=1)
     if (invalid_class | invalid_box).any():
         _raise_invalid_label(labels, invalid_class.tolist(), invalid_box.tolist(), num_labels)
+
+
+def _label_problem(label: Mapping[str, torch.Tensor], device: torch.device | None) -> str:
+    """Return why the tensors of a label have the wrong type, shape or device, or an empty text if they do not."""
+    if not isinstance(label, Mapping) or not {"class_labels", "boxes"} <= set(label):
+        got = sorted(label) if isinstance(label, Mapping) else type(label).__name__
+        return f" must have 'class_labels' and 'boxes', got {got}"
+    for name in ("class_labels", "boxes"):
+        if not isinstance(label[name], torch.Tensor):
+            return f": {name} must be a tensor, got {type(label[name]).__name__}"
+        if device is not None and label[name].device != device:
+            return f": {name} is on {label[name].device}, but pixel_values is on {device}; move the labels there"
+    classes, boxes = label["class_labels"], label["boxes"]
+    if classes.dtype != torch.int64:
+        return f": class_labels must be integers, got {classes.dtype}; convert them by .long()"
+    if classes.ndim != 1:
+        return f": class_labels must have the shape (number of objects,), got {tuple(classes.shape)}"
+    if boxes.shape != (len(classes), 4):
+        return (
+            f": boxes must have the shape (number of class_labels, 4), got {tuple(boxes.shape)} for {len(classes)} "
+            "class_labels"
+        )
+    return ""
 
 
 def _raise_invalid_label(

@@ -41,6 +41,8 @@ from .reference_points_dino_detr import get_reference_points
 
 logger = logging.get_logger(__name__)
 
+RECORDING_MODULE = capture_outputs.__module__
+
 
 @dataclass
 class DinoDetrEncoderOutput(ModelOutput):
@@ -352,6 +354,18 @@ class DinoDetrPreTrainedModel(PreTrainedModel):
         if not initialize(module):
             super()._init_weights(module)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what is pickled or copied: all but transformers' hooks that record outputs, which are closures.
+
+        transformers installs them again, here and in the copy, before the next output is recorded.
+        """
+        for module in self.modules():
+            hooks = module._forward_hooks
+            for handle in [key for key, hook in hooks.items() if getattr(hook, "__module__", "") == RECORDING_MODULE]:
+                del hooks[handle]
+            vars(module).pop("_output_capturing_hooks_installed", None)
+        return super().__getstate__()
+
     def get_input_embeddings(self) -> None:
         """Return `None`: the model has no input embeddings, but Accelerate calls this method for FSDP2."""
 
@@ -397,9 +411,14 @@ class DinoDetrEncoder(DinoDetrPreTrainedModel):
         return DinoDetrEncoderOutput(last_hidden_state=hidden_states)
 
 
+def keep_gradient(boxes: torch.Tensor) -> torch.Tensor:
+    """Return boxes as they are: a named function, because a model that keeps a lambda cannot be pickled."""
+    return boxes
+
+
 # Boxes from which the next layer's prediction starts: with or without a gradient to this layer (DINO, section 3.5).
 BOX_REFINEMENTS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
-    "look_forward_twice": lambda boxes: boxes,
+    "look_forward_twice": keep_gradient,
     "look_forward_once": torch.Tensor.detach,
 }
 
@@ -540,7 +559,7 @@ class DinoDetrModel(DinoDetrPreTrainedModel):
         """
         warn_if_emulated(pixel_values.device.type, self.dtype)
         if labels is not None:
-            check_labels(labels, len(pixel_values), self.config.num_labels)
+            check_labels(labels, len(pixel_values), self.config.num_labels, pixel_values.device)
         if pixel_mask is None:
             pixel_mask = torch.ones_like(pixel_values[:, 0])
 

@@ -11,7 +11,7 @@ from PIL import Image
 from torchvision.ops import box_convert, box_iou
 from transformers import AutoImageProcessor
 
-from hf_dino import DinoDetrImageProcessor, DinoDetrImageProcessorPil
+from hf_dino import DinoDetrImageProcessor, DinoDetrImageProcessorPil, image_processing_dino_detr
 from hf_dino.image_processing_dino_detr import get_size_with_aspect_ratio
 from hf_dino.modeling_dino_detr import DinoDetrObjectDetectionOutput
 
@@ -19,6 +19,7 @@ from hf_dino.modeling_dino_detr import DinoDetrObjectDetectionOutput
 BACKENDS = {"torchvision": DinoDetrImageProcessor, "pil": DinoDetrImageProcessorPil}
 SMALL = {"shortest_edge": 40, "longest_edge": 67}
 AS_IT_IS = {"do_resize": False, "do_rescale": False, "do_normalize": False}
+NAN, INFINITY = float("nan"), float("inf")
 IMAGENET_MEAN, IMAGENET_STD = np.float32([0.485, 0.456, 0.406]), np.float32([0.229, 0.224, 0.225])
 
 
@@ -155,6 +156,143 @@ def test_arrays_and_tensors_are_images_too(processor, convert):
     assert torch.equal(processor(images=convert(image), return_tensors="pt")["pixel_values"], expected)
 
 
+# Images that are not 8-bit
+
+
+@pytest.fixture
+def warned(caplog):
+    """Return what was warned about since the last call; warnings that are given once may be given again."""
+    type(image_processing_dino_detr.logger).warning_once.cache_clear()
+    caplog.set_level(logging.WARNING)
+
+    def messages():
+        texts = [record.getMessage() for record in caplog.records]
+        caplog.clear()
+        return texts
+
+    return messages
+
+
+def as_tensor(pixels):
+    return torch.from_numpy(pixels).permute(2, 0, 1)
+
+
+KINDS = {"array": lambda pixels: pixels, "array, channels first": lambda pixels: pixels.transpose(2, 0, 1)}
+KINDS |= {"tensor": as_tensor, "double": lambda pixels: as_tensor(pixels).double()}
+KINDS |= {"half": lambda pixels: as_tensor(pixels).half()}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("options", [{}, {"do_resize": False}, {"do_normalize": False}], ids=str)
+def test_floats_in_0_to_1_are_not_rescaled_again(processor, kind, options, warned):
+    pixels = np.array(make_image(64, 48))
+    expected = processor(images=KINDS[kind](pixels), return_tensors="pt", **options)["pixel_values"]
+    assert not warned()
+    images = [KINDS[kind](pixels / np.float32(255))] * 2
+    values = processor(images=images, return_tensors="pt", **options)["pixel_values"]
+    tolerance = 1e-6 if processor.backend == "pil" else 2e-2  # floats are resized without rounding to 8 bits
+    torch.testing.assert_close(values, expected.expand(2, -1, -1, -1).to(values.dtype), rtol=0, atol=tolerance)
+    (message,) = warned()
+    assert "do_rescale=False" in message
+
+
+def test_floats_that_are_said_to_be_rescaled_need_no_warning(processor, warned):
+    pixels = np.array(make_image(64, 48))
+    expected = processor(images=pixels, return_tensors="pt")["pixel_values"]
+    values = processor(images=(pixels / 255).astype(np.float32), do_rescale=False, return_tensors="pt")["pixel_values"]
+    torch.testing.assert_close(values, expected, rtol=0, atol=1e-6 if processor.backend == "pil" else 2e-2)
+    assert not warned()
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64, np.int32, np.int64, np.int16])
+@pytest.mark.parametrize("kind", ["array", "tensor"])
+def test_whole_values_to_255_are_levels_in_any_dtype(processor, dtype, kind, warned):
+    pixels = np.array(make_image(64, 48))
+    expected = processor(images=pixels, return_tensors="pt")["pixel_values"]
+    values = processor(images=KINDS[kind](pixels.astype(dtype)), return_tensors="pt")["pixel_values"]
+    torch.testing.assert_close(values, expected, rtol=0, atol=1e-6 if processor.backend == "pil" else 2e-2)
+    assert not warned()
+
+
+def test_each_image_of_a_batch_has_its_own_scale(processor, warned):
+    pixels = np.array(make_image(64, 48))
+    unit, levels, dark = pixels / np.float32(255), pixels.astype(np.float32), (pixels > 99).astype(np.float32)
+    batch = processor(images=[pixels, unit, levels, dark], return_tensors="pt", do_resize=False)
+    assert len(warned()) == 1
+    first, second, third, nearly_black = batch["pixel_values"]
+    for other in (second, third):
+        torch.testing.assert_close(other, first, rtol=0, atol=1e-5)
+    as_8_bit = processor(images=dark.astype(np.uint8), return_tensors="pt", do_resize=False)["pixel_values"][0]
+    torch.testing.assert_close(nearly_black, as_8_bit, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [bool, np.float32])
+@pytest.mark.parametrize("kind", ["array", "tensor"])
+def test_zeros_and_ones_alone_are_black_and_white(processor, dtype, kind, warned):
+    mask = np.array(make_image(64, 48)) > 99
+    white = processor(images=np.where(mask, 255, 0).astype(np.uint8), return_tensors="pt", do_resize=False)
+    values = processor(images=KINDS[kind](mask.astype(dtype)), return_tensors="pt", do_resize=False)
+    torch.testing.assert_close(values["pixel_values"], white["pixel_values"], rtol=0, atol=1e-5)
+    assert len(warned()) == (dtype is not bool)
+
+
+def test_black_needs_no_scale(processor, warned):
+    processor(images=np.zeros((48, 64, 3), dtype=np.float32), return_tensors="pt")
+    assert not warned()
+
+
+def alter(value):
+    pixels = np.array(make_image(64, 48)) / 255
+    pixels[0, 0, 0] = value
+    return pixels.astype(np.float32)
+
+
+@pytest.mark.parametrize("kind", ["array", "tensor"])
+@pytest.mark.parametrize(
+    "pixels",
+    [alter(-0.5), alter(NAN), alter(INFINITY), alter(1.5), alter(300), np.full((48, 64, 3), 4095, dtype=np.int32)],
+    ids=["negative", "NaN", "infinite", "beyond 1", "beyond 255", "integers beyond 255"],
+)
+def test_values_in_no_known_range_are_an_error(processor, pixels, kind):
+    with pytest.raises(ValueError, match=r"the image has \w+ values from .* to .*, but do_rescale needs 0 to 255"):
+        processor(images=KINDS[kind](pixels), return_tensors="pt")
+
+
+@pytest.mark.parametrize("kind", ["array", "tensor"])
+@pytest.mark.parametrize("value", [NAN, INFINITY, -INFINITY])
+def test_values_that_are_not_finite_are_an_error_on_any_scale(processor, kind, value):
+    with pytest.raises(ValueError, match="values of an image are NaN or infinite"):
+        processor(images=KINDS[kind](alter(value)), return_tensors="pt", **AS_IT_IS)
+
+
+def test_normalized_images_are_taken_as_they_are(processor, warned):
+    normalized = np.random.default_rng(0).normal(size=(3, 48, 64)).astype(np.float32)
+    values = processor(images=normalized, return_tensors="pt", **AS_IT_IS)["pixel_values"][0]
+    assert np.array_equal(values.numpy(), normalized)
+    assert not warned()
+
+
+def test_a_rounding_error_above_1_does_not_change_the_scale(processor, warned):
+    assert processor(images=alter(1.0005), return_tensors="pt")["pixel_values"].max() < 2.7
+    assert len(warned()) == 1
+
+
+@pytest.mark.parametrize(
+    "make",
+    [Image.fromarray, lambda wide: wide[..., None], lambda wide: torch.from_numpy(wide)[None]],
+    ids=["PIL", "array", "tensor"],
+)
+def test_16_bits_that_use_12_are_said_to_be_dark(processor, make, warned):
+    wide, _ = gray_16_bit()
+    for scale, num_warnings in ((1, 0), (16, 1)):
+        image = make(wide // scale)
+        values = processor(images=image, return_tensors="pt", **AS_IT_IS)["pixel_values"][0]
+        assert np.array_equal(values.numpy(), np.stack([wide // scale // 257] * 3))
+        messages = warned()
+        assert len(messages) == num_warnings
+        assert all("nearly black: scale them yourself" in message for message in messages)
+
+
 # Labels
 
 
@@ -212,9 +350,6 @@ def test_crowds_are_dropped_without_a_warning(processor, caplog):
     assert not caplog.records
 
 
-NAN, INFINITY = float("nan"), float("inf")
-
-
 @pytest.mark.parametrize(
     "box",
     [[5, 5, 0, 9], [5, 5, 9, -3], [64, 5, 9, 9], [5, -20, 9, 9], [NAN, 5, 9, 9], [5, 5, NAN, 9], [INFINITY, 5, 9, 9]],
@@ -258,6 +393,52 @@ def test_no_annotations_are_empty_labels_of_the_usual_shape(processor):
 def test_annotations_that_do_not_fit_are_an_error(processor, targets, message):
     with pytest.raises(ValueError, match=message):
         processor(images=[make_image(64, 48)], annotations=targets, return_tensors="pt")
+
+
+@pytest.mark.parametrize(
+    "box",
+    [None, "1 2 3 4", [1, 2, 3], [1, 2, 3, 4, 5], ["1", "2", "3", "4"], [1, 2, 3, None], [[1, 2, 3, 4]], 4, []],
+    ids=repr,
+)
+def test_a_box_that_is_not_4_numbers_is_an_error_that_names_its_image(processor, box):
+    target = annotate([1, 1, 9, 9], box, image_id=139)
+    with pytest.raises(
+        ValueError, match=r"^image_id 139: an annotation must have .* a bbox of 4 numbers, got [^\n]*$"
+    ):
+        one_label(processor, make_image(64, 48), target)
+
+
+@pytest.mark.parametrize("annotation", [None, {}, {"bbox": [1, 1, 9, 9]}, {"category_id": 1}, [1, 1, 9, 9]], ids=repr)
+def test_an_annotation_that_lacks_an_entry_is_an_error_that_names_its_image(processor, annotation):
+    with pytest.raises(ValueError, match=r"^image_id 139: an annotation must have a category_id and a bbox"):
+        one_label(processor, make_image(64, 48), {"image_id": 139, "annotations": [annotation]})
+
+
+@pytest.mark.parametrize("category_id", [None, "1", 1.5, True, NAN, [1]], ids=repr)
+@pytest.mark.parametrize("mapping", [None, {1: 0}], ids=["labels", "mapped"])
+def test_a_category_id_must_be_an_integer(processor, category_id, mapping):
+    target = {"image_id": 7, "annotations": [{"bbox": [1, 1, 9, 9], "category_id": category_id}]}
+    with pytest.raises(ValueError, match=r"^image_id 7: a category_id must be an integer, got "):
+        one_label(processor, make_image(64, 48), target, category_id_to_label=mapping)
+
+
+@pytest.mark.parametrize("category_id", [3, 3.0, np.int64(3), torch.tensor(3)], ids=repr)
+def test_an_integer_may_be_of_any_type(processor, category_id):
+    label = one_label(processor, make_image(64, 48), annotate([1, 1, 9, 9], category_id=category_id))
+    assert label["class_labels"].tolist() == [3]
+
+
+@pytest.mark.parametrize("image_id", ["a.jpg", None, 1.5])
+def test_an_image_id_must_be_an_integer(processor, image_id):
+    with pytest.raises(ValueError, match=r"^image_id must be an integer, got "):
+        one_label(processor, make_image(64, 48), annotate([1, 1, 9, 9], image_id=image_id))
+
+
+def test_null_is_no_area_and_no_crowd_and_text_may_be_a_number(processor, caplog):
+    target = annotate([1, 1, 9, 10], [2, 2, 9, 9], [3, 3, 9, 9], area=None, iscrowd=[None, "1", "0"])
+    label = one_label(processor, make_image(40, 40), target)
+    assert label["area"].tolist() == [90.0, 81.0]
+    assert not caplog.records
 
 
 # Detections
@@ -316,6 +497,25 @@ def test_target_sizes_may_be_a_list_or_a_tensor_or_left_out(processor):
 def test_target_sizes_of_the_wrong_shape_are_an_error(processor, sizes):
     with pytest.raises(ValueError, match=r"target_sizes must be .* each of the 2 images, got a shape of"):
         processor.post_process_object_detection(random_outputs(), target_sizes=sizes)
+
+
+@pytest.mark.parametrize("value", [NAN, INFINITY])
+@pytest.mark.parametrize("name", ["logits", "pred_boxes"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_outputs_that_are_not_finite_are_an_error_at_any_threshold(processor, name, value, dtype):
+    outputs = random_outputs()
+    outputs.logits = outputs.logits.to(dtype)
+    outputs[name][1, -1, 0] = value
+    for threshold in (0.0, 0.5, 1.0):
+        with pytest.raises(FloatingPointError, match=r"scores or boxes are NaN or infinite: fp16 .*bf16.*checkpoint"):
+            processor.post_process_object_detection(outputs, threshold, [(480, 640)] * 2, top_k=3)
+
+
+def test_a_class_can_be_excluded_by_minus_infinity(processor):
+    outputs = random_outputs()
+    outputs.logits[..., 2] = -INFINITY
+    for detections in processor.post_process_object_detection(outputs, 0.0):
+        assert 2 not in detections["labels"].tolist()
 
 
 def test_nms_leaves_out_what_overlaps_a_better_one_of_its_class(processor):

@@ -238,12 +238,21 @@ BOX = torch.tensor([[0.5, 0.5, 0.2, 0.2]])
         ({"class_labels": torch.tensor([1.0])}, r"labels\[1\]: class_labels must be integers, got torch.float32"),
         ({"boxes": BOX[0]}, r"boxes must have the shape \(number of class_labels, 4\), got \(4,\) for 1"),
         ({"boxes": torch.cat([BOX, BOX])}, r"got \(2, 4\) for 1 class_labels"),
+        ({"boxes": BOX[:, :3]}, r"got \(1, 3\) for 1 class_labels"),
+        ({"boxes": BOX.tolist()}, r"labels\[1\]: boxes must be a tensor, got list"),
+        ({"class_labels": [1]}, r"labels\[1\]: class_labels must be a tensor, got list"),
+        ({"class_labels": torch.tensor([[1]])}, r"labels\[1\]: class_labels must have the shape .*, got \(1, 1\)"),
+        ({"class_labels": torch.tensor(1)}, r"labels\[1\]: class_labels must have the shape .*, got \(\)"),
+        ({"class_labels": torch.tensor([True])}, r"class_labels must be integers, got torch.bool; .*\.long\(\)"),
+        ({"class_labels": torch.tensor([1], dtype=torch.int32)}, r"got torch.int32; convert them by \.long\(\)"),
+        ({"boxes": BOX.to("meta")}, r"labels\[1\]: boxes is on meta, but pixel_values is on cpu; move"),
+        ({"class_labels": torch.tensor([1], device="meta")}, r"labels\[1\]: class_labels is on meta"),
     ],
 )
 def test_invalid_labels_are_reported_by_image(entries, message):
     labels = corrupt(make_labels(2, 1), 1, **{"image_id": torch.tensor([42])} | entries)
     with pytest.raises(ValueError, match=message):
-        check_labels(labels, batch_size=2, num_labels=5)
+        check_labels(labels, batch_size=2, num_labels=5, device=torch.device("cpu"))
 
 
 def test_missing_labels_are_reported():
@@ -251,6 +260,10 @@ def test_missing_labels_are_reported():
         check_labels(make_labels(1), batch_size=2, num_labels=5)
     with pytest.raises(ValueError, match=r"labels\[0\] must have 'class_labels' and 'boxes', got \['boxes'\]"):
         check_labels([{"boxes": BOX}], batch_size=1, num_labels=5)
+    with pytest.raises(ValueError, match=r"labels\[0\] must have 'class_labels' and 'boxes', got NoneType"):
+        check_labels([None], batch_size=1, num_labels=5)
+    with pytest.raises(ValueError, match=r"labels must be a list with one dict per image, got one dict with"):
+        check_labels(make_labels(1)[0], batch_size=2, num_labels=5)
 
 
 def test_valid_labels_pass():

@@ -1,8 +1,13 @@
 """Properties of the whole model, whatever its strategies."""
 
+import copy
+import io
 import itertools
 import logging
 import math
+import multiprocessing
+import pickle
+from concurrent.futures import ProcessPoolExecutor
 from types import SimpleNamespace
 
 import pytest
@@ -11,7 +16,7 @@ from torch import nn
 from transformers import AutoModelForObjectDetection
 
 from helpers.models import make_labels, tiny_config, tiny_model
-from hf_dino import DinoDetrForObjectDetection, modeling_dino_detr
+from hf_dino import DinoDetrForObjectDetection, DinoDetrImageProcessor, DinoDetrImageProcessorPil, modeling_dino_detr
 from hf_dino.configuration_dino_detr import BOX_REFINEMENT_NAMES, DENOISING_NAMES, QUERY_SELECTION_NAMES
 from hf_dino.loss_dino_detr import hungarian_match
 from hf_dino.query_selection_dino_detr import gen_encoder_output_proposals
@@ -457,6 +462,56 @@ def test_saved_and_loaded_it_is_the_same(pixel_values, tmp_path, overrides):
     fresh = DinoDetrForObjectDetection(tiny_config(**overrides))
     report = fresh.load_state_dict(load_file(tmp_path / "model.safetensors"), strict=True)
     assert not report.missing_keys
+
+
+STRATEGIES = [
+    *({"query_selection": name} for name in QUERY_SELECTION_NAMES),
+    *({"denoising": name} for name in DENOISING_NAMES),
+    *({"box_refinement": name} for name in BOX_REFINEMENT_NAMES),
+    {"share_decoder_heads": False},
+    {"backbone_config": TINY_SWIN},
+]
+
+
+@torch.no_grad()
+def with_states(model, pixel_values):
+    return model(pixel_values, output_hidden_states=True, output_attentions=True)
+
+
+@pytest.mark.parametrize("overrides", STRATEGIES, ids=str)
+def test_a_pickled_or_copied_model_is_the_same(pixel_values, overrides):
+    model = tiny_model(**overrides)
+    expected = with_states(model, pixel_values)
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    copies = (pickle.loads(pickle.dumps(model)), copy.deepcopy(model), torch.load(file, weights_only=False), model)
+    for each in copies:  # the model itself records its states as before, too
+        torch.testing.assert_close(
+            with_states(each, pixel_values).to_tuple(), expected.to_tuple(), rtol=0, atol=0, equal_nan=True
+        )
+    losses = [train_step(each, pixel_values, make_labels(1, 2)).loss.item() for each in copies]
+    assert len(set(losses)) == 1
+
+
+def test_outputs_config_and_processors_can_be_pickled(pixel_values):
+    model = tiny_model().train()
+    with torch.no_grad():
+        for outputs in (model(pixel_values, labels=make_labels(1, 2)), model.model(pixel_values)):
+            again = pickle.loads(pickle.dumps(outputs))
+            assert type(again) is type(outputs)
+            assert list(again) == list(outputs)
+    for each in (model.config, DinoDetrImageProcessor(), DinoDetrImageProcessorPil()):
+        for again in (pickle.loads(pickle.dumps(each)), copy.deepcopy(each)):
+            assert again.to_dict() == each.to_dict()
+
+
+@pytest.mark.slow
+def test_a_spawned_process_can_be_given_a_model(pixel_values):
+    model = tiny_model()
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        logits = pool.submit(with_states, model, pixel_values).result().logits
+    torch.testing.assert_close(logits, with_states(model, pixel_values).logits, rtol=0, atol=0)
 
 
 def test_fine_tuning_on_other_classes_starts_with_a_fresh_class_head(tmp_path):
