@@ -18,7 +18,7 @@ from ..dataset import (
     check_unique_names,
     require_image_files,
 )
-from ..images import IMAGE_EXTENSIONS
+from ..images import IMAGE_EXTENSIONS, is_image_file
 from .common import DEFAULT_OPTIONS, ReadOptions, group_by_split, split_from_name
 
 
@@ -102,6 +102,22 @@ def find_single_coco_file(folder: Path) -> dict[str, CocoFiles]:
     """Find the only JSON file, whatever its name, as the train split."""
     files = [*folder.glob("*.json"), *folder.glob("annotations/*.json")]
     return {"train": ([files[0].parent, folder, *_subfolders(folder)], files[0])} if len(files) == 1 else {}
+
+
+def find_coco_file(file: Path) -> dict[str, CocoFiles]:
+    """Find the images of an annotation file, in directories beside it or beside the directory `annotations`.
+
+    Raises:
+        InputError: If there are no images.
+    """
+    root = file.parent.parent if file.parent.name == "annotations" else file.parent
+    split = split_from_name(file.stem)
+    folders = _candidate_folders(root, split, file) if split else [file.parent, root, *_subfolders(root)]
+    if not any(is_image_file(path) for path in root.rglob("*")):
+        raise InputError(
+            f"{file}: no images found in {root.resolve()}. Give their directory: --images and --annotations"
+        )
+    return {split or "train": (folders, file)}
 
 
 def _candidate_folders(folder: Path, split: str, file: Path) -> list[Path]:

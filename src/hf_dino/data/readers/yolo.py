@@ -7,6 +7,7 @@ the image after applying its EXIF orientation. A line with more values is a poly
 import logging
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -37,19 +38,30 @@ class YoloSplit(NamedTuple):
     num_keypoint_values: int = 0
 
 
-def find_yolo_yaml(folder: Path) -> dict[str, YoloSplit]:
-    """Find the splits listed in a YAML file that has `names` and at least one of `train`, `val` and `test`."""
-    for file in sorted([*folder.glob("*.yaml"), *folder.glob("*.yml")]):
+def find_yolo_yaml(path: Path) -> dict[str, YoloSplit]:
+    """Find the splits listed in a YAML file that has `names` and at least one of `train`, `val` and `test`.
+
+    Args:
+        path (`Path`): The file, or a directory that contains it.
+    """
+    for file in [path] if path.is_file() else sorted([*path.glob("*.yaml"), *path.glob("*.yml")]):
         try:
             content = _read_yaml(file)
         except InputError:
-            if file.stem in _YAML_STEMS:
+            if file == path or file.stem in _YAML_STEMS:
                 raise
             continue  # unrelated to the dataset
         entries = {split: entry for key, entry in content.items() if (split := split_from_name(key)) and entry}
         if "names" in content and entries:
             return _find_listed_splits(file, content, entries)
     return {}
+
+
+def lists_splits(file: Path) -> bool:
+    """Return whether a file is one that [`find_yolo_yaml`] reads."""
+    with suppress(InputError):
+        return "names" in (content := _read_yaml(file)) and any(map(split_from_name, content))
+    return False
 
 
 def _read_yaml(file: Path) -> dict[str, Any]:
