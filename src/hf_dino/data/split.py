@@ -236,7 +236,8 @@ def compare_thumbnails(thumbnails: Sequence[bytes]) -> np.ndarray:
     """
     gray = np.frombuffer(b"".join(thumbnails), np.uint8).reshape(-1, _CELLS + 1, _CELLS + 1).astype(np.float32)
     corner = gray[:, :-1, :-1]
-    gradients = np.stack([gray[:, :-1, 1:] - corner, gray[:, 1:, :-1] - corner], axis=1).reshape(len(gray), -1)
+    gradients = np.stack([gray[:, :-1, 1:] - corner, gray[:, 1:, :-1] - corner], axis=1)
+    gradients = gradients.reshape(len(gray), 2 * _CELLS**2)
     norms = np.linalg.norm(gradients, axis=1, keepdims=True)
     has_contrast = norms >= _MIN_CONTRAST * gradients.shape[1] ** 0.5
     return np.divide(gradients, norms, out=np.zeros_like(gradients), where=has_contrast)
