@@ -114,8 +114,9 @@ def read_data(
     if missing := [split for split in splits if split not in available]:
         raise InputError(f"{source}: split {summarize_list(missing)} not found. It has {summarize_list(available)}")
     selected = {split: found[split] for split in available if not splits or split in splits}
+    origin = Path(source) if Path(source).exists() else source
     contents = {
-        split: replace(each, format=format.name) for split, each in format.read(selected, source, options).items()
+        split: replace(each, format=format.name) for split, each in format.read(selected, origin, options).items()
     }
     if options.on_error is raise_input_error:
         for each in contents.values():
@@ -182,12 +183,9 @@ def describe_files(source: str | Path, splits: Mapping[str, DetectionSplit]) -> 
     paths = [path for path in sorted(folder.rglob("*")) if "/." not in f"/{path.relative_to(folder).as_posix()}"]
     files = _annotation_files(paths)
     read = _select_read(files, folder, format, {data.source for data in splits.values()})
-    images = [image.path for data in splits.values() for image in data.images]
-    num_images = _count_others(paths, images) if format != "datasets" else 0
-    also = [
-        *_summarize_files([file for file in files if file not in read], folder),
-        *[f"{num_images} images"] * bool(num_images),
-    ]
+    also = _summarize_files(sorted({*files} - {*read}), folder)
+    if format != "datasets" and (count := _count_others(paths, splits)):
+        also.append(f"{count} images")
     others = f"; also found: {', '.join(also)}: not read" if also else ""
     return f"{format} ({', '.join(_summarize_files(read, folder)) or folder.name}){others}"
 
@@ -210,10 +208,10 @@ def _select_read(files: Sequence[Path], folder: Path, format: str, sources: Coll
     return [file for file in own if file in read or file not in lists]
 
 
-def _count_others(paths: Sequence[Path], images: Collection[Any]) -> int:
-    """Count the image files that are not among the images, under whatever path these were read."""
-    names = set(images)
-    others = [path for path in paths if path.suffix.lower() in IMAGE_EXTENSIONS and path not in names]
+def _count_others(paths: Sequence[Path], splits: Mapping[str, DetectionSplit]) -> int:
+    """Count the image files that are not images of a split, under whatever paths these were read."""
+    images: set[Any] = {image.path for data in splits.values() for image in data.images}
+    others = [path for path in paths if path.suffix.lower() in IMAGE_EXTENSIONS and path not in images]
     resolved = {path.resolve() for path in images} if others else set()
     return sum(path.resolve() not in resolved for path in others)
 

@@ -111,7 +111,7 @@ def find_coco_file(file: Path) -> dict[str, CocoFiles]:
         InputError: If there are no images.
     """
     root = file.parent.parent if file.parent.name == "annotations" else file.parent
-    split = split_from_name(file.stem)
+    split = split_from_name(file.parent.name if file.name == "_annotations.coco.json" else file.stem)
     folders = _candidate_folders(root, split, file) if split else [file.parent, root, *_subfolders(root)]
     if not any(is_image_file(path) for path in root.rglob("*")):
         raise InputError(
