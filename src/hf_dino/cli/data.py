@@ -251,7 +251,7 @@ def _print_parts(parts: "DataParts") -> None:
     from ..utils.errors import summarize_list
 
     counts = {name: count_classes(data) for name, data in parts.splits.items()}
-    header = ("class", *(what for name in counts for what in (f"{name} images", "objects")))
+    header = ("class", *(what for name in counts for what in (f"{name}\nimages", "objects")))
     classes = dict.fromkeys(name for of_split in counts.values() for name in of_split)
     rows = {name: [n for of_split in counts.values() for n in of_split.get(name, (0, 0))] for name in classes}
     rows["(all)"] = [
