@@ -1,69 +1,23 @@
 """Read a dataset in any of the usual formats, which is detected automatically."""
 
-import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from ...utils.errors import InputError, summarize_list
 from ..dataset import SPLITS, DetectionSplit, logger, raise_input_error, require_image_files
 from ..images import find_unused_images
-from .annotation_tools import find_labelme, is_coco, read_labelme, refuse_unsupported
-from .coco import find_coco, find_single_coco_file, read_coco, read_coco_file, read_coco_files
+from .coco import read_coco, read_coco_file
 from .common import DEFAULT_OPTIONS, ReadOptions, split_from_name
-from .hf_datasets import find_imagefolder, find_saved, is_hub_id, load_from_hub, read_tables, stream
-from .voc import find_voc, read_voc
-from .yolo import find_darknet, find_yolo_folders, find_yolo_yaml, read_yolo
+from .formats import FILE_FORMATS, TABLES, Format, describe_files, detect_file_format, detect_format
+from .hf_datasets import is_hub_id, load_from_hub, stream
 
 
-logger = logging.getLogger(__name__)
-
-__all__ = ["ReadOptions", "read_coco", "read_coco_file", "read_data", "split_from_name"]
+__all__ = ["ReadOptions", "describe_files", "read_coco", "read_coco_file", "read_data", "split_from_name"]
 
 
 UNUSED_WARNING = "images of the directory are in no split: not used"
-
-
-class Format(NamedTuple):
-    """A format of dataset directories.
-
-    Attributes:
-        name (`str`): Display name.
-        signature (`str`): The files that identify the format, for messages.
-        find (`Callable`): Returns the files of each split; empty for a directory in another format.
-        read (`Callable`): Reads the splits that were found.
-    """
-
-    name: str
-    signature: str
-    find: Callable[[Path], Mapping[str, Any]]
-    read: Callable[[Mapping[str, Any], Any, ReadOptions], dict[str, DetectionSplit]]
-
-
-TABLES = Format("datasets", "dataset_dict.json, or dataset_info.json and state.json", find_saved, read_tables)
-
-_ARCHIVES = (".zip", ".tar", ".gz", ".tgz", ".bz2", ".xz", ".zst", ".7z", ".rar")
-_MAX_NESTED = 50  # directories that are looked into
-
-# The first match is taken, so the most specific signatures come first.
-FORMATS = (
-    TABLES,
-    Format("YOLO", "a YAML file with names and train, val or test", find_yolo_yaml, read_yolo),
-    Format("YOLO", "obj.data with names and train, valid or test", find_darknet, read_yolo),
-    Format(
-        "COCO",
-        "train.json, annotations/instances_train*.json or train/_annotations.coco.json",
-        find_coco,
-        read_coco_files,
-    ),
-    Format("datasets", "metadata.jsonl, metadata.csv or *.parquet, here or in train", find_imagefolder, read_tables),
-    Format("Pascal VOC", "JPEGImages and Annotations with *.xml, or *.xml here or in train", find_voc, read_voc),
-    Format("YOLO", "images and labels with *.txt, here or in train", find_yolo_folders, read_yolo),
-    Format("COCO", "a single *.json", find_single_coco_file, read_coco_files),
-    Format("LabelMe", "*.json for each image, here or in train", find_labelme, read_labelme),
-)
 
 
 def read_data(
@@ -78,12 +32,12 @@ def read_data(
     """Read a detection dataset. Its files are never changed.
 
     A directory may be in the format of COCO, Pascal VOC, YOLO or Hugging Face `datasets`, which is detected
-    automatically. Any other name is an id on the Hub. Boxes that are empty, non-finite or outside their image are
-    dropped. Boxes that extend beyond the image are kept and counted. Both are logged, and so are images of the
-    directory that are in no split, if all splits are read.
+    automatically. A file may be the YAML file of a YOLO dataset or a COCO annotation file. Any other name is an id on
+    the Hub. Boxes that are empty, non-finite or outside their image are dropped. Boxes that extend beyond the image
+    are kept and counted. Both are logged, and so are images of the directory that are in no split, if all are read.
 
     Args:
-        source (`str` or `Path`): A directory, or an id on the Hub: `OWNER/NAME[:CONFIGURATION][@REVISION]`.
+        source (`str` or `Path`): A directory or file, or an id on the Hub: `OWNER/NAME[:CONFIGURATION][@REVISION]`.
         splits (`Sequence[str]`, *optional*): Any of `"train"`, `"validation"` and `"test"`, which must exist; by
             default all that exist. The dataset may name them differently, such as `val` or `train2017`; a dataset
             without splits is `"train"`. Classes that are given only as names with the objects are numbered over all
@@ -113,9 +67,10 @@ def read_data(
     if missing := [split for split in splits if split not in available]:
         raise InputError(f"{source}: split {summarize_list(missing)} not found. It has {summarize_list(available)}")
     selected = {split: found[split] for split in available if not splits or split in splits}
+    origin = Path(source) if Path(source).exists() else source
     contents = {
         split: replace(each, format=format.name, box_format=options.box_format)
-        for split, each in format.read(selected, source, options).items()
+        for split, each in format.read(selected, origin, options).items()
     }
     if options.on_error is raise_input_error:
         for each in contents.values():
@@ -143,17 +98,15 @@ def _find_splits(
     columns: Mapping[str, str],
 ) -> tuple[Format, Mapping[str, Any]]:
     """Return the format of the source and its splits."""
+    path = Path(source)
+    if path.is_file() or (path.suffix.lower() in FILE_FORMATS and not path.exists()):
+        return detect_file_format(path, streaming)
     if streaming:
-        if not Path(source).exists():
+        if not path.exists():
             _check_hub_id(str(source))
         return TABLES, stream(str(source), splits, max_samples, cache_dir, columns)
-    folder = Path(source)
-    if folder.is_dir():
-        return detect_format(folder)
-    if folder.exists() and folder.suffix.lower() in _ARCHIVES:
-        raise InputError(f"{source}: is an archive. Unpack it, and give the directory")
-    if folder.exists():
-        raise InputError(f"{source}: is a file. Give the dataset's directory, or --images and --annotations")
+    if path.is_dir():
+        return detect_format(path)
     if not isinstance(source, str) or not is_hub_id(source):
         raise InputError(
             f"{source}: directory not found, and not an id on the Hub (OWNER/NAME[:CONFIGURATION][@REVISION])"
@@ -172,64 +125,3 @@ def _check_hub_id(source: str) -> None:
             f"{source}: directory not found. If it is a dataset on the Hub, write OWNER/{source}, or {source}@main if "
             "it has no owner"
         )
-
-
-def detect_format(folder: Path) -> tuple[Format, Mapping[str, Any]]:
-    """Return the format of a directory, and the files of each split.
-
-    Raises:
-        InputError: If the directory is in no known format. The message names one that it is in, or a directory inside
-            that is in a known one.
-    """
-    for format in FORMATS:
-        if found := _find(format, folder):
-            _log_other_formats(folder, format)
-            return format, found
-    _name_nested(folder)
-    refuse_unsupported(folder)
-    entries = summarize_list(sorted(entry.name for entry in folder.iterdir()), 10) or "nothing"
-    signatures = "; ".join(f"{format.name}: {format.signature}" for format in FORMATS)
-    raise InputError(f"{folder}: is not in a known format. It contains {entries}\nLooked for {signatures}")
-
-
-def _find(format: Format, folder: Path) -> Mapping[str, Any]:
-    """Return the files of each split. A JSON file that is named as COCO's may be of another format."""
-    if format.name != "COCO":
-        return format.find(folder)
-    with suppress(InputError):
-        found = format.find(folder)
-        if all(is_coco(files.file) for files in found.values()):
-            return found
-    if find_labelme(folder):
-        return {}
-    refuse_unsupported(folder)
-    return format.find(folder)
-
-
-def _log_other_formats(folder: Path, format: Format) -> None:
-    """Log in which other formats a directory contains annotations, which are not read."""
-    if others := list(dict.fromkeys(_find_formats(folder, format.name))):
-        logger.warning("%s: read as %s, although it is also %s", folder, format.name, summarize_list(others))
-
-
-def _find_formats(folder: Path, read: str = "") -> Iterator[str]:
-    """Yield the names of the formats that a directory may be in, apart from the one that is read.
-
-    Tables of `datasets`, which would have to be loaded, are left out.
-    """
-    for format in FORMATS:
-        with suppress(InputError, ImportError, OSError):
-            found = {} if format.name in (read, "datasets") else format.find(folder)
-            if found and (format.name != "COCO" or all(is_coco(files.file) for files in found.values())):
-                yield format.name
-
-
-def _name_nested(folder: Path) -> None:
-    """Raise an error that names the directories inside which are datasets, as of an archive in a directory."""
-    for pattern in ("*", "*/*"):
-        folders = [path for path in sorted(folder.glob(pattern))[:_MAX_NESTED] if path.is_dir()]
-        found = {path: next(_find_formats(path), None) for path in folders}
-        if names := [f"{path} ({name})" for path, name in found.items() if name]:
-            raise InputError(
-                f"{folder}: is not a dataset itself, but contains {summarize_list(names, 3)}. Give that directory"
-            )
