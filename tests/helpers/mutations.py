@@ -194,6 +194,9 @@ _IDENTIFIERS = ("id", "image_id", "category_id")
 def _mutate_value(rng: random.Random, container: Any, key: Any) -> str:
     """Replace or delete one value of a JSON document, in place."""
     value = container[key]
+    if key == "iscrowd":  # may be missing, and true and false are as good as 1 and 0
+        container[key] = rng.choice(["abc", "yes", 2, -1, None, [], float("nan"), value, float(value), str(value)])
+        return f"{key}: {value!r} -> {container[key]!r}"
     if rng.random() < 0.15:
         del container[key]
         return f"{key} deleted"
@@ -314,8 +317,8 @@ def _mutate_xml(rng: random.Random, export: Export) -> Mutation | None:
     }
     change = rng.choice(sorted(changes))
     new = changes[change]()
-    if name in ("filename", "depth"):
-        return None
+    if name in ("filename", "depth") or (name == "difficult" and (change != "value" or not new.strip("<>/dificult"))):
+        return None  # may be missing
     export[path] = (text[: tag.start()] + new + text[tag.end() :]).encode()
     return Mutation(export, f"{path}: {tag[0]!r} -> {new!r}", {Path(path).stem + ".png"})
 
