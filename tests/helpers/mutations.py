@@ -317,7 +317,7 @@ def _mutate_xml(rng: random.Random, export: Export) -> Mutation | None:
     }
     change = rng.choice(sorted(changes))
     new = changes[change]()
-    if name in ("filename", "depth") or (name == "difficult" and (change != "value" or not new.strip("<>/dificult"))):
+    if name in ("filename", "depth") or (name == "difficult" and (change != "value" or "></" in new)):
         return None  # may be missing
     export[path] = (text[: tag.start()] + new + text[tag.end() :]).encode()
     return Mutation(export, f"{path}: {tag[0]!r} -> {new!r}", {Path(path).stem + ".png"})
