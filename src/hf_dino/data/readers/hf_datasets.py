@@ -228,6 +228,17 @@ def _load_options(source: Path | str) -> dict[str, Any]:
     return {"path": "imagefolder", "data_files": data_files} if files else {"path": str(Path(source).resolve())}
 
 
+def _check_metadata(file: Path) -> None:
+    """Check what `datasets` does not survive: a process that reads `null` as a row of JSON Lines crashes."""
+    if not file.stat().st_size:
+        raise InputError(f"{file}: is empty")
+    if file.suffix == ".jsonl":
+        with file.open("rb") as lines:
+            for number, line in enumerate(lines, start=1):
+                if line.strip(b"\xef\xbb\xbf \t\r\n")[:1] not in (b"{", b""):
+                    raise InputError(f"{file}: line {number} is not a JSON object: {line[:60]!r}")
+
+
 def _metadata_files(folder: Path) -> dict[str, tuple[Path, list[Path]]]:
     """Return the directory and the metadata files of each split, or all of them as train if no directory is named so.
 
@@ -245,9 +256,9 @@ def _metadata_files(folder: Path) -> dict[str, tuple[Path, list[Path]]]:
     if here and of_split:
         directories = summarize_list(path.name for path in of_split.values())
         raise InputError(f"{folder}: has {here[0].name} in itself and in {directories}. Remove one of them")
-    if empty := [file for files in (here, *inside.values()) for file in files if not file.stat().st_size]:
-        raise InputError(f"{empty[0]}: is empty")
     all_files = [*here, *(file for files in inside.values() for file in files)]
+    for file in all_files:
+        _check_metadata(file)
     return {split: (path, inside[path]) for split, path in of_split.items()} or (
         {"train": (folder, all_files)} if all_files else {}
     )
