@@ -288,7 +288,7 @@ def check_labels(
             class is not in [0, num_labels), or a box is not finite, has no area or is not in [0, 1].
     """
     if isinstance(labels, Mapping):
-        raise ValueError(f"labels must be a list with one dict per image, got one dict with {sorted(labels)}")
+        raise ValueError(f"labels must be a list with one dict per image, got one dict with {list(labels)}")
     if len(labels) != batch_size:
         raise ValueError(f"labels must have one entry per image: got {len(labels)} for {batch_size} images")
     if not labels:

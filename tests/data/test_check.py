@@ -46,7 +46,7 @@ def test_images_missing_broken_and_of_another_size(tmp_path, decode):
     images = tmp_path / "images"
     (images / "1.png").unlink()
     (images / "2.png").write_bytes(b"no image")
-    draw(images / "3.png", (41, 60))
+    draw(images / "3.png", (42, 60))
     whole = (images / "4.png").read_bytes()
     (images / "4.png").write_bytes(whole[: len(whole) // 2])
     seen = []
@@ -54,7 +54,7 @@ def test_images_missing_broken_and_of_another_size(tmp_path, decode):
     messages = [
         "1.png: image file not found",
         "2.png: cannot be read as an image (not a known image format)",
-        "3.png: is annotated as 60 x 40 pixels (width x height), but the file has 60 x 41",
+        "3.png: is annotated as 60 x 40 pixels (width x height), but the file has 60 x 42",
         *(["4.png: cannot be read as an image"] if decode else []),  # whose header is complete
     ]
     assert len(report.errors) == len(messages)

@@ -205,13 +205,13 @@ def test_images_of_one_name_do_not_overwrite_each_other(tmp_path, form):
 @pytest.mark.parametrize("form", FORMAT_NAMES)
 def test_rows_without_names_are_numbered_and_get_the_extension_of_their_format(tmp_path, form):
     rows = []
-    for kind, seed in (("JPEG", 0), ("MPO", 1), ("WEBP", 2)):
+    for kind, seed in (("JPEG", 0), ("MPO", 1), ("WEBP", 2), ("JPEG2000", 3)):
         file = io.BytesIO()
         noise = np.random.default_rng(seed).integers(0, 256, (40, 60, 3), dtype=np.uint8)
         more = {"save_all": True, "append_images": [Image.new("RGB", (6, 4))]} if kind == "MPO" else {}
         Image.fromarray(noise).save(file, format=kind, **more)
         rows.append({"bytes": file.getvalue(), "path": None})
-    objects = [{"bbox": [[1, 2, 30, 20]], "category": ["cell"]}] * 3
+    objects = [{"bbox": [[1, 2, 30, 20]], "category": ["cell"]}] * 4
     table = datasets.Dataset.from_dict({"image": rows, "objects": objects}).cast_column("image", datasets.Image())
     table.save_to_disk(str(tmp_path / "source"))
     source = read_data(tmp_path / "source")
@@ -219,15 +219,15 @@ def test_rows_without_names_are_numbered_and_get_the_extension_of_their_format(t
     converted = read_data(tmp_path / "out")
     assert_same(converted, source, TOLERANCES[form])
     assert [image.path.name for image in converted["train"].images] == [
-        *("00000001.jpeg", "00000002.jpg", "00000003.webp")
+        *("00000001.jpeg", "00000002.jpg", "00000003.webp", "00000004.jp2")
     ]
 
 
 def test_images_of_a_format_that_is_not_found_in_folders(tmp_path):
-    write(tmp_path / "source" / "train.json", coco_text("1.ppm"))
-    draw(tmp_path / "source" / "train" / "1.ppm")
+    write(tmp_path / "source" / "train.json", coco_text("1.eps"))
+    draw(tmp_path / "source" / "train" / "1.eps")
     source = read_data(tmp_path / "source")
-    with pytest.raises(InputError, match=r"1\.ppm: PPM images are not found in directories"):
+    with pytest.raises(InputError, match=r"1\.eps: EPS images are not found in directories"):
         convert_data(source, tmp_path / "out", "yolo")
 
 
@@ -327,7 +327,7 @@ def test_command_line(tmp_path, capsys):
     [
         (lambda source: (source / "train" / "2.png").unlink(), "out", "1 images not found in"),
         (lambda source: (source / "train" / "2.png").write_bytes(b"no"), "out", "2.png: cannot be read as an image"),
-        (lambda source: draw(source / "train" / "2.png", (41, 60)), "out", "2.png: is annotated as 60 x 40"),
+        (lambda source: draw(source / "train" / "2.png", (42, 60)), "out", "2.png: is annotated as 60 x 40"),
         (lambda source: None, "source", "already exists"),
         (lambda source: None, "source/train.json", "is not changed"),
         (lambda source: None, "source/out", "is not changed"),

@@ -172,7 +172,9 @@ def _extension(source: ImageSource) -> str:
     with source.open("rb") as file, Image.open(file) as image:
         image_format = str(image.format)
     extension = ".jpg" if image_format == "MPO" else f".{image_format.lower()}"  # MPO: a JPEG with further images
-    if extension not in IMAGE_EXTENSIONS:
+    others = [each for each, format in Image.registered_extensions().items() if format == image_format]
+    extension = next((each for each in (extension, *others) if each in IMAGE_EXTENSIONS), "")
+    if not extension:
         raise InputError(f"{source}: {image_format} images are not found in directories. Save it as PNG")
     return extension
 

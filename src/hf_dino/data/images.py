@@ -1,22 +1,44 @@
 """Read images as the RGB pixels that their annotations refer to, from files or from tables."""
 
+import importlib
 import logging
+import os
 import re
 import struct
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO, Protocol, TypeAlias
 
+import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
 
-from ..image_processing_dino_detr import convert_to_rgb
-from ..utils.errors import InputError
+from ..image_processing_dino_detr import DARK_ADVICE, DARK_LIMIT, convert_to_rgb
+from ..utils.errors import InputError, summarize_list
 
 
 logger = logging.getLogger(__name__)
 
-IMAGE_EXTENSIONS = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
+PLUGINS = {
+    ".heic": "pillow-heif", ".heif": "pillow-heif", ".hif": "pillow-heif", ".jxl": "pillow-jxl-plugin",
+    ".avif": "'pillow>=11.3'",
+}  # fmt: skip
+"""What to install to read images that Pillow alone, or an old one, cannot read, by their extensions."""
+
+# Pillow opens these, but the first four need a program of their own, MPEG is a video, IPTC only metadata, and *.pcd is
+# nowadays a point cloud.
+_NOT_IMAGES = frozenset({"BUFR", "GRIB", "HDF5", "WMF", "EPS", "MPEG", "IPTC", "PCD"})
+
+IMAGE_EXTENSIONS = frozenset(
+    extension
+    for extension, format in Image.registered_extensions().items()
+    if format in Image.OPEN and format not in _NOT_IMAGES
+) | frozenset(PLUGINS)
+"""Extensions of image files, in lower case."""
+
+# annotations, notes and files of the system, which nobody expects to be images
+_SIDE_FILES = frozenset({".txt", ".xml", ".json", ".jsonl", ".csv", ".yaml", ".yml", ".md", ".html", ".db", ".ini"})
+_MANY_IMAGES = ("MPO", "PSD")  # a photo with its preview, and an image with its layers: the first is the image
 
 
 class ImageFileLike(Protocol):
@@ -48,9 +70,10 @@ _DECODER_ERRORS = (OSError, SyntaxError, ValueError, EOFError, OverflowError, Ty
 def read_image(source: str | ImageSource, annotated_size: tuple[int, int] | None = None) -> Image.Image:
     """Read an image as 8-bit RGB, in the orientation that its annotations refer to.
 
-    Palette, gray and CMYK images are converted, transparency is blended with white, and 16-bit gray is divided by 257
-    (65535 becomes 255), which is logged. The EXIF orientation is applied, unless `annotated_size` shows that the
-    annotations were made without it.
+    Palette, gray and CMYK images are converted. The rest is logged for the first image of a kind: transparency is
+    blended with white, 16 bits are reduced to 8 (65535 becomes 255), and only the first frame or page is read. The
+    EXIF orientation is applied, unless `annotated_size` shows that the annotations were made without it. An image that
+    is a pixel larger or smaller than annotated is cut or extended.
 
     Args:
         source (`str`, `Path` or `ImageFileLike`): The image.
@@ -64,6 +87,8 @@ def read_image(source: str | ImageSource, annotated_size: tuple[int, int] | None
     """
     source = Path(source) if isinstance(source, str) else source
     with _open_image(source) as image:
+        num_frames = getattr(image, "n_frames", 1)
+        has_16_bits = ";16" in str(image.tile) or image.mode.startswith("I")
         image.load()
         orientation = _exif_orientation(image)
     transpose = EXIF_TRANSPOSES.get(_orientation_to_apply(image, orientation, annotated_size, source))
@@ -72,9 +97,13 @@ def read_image(source: str | ImageSource, annotated_size: tuple[int, int] | None
         converted = convert_to_rgb(upright)
     except ValueError as error:
         raise InputError(f"{source}: {error}") from None
-    if upright.mode.startswith("I"):
-        _warn_once("16-bit", f"{source} has 16-bit gray values: divided by 257 to get 8 bits")
-    return converted
+    if has_16_bits:
+        _warn_about_16_bits(converted, source)
+    if num_frames > 1 and image.format not in _MANY_IMAGES:
+        _warn_once("frames", f"{source} has {num_frames} frames or pages: only the first is read")
+    if upright.has_transparency_data and upright.convert("RGBA").getextrema()[3][0] < 255:
+        _warn_once("transparency", f"{source} has transparent parts: blended with white")
+    return _cut_or_extend(converted, annotated_size)
 
 
 def get_image_size(source: ImageSource, annotated_size: tuple[int, int] | None = None) -> tuple[int, int]:
@@ -90,11 +119,13 @@ def get_image_size(source: ImageSource, annotated_size: tuple[int, int] | None =
             image.load()
             orientation = _exif_orientation(image)
     swapped = _orientation_to_apply(image, orientation, annotated_size, source) in EXIF_SWAPS_SIDES
-    return (image.width, image.height) if swapped else (image.height, image.width)
+    return annotated_size or ((image.width, image.height) if swapped else (image.height, image.width))
 
 
 def list_images(paths: list[Path]) -> list[Path]:
     """Expand directories into the image files directly inside them, sorted by name.
+
+    What else a directory contains is logged, but for hidden files, texts and annotations.
 
     Raises:
         InputError: If a path does not exist or a directory contains no image.
@@ -103,11 +134,58 @@ def list_images(paths: list[Path]) -> list[Path]:
     for path in paths:
         if not path.exists():
             raise InputError(f"{path}: file or directory not found")
-        found = [path] if path.is_file() else sorted(entry for entry in path.iterdir() if is_image_file(entry))
+        entries = [path] if path.is_file() else sorted(path.iterdir())
+        found = [entry for entry in entries if entry == path or is_image_file(entry)]
+        others = [entry.name + "/" * entry.is_dir() for entry in entries if entry not in found and _is_noted(entry)]
         if not found:
-            raise InputError(f"{path}: the directory contains no images ({', '.join(sorted(IMAGE_EXTENSIONS))})")
+            raise InputError(f"{path}: the directory contains no images, but {summarize_list(others) or 'nothing'}")
+        if others:
+            logger.warning("%s: %d entries are not images: not used; %s", path, len(others), summarize_list(others))
         files.extend(found)
     return files
+
+
+def _is_noted(path: Path) -> bool:
+    return not path.name.startswith(".") and (path.is_dir() or path.suffix.lower() not in _SIDE_FILES)
+
+
+def find_unused_images(folder: Path, used: Iterable[Path]) -> list[str]:
+    """Return the paths of the image files below a directory, without hidden ones, that are not among `used`.
+
+    Args:
+        folder (`Path`): The directory. Links to directories are followed.
+        used (`Iterable[Path]`): Image files, by any path.
+
+    Returns:
+        `list[str]`: In ascending order.
+    """
+    used_paths = {os.path.normpath(path.absolute()) for path in used}
+    unused = sorted(set(_walk_images(folder)) - used_paths)
+    if unused:  # a file may have been reached by a link
+        used_files = {_file_id(path) for path in used_paths if Path(path).exists()}
+        unused = [path for path in unused if _file_id(path) not in used_files]
+    return unused
+
+
+def _walk_images(folder: Path) -> Iterator[str]:
+    pending, seen = [os.path.normpath(folder.absolute())], set()
+    while pending:
+        directory = pending.pop()
+        if (file_id := _file_id(directory)) in seen:
+            continue
+        seen.add(file_id)
+        for entry in os.scandir(directory):
+            if entry.name.startswith((".", "__MACOSX")):
+                continue
+            if entry.is_dir():
+                pending.append(entry.path)
+            elif Path(entry.name).suffix.lower() in IMAGE_EXTENSIONS and entry.is_file():
+                yield entry.path
+
+
+def _file_id(path: str) -> tuple[int, int]:
+    status = Path(path).stat()
+    return status.st_dev, status.st_ino
 
 
 def is_image_file(path: Path) -> bool:
@@ -120,9 +198,20 @@ def short_path(source: str | ImageSource) -> str:
     return "/".join(re.split(r"[/\\]", str(source))[-2:])
 
 
+def set_max_image_pixels(limit: int | None) -> None:
+    """Set the size in pixels above which Pillow warns about an image, and refuses one of more than twice the size.
+
+    Args:
+        limit (`int`, *optional*): Width times height; `None` changes nothing.
+    """
+    if limit is not None:
+        Image.MAX_IMAGE_PIXELS = limit
+
+
 @contextmanager
 def _open_image(source: ImageSource) -> Iterator[Image.Image]:
     """Open an image and report any error as a fault of the file. Call only Pillow inside the context."""
+    plugin = _missing_plugin(source)
     try:
         with source.open("rb") as file, Image.open(file) as image:
             yield image
@@ -130,12 +219,27 @@ def _open_image(source: ImageSource) -> Iterator[Image.Image]:
         raise InputError(f"{source}: image file not found") from None
     except Image.DecompressionBombError as error:
         raise InputError(
-            f"{source}: is larger than Pillow reads ({error}). Cut it into tiles, or raise PIL.Image.MAX_IMAGE_PIXELS"
+            f"{source}: is larger than Pillow reads ({error}). Cut it into tiles, or raise PIL.Image.MAX_IMAGE_PIXELS "
+            "(--max_image_pixels)"
         ) from None
     except _DECODER_ERRORS as error:
+        if plugin:
+            raise InputError(f"{source}: {plugin} is needed to read this image: pip install {plugin}") from None
         # Pillow's own message would name a file object
         reason = "not a known image format" if isinstance(error, UnidentifiedImageError) else error
         raise InputError(f"{source}: cannot be read as an image ({reason}). Repair or remove the file") from None
+
+
+def _missing_plugin(source: ImageSource) -> str:
+    """Return what to install to read an image, empty if nothing is known to be missing."""
+    extension = Path(str(source)).suffix.lower()
+    if extension not in PLUGINS or extension in Image.registered_extensions():
+        return ""
+    with suppress(ImportError):
+        importlib.import_module("pillow_heif").register_heif_opener()
+    with suppress(ImportError):
+        importlib.import_module("pillow_jxl")  # registers itself
+    return "" if extension in Image.registered_extensions() else PLUGINS[extension]
 
 
 def _exif_orientation(image: Image.Image) -> int:
@@ -147,21 +251,50 @@ def _exif_orientation(image: Image.Image) -> int:
 def _orientation_to_apply(
     image: Image.Image, orientation: int, annotated_size: tuple[int, int] | None, source: ImageSource
 ) -> int:
-    """Return the image's EXIF orientation, or 1 if the annotations were made without applying it."""
-    stored = (image.height, image.width)
-    shown = stored[::-1] if orientation in EXIF_SWAPS_SIDES else stored
-    if annotated_size is None or annotated_size == shown:
+    """Return the image's EXIF orientation, or 1 if the annotations were made without applying it.
+
+    Annotated sizes may differ by a pixel, which rounding explains.
+    """
+    if annotated_size is None:
         return orientation
-    if stored == annotated_size:
+    stored = (image.height, image.width)
+    sizes = {orientation: stored[::-1] if orientation in EXIF_SWAPS_SIDES else stored}
+    sizes.setdefault(1, stored)
+    distances = {key: max(abs(a - b) for a, b in zip(size, annotated_size)) for key, size in sizes.items()}
+    closest = min(distances, key=lambda key: distances[key])  # of equals, with the orientation
+    text = (
+        f"is annotated as {annotated_size[1]} x {annotated_size[0]} pixels (width x height), but the file has "
+        f"{image.width} x {image.height} (EXIF orientation {orientation})"
+    )
+    if distances[closest] > 1:
+        raise InputError(f"{source}: {text}. Annotate this file, or restore the one that was annotated")
+    if distances[closest]:
+        _warn_once("size", f"{source} {text}: cut or extended by a pixel, boxes are kept")
+    if closest != orientation:
         _warn_once(
             "EXIF orientation", f"{source} is annotated without its EXIF orientation, which is therefore not applied"
         )
-        return 1
-    raise InputError(
-        f"{source}: is annotated as {annotated_size[1]} x {annotated_size[0]} pixels (width x height), but the file "
-        f"has {image.width} x {image.height} (EXIF orientation {orientation}). Annotate this file, or restore the one "
-        "that was annotated"
-    )
+    return closest
+
+
+def _cut_or_extend(image: Image.Image, size: tuple[int, int] | None) -> Image.Image:
+    """Give an image its annotated `(height, width)` at the right and below; new pixels are those next to them."""
+    if size in (None, (image.height, image.width)):
+        return image
+    height, width = size
+    missing = [(0, max(0, height - image.height)), (0, max(0, width - image.width)), (0, 0)]
+    return Image.fromarray(np.pad(np.asarray(image), missing, mode="edge")[:height, :width])
+
+
+def _warn_about_16_bits(converted: Image.Image, source: ImageSource) -> None:
+    brightest = max(high for _, high in converted.getextrema())
+    if 0 < brightest <= DARK_LIMIT // 257:
+        _warn_once(
+            "dark",
+            f"{source} has 16-bit values, but is nearly black: {brightest} of 255 at most. If so, {DARK_ADVICE}",
+        )
+    else:
+        _warn_once("16-bit", f"{source} has 16-bit values: divided by 257 to get 8 bits")
 
 
 _warned: set[str] = set()

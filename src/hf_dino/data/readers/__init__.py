@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ...utils.errors import InputError, summarize_list
-from ..dataset import SPLITS, DetectionSplit, raise_input_error, require_image_files
+from ..dataset import SPLITS, DetectionSplit, logger, raise_input_error, require_image_files
+from ..images import find_unused_images
 from .coco import find_coco, find_single_coco_file, read_coco, read_coco_file, read_coco_files
 from .common import DEFAULT_OPTIONS, ReadOptions, split_from_name
 from .hf_datasets import find_imagefolder, find_saved, is_hub_id, load_from_hub, read_tables, stream
@@ -15,6 +16,9 @@ from .yolo import find_yolo_folders, find_yolo_yaml, read_yolo
 
 
 __all__ = ["ReadOptions", "read_coco", "read_coco_file", "read_data", "split_from_name"]
+
+
+UNUSED_WARNING = "images of the directory are in no split: not used"
 
 
 class Format(NamedTuple):
@@ -65,7 +69,8 @@ def read_data(
 
     A directory may be in the format of COCO, Pascal VOC, YOLO or Hugging Face `datasets`, which is detected
     automatically. Any other name is an id on the Hub. Boxes that are empty, non-finite or outside their image are
-    dropped. Boxes that extend beyond the image are kept and counted. Both are logged.
+    dropped. Boxes that extend beyond the image are kept and counted. Both are logged, and so are images of the
+    directory that are in no split, if all splits are read.
 
     Args:
         source (`str` or `Path`): A directory, or an id on the Hub: `OWNER/NAME[:CONFIGURATION][@REVISION]`.
@@ -102,7 +107,18 @@ def read_data(
     if options.on_error is raise_input_error:
         for each in contents.values():
             require_image_files(each)
-    return contents
+    return contents if splits or not Path(source).is_dir() else _add_unused_images(Path(source), contents)
+
+
+def _add_unused_images(folder: Path, contents: dict[str, DetectionSplit]) -> dict[str, DetectionSplit]:
+    """Add a warning to the first split, which is that of training, about images of the directory in no split."""
+    used = [image.path for split in contents.values() for image in split.images if isinstance(image.path, Path)]
+    unused = find_unused_images(folder, used) if used else []  # images in tables have no path
+    if not unused:
+        return contents
+    logger.warning("%s: %d %s", folder, len(unused), UNUSED_WARNING)
+    first, split = next(iter(contents.items()))
+    return contents | {first: replace(split, warnings={**split.warnings, UNUSED_WARNING: unused})}
 
 
 def _find_splits(
