@@ -41,6 +41,11 @@ COLUMNS_HELP = (
     "usual names are found without it."
 )
 
+MAX_IMAGE_PIXELS_HELP = (
+    "Number of pixels (width x height) above which an image is reported; of more than twice as many, it is refused. "
+    "By default, 89478485, as in Pillow."
+)
+
 LARGEST_FLOAT = 1e38  # about the largest float32; a larger value, or `inf`, is almost certainly a typo
 
 
@@ -233,6 +238,7 @@ class FineTuningArguments:
     group_by_aspect_ratio: bool = _option(
         False, _flag, "Put images of similar shape into the same micro-batch of a step, for less padding."
     )
+    max_image_pixels: int | None = _option(None, _integer(1), MAX_IMAGE_PIXELS_HELP)
     dataloader_num_workers: int = _option(2, _integer(0), "Number of data loading processes per training process.")
     # the run
     output_dir: Path = _option(MISSING, _path, "Directory of the model; must be new or empty.")
@@ -415,7 +421,7 @@ RESUME_IGNORED_ARGS = {
     "output_dir", "resume_from_checkpoint", "overwrite_output_dir", "dataset", "streaming", "dataset_label",
     "report_to", "logging_steps", "dataloader_num_workers", "per_device_eval_batch_size", "eval_epochs",
     "checkpointing_steps", "num_train_epochs", "max_train_steps", "early_stopping_patience",
-    "gradient_checkpointing", "torch_compile", "config_name",
+    "gradient_checkpointing", "torch_compile", "config_name", "max_image_pixels",
     *(f"{prefix}_{kind}" for prefix in SPLIT_PREFIXES for kind in ("images", "annotations")),
 }  # fmt: skip
 """Options that may differ when a run is resumed: where files are, how fast they are read, and how long the run is."""

@@ -3,6 +3,7 @@
 import json
 import logging
 import pickle
+from pathlib import Path
 
 import datasets
 import numpy as np
@@ -26,11 +27,12 @@ from hf_dino.data import (
     DetectionDataset,
     InputError,
     TrainingCollator,
+    check_data,
     label_of_category,
     make_augmentation,
     read_data,
 )
-from hf_dino.data.readers import hf_datasets
+from hf_dino.data.readers import UNUSED_WARNING, hf_datasets
 
 
 pytestmark = pytest.mark.usefixtures("datasets_cache")
@@ -267,6 +269,24 @@ def test_every_layout_is_detected(tmp_path, name):
         assert len(each.images) == 1
         assert each.images[0].boxes == pytest.approx(np.array([[1, 2, 30, 20]]), abs=1e-3)
         assert each.name == "cells"
+
+
+@pytest.mark.parametrize("name", [name for name in LAYOUTS if not name.startswith("datasets")])
+def test_images_in_no_split_are_said(tmp_path, caplog, name):
+    files, splits = LAYOUTS[name]
+    folder = lay_out(tmp_path / "cells", files)
+    unused = [*read_data(folder)[splits[0]].warnings.get(UNUSED_WARNING, [])]  # some layouts have one
+    assert {Path(path).relative_to(folder).as_posix() for path in unused} <= {"train/2.png", "train_old/2.png", "images/2.png"}
+    for image in ("a.jfif", "b.png"):
+        draw(folder / "elsewhere" / image)
+        unused.append(str(folder / "elsewhere" / image))
+    with caplog.at_level(logging.WARNING):
+        data = read_data(folder)
+    assert data[splits[0]].warnings[UNUSED_WARNING] == sorted(unused)
+    assert f"{folder}: {len(unused)} {UNUSED_WARNING}" in caplog.messages
+    assert not [split for split in splits[1:] if UNUSED_WARNING in data[split].warnings]
+    assert any(f"{splits[0]}: {len(unused)} {UNUSED_WARNING}; " in text for text in check_data(data).warnings)
+    assert UNUSED_WARNING not in read_data(folder, splits=splits[:1])[splits[0]].warnings
 
 
 def test_splits_can_be_chosen(tmp_path):

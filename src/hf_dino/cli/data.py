@@ -15,6 +15,7 @@ from .options import (
     ColumnsOption,
     Command,
     ImagesOption,
+    MaxImagePixelsOption,
     RotatedBoxesOption,
     log_to_terminal,
     make_app,
@@ -91,6 +92,7 @@ def check(
     box_format: BoxFormatOption = "xywh",
     rotated_boxes: RotatedBoxesOption = "enclose",
     columns: ColumnsOption = None,
+    max_image_pixels: MaxImagePixelsOption = None,
     headers_only: Annotated[
         bool, typer.Option("--headers_only", help="Read only the header of each image: faster, misses damaged pixels.")
     ] = False,
@@ -152,6 +154,7 @@ def augment(
     box_format: BoxFormatOption = "xywh",
     rotated_boxes: RotatedBoxesOption = "enclose",
     columns: ColumnsOption = None,
+    max_image_pixels: MaxImagePixelsOption = None,
     augmentation: Annotated[
         str,
         typer.Option(metavar="NAME", help=f"Augmentation: {AUGMENTATION_HELP}."),
@@ -218,6 +221,7 @@ def convert(
     box_format: BoxFormatOption = "xywh",
     rotated_boxes: RotatedBoxesOption = "enclose",
     columns: ColumnsOption = None,
+    max_image_pixels: MaxImagePixelsOption = None,
 ) -> None:
     """Convert a dataset to another format.
 

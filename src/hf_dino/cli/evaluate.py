@@ -13,6 +13,7 @@ from .options import (
     BoxFormatOption,
     ColumnsOption,
     ImagesOption,
+    MaxImagePixelsOption,
     ModelOption,
     RotatedBoxesOption,
     command_line,
@@ -41,6 +42,7 @@ def evaluate(
     box_format: BoxFormatOption = "xywh",
     rotated_boxes: RotatedBoxesOption = "enclose",
     columns: ColumnsOption = None,
+    max_image_pixels: MaxImagePixelsOption = None,
     metrics_json: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Save all metrics to this JSON file. It must not exist.")
     ] = None,
@@ -88,21 +90,16 @@ def evaluate(
     log_to_terminal()
     _check_dependencies(coco_backend, report_html)
 
-    import torch
-    from accelerate import Accelerator
     from rich.progress import Progress
 
     from ..evaluation import evaluate_model
     from ..hub import load_model_and_processor
-    from ..training import PROCESS_GROUP_TIMEOUT, read_and_check
+    from ..training import read_and_check
+    from ..utils.distributed import create_accelerator
     from ..utils.io import ensure_new_files
 
     ensure_new_files(metrics_json, results_json, report_html)
-    accelerator = Accelerator(
-        cpu=not torch.accelerator.is_available(),
-        mixed_precision=mixed_precision,
-        kwargs_handlers=[PROCESS_GROUP_TIMEOUT],
-    )
+    accelerator = create_accelerator(mixed_precision)
     options = read_options(box_format, rotated_boxes, columns)
     (data,) = read_and_check(partial(_read_split, dataset, split, images, annotations, options)).values()
     model, processor = load_model_and_processor(model_name_or_path, backend=image_processor_backend)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 from typer.core import TyperCommand
 
-from ..training_arguments import BOX_FORMAT_HELP, COLUMNS_HELP, ROTATED_BOXES_HELP, parse_option
+from ..training_arguments import BOX_FORMAT_HELP, COLUMNS_HELP, MAX_IMAGE_PIXELS_HELP, ROTATED_BOXES_HELP, parse_option
 
 
 if TYPE_CHECKING:
@@ -33,6 +33,21 @@ AnnotationsOption = Annotated[
 BoxFormatOption = Annotated[Literal["xywh", "xyxy"], typer.Option(help=BOX_FORMAT_HELP)]
 RotatedBoxesOption = Annotated[Literal["enclose", "refuse"], typer.Option(help=ROTATED_BOXES_HELP)]
 ColumnsOption = Annotated[list[str] | None, typer.Option(metavar="CONTENT=NAME", help=COLUMNS_HELP)]
+
+
+def _set_max_image_pixels(limit: int | None) -> int | None:
+    if limit is not None:
+        from ..data.images import set_max_image_pixels
+
+        set_max_image_pixels(limit)
+    return limit
+
+
+# takes effect when it is parsed: a command declares it and need not read it
+MaxImagePixelsOption = Annotated[
+    int | None,
+    typer.Option(metavar="INTEGER", min=1, help=MAX_IMAGE_PIXELS_HELP, callback=_set_max_image_pixels),
+]
 
 
 class Command(TyperCommand):

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .options import ModelOption, log_to_terminal
+from .options import MaxImagePixelsOption, ModelOption, log_to_terminal
 
 
 if TYPE_CHECKING:
@@ -43,6 +43,7 @@ def predict(
             show_default="cuda if available, otherwise cpu",
         ),
     ] = None,
+    max_image_pixels: MaxImagePixelsOption = None,
 ) -> None:
     """Detect objects in images and draw them.
 

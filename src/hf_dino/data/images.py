@@ -32,7 +32,7 @@ _NOT_IMAGES = frozenset({"BUFR", "GRIB", "HDF5", "WMF", "EPS", "MPEG", "IPTC", "
 IMAGE_EXTENSIONS = frozenset(
     extension
     for extension, format in Image.registered_extensions().items()
-    if format in Image.OPEN and format not in _NOT_IMAGES
+    if format in {*Image.OPEN, "MPO"} - _NOT_IMAGES  # MPO is opened as JPEG
 ) | frozenset(PLUGINS)
 """Extensions of image files, in lower case."""
 
@@ -88,7 +88,7 @@ def read_image(source: str | ImageSource, annotated_size: tuple[int, int] | None
     source = Path(source) if isinstance(source, str) else source
     with _open_image(source) as image:
         num_frames = getattr(image, "n_frames", 1)
-        has_16_bits = ";16" in str(image.tile) or image.mode.startswith("I")
+        has_16_bits = ";16" in str(getattr(image, "tile", "")) or image.mode.startswith("I")
         image.load()
         orientation = _exif_orientation(image)
     transpose = EXIF_TRANSPOSES.get(_orientation_to_apply(image, orientation, annotated_size, source))
@@ -101,7 +101,7 @@ def read_image(source: str | ImageSource, annotated_size: tuple[int, int] | None
         _warn_about_16_bits(converted, source)
     if num_frames > 1 and image.format not in _MANY_IMAGES:
         _warn_once("frames", f"{source} has {num_frames} frames or pages: only the first is read")
-    if upright.has_transparency_data and upright.convert("RGBA").getextrema()[3][0] < 255:
+    if upright.has_transparency_data and np.min(upright.convert("RGBA").getchannel("A").getextrema()) < 255:
         _warn_once("transparency", f"{source} has transparent parts: blended with white")
     return _cut_or_extend(converted, annotated_size)
 
@@ -162,7 +162,7 @@ def find_unused_images(folder: Path, used: Iterable[Path]) -> list[str]:
     used_paths = {os.path.normpath(path.absolute()) for path in used}
     unused = sorted(set(_walk_images(folder)) - used_paths)
     if unused:  # a file may have been reached by a link
-        used_files = {_file_id(path) for path in used_paths if Path(path).exists()}
+        used_files = {_file_id(path) for path in used_paths}
         unused = [path for path in unused if _file_id(path) not in used_files]
     return unused
 
@@ -183,8 +183,12 @@ def _walk_images(folder: Path) -> Iterator[str]:
                 yield entry.path
 
 
-def _file_id(path: str) -> tuple[int, int]:
-    status = Path(path).stat()
+def _file_id(path: str) -> tuple[int, int] | None:
+    """Return what all paths of a file have in common, `None` if there is no file."""
+    try:
+        status = Path(path).stat()
+    except OSError:
+        return None
     return status.st_dev, status.st_ino
 
 
@@ -287,7 +291,7 @@ def _cut_or_extend(image: Image.Image, size: tuple[int, int] | None) -> Image.Im
 
 
 def _warn_about_16_bits(converted: Image.Image, source: ImageSource) -> None:
-    brightest = max(high for _, high in converted.getextrema())
+    brightest = np.max(converted.getextrema())
     if 0 < brightest <= DARK_LIMIT // 257:
         _warn_once(
             "dark",

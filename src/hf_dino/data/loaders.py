@@ -5,9 +5,11 @@ import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
+from PIL import Image
 from torch.utils.data import DataLoader, Sampler
 from transformers import BaseImageProcessor
 
@@ -270,7 +272,7 @@ def evaluation_loader(
         collate_fn=EvaluationCollator(processor),
         num_workers=num_workers,
         pin_memory=torch.cuda.is_available(),
-        worker_init_fn=ignore_stop_signals,
+        worker_init_fn=partial(start_worker, Image.MAX_IMAGE_PIXELS),
     )
 
 
@@ -290,21 +292,29 @@ def training_loader(
         # all batches of a step: their objects are counted before the first forward
         prefetch_factor=max(2, -(-batches.gradient_accumulation_steps // num_workers)) if num_workers else None,
         pin_memory=torch.cuda.is_available(),
-        worker_init_fn=ignore_stop_signals,
+        worker_init_fn=partial(start_worker, Image.MAX_IMAGE_PIXELS),
         # a separate generator, so that starting a loader does not advance the random numbers of the denoising queries
         generator=torch.Generator(),
     )
 
 
-def ignore_stop_signals(worker_id: int) -> None:
-    """Let a DataLoader worker outlive stop signals, which often go to all processes of a job: `worker_init_fn`.
+def start_worker(max_image_pixels: int | None, worker_id: int) -> None:
+    """Prepare a DataLoader worker: `worker_init_fn`, once the first argument is bound.
+
+    Args:
+        max_image_pixels (`int`, *optional*): Pillow's limit in the parent process, which a spawned worker lacks.
+        worker_id (`int`): Not used.
+    """
+    Image.MAX_IMAGE_PIXELS = max_image_pixels
+    ignore_stop_signals()
+
+
+def ignore_stop_signals() -> None:
+    """Let a DataLoader worker outlive stop signals, which often go to all processes of a job.
 
     The parent process still needs batches to finish its step. Only a SIGTERM from the parent ends the worker: torch
     and `multiprocessing` would wait forever for one that ignores it. Where the sender cannot be determined (macOS,
     Windows), and in workers that are spawned rather than forked, SIGTERM may keep its effect.
-
-    Args:
-        worker_id (`int`): Not used.
     """
     for number in STOP_SIGNALS:
         if number != signal.SIGTERM:

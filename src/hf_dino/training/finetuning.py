@@ -29,6 +29,7 @@ from ..data import (
     steps_per_epoch,
     training_loader,
 )
+from ..data.images import set_max_image_pixels
 from ..evaluation import CocoScores, evaluate_model
 from ..hub import (
     build_model_and_processor,
@@ -41,7 +42,7 @@ from ..hub import (
 from ..model_card import finetuned_card, training_command
 from ..modeling_dino_detr import DinoDetrForObjectDetection
 from ..training_arguments import RESUME_IGNORED_ARGS, SPLIT_PREFIXES, FineTuningArguments, reproduction_argv
-from ..utils.distributed import PROCESS_GROUP_TIMEOUT
+from ..utils.distributed import create_accelerator
 from ..utils.errors import InputError
 from ..utils.io import atomic_update_directory, write_json
 from ..visualization import plot_training_curves
@@ -96,6 +97,7 @@ class FineTuner:
     """
 
     def __init__(self, arguments: FineTuningArguments, accelerator: Accelerator | None = None):
+        set_max_image_pixels(arguments.max_image_pixels)
         self.arguments = arguments
         self.accelerator = accelerator or make_accelerator(arguments)
         self.checkpoints = arguments.output_dir / "checkpoints"
@@ -418,13 +420,11 @@ def make_accelerator(arguments: FineTuningArguments) -> Accelerator:
     if arguments.report_to and arguments.report_to not in (trackers := list(map(str, get_available_trackers()))):
         raise InputError(f"--report_to {arguments.report_to}: is not an installed tracker ({', '.join(trackers)})")
     accumulation = arguments.gradient_accumulation_steps
-    accelerator = Accelerator(
-        cpu=not torch.accelerator.is_available(),  # given explicitly, several processes on CPUs find each other
+    accelerator = create_accelerator(
+        arguments.mixed_precision,
         gradient_accumulation_steps=accumulation,
-        mixed_precision=arguments.mixed_precision,
         log_with=arguments.report_to,
         project_dir=str(arguments.output_dir),
-        kwargs_handlers=[PROCESS_GROUP_TIMEOUT],
     )
     if accelerator.gradient_accumulation_steps != accumulation:
         raise InputError(

@@ -12,6 +12,8 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from .errors import InputError
+
 
 SHARDED_DISTRIBUTED_TYPES = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
 """Accelerate's ways to shard a model. All processes must run its layers and write its checkpoints together."""
@@ -65,6 +67,31 @@ def distribute_like(tensor: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
 PROCESS_GROUP_TIMEOUT = InitProcessGroupKwargs(timeout=timedelta(hours=6))
 """Keyword handler for `Accelerator`. The other processes wait while the main process downloads and checks a dataset,
 which may take longer than NCCL's default timeout of 10 minutes."""
+
+
+def create_accelerator(mixed_precision: str | None, **options: Any) -> Accelerator:
+    """Make an `Accelerator` that waits long for other processes, on the CPU if there is nothing faster.
+
+    Args:
+        mixed_precision (`str`, *optional*): `"no"`, `"fp16"` or `"bf16"`; by default, that of accelerate's
+            configuration.
+        options: Further arguments of `Accelerator`.
+
+    Raises:
+        InputError: If the device does not compute in this precision. On a CPU, accelerate itself takes fp16 and
+            computes in float32.
+    """
+    # given explicitly, several processes on CPUs find each other
+    options |= {"cpu": not torch.accelerator.is_available(), "kwargs_handlers": [PROCESS_GROUP_TIMEOUT]}
+    try:
+        accelerator = Accelerator(mixed_precision=mixed_precision, **options)
+    except ValueError as error:
+        if "mixed precision" not in str(error):
+            raise
+        raise InputError(f"--mixed_precision {mixed_precision or 'of accelerate config'}: {error}") from None
+    if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
+        raise InputError("--mixed_precision fp16 needs a GPU, and this machine has none; use bf16 or no")
+    return accelerator
 
 
 def all_reduce_max(accelerator: Accelerator, number: int) -> int:
