@@ -34,7 +34,8 @@ def get_size_with_aspect_ratio(height: int, width: int, shortest_edge: int, long
 
     Args:
         height, width (`int`): Of the image, in pixels.
-        shortest_edge, longest_edge (`int`): Limits, in pixels. Rounding may exceed `longest_edge` by a pixel.
+        shortest_edge, longest_edge (`int`): Limits, in pixels. Rounding may exceed `longest_edge`: by a pixel, or more
+            for an image that is many times longer than wide.
 
     Returns:
         `(height, width)` in pixels.

@@ -127,6 +127,29 @@ def test_pipeline(folder, image, caplog):
     assert detector(image, threshold=middle) == detections[:4]
 
 
+def test_pipeline_batches_images_of_different_sizes_on_a_canvas(folder):
+    shapes = [(90, 120), (120, 90), (100, 100)]
+    images = [Image.fromarray(np.random.default_rng(0).integers(0, 256, (*s, 3), dtype=np.uint8)) for s in shapes]
+    processor = AutoImageProcessor.from_pretrained(folder, pad_size={"height": 160, "width": 160})
+    options = {"model": str(folder), "image_processor": processor, "device": "cpu"}
+    together = pipeline("object-detection", **options, batch_size=2)(images, threshold=0.0)
+    alone = [pipeline("object-detection", **options)(image, threshold=0.0) for image in images]
+    for batched, single in zip(together, alone, strict=True):
+        assert len(batched) == 12 * 5
+        assert [each["score"] for each in batched] == pytest.approx([each["score"] for each in single], abs=1e-5)
+        assert [each["label"] for each in batched] == [each["label"] for each in single]
+
+
+def test_pipeline_of_damaged_weights_is_an_error(image):
+    model = tiny_model()
+    torch.nn.init.constant_(model.class_embed[0].bias, math.nan)
+    detector = pipeline(
+        "object-detection", model=model, image_processor=DinoDetrImageProcessor(size=SIZE), device="cpu"
+    )
+    with pytest.raises(FloatingPointError, match="scores or boxes are NaN or infinite"):
+        detector(image, threshold=0.9)
+
+
 def test_pipeline_gives_boxes_in_pixels_of_the_image(folder, image):
     model, processor = DinoDetrForObjectDetection.from_pretrained(folder), AutoImageProcessor.from_pretrained(folder)
     with torch.no_grad():

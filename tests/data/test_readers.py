@@ -276,7 +276,11 @@ def test_images_in_no_split_are_said(tmp_path, caplog, name):
     files, splits = LAYOUTS[name]
     folder = lay_out(tmp_path / "cells", files)
     unused = [*read_data(folder)[splits[0]].warnings.get(UNUSED_WARNING, [])]  # some layouts have one
-    assert {Path(path).relative_to(folder).as_posix() for path in unused} <= {"train/2.png", "train_old/2.png", "images/2.png"}
+    assert {Path(path).relative_to(folder).as_posix() for path in unused} <= {
+        "train/2.png",
+        "train_old/2.png",
+        "images/2.png",
+    }
     for image in ("a.jfif", "b.png"):
         draw(folder / "elsewhere" / image)
         unused.append(str(folder / "elsewhere" / image))

@@ -36,7 +36,7 @@ IMAGE_EXTENSIONS = frozenset(
 ) | frozenset(PLUGINS)
 """Extensions of image files, in lower case."""
 
-# annotations, notes and files of the system, which nobody expects to be images
+# annotations, notes and files of the system: certainly not images, so they are not reported
 _SIDE_FILES = frozenset({".txt", ".xml", ".json", ".jsonl", ".csv", ".yaml", ".yml", ".md", ".html", ".db", ".ini"})
 _MANY_IMAGES = ("MPO", "PSD")  # a photo with its preview, and an image with its layers: the first is the image
 
@@ -138,7 +138,8 @@ def list_images(paths: list[Path]) -> list[Path]:
         found = [entry for entry in entries if entry == path or is_image_file(entry)]
         others = [entry.name + "/" * entry.is_dir() for entry in entries if entry not in found and _is_noted(entry)]
         if not found:
-            raise InputError(f"{path}: the directory contains no images, but {summarize_list(others) or 'nothing'}")
+            contents = f", but {summarize_list(others)}" if others else ""
+            raise InputError(f"{path}: the directory contains no images{contents}")
         if others:
             logger.warning("%s: %d entries are not images: not used; %s", path, len(others), summarize_list(others))
         files.extend(found)
