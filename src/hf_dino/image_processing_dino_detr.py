@@ -124,6 +124,10 @@ def _dtype_name(image: Any) -> str:
     return str(image.dtype).removeprefix("torch.")
 
 
+def _is_finite(image: Any) -> bool:
+    return "float" not in _dtype_name(image) or math.isfinite(float(image.max()) - float(image.min()))
+
+
 def _is_whole(image: Any) -> bool:
     return bool((image == image.round()).all())
 
@@ -220,6 +224,8 @@ class DinoDetrImageProcessorMixin:
     ) -> BatchFeature:
         if do_rescale and math.isclose(rescale_factor, 1 / WHITE):
             images = to_8_bit_scale(images)
+        elif not all(map(_is_finite, images)):
+            raise ValueError("the values of an image are NaN or infinite")
         return super()._preprocess(images, *args, do_rescale=do_rescale, rescale_factor=rescale_factor, **kwargs)
 
     def resize(self, image: Any, size: SizeDict, *args: Any, **kwargs: Any) -> Any:

@@ -258,6 +258,13 @@ def test_values_in_no_known_range_are_an_error(processor, pixels, kind):
         processor(images=KINDS[kind](pixels), return_tensors="pt")
 
 
+@pytest.mark.parametrize("kind", ["array", "tensor"])
+@pytest.mark.parametrize("value", [NAN, INFINITY, -INFINITY])
+def test_values_that_are_not_finite_are_an_error_on_any_scale(processor, kind, value):
+    with pytest.raises(ValueError, match="values of an image are NaN or infinite"):
+        processor(images=KINDS[kind](alter(value)), return_tensors="pt", **AS_IT_IS)
+
+
 def test_normalized_images_are_taken_as_they_are(processor, warned):
     normalized = np.random.default_rng(0).normal(size=(3, 48, 64)).astype(np.float32)
     values = processor(images=normalized, return_tensors="pt", **AS_IT_IS)["pixel_values"][0]

@@ -134,9 +134,9 @@ def list_images(paths: list[Path]) -> list[Path]:
     for path in paths:
         if not path.exists():
             raise InputError(f"{path}: file or directory not found")
-        entries = [path] if path.is_file() else sorted(path.iterdir())
-        found = [entry for entry in entries if entry == path or is_image_file(entry)]
-        others = [entry.name + "/" * entry.is_dir() for entry in entries if entry not in found and _is_noted(entry)]
+        is_image = {path: True} if path.is_file() else {entry: is_image_file(entry) for entry in path.iterdir()}
+        found = sorted(entry for entry in is_image if is_image[entry])
+        others = sorted(entry.name + "/" * entry.is_dir() for entry in is_image.keys() - found if _is_noted(entry))
         if not found:
             contents = f", but {summarize_list(others)}" if others else ""
             raise InputError(f"{path}: the directory contains no images{contents}")
