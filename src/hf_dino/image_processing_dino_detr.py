@@ -76,11 +76,6 @@ def convert_to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def is_dark(values: np.ndarray) -> bool:
-    """Return whether 16-bit values seem to have fewer bits: divided by 257, they are below 64."""
-    return bool(values.size) and 0 < values.max() < DARK_LIMIT
-
-
 def _to_8_bits(values: np.ndarray) -> np.ndarray:
     """Convert 16-bit values, 0 to 65535, to 8-bit values."""
     if not np.issubdtype(values.dtype, np.integer) or values.min() < 0 or values.max() > 65535:
@@ -92,7 +87,7 @@ def _to_8_bits(values: np.ndarray) -> np.ndarray:
 
 
 def _warn_if_dark(values: np.ndarray) -> None:
-    if is_dark(values):
+    if 0 < values.max() < DARK_LIMIT:
         logger.warning_once(f"16-bit values below {DARK_LIMIT}, divided by 257, are nearly black: {DARK_ADVICE}")
 
 
