@@ -271,7 +271,7 @@ def test_every_layout_is_detected(tmp_path, name):
         assert each.name == "cells"
 
 
-@pytest.mark.parametrize("name", [name for name in LAYOUTS if not name.startswith("datasets")])
+@pytest.mark.parametrize("name", LAYOUTS)
 def test_images_in_no_split_are_said(tmp_path, caplog, name):
     files, splits = LAYOUTS[name]
     folder = lay_out(tmp_path / "cells", files)

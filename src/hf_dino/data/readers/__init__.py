@@ -112,8 +112,11 @@ def read_data(
 
 def _add_unused_images(folder: Path, contents: dict[str, DetectionSplit]) -> dict[str, DetectionSplit]:
     """Add a warning to the first split, which is that of training, about images of the directory in no split."""
-    used = [image.path for split in contents.values() for image in split.images if isinstance(image.path, Path)]
-    unused = find_unused_images(folder, used) if used else []  # images in tables have no path
+    images = [image.path for split in contents.values() for image in split.images]
+    unused = find_unused_images(folder, [path for path in images if isinstance(path, Path)])
+    if unused:  # rows of a table have the paths of their files, which take time to read
+        names = [getattr(image, "file_name", None) for image in images]
+        unused = sorted({*unused} & {*find_unused_images(folder, [Path(name) for name in names if name])})
     if not unused:
         return contents
     logger.warning("%s: %d %s", folder, len(unused), UNUSED_WARNING)
