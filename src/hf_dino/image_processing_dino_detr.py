@@ -116,7 +116,7 @@ def to_8_bit_scale(images: list[Any]) -> list[Any]:
 
 
 def _dtype_name(image: Any) -> str:
-    return str(image.dtype).removeprefix("torch.")
+    return str(getattr(image, "dtype", "")).removeprefix("torch.")
 
 
 def _is_finite(image: Any) -> bool:
@@ -207,10 +207,11 @@ class DinoDetrImageProcessorMixin:
             if image.mode.startswith("I"):
                 _warn_if_dark(np.asarray(image))
             image = convert_to_rgb(image)
-        elif getattr(image, "dtype", None) in (np.uint16, torch.uint16):
-            values = np.asarray(torch.as_tensor(image).cpu())
+        elif _dtype_name(image) == "uint16":
+            values = image if isinstance(image, np.ndarray) else image.cpu().numpy()
             _warn_if_dark(values)
-            image = torch.as_tensor(_to_8_bits(values), device=getattr(image, "device", "cpu"))
+            reduced = _to_8_bits(values)
+            image = reduced if image is values else torch.from_numpy(reduced).to(image.device)
         channels = super().process_image(image, *args, **kwargs)
         return channels[[0, 0, 0]] if len(channels) == 1 else channels  # transformers 5.14 leaves gray arrays gray
 
