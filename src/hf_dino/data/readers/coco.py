@@ -223,7 +223,8 @@ def _read_boxes(annotations: Sequence[dict], source: Path, options: ReadOptions)
     rotated = np.flatnonzero(degrees % 180)  # half a turn does not change a box
     if rotated.size and options.rotated_boxes == "refuse":
         options.on_error(
-            f"{source}: {rotated.size} boxes are rotated. Use --rotated_boxes enclose, or export upright boxes"
+            f"{source}: {rotated.size} boxes are rotated. To use the upright boxes around them, add "
+            "--rotated_boxes enclose"
         )
     known = [row for row in rotated if abs(degrees[row]) <= 360 and _is_before_rotation(annotations[row])]
     boxes[known] = enclose_rotated_boxes(boxes[known], degrees[known])

@@ -15,7 +15,7 @@ from ..dataset import SPLIT_ALIASES, SPLITS, ErrorHandler, raise_input_error, to
 Item = TypeVar("Item")
 Annotation = tuple[Any, Any]  # a class, and x, y, width, height in pixels or `None`
 
-ROTATED_WARNING = "boxes are rotated: replaced by the upright box around each"
+ROTATED_WARNING = "boxes are rotated: replaced by the upright boxes around them"
 
 _TO_XYWH = {"xywh": lambda boxes: boxes, "xyxy": xyxy_to_xywh}
 
