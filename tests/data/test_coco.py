@@ -313,6 +313,12 @@ def test_images_of_another_split_never_replace_missing_ones(tmp_path):
     (folder / "val" / "000002.png").unlink()
     with pytest.raises(InputError, match=r"val\.json: 1 images not found in .*val: 000002\.png"):
         read_data(folder)
+    (folder / "val" / "000001.png").unlink()
+    (folder / "more").mkdir()
+    shutil.copy(folder / "train" / "000001.png", folder / "more")
+    with pytest.raises(InputError, match=r"val\.json: 2 images not found in .*val: 000001\.png, 000002\.png"):
+        read_data(folder)
+    shutil.rmtree(folder / "more")
     shutil.rmtree(folder / "val")
     with pytest.raises(InputError, match=r"val\.json: 3 images not found in .*: 000001\.png"):
         read_data(folder)

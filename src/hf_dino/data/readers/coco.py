@@ -223,10 +223,10 @@ def _read_boxes(annotations: Sequence[dict], source: Path, options: ReadOptions)
     boxes = boxes_to_xywh(annotated, options.box_format)
     degrees = np.array([to_float(_rotation(annotation) or 0) for annotation in annotations])
     degrees[np.isinf(degrees)] = np.nan
-    rotated = np.flatnonzero(degrees % 180)  # half a turn does not change a box
-    if rotated.size and options.rotated_boxes == "refuse":
+    rotated = np.flatnonzero(degrees % 180).tolist()  # half a turn does not change a box
+    if rotated and options.rotated_boxes == "refuse":
         options.on_error(
-            f"{source}: {rotated.size} boxes are rotated. To use the upright boxes around them, add "
+            f"{source}: {len(rotated)} boxes are rotated. To use the upright boxes around them, add "
             "--rotated_boxes enclose"
         )
     known = [row for row in rotated if abs(degrees[row]) <= 360 and _is_before_rotation(annotations[row])]
@@ -350,7 +350,7 @@ def _find_images(content: dict, files: CocoFiles, builder: AnnotatedImageBuilder
     if outside := [name for name in found.missing if relative_path(name, folder, files.root) is None]:
         builder.on_error(
             f"{files.file}: {len(outside)} file names lead out of {files.root}, which has no images of these names: "
-            f"{summarize_list(map(displayed_name, outside))}. Move the images there, or correct the names"
+            f"{summarize_list(map(displayed_name, outside))}. Give a directory with them, or correct the names"
         )
     return found.paths
 
@@ -358,7 +358,7 @@ def _find_images(content: dict, files: CocoFiles, builder: AnnotatedImageBuilder
 def _find_image_folder(names: Sequence[str], files: CocoFiles) -> Path:
     probed = names[:_NUM_PROBED_IMAGES]
     num_found = {folder: _num_direct(probed, folder, files.root) for folder in files.folders}
-    if 2 * max(num_found.values()) <= len(probed):  # the names may be those of another machine
+    if not any(num_found.values()):  # the names may be those of another machine
         num_found = {
             folder: len(probed) - len(find_image_files(probed, folder, split=files.split).missing)
             for folder in files.folders

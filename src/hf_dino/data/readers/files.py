@@ -40,8 +40,8 @@ def find_image_files(
 ) -> FoundFiles:
     r"""Find image files by their names in a dataset.
 
-    A name is a path relative to `folder`. If there is no such file, it may have been written on another machine: then
-    the file is taken that alone has the last part of the name, or that of several has the most parts before it, below
+    A name is a path relative to `folder`. If it is not found, it may have been written on another machine: then the
+    file is taken that alone has the last part of the name, or that of several has the most parts before it, below
     `folder` or else below `root`. Backslashes, prefixes of uploads, URLs, percent-encoding, upper and lower case and
     Unicode normalization do not count. No two names get the same file. A file that is missing among others that are
     where they should be is not looked for in other directories.
