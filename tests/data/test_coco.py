@@ -506,6 +506,9 @@ def test_the_message_about_missing_images_says_what_there_is(tmp_path):
     assert "Images there that are not listed: 1.png, 2.png, 4.png and 1 more. Restore them" in message
     assert len(message.splitlines()) == 1
     assert len(message) < 600
+    for name in ("x/" * 3000 + "1.png", "\ud800/1.png", "gone/6.png"):
+        with pytest.raises(InputError, match=r"json: 1 images not found in .{1,400}: \d\.png\. Restore them"):
+            read_coco(*renamed_images(tmp_path / "more", [name, "1.png"]))
 
 
 def test_an_image_that_is_listed_twice(tmp_path):

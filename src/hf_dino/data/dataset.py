@@ -40,11 +40,13 @@ ANNOTATION_DTYPE = np.dtype(
 )
 """One annotation: original COCO ids, box as x, y, width, height in pixels, area in square pixels, `iscrowd` 0 or 1."""
 
-_MAX_NAME_LENGTH = 100  # of file names in messages
 _TRUTH_TYPES = (bool, np.bool_)
 _MAX_PIXELS = 2**31  # no image is larger
 # some tools write numbers as text, others as truth values
-_CROWD_FLAGS = {**dict.fromkeys(("", "0", "0.0", "false", "none"), 0), **dict.fromkeys(("1", "1.0", "true"), 1)}
+_CROWD_FLAGS = {
+    **dict.fromkeys(("None", "", "0", "0.0", "False", "false"), 0),
+    **dict.fromkeys(("1", "1.0", "True", "true"), 1),
+}
 
 ErrorHandler = Callable[[str], None]
 """Receives an error that makes the dataset unfit for training, although the rest of it can still be read."""
@@ -292,7 +294,7 @@ class AnnotatedImageBuilder:
         return np.where(is_valid, annotated, boxes[:, 2] * boxes[:, 3])
 
     def _check_crowds(self, iscrowd: Sequence[Any], owners: np.ndarray) -> np.ndarray:
-        flags = np.array([_CROWD_FLAGS.get(str(value).strip().lower(), -1) for value in iscrowd], dtype=np.int64)
+        flags = np.array([_CROWD_FLAGS.get(str(value).strip(), -1) for value in iscrowd], dtype=np.int64)
         self._add_warnings("iscrowd values are neither 0 nor 1: read as 0", owners[flags < 0])
         return np.maximum(flags, 0)
 
@@ -336,11 +338,11 @@ def require_image_files(split: DetectionSplit) -> DetectionSplit:
     missing = [path for path in paths if not is_file(path)]
     if missing:
         folder = missing[0].parent
-        others = sorted({*filter(is_image_file, folder.iterdir())} - paths.keys()) if folder.is_dir() else []
-        held = f". Images there that are not listed: {_summarize_names(others, 3)}" if others else ""
+        unlisted = _list_images_in(folder) - paths.keys()
+        held = f". Images there that are not listed: {_summarize_names(sorted(unlisted), 3)}" if unlisted else ""
         raise InputError(
-            f"{split.source}: {len(missing)} images not found in {folder}: {_summarize_names(missing)}{held}. "
-            "Restore them, or remove them from the annotations"
+            f"{split.source}: {len(missing)} images not found in {displayed_name(str(folder), 300)}: "
+            f"{_summarize_names(missing)}{held}. Restore them, or remove them from the annotations"
         )
     return split
 
@@ -352,9 +354,15 @@ def is_file(path: Path) -> bool:
     return False
 
 
-def displayed_name(name: str) -> str:
-    """Return a file name as one short line of text."""
-    short = name if len(name) <= _MAX_NAME_LENGTH else f"...{name[-_MAX_NAME_LENGTH:]}"
+def _list_images_in(folder: Path) -> set[Path]:
+    with suppress(OSError, ValueError):
+        return {path for path in folder.iterdir() if is_image_file(path)}
+    return set()
+
+
+def displayed_name(name: str, max_length: int = 100) -> str:
+    """Return the name of a file or directory as one short line of text."""
+    short = name if len(name) <= max_length else f"...{name[-max_length:]}"
     return short if short.isprintable() else repr(short)
 
 
