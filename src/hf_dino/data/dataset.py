@@ -269,7 +269,7 @@ class AnnotatedImageBuilder:
         sides = np.array([(image["height"], image["width"]) for image in self._images], dtype=np.float64).reshape(
             -1, 2
         )
-        finite = (np.abs(boxes) < _MAX_PIXELS).all(axis=1)
+        finite = np.isfinite(boxes).all(axis=1)
         boxes[~finite] = 0
         clipped = clip_boxes(boxes, *sides[owners].T)
         has_size, overlaps_image = (boxes[:, 2:] > 0).all(axis=1), (clipped[:, 2:] > 0).all(axis=1)
@@ -286,7 +286,7 @@ class AnnotatedImageBuilder:
 
     def _check_areas(self, areas: Sequence[Any], boxes: np.ndarray, owners: np.ndarray) -> np.ndarray:
         annotated = np.array([to_float(area) for area in areas], dtype=np.float64)
-        is_valid = (annotated > 0) & np.isfinite(annotated)
+        is_valid = annotated > 0
         is_given = np.array([area is not None for area in areas], dtype=bool)
         self._add_warnings(
             "areas are not positive numbers: replaced by the area of the box", owners[is_given & ~is_valid]
@@ -309,10 +309,13 @@ def _is_one_line(name: str) -> bool:
 
 
 def to_box_array(boxes: Sequence[Any] | np.ndarray) -> np.ndarray:
-    """Return annotated boxes as floats of shape `(num_boxes, 4)`, NaN for a box that is not four numbers."""
+    """Return annotated boxes as floats of shape `(num_boxes, 4)`, NaN for a box that is not four numbers of pixels."""
     if isinstance(boxes, np.ndarray) and boxes.dtype.kind == "f" and boxes.shape[1:] == (4,):
-        return boxes.astype(np.float64)
-    return np.array([_to_floats(box) for box in boxes], dtype=np.float64).reshape(-1, 4)
+        array = boxes.astype(np.float64)
+    else:
+        array = np.array([_to_floats(box) for box in boxes], dtype=np.float64).reshape(-1, 4)
+    array[~(np.abs(array) < _MAX_PIXELS).all(axis=1)] = np.nan
+    return array
 
 
 def _to_floats(box: Any) -> list[float]:
@@ -321,11 +324,12 @@ def _to_floats(box: Any) -> list[float]:
 
 
 def to_float(value: Any) -> float:
-    """Return a number, possibly written as text, and NaN for anything else."""
+    """Return a finite number, possibly written as text, and NaN for anything else."""
     try:
-        return math.nan if isinstance(value, _TRUTH_TYPES) else float(value)
+        number = math.nan if isinstance(value, _TRUTH_TYPES) else float(value)
     except (TypeError, ValueError, OverflowError):
         return math.nan
+    return number if math.isfinite(number) else math.nan
 
 
 def require_image_files(split: DetectionSplit) -> DetectionSplit:

@@ -222,7 +222,6 @@ def _read_boxes(annotations: Sequence[dict], source: Path, options: ReadOptions)
         )
     boxes = boxes_to_xywh(annotated, options.box_format)
     degrees = np.array([to_float(_rotation(annotation) or 0) for annotation in annotations])
-    degrees[np.isinf(degrees)] = np.nan
     rotated = np.flatnonzero(degrees % 180).tolist()  # half a turn does not change a box
     if rotated and options.rotated_boxes == "refuse":
         options.on_error(
