@@ -347,7 +347,7 @@ def _add_image(path: Path, size: tuple[int, int], labels: Sequence[Label], build
 
 def _find_label_files(files: YoloSplit, builder: AnnotatedImageBuilder) -> dict[Path, Path]:
     """Return the label file of each image, and report those of no image."""
-    folders = {image.parent: label_folder(image.parent) for image in files.images}
+    folders = {folder: label_folder(folder) for folder in {image.parent for image in files.images}}
     contents = {labels: _label_files(labels) for labels in folders.values()}
     found = {
         image: contents[folders[image.parent]][image.stem]
