@@ -310,6 +310,13 @@ def test_an_image_of_another_split_is_not_taken(tmp_path):
         read_data(lay_out(tmp_path, files))
 
 
+def test_an_image_with_an_unknown_extension_is_named(tmp_path):
+    files = {"1.png": None, "1.xml": xml(2, 3, 31, 22), "2.xml": xml(2, 3, 31, 22), "2.heic": "?"}
+    errors = check_data(read_data(lay_out(tmp_path, files))).errors
+    assert len(errors) == 1
+    assert "2.heic: cannot be read as an image (not a known image format)" in errors[0]
+
+
 def test_images_that_share_an_annotation_file(tmp_path):
     data = read_data(lay_out(tmp_path, {"1.png": None, "1.jpg": None, "1.xml": xml(2, 3, 31, 22)}))["train"]
     assert [len(image.boxes) for image in data.images] == [1, 1]

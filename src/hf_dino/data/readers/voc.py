@@ -28,6 +28,7 @@ from .common import (
     ReadOptions,
     child_folder,
     enclose_rotated_boxes,
+    expected_image,
     group_by_split,
     refuse_rotated_boxes,
     split_folders,
@@ -361,7 +362,7 @@ def _pair_images(
     taken = {image for image, file in matched if file.is_file()}
     taken |= {path for path, count in Counter(found).items() if count > 1 or not path.is_file()}
     by_name = {path: file for path, file in zip(found, names) if path not in taken}
-    missing = [(split.images / f"{file.stem}.jpg", file) for path, file in zip(found, names) if path in taken]
+    missing = [(expected_image(split.images, file.stem), file) for path, file in zip(found, names) if path in taken]
     shared = Counter(file for _, file in matched if file.is_file())
     for warning, paths in {
         "XML files are not annotations: ignored": stray,
