@@ -109,6 +109,36 @@ def test_of_several_files_the_one_in_the_same_directories(tmp_path):
     assert found(["D:\\3\\cam\\a.jpg"], tmp_path) == {}
 
 
+def test_the_same_names_in_many_directories(tmp_path):
+    names = [f"{camera}/{side}/{frame}.jpg" for camera in range(6) for side in "lr" for frame in range(6)]
+    make_files(tmp_path, *(f"videos/{name}" for name in names))
+    others = ["D:\\run\\" + name.replace("/", "\\") for name in names]
+    assert found(others, tmp_path) == {other: f"videos/{name}" for other, name in zip(others, names)}
+    assert found([f"l\\{frame}.jpg" for frame in range(6)], tmp_path) == {}
+    (tmp_path / "videos" / "0" / "l" / "0.jpg").unlink()
+    assert len(found(others, tmp_path)) == len(names) - 1
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_the_file_with_the_most_directories_of_the_name_is_that_of_a_slow_search(tmp_path, seed):
+    rng = np.random.default_rng(seed)
+
+    def draw():
+        return [*rng.choice(["p", "q", "r"], rng.integers(0, 4)), "a.jpg"]
+
+    def num_common(first, second):
+        equal = [x == y for x, y in zip(reversed(first), reversed(second))]
+        return [*equal, False].index(False)
+
+    files = {"/".join(parts): parts for parts in (draw() for _ in range(12))}
+    make_files(tmp_path, *files)
+    for parts in (draw() for _ in range(30)):
+        common = {file: num_common(["D:", *parts], other) for file, other in files.items()}
+        best = [file for file, number in common.items() if number == max(common.values())]
+        name = "\\".join(["D:", *parts])
+        assert found([name], tmp_path) == ({name: best[0]} if len(best) == 1 else {})
+
+
 def test_a_file_missing_among_others_is_not_looked_for_elsewhere(tmp_path):
     """Directories of two cameras often have images of the same names."""
     make_files(tmp_path, "one/1.jpg", "one/3.jpg", "two/2.jpg", "two/3.jpg", f"one/{NFD}")

@@ -37,12 +37,15 @@ from .common import (
 from .files import RENAMED_WARNING, find_image_files, relative_path
 
 
+_MAX_EXCERPT = 200  # signs of a value in messages
 _NUM_PROBED_IMAGES = 20  # looked for in each directory
 _REQUIRED_FIELDS = {
     "images": {"id", "file_name"},
     "categories": {"id", "name"},
     "annotations": {"image_id", "category_id", "bbox"},
 }
+_UNKNOWN_ROTATION_WARNING = "boxes have a rotation of unknown meaning: used without it"
+_PARENT_WARNING = "categories without objects that others name as their supercategory: left out"
 _JSON_CAUSES = {"Extra data": "It may be several files in one", "repeated": "Keep one entry of each name"}
 
 
@@ -68,7 +71,7 @@ class _Category(NamedTuple):
     """Name and supercategory of a category, which are the same in all splits, even if ids are not."""
 
     name: str
-    supercategory: str
+    supercategory: str | None
 
 
 def read_coco(images: str | Path, annotations: str | Path, options: ReadOptions = DEFAULT_OPTIONS) -> DetectionSplit:
@@ -172,10 +175,8 @@ def _build_split(content: dict, files: CocoFiles, left_out: set[_Category], opti
         )
         for row in filter(warnings.get, rows):
             builder.add_warning(warnings[row], path)
-    for category in left_out.intersection(categories.values()):
-        builder.add_warning(
-            "categories without objects that others name as their supercategory: left out", repr(category.name)
-        )
+    for category in filter(left_out.__contains__, categories.values()):
+        builder.add_warning(_PARENT_WARNING, repr(category.name))
     names = {id_: category.name for id_, category in categories.items() if category not in left_out}
     return builder.build(check_unique_names(names, files.file))
 
@@ -203,7 +204,8 @@ def _used_categories(content: dict) -> set[_Category]:
 
 def _to_category(entry: dict) -> _Category:
     name = entry["name"] if isinstance(entry["name"], str) else str(to_integer(entry["name"]))
-    return _Category(name.strip(), str(entry.get("supercategory")).strip())
+    parent = entry.get("supercategory")
+    return _Category(name.strip(), None if parent is None else str(parent).strip())
 
 
 def _read_boxes(annotations: Sequence[dict], source: Path, options: ReadOptions) -> tuple[np.ndarray, dict[int, str]]:
@@ -220,15 +222,16 @@ def _read_boxes(annotations: Sequence[dict], source: Path, options: ReadOptions)
         )
     boxes = boxes_to_xywh(annotated, options.box_format)
     degrees = np.array([to_float(_rotation(annotation) or 0) for annotation in annotations])
-    rotated = np.flatnonzero(degrees % 180)  # half a turn does not change a box
-    if rotated.size and options.rotated_boxes == "refuse":
+    degrees[np.isinf(degrees)] = np.nan
+    rotated = np.flatnonzero(degrees % 180).tolist()  # half a turn does not change a box
+    if rotated and options.rotated_boxes == "refuse":
         options.on_error(
-            f"{source}: {rotated.size} boxes are rotated. Use --rotated_boxes enclose, or export upright boxes"
+            f"{source}: {len(rotated)} boxes are rotated. To use the upright boxes around them, add "
+            "--rotated_boxes enclose"
         )
     known = [row for row in rotated if abs(degrees[row]) <= 360 and _is_before_rotation(annotations[row])]
     boxes[known] = enclose_rotated_boxes(boxes[known], degrees[known])
-    unknown = dict.fromkeys(rotated, "boxes have a rotation of unknown meaning: used without it")
-    return boxes, unknown | dict.fromkeys(known, ROTATED_WARNING)
+    return boxes, dict.fromkeys(rotated, _UNKNOWN_ROTATION_WARNING) | dict.fromkeys(known, ROTATED_WARNING)
 
 
 def _rotation(annotation: dict) -> Any:
@@ -270,9 +273,14 @@ def _to_dict(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return dict(pairs)
 
 
+def _excerpt(value: Any) -> str:
+    """Return the beginning of a value on one line."""
+    return repr(value)[:_MAX_EXCERPT]
+
+
 def _check_lists(content: Any, source: Path) -> None:
     if not isinstance(content, dict) or any(not isinstance(content.get(part), list) for part in _REQUIRED_FIELDS):
-        found = sorted(content) if isinstance(content, dict) else type(content).__name__
+        found = _excerpt(sorted(content)) if isinstance(content, dict) else type(content).__name__
         raise InputError(
             f"{source}: is not a COCO detection file, which has lists named {summarize_list(_REQUIRED_FIELDS)}; it "
             f"has {found}"
@@ -280,7 +288,7 @@ def _check_lists(content: Any, source: Path) -> None:
     for part, fields in _REQUIRED_FIELDS.items():
         for entry in content[part]:
             if not isinstance(entry, dict) or not fields <= entry.keys():
-                raise InputError(f"{source}: an entry of {part!r} lacks one of {sorted(fields)}: {str(entry)[:200]}")
+                raise InputError(f"{source}: an entry of {part!r} lacks one of {sorted(fields)}: {_excerpt(entry)}")
 
 
 def _check_images(content: dict, source: Path) -> None:
@@ -290,26 +298,26 @@ def _check_images(content: dict, source: Path) -> None:
         if not is_name or not all(_is_positive_integer(side) for side in sides):
             raise InputError(
                 f"{source}: an image's file_name must be text, and its height and width positive integers: "
-                f"{str(entry)[:200]}"
+                f"{_excerpt(entry)}"
             )
 
 
 def _check_category_names(content: dict, source: Path) -> None:
     for entry in content["categories"]:
         if not isinstance(entry["name"], str) and to_integer(entry["name"]) is None:
-            raise InputError(f"{source}: a category's name must be text: {str(entry)[:200]}")
+            raise InputError(f"{source}: a category's name must be text: {_excerpt(entry)}")
 
 
 def _check_ids(entries: list[dict], part: str, name: str, source: Path) -> None:
     ids = [entry["id"] for entry in entries]
     if not ids:
         raise InputError(f"{source}: {part!r} is empty")
-    if invalid := [repr(id_) for id_ in ids if to_integer(id_) is None]:
+    if invalid := [_excerpt(id_) for id_ in ids if to_integer(id_) is None]:
         raise InputError(f"{source}: ids of {part!r} must be 64-bit integers, got {summarize_list(invalid)}")
     names: dict[int, list[str]] = defaultdict(list)
     for entry in entries:
         entry["id"] = to_integer(entry["id"])
-        names[entry["id"]].append(repr(entry[name]))
+        names[entry["id"]].append(_excerpt(entry[name]))
     if duplicates := [f"{id_} ({summarize_list(of_id, 3)})" for id_, of_id in names.items() if len(of_id) > 1]:
         raise InputError(
             f"{source}: ids of {part!r} are duplicated: {summarize_list(duplicates, 3)}. Give each entry its own"
@@ -323,7 +331,7 @@ def _select_valid_annotations(content: dict, source: Path, on_error: ErrorHandle
         ids = {entry["id"] for entry in content[part]}
         invalid = [each[field] for each in annotations if to_integer(each[field]) not in ids]
         if invalid:
-            unknown = summarize_list(sorted({repr(id_)[:50] for id_ in invalid}))
+            unknown = summarize_list(sorted({_excerpt(id_) for id_ in invalid}))
             hint = ", whose ids are integers" if None in map(to_integer, invalid) else ""
             on_error(f"{source}: annotations have {field} {unknown}, not listed in {part!r}{hint}")
             annotations = [each for each in annotations if to_integer(each[field]) in ids]
@@ -342,7 +350,7 @@ def _find_images(content: dict, files: CocoFiles, builder: AnnotatedImageBuilder
     if outside := [name for name in found.missing if relative_path(name, folder, files.root) is None]:
         builder.on_error(
             f"{files.file}: {len(outside)} file names lead out of {files.root}, which has no images of these names: "
-            f"{summarize_list(map(displayed_name, outside))}. Move the images there, or correct the names"
+            f"{summarize_list(map(displayed_name, outside))}. Give a directory with them, or correct the names"
         )
     return found.paths
 
@@ -350,7 +358,7 @@ def _find_images(content: dict, files: CocoFiles, builder: AnnotatedImageBuilder
 def _find_image_folder(names: Sequence[str], files: CocoFiles) -> Path:
     probed = names[:_NUM_PROBED_IMAGES]
     num_found = {folder: _num_direct(probed, folder, files.root) for folder in files.folders}
-    if 2 * max(num_found.values()) <= len(probed):  # the names may be those of another machine
+    if not any(num_found.values()):  # the names may be those of another machine
         num_found = {
             folder: len(probed) - len(find_image_files(probed, folder, split=files.split).missing)
             for folder in files.folders

@@ -3,9 +3,11 @@
 import os
 import re
 import unicodedata
+from bisect import bisect_left
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
+from functools import lru_cache
 from itertools import takewhile
 from pathlib import Path
 from typing import NamedTuple
@@ -40,10 +42,10 @@ def find_image_files(
 ) -> FoundFiles:
     r"""Find image files by their names in a dataset.
 
-    A name is a path relative to `folder`. If there is no such file, it may have been written on another machine: then
-    the file is taken that alone has the last part of the name, or that of several has the most parts before it, below
+    A name is a path relative to `folder`. If it is not found, it may have been written on another machine: then the
+    file is taken that alone has the last part of the name, or that of several has the most parts before it, below
     `folder` or else below `root`. Backslashes, prefixes of uploads, URLs, percent-encoding, upper and lower case and
-    Unicode normalization do not count. No two names get the same file. A file that is missing among others that are
+    Unicode normalization do not count. No two of them get the same file. A file that is missing among others that are
     where they should be is not looked for in other directories.
 
     Args:
@@ -113,8 +115,11 @@ def _find_elsewhere(
         if path and path.parent in complete and path.name == _parts(name)[-1]
     }
     renamed: dict[str, Path] = {}
-    for folder in {*home.values()}:
-        renamed |= _match([name for name in home if home[name] == folder], folder.iterdir(), taken)
+    names_in: dict[Path, list[str]] = defaultdict(list)
+    for name, folder in home.items():
+        names_in[folder].append(name)
+    for folder, names in names_in.items():
+        renamed |= _match(names, folder.iterdir(), taken)
     for folder in dict.fromkeys(folders):
         names = [name for name in expected if name not in home and name not in renamed]
         renamed |= _match(names, _walk(folder, split), {*taken, *renamed.values()})
@@ -143,37 +148,47 @@ class _FileIndex:
     """Image files by their names, in the spellings that tools may make of them."""
 
     def __init__(self, files: Iterable[Path]):
-        self._files: dict[tuple[int, str], list[Path]] = defaultdict(list)
+        self._files: dict[tuple[int, str], list[tuple[tuple[str, ...], Path]]] = defaultdict(list)
         for path in files:
             *spellings, without_prefix = _spellings(path.name)
             if without_prefix != spellings[-1]:
                 spellings.append(without_prefix)
             for key in enumerate(spellings):
-                self._files[key].append(path)
+                self._files[key].append((_folded_parents(str(path.parent)), path))
+        for same_name in self._files.values():
+            same_name.sort()
 
     def find(self, name: str) -> Path | None:
         """Return the only file with a name in the closest spelling that any file has, or that with the most parts."""
-        parts = _parts(name)
-        *spellings, without_prefix = _spellings(parts[-1])
-        matches = [self._files.get(key, []) for key in enumerate(spellings)]
-        # of name and file, only one has the prefix: two prefixes are two uploads
+        *parents, file = _parts(name)
+        *spellings, without_prefix = _spellings(file)
         lowest = len(spellings)
-        matches.append(
-            self._files.get((lowest - 1, without_prefix), []) + self._files.get((lowest, spellings[-1]), [])
-        )
-        return _closest(next(filter(None, matches), []), parts)
+        # of name and file, only one has the prefix: two prefixes are two uploads
+        keys = [*([key] for key in enumerate(spellings)), [(lowest - 1, without_prefix), (lowest, spellings[-1])]]
+        nearest = ([each for key in group for each in self._nearest(key, "/".join(parents))] for group in keys)
+        return _only_longest(next(filter(None, nearest), []))
+
+    def _nearest(self, key: tuple[int, str], parents: str) -> list[tuple[int, Path]]:
+        """Return the files of a name with the most directories in common, two at least if there are, and how many."""
+        files, wanted = self._files.get(key, []), _folded_parents(parents)
+        position = bisect_left(files, (wanted,))
+        return [(_num_common(wanted, folded), path) for folded, path in files[max(position - 2, 0) : position + 2]]
 
 
-def _closest(files: Sequence[Path], parts: Sequence[str]) -> Path | None:
-    """Return the file with the most directories of a name, unless several have."""
-    num_common = [_num_common_parts(path, parts) for path in files]
-    best = [path for path, number in zip(files, num_common) if number == max(num_common)]
+def _num_common(first: Sequence[str], second: Sequence[str]) -> int:
+    return len([*takewhile(lambda pair: pair[0] == pair[1], zip(first, second))])
+
+
+def _only_longest(files: Sequence[tuple[int, Path]]) -> Path | None:
+    longest = max((number for number, _ in files), default=0)
+    best = [path for number, path in files if number == longest]
     return best[0] if len(best) == 1 else None
 
 
-def _num_common_parts(path: Path, parts: Sequence[str]) -> int:
-    pairs = zip(reversed(path.parts[:-1]), reversed(parts[:-1]))
-    return len([*takewhile(lambda pair: _spellings(pair[0])[3] == _spellings(pair[1])[3], pairs)])
+@lru_cache(maxsize=1024)
+def _folded_parents(path: str) -> tuple[str, ...]:
+    """Return the names of directories from the innermost on, so that files in the same ones are neighbors in order."""
+    return tuple(_spellings(name)[3] for name in reversed(_parts(path)))
 
 
 def _parts(name: str) -> list[str]:
