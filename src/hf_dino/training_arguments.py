@@ -23,8 +23,8 @@ SPLIT_PREFIXES = {"train": "train", "val": "validation", "test": "test"}
 
 # also the help of the commands that read a dataset
 DATASET_HELP = (
-    "Dataset: a directory in COCO, YOLO, Pascal VOC or Hugging Face datasets format, or a Hub id, OWNER/NAME or "
-    "OWNER/NAME:CONFIGURATION."
+    "Dataset: a directory in COCO, YOLO, Pascal VOC or Hugging Face datasets format, the YAML file of a YOLO dataset, "
+    "or a Hub id, OWNER/NAME or OWNER/NAME:CONFIGURATION."
 )
 AUGMENTATION_HELP = "dino, dino-large, flip, photometric, none, or FILE.py:FUNCTION"
 STREAMING_HELP = (

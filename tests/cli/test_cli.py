@@ -1,5 +1,6 @@
 """The command line `hf-dino`: its help is fast, its options have two spellings, its errors are one line."""
 
+import inspect
 import os
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from hf_dino.cli import data, evaluate, train
 from hf_dino.data import SPLITS
 from hf_dino.data.augmentation import AUGMENTATIONS
 from hf_dino.data.convert import WRITERS
+from hf_dino.data.split import SIMILARITY
 from hf_dino.evaluation import ENGINES
 from hf_dino.image_processing_dino_detr import LONGEST_EDGE, SHORTEST_EDGE
 
@@ -24,7 +26,7 @@ from hf_dino.image_processing_dino_detr import LONGEST_EDGE, SHORTEST_EDGE
 ROOT = Path(__file__).parents[2]
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
 COMMANDS = ["", "train", "evaluate", "predict", "convert", "kernels"]
-COMMANDS += ["data", "data check", "data augment", "data convert"]
+COMMANDS += ["data", "data check", "data augment", "data convert", "data split"]
 IMPORTED = "import atexit, sys; atexit.register(lambda: print(*sys.modules, file=sys.stderr));"
 
 
@@ -99,6 +101,13 @@ def test_options_are_typed_with_underscores_or_dashes(spelling, capsys):
         hf_dino(["data", "check", "no-such_directory", spelling, "2"])
 
 
+@pytest.mark.parametrize("spelling", ["--dataset", "--data"])
+def test_a_dataset_has_two_spellings(spelling):
+    assert train_arguments(["--model_name_or_path=m", "--output_dir=o", f"{spelling}=mine"]).dataset == "mine"
+    with pytest.raises(ValueError, match="no-such_directory"):
+        hf_dino(["evaluate", "--model_name_or_path=m", spelling, "no-such_directory"])
+
+
 @pytest.mark.parametrize("spelling", ["faster-coco-eval", "faster_coco_eval"])
 def test_choices_have_the_name_that_the_library_knows(spelling, monkeypatch):
     chosen = []
@@ -124,6 +133,11 @@ def test_choices_have_the_name_that_the_library_knows(spelling, monkeypatch):
         (["data", "check", "a", "--num-images=1.5"], "'--num_images'"),
         (["data", "augment", "a"], "Missing option '--output'"),
         (["data", "convert", "a", "--output-dir=b", "--format=kitti"], "'--format'"),
+        (["data", "split", "a"], "Missing option '--output_dir'"),
+        (["data", "split", "a", "--output-dir=b", "--similarity=1.5"], "'--similarity'"),
+        (["data", "split", "a", "--output-dir=b", "--seed=-1"], "'--seed'"),
+        (["data", "split", "--output-dir=b"], "Give either a DATASET, or both"),
+        (["data", "split", "--output-dir=b", "--images=c", "--annotations=d", "--streaming"], "need a DATASET"),
         (["kernels", "--biuld"], "No such option: --biuld"),
     ],
 )
@@ -167,7 +181,8 @@ def test_choices_are_those_of_the_library():
 
     assert choices(evaluate.evaluate, "split") == SPLITS
     assert choices(evaluate.evaluate, "coco_backend") == tuple(ENGINES)
-    assert choices(data.convert, "format") == tuple(WRITERS)
+    assert choices(data.convert, "format") == choices(data.split, "format") == tuple(WRITERS)
+    assert inspect.signature(data.split).parameters["similarity"].default == SIMILARITY
     (help,) = get_type_hints(data.augment, include_extras=True)["augmentation"].__metadata__
     assert [name for name in AUGMENTATIONS if name not in help.help] == []
     (help,) = get_type_hints(data.augment, include_extras=True)["image_size"].__metadata__

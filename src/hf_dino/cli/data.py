@@ -1,96 +1,39 @@
-"""`hf-dino data check`, `augment` and `convert`."""
+"""`hf-dino data check`, `augment`, `convert` and `split`."""
 
+import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from ..training_arguments import AUGMENTATION_HELP, DATASET_HELP, STREAMING_HELP
-from .options import (
-    AnnotationsOption,
-    BoxFormatOption,
-    ColumnsOption,
-    Command,
-    ImagesOption,
-    RotatedBoxesOption,
-    log_to_terminal,
-    make_app,
-    read_options,
-    require_one_source,
-)
+from ..training_arguments import AUGMENTATION_HELP
+from .options import Command, Source, make_app, reads_dataset
 
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from ..data import DataReport, DetectionSplit
+    from ..data import DataParts, DataReport, DetectionSplit
 
 
-DatasetArgument = Annotated[str | None, typer.Argument(metavar="DATASET", help=DATASET_HELP, show_default=False)]
-StreamingOption = Annotated[bool, typer.Option("--streaming", help=STREAMING_HELP)]
-MaxSamplesOption = Annotated[
-    int | None,
-    typer.Option(metavar="INTEGER", min=1, help="Number of images to read of each split; needs --streaming."),
+OutputOption = Annotated[
+    Path, typer.Option(metavar="DIRECTORY", help="Directory to write; must be empty or not exist.")
 ]
-CacheOption = Annotated[
-    Path | None, typer.Option(metavar="DIRECTORY", help="Directory to keep the images of --streaming in.")
-]
+_FORMAT_HELP = (
+    "Format to write. coco keeps boxes as they are, yolo within 0.00001 of the image's side, voc rounds them to whole "
+    "pixels. Only coco stores crowd regions and areas."
+)
 
-app = make_app("Check, preview and convert datasets.")
+app = make_app("Check, preview, convert and split datasets.")
 _MAX_MESSAGES = 20  # errors that are printed, and warnings
 
 
-@dataclass(frozen=True)
-class _Source:
-    """Dataset that a command reads: a directory or name on the Hub, or images with their COCO annotation file."""
-
-    dataset: str | None
-    images: Path | None
-    annotations: Path | None
-    streaming: bool
-    max_samples: int | None
-    cache_dir: Path | None
-    options: tuple[str, str, Sequence[str] | None]
-
-    def check(self, context: typer.Context) -> None:
-        """End the command if the options exclude each other."""
-        require_one_source(context, "a DATASET", self.dataset, self.images, self.annotations)
-        if self.dataset is None and (self.streaming or self.max_samples or self.cache_dir):
-            context.fail("--streaming, --max_samples and --cache_dir need a DATASET.")
-
-    def read(self, **more: Any) -> dict[str, "DetectionSplit"]:
-        """Read the dataset, with more options of the readers."""
-        from ..data.readers import read_coco_file, read_data, split_from_name
-
-        options = read_options(*self.options, **more)
-        if self.dataset is not None:
-            return read_data(
-                self.dataset,
-                streaming=self.streaming,
-                max_samples=self.max_samples,
-                cache_dir=self.cache_dir,
-                options=options,
-            )
-        assert self.images is not None and self.annotations is not None
-        split = split_from_name(self.annotations.stem) or "train"
-        return {split: read_coco_file([self.images], self.annotations, options)}
-
-
 @app.command(cls=Command)
+@reads_dataset
 def check(
-    context: typer.Context,
-    dataset: DatasetArgument = None,
-    images: ImagesOption = None,
-    annotations: AnnotationsOption = None,
-    streaming: StreamingOption = False,
-    max_samples: MaxSamplesOption = None,
-    cache_dir: CacheOption = None,
-    box_format: BoxFormatOption = "xywh",
-    rotated_boxes: RotatedBoxesOption = "enclose",
-    columns: ColumnsOption = None,
+    source: Source,
     headers_only: Annotated[
         bool, typer.Option("--headers_only", help="Read only the header of each image: faster, misses damaged pixels.")
     ] = False,
@@ -109,27 +52,19 @@ def check(
     Nothing is changed. Give either DATASET, or --images and --annotations. The exit status is 1 if an error would stop
     training.
     """
-    source = _Source(
-        dataset, images, annotations, streaming, max_samples, cache_dir, (box_format, rotated_boxes, columns)
-    )
-    source.check(context)
-    _log_to_terminal()
-
     from ..data import DataReport, check_data
     from ..data.preview import draw_image_grid, ensure_can_draw, sample_images
+    from ..data.split import missing_split_message
 
     if preview:
         ensure_can_draw(preview)
     errors: list[str] = []
     splits = source.read(on_error=errors.append)
+    _print_format(source, splits)
     with _progress("images", sum(len(split.images) for split in splits.values())) as advance:
         found = check_data(splits, decode=not headers_only, num_workers=num_workers, on_image=advance)
-    missing = [
-        f"{split} split not found; fine-tuning needs it"
-        for split in ("train", "validation")
-        if dataset and split not in splits
-    ]
-    report = DataReport(errors + found.errors, found.warnings + missing, found.counts)
+    missing = missing_split_message(source.dataset, splits, source.options()) if source.dataset else ""
+    report = DataReport(errors + found.errors, [*found.warnings, *filter(None, [missing])], found.counts)
     print_report(report)
     if preview:
         draw_image_grid(sample_images(splits, num_images), preview)
@@ -138,20 +73,12 @@ def check(
 
 
 @app.command(cls=Command)
+@reads_dataset
 def augment(
-    context: typer.Context,
+    source: Source,
     output: Annotated[
         Path, typer.Option(metavar="FILE", help="Save the preview to this image file. It must not exist.")
     ],
-    dataset: DatasetArgument = None,
-    images: ImagesOption = None,
-    annotations: AnnotationsOption = None,
-    streaming: StreamingOption = False,
-    max_samples: MaxSamplesOption = None,
-    cache_dir: CacheOption = None,
-    box_format: BoxFormatOption = "xywh",
-    rotated_boxes: RotatedBoxesOption = "enclose",
-    columns: ColumnsOption = None,
     augmentation: Annotated[
         str,
         typer.Option(metavar="NAME", help=f"Augmentation: {AUGMENTATION_HELP}."),
@@ -177,12 +104,6 @@ def augment(
     Each row of the preview shows an image and its augmented copies, with boxes. Give either DATASET, or --images and
     --annotations.
     """
-    source = _Source(
-        dataset, images, annotations, streaming, max_samples, cache_dir, (box_format, rotated_boxes, columns)
-    )
-    source.check(context)
-    _log_to_terminal()
-
     from ..data import make_augmentation
     from ..data.preview import draw_image_grid, ensure_can_draw, sample_augmented
     from ..hub import parse_image_size
@@ -197,43 +118,20 @@ def augment(
 
 
 @app.command(cls=Command)
+@reads_dataset
 def convert(
-    context: typer.Context,
-    output_dir: Annotated[
-        Path, typer.Option(metavar="DIRECTORY", help="Directory to write; must be empty or not exist.")
-    ],
-    format: Annotated[
-        Literal["coco", "voc", "yolo"],
-        typer.Option(
-            help="Format to write. coco keeps boxes as they are, yolo within 0.00001 of the image's side, voc rounds "
-            "them to whole pixels. Only coco stores crowd regions and areas."
-        ),
-    ],
-    dataset: DatasetArgument = None,
-    images: ImagesOption = None,
-    annotations: AnnotationsOption = None,
-    streaming: StreamingOption = False,
-    max_samples: MaxSamplesOption = None,
-    cache_dir: CacheOption = None,
-    box_format: BoxFormatOption = "xywh",
-    rotated_boxes: RotatedBoxesOption = "enclose",
-    columns: ColumnsOption = None,
+    source: Source,
+    output_dir: OutputOption,
+    format: Annotated[Literal["coco", "voc", "yolo"], typer.Option(help=_FORMAT_HELP)],
 ) -> None:
     """Convert a dataset to another format.
 
     Image files are copied byte by byte; a warning names information that the format cannot store. Give either DATASET,
     or --images and --annotations.
     """
-    source = _Source(
-        dataset, images, annotations, streaming, max_samples, cache_dir, (box_format, rotated_boxes, columns)
-    )
-    source.check(context)
-    _log_to_terminal()
+    from ..data import convert_data
 
-    from ..data import InputError, convert_data
-
-    if dataset and Path(dataset).resolve() in output_dir.resolve().parents:
-        raise InputError(f"{output_dir}: is in {dataset}, which is not changed; use a different --output_dir")
+    _require_outside(source, output_dir)
     splits = source.read()
     num_images = sum(len(split.images) for split in splits.values())
     with _progress("checked, then copied", 2 * num_images) as advance:
@@ -242,11 +140,75 @@ def convert(
     print(f"data: {output_dir}")
 
 
-def _log_to_terminal() -> None:
-    """Print log messages, but not those of the reader, which the report repeats."""
-    from ..data.dataset import logger
+@app.command(cls=Command)
+@reads_dataset
+def split(
+    source: Source,
+    output_dir: OutputOption,
+    val: Annotated[
+        float, typer.Option(metavar="SHARE", help="Share of the images for validation, from 0 to 1; 0 makes none.")
+    ] = 0.2,
+    test: Annotated[
+        float, typer.Option(metavar="SHARE", help="Share of the images for test, from 0 to 1; 0 makes none.")
+    ] = 0.0,
+    seed: Annotated[int, typer.Option(metavar="INTEGER", min=0, max=2**31, help="Seed of the choice of images.")] = 0,
+    format: Annotated[Literal["coco", "voc", "yolo"], typer.Option(help=_FORMAT_HELP)] = "coco",
+    merge: Annotated[
+        bool,
+        typer.Option("--merge", help="Merge splits that are to be made, but exist, with train before it is split."),
+    ] = False,
+    similarity: Annotated[
+        float,
+        typer.Option(
+            metavar="NUMBER",
+            min=0,
+            max=1,
+            help="Least similarity of images that are near-duplicates, and kept in one split; 1 for equal ones only.",
+        ),
+    ] = 0.9,
+) -> None:
+    """Split the training images of a dataset into train, validation and test.
 
-    log_to_terminal(hide=[logger.name])
+    DATASET is not changed; image files are copied byte by byte. Each class gets the same share of its images, and
+    near-duplicates, such as frames of a video, stay in one split. Splits that exist are kept. Give either DATASET, or
+    --images and --annotations.
+    """
+    from ..data import ReadOptions, convert_data, split_data
+    from ..data.split import missing_split_message
+
+    _require_outside(source, output_dir)
+    splits = source.read()
+    _print_format(source, splits)
+    num_images = sum(len(split.images) for split in splits.values())
+    with _progress("compared, checked, then copied", 3 * num_images) as advance:
+        parts = split_data(
+            splits, validation=val, test=test, seed=seed, merge=merge, similarity=similarity, on_image=advance
+        )
+        warnings = convert_data(parts.splits, output_dir, format, on_image=advance)
+    _print_parts(parts)
+    _print_messages("warning", "yellow", [*parts.warnings, *warnings])
+    print(f"data: {output_dir}")
+    train = shlex.join(["hf-dino", "train", "--dataset", str(output_dir)])
+    missing = missing_split_message(str(output_dir), parts.splits, ReadOptions())
+    print(missing or f"next: {train} --model_name_or_path MODEL --output_dir RUN")
+
+
+def _print_format(source: Source, splits: Mapping[str, "DetectionSplit"]) -> None:
+    """Print which files were read, and which were not."""
+    from ..data.readers import describe_files
+
+    print(f"format: {describe_files(source.dataset or str(source.annotations), splits)}")
+
+
+def _require_outside(source: Source, output_dir: Path) -> None:
+    """Check an output directory before any work: it must be new, and not in a directory that is not changed."""
+    from ..data import InputError
+    from ..utils.io import ensure_new_directory
+
+    given = Path(source.dataset) if source.dataset else source.images
+    if given and given.resolve() in output_dir.resolve().parents:
+        raise InputError(f"{output_dir}: is in {given}, which is not changed; use a different --output_dir")
+    ensure_new_directory(output_dir)
 
 
 @contextmanager
@@ -278,6 +240,28 @@ def print_report(report: "DataReport") -> None:
     _print_messages("warning", "yellow", report.warnings)
     _print_messages("error", "red", report.errors)
     console.print(f"{len(report.errors)} errors, {len(report.warnings)} warnings", highlight=False)
+
+
+def _print_parts(parts: "DataParts") -> None:
+    """Print the images and objects of each class in each split, and the near-duplicates."""
+    from rich.console import Console
+
+    from ..data.images import short_path
+    from ..data.split import count_classes
+    from ..utils.errors import summarize_list
+
+    counts = {name: count_classes(data) for name, data in parts.splits.items()}
+    header = ("class", *(what for name in counts for what in (f"{name}\nimages", "objects")))
+    classes = dict.fromkeys(name for of_split in counts.values() for name in of_split)
+    rows = {name: [n for of_split in counts.values() for n in of_split.get(name, (0, 0))] for name in classes}
+    rows["(all)"] = [
+        n for name, data in parts.splits.items() for n in (len(data.images), sum(n for _, n in counts[name].values()))
+    ]
+    Console().print(_table(header, rows))
+    if groups := parts.near_duplicates:
+        names = [" = ".join(short_path(image.path) for image in group[:2]) for group in groups]
+        num_images = sum(map(len, groups))
+        print(f"kept together: {num_images} near-duplicates in {len(groups)} groups: {summarize_list(names, 3)}")
 
 
 def _print_messages(kind: str, style: str, messages: Sequence[str]) -> None:

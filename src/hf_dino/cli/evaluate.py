@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 def evaluate(
     context: typer.Context,
     model_name_or_path: ModelOption,
-    dataset: Annotated[str | None, typer.Option(metavar="DATASET", help=DATASET_HELP)] = None,
+    dataset: Annotated[str | None, typer.Option("--dataset", "--data", metavar="DATASET", help=DATASET_HELP)] = None,
     split: Annotated[
         Literal["train", "validation", "test"], typer.Option(help="Split of --dataset to evaluate on.")
     ] = "validation",

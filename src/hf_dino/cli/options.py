@@ -1,21 +1,31 @@
 """Command-line options: their spelling, those that several commands share, and checks of how they are combined."""
 
+import inspect
 import logging
 import shlex
 import sys
 from collections import defaultdict
-from collections.abc import Collection, Container, Iterator, Sequence
+from collections.abc import Callable, Collection, Container, Iterator, Sequence
+from dataclasses import dataclass
+from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from typer.core import TyperCommand
 
-from ..training_arguments import BOX_FORMAT_HELP, COLUMNS_HELP, ROTATED_BOXES_HELP, parse_option
+from ..training_arguments import (
+    BOX_FORMAT_HELP,
+    COLUMNS_HELP,
+    DATASET_HELP,
+    ROTATED_BOXES_HELP,
+    STREAMING_HELP,
+    parse_option,
+)
 
 
 if TYPE_CHECKING:
-    from ..data import ReadOptions
+    from ..data import DetectionSplit, ReadOptions
 
 
 ModelOption = Annotated[
@@ -136,6 +146,75 @@ def read_options(box_format: str, rotated_boxes: str, columns: Sequence[str] | N
     from ..data import ReadOptions
 
     return ReadOptions(box_format, rotated_boxes, parse_option("columns", list(columns or [])), **more)
+
+
+@dataclass(frozen=True)
+class Source:
+    """Dataset that a command reads: a directory, file or name on the Hub, or images with a COCO annotation file.
+
+    The fields are options of every command.
+    """
+
+    dataset: Annotated[str | None, typer.Argument(metavar="DATASET", help=DATASET_HELP, show_default=False)] = None
+    images: ImagesOption = None
+    annotations: AnnotationsOption = None
+    streaming: Annotated[bool, typer.Option("--streaming", help=STREAMING_HELP)] = False
+    max_samples: Annotated[
+        int | None,
+        typer.Option(metavar="INTEGER", min=1, help="Number of images to read of each split; needs --streaming."),
+    ] = None
+    cache_dir: Annotated[
+        Path | None, typer.Option(metavar="DIRECTORY", help="Directory to keep the images of --streaming in.")
+    ] = None
+    box_format: BoxFormatOption = "xywh"
+    rotated_boxes: RotatedBoxesOption = "enclose"
+    columns: ColumnsOption = None
+
+    def check(self, context: typer.Context) -> None:
+        """End the command if the options exclude each other."""
+        require_one_source(context, "a DATASET", self.dataset, self.images, self.annotations)
+        if self.dataset is None and (self.streaming or self.max_samples or self.cache_dir):
+            context.fail("--streaming, --max_samples and --cache_dir need a DATASET.")
+
+    def options(self, **more: Any) -> "ReadOptions":
+        """Return the options of the readers, with more of them."""
+        return read_options(self.box_format, self.rotated_boxes, self.columns, **more)
+
+    def read(self, **more: Any) -> dict[str, "DetectionSplit"]:
+        """Read the dataset, with more options of the readers."""
+        from ..data.readers import read_coco_file, read_data, split_from_name
+
+        options = self.options(**more)
+        if self.dataset is not None:
+            return read_data(
+                self.dataset,
+                streaming=self.streaming,
+                max_samples=self.max_samples,
+                cache_dir=self.cache_dir,
+                options=options,
+            )
+        assert self.images is not None and self.annotations is not None
+        split = split_from_name(self.annotations.stem) or "train"
+        return {split: read_coco_file([self.images], self.annotations, options)}
+
+
+def reads_dataset(command: Callable[..., None]) -> Callable[..., None]:
+    """Add the options of [`Source`] to a command, whose first argument is one."""
+
+    @wraps(command)
+    def run(context: typer.Context, **options: Any) -> None:
+        source = Source(**{name: options.pop(name) for name in inspect.signature(Source).parameters})
+        source.check(context)
+        log_to_terminal(hide=["hf_dino.data.dataset"])  # the reader, whose messages are repeated in reports
+        command(source, **options)
+
+    own = list(inspect.signature(command).parameters.values())[1:]
+    context = inspect.Parameter("context", inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context)
+    shared = inspect.signature(Source).parameters.values()
+    parameters = [context, *(each.replace(kind=inspect.Parameter.KEYWORD_ONLY) for each in (*shared, *own))]
+    run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    run.__annotations__ = {each.name: each.annotation for each in parameters}
+    return run
 
 
 class _StderrHandler(logging.Handler):

@@ -23,6 +23,9 @@ FIRST_OF_GROUP = {
 }
 """Headings in the help, by the option that they stand above."""
 
+SECOND_SPELLINGS = {"dataset": ("--data",)}
+"""What users of other tools type."""
+
 
 def train(recipe: Path | None = None, **options: Any) -> None:
     """Fine-tune DINO on a dataset, or train it from scratch.
@@ -87,6 +90,7 @@ def _parameter(field: Field) -> inspect.Parameter:
     is_flag, default = field.type is bool, field.default
     option = typer.Option(
         f"--{field.name}/--no_{field.name}" if is_flag else f"--{field.name}",
+        *SECOND_SPELLINGS.get(field.name, ()),
         help=field.metadata["help"] + ("" if is_flag or default in (None, MISSING) else f" Default: {default}."),
         metavar=field.metadata["metavar"] or METAVARS.get(field.type),
         rich_help_panel=_heading(field.name),

@@ -1,4 +1,4 @@
-"""Read, check, convert, augment and batch detection datasets, and generate the `shapes` dataset."""
+"""Read, check, convert, split, augment and batch detection datasets, and generate the `shapes` dataset."""
 
 from ..utils.errors import InputError
 from .augmentation import Augmentation, NoAugmentation, make_augmentation
@@ -24,12 +24,14 @@ from .loaders import (
     training_loader,
 )
 from .readers import ReadOptions, read_coco, read_data
+from .split import DataParts, split_data
 
 
 __all__ = [
     "SPLITS",
     "AnnotatedImage",
     "Augmentation",
+    "DataParts",
     "DataReport",
     "DetectionDataset",
     "DetectionSplit",
@@ -49,6 +51,7 @@ __all__ = [
     "read_coco",
     "read_data",
     "read_image",
+    "split_data",
     "steps_per_epoch",
     "to_annotation_array",
     "training_loader",

@@ -14,6 +14,7 @@ import numpy as np
 from ..utils.errors import InputError, summarize_list
 from .dataset import AnnotatedImage, DetectionSplit, to_annotation_array
 from .images import ImageSource, get_image_size, short_path
+from .split import find_similar, thumbnail
 
 
 # COCO's object sizes: exclusive upper limits of the area in square pixels
@@ -99,6 +100,7 @@ def check_data(
             *(warning for split, data in splits.items() for warning in _corrected_boxes(split, data)),
             *_missing_objects_and_classes(counts),
             *_duplicate_images(checks, pool),
+            *_similar_images(checks),
         ]
     errors = [
         *(f"{check.split}: {check.error}" for check in checks if check.error),
@@ -116,23 +118,24 @@ class ImageCheck(NamedTuple):
         path (`Path` or `ImageFileLike`): The image.
         error (`str` or `None`): Why it cannot be used.
         file_size (`int`): In bytes; -1 if it cannot be used.
+        thumbnail (`bytes`): From [`thumbnail`] if the image was decoded, else empty.
     """
 
     split: str
     path: ImageSource
     error: str | None
     file_size: int
+    thumbnail: bytes = b""
 
 
 def _check_image(entry: tuple[str, AnnotatedImage], decode: bool, on_image: Callable[[], object]) -> ImageCheck:
     split, image = entry
     try:
-        if decode:
-            image.read()
-        else:
+        if not decode:
             get_image_size(image.path, (image.height, image.width))
+        small = thumbnail(image.read()) if decode else b""
         with image.path.open("rb") as file:
-            return ImageCheck(split, image.path, None, file.seek(0, os.SEEK_END))
+            return ImageCheck(split, image.path, None, file.seek(0, os.SEEK_END), small)
     except InputError as error:
         return ImageCheck(split, image.path, str(error), -1)
     finally:
@@ -154,6 +157,20 @@ def _duplicate_images(checks: Sequence[ImageCheck], pool: ThreadPoolExecutor) ->
             pairs[where].append(" = ".join(short_path(check.path) for check in group[:2]))
     for where, names in sorted(pairs.items()):
         yield f"{len(names)} images are {where}: {summarize_list(names, 3)}"
+
+
+def _similar_images(checks: Sequence[ImageCheck]) -> Iterator[str]:
+    """Find images of other splits that look like one of train, if they were decoded."""
+    by_split: dict[str, list[ImageCheck]] = defaultdict(list)
+    for check in checks:
+        if check.thumbnail:
+            by_split[check.split].append(check)
+    train = by_split.pop("train", [])
+    for split, images in by_split.items():
+        similar = find_similar([check.thumbnail for check in images], [check.thumbnail for check in train])
+        pairs = [f"{short_path(images[index].path)} = {short_path(train[of].path)}" for index, of in similar.items()]
+        if pairs:
+            yield f"{split}: {len(pairs)} images look like images of train: {summarize_list(pairs, 3)}"
 
 
 def _digest(path: ImageSource) -> bytes:

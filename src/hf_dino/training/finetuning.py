@@ -29,6 +29,7 @@ from ..data import (
     steps_per_epoch,
     training_loader,
 )
+from ..data.split import missing_split_message
 from ..evaluation import CocoScores, evaluate_model
 from ..hub import (
     build_model_and_processor,
@@ -453,8 +454,8 @@ def read_splits(arguments: FineTuningArguments) -> dict[str, DetectionSplit]:
         files = arguments.split_files.items()
         return {SPLIT_PREFIXES[prefix]: read_coco(pair[0], pair[1], options) for prefix, pair in files if pair}
     splits = read_data(arguments.dataset, streaming=arguments.streaming, options=options)
-    if missing := [name for name in ("train", "validation") if name not in splits]:
-        raise InputError(f"{arguments.dataset}: has no {' and '.join(missing)} split; it has {', '.join(splits)}")
+    if message := missing_split_message(arguments.dataset, splits, options):
+        raise InputError(f"{arguments.dataset}: {message}")
     return splits
 
 

@@ -91,8 +91,7 @@ def atomic_directory(folder: Path) -> Iterator[Path]:
         InputError: If it exists and is not an empty directory.
     """
     folder = folder.resolve()  # so that `.` has a name
-    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
-        raise _already_exists(folder)
+    ensure_new_directory(folder)
     with _temporary_directory(folder.with_name(f".{folder.name}.part"), folder) as temporary:
         yield temporary
         fsync_tree(temporary)
@@ -112,6 +111,16 @@ def _temporary_directory(temporary: Path, folder: Path) -> Iterator[Path]:
             yield temporary
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def ensure_new_directory(folder: Path) -> None:
+    """Check an output directory before the work that it is for: it must not exist, or be empty.
+
+    Raises:
+        InputError: If it exists and is not an empty directory.
+    """
+    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise _already_exists(folder)
 
 
 def ensure_new_files(*paths: Path | None) -> None:

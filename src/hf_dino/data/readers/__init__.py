@@ -1,7 +1,8 @@
 """Read a dataset in any of the usual formats, which is detected automatically."""
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -9,17 +10,18 @@ from typing import Any, NamedTuple
 
 from ...utils.errors import InputError, summarize_list
 from ..dataset import SPLITS, DetectionSplit, raise_input_error, require_image_files
+from ..images import IMAGE_EXTENSIONS
 from .annotation_tools import find_labelme, is_coco, read_labelme, refuse_unsupported
-from .coco import find_coco, find_single_coco_file, read_coco, read_coco_file, read_coco_files
+from .coco import find_coco, find_coco_file, find_single_coco_file, read_coco, read_coco_file, read_coco_files
 from .common import DEFAULT_OPTIONS, ReadOptions, split_from_name
 from .hf_datasets import find_imagefolder, find_saved, is_hub_id, load_from_hub, read_tables, stream
 from .voc import find_voc, read_voc
-from .yolo import find_darknet, find_yolo_folders, find_yolo_yaml, read_yolo
+from .yolo import find_darknet, find_yolo_folders, find_yolo_yaml, lists_splits, read_yolo
 
 
 logger = logging.getLogger(__name__)
 
-__all__ = ["ReadOptions", "read_coco", "read_coco_file", "read_data", "split_from_name"]
+__all__ = ["ReadOptions", "describe_files", "read_coco", "read_coco_file", "read_data", "split_from_name"]
 
 
 class Format(NamedTuple):
@@ -39,14 +41,29 @@ class Format(NamedTuple):
 
 
 TABLES = Format("datasets", "dataset_dict.json, or dataset_info.json and state.json", find_saved, read_tables)
+YOLO_YAML = Format("YOLO", "a YAML file with names and train, val or test", find_yolo_yaml, read_yolo)
+COCO_FILE = Format("COCO", "a COCO annotation file", find_coco_file, read_coco_files)
+
+FILE_FORMATS = {".yaml": YOLO_YAML, ".yml": YOLO_YAML, ".json": COCO_FILE}
+"""Formats of which a file may be given instead of a directory, by its extension."""
 
 _ARCHIVES = (".zip", ".tar", ".gz", ".tgz", ".bz2", ".xz", ".zst", ".7z", ".rar")
+_ANNOTATION_SUFFIXES = {
+    "COCO": (".json",),
+    "YOLO": (".yaml", ".yml", ".txt"),
+    "Pascal VOC": (".xml",),
+    "LabelMe": (".json",),
+    "datasets": (".jsonl", ".csv", ".parquet", ".arrow"),
+}
+_STATE_FILES = ("dataset_dict.json", "dataset_info.json", "state.json")  # of a saved dataset
+_MAX_NAMED_FILES = 3  # of one extension
+
 _MAX_NESTED = 50  # directories that are looked into
 
 # The first match is taken, so the most specific signatures come first.
 FORMATS = (
     TABLES,
-    Format("YOLO", "a YAML file with names and train, val or test", find_yolo_yaml, read_yolo),
+    YOLO_YAML,
     Format("YOLO", "obj.data with names and train, valid or test", find_darknet, read_yolo),
     Format(
         "COCO",
@@ -74,11 +91,12 @@ def read_data(
     """Read a detection dataset. Its files are never changed.
 
     A directory may be in the format of COCO, Pascal VOC, YOLO or Hugging Face `datasets`, which is detected
-    automatically. Any other name is an id on the Hub. Boxes that are empty, non-finite or outside their image are
+    automatically. A file may be the YAML file of a YOLO dataset or a COCO annotation file. Any other name is an id on
+    the Hub. Boxes that are empty, non-finite or outside their image are
     dropped. Boxes that extend beyond the image are kept and counted. Both are logged.
 
     Args:
-        source (`str` or `Path`): A directory, or an id on the Hub: `OWNER/NAME[:CONFIGURATION][@REVISION]`.
+        source (`str` or `Path`): A directory or file, or an id on the Hub: `OWNER/NAME[:CONFIGURATION][@REVISION]`.
         splits (`Sequence[str]`, *optional*): Any of `"train"`, `"validation"` and `"test"`, which must exist; by
             default all that exist. The dataset may name them differently, such as `val` or `train2017`; a dataset
             without splits is `"train"`. Classes that are given only as names with the objects are numbered over all
@@ -106,8 +124,9 @@ def read_data(
     if missing := [split for split in splits if split not in available]:
         raise InputError(f"{source}: split {summarize_list(missing)} not found. It has {summarize_list(available)}")
     selected = {split: found[split] for split in available if not splits or split in splits}
+    origin = Path(source) if Path(source).exists() else source
     contents = {
-        split: replace(each, format=format.name) for split, each in format.read(selected, source, options).items()
+        split: replace(each, format=format.name) for split, each in format.read(selected, origin, options).items()
     }
     if options.on_error is raise_input_error:
         for each in contents.values():
@@ -119,17 +138,15 @@ def _find_splits(
     source: str | Path, splits: Sequence[str], streaming: bool, max_samples: int | None, cache_dir: Path | None
 ) -> tuple[Format, Mapping[str, Any]]:
     """Return the format of the source and its splits."""
+    path = Path(source)
+    if path.is_file() or (path.suffix.lower() in FILE_FORMATS and not path.exists()):
+        return _find_listed_in(path, streaming)
     if streaming:
         if not Path(source).exists():
             _check_hub_id(str(source))
         return TABLES, stream(str(source), splits, max_samples, cache_dir)
-    folder = Path(source)
-    if folder.is_dir():
-        return detect_format(folder)
-    if folder.exists() and folder.suffix.lower() in _ARCHIVES:
-        raise InputError(f"{source}: is an archive. Unpack it, and give the directory")
-    if folder.exists():
-        raise InputError(f"{source}: is a file. Give the dataset's directory, or --images and --annotations")
+    if path.is_dir():
+        return detect_format(path)
     if not isinstance(source, str) or not is_hub_id(source):
         raise InputError(f"{source}: directory not found, and not an id on the Hub")
     _check_hub_id(source)
@@ -146,6 +163,21 @@ def _check_hub_id(source: str) -> None:
             f"{source}: directory not found. If it is a dataset on the Hub, write OWNER/{source}, or {source}@main if "
             "it has no owner"
         )
+
+
+def _find_listed_in(file: Path, streaming: bool) -> tuple[Format, Mapping[str, Any]]:
+    """Return the format of a file that describes a dataset, and the splits that it lists."""
+    format = FILE_FORMATS.get(file.suffix.lower())
+    if not file.exists():
+        raise InputError(f"{file}: file not found")
+    if file.suffix.lower() in _ARCHIVES:
+        raise InputError(f"{file}: is an archive. Unpack it, and give the directory")
+    if format is None or streaming:
+        kinds = "a directory or an id on the Hub" if streaming else "a directory, a YOLO *.yaml or a COCO *.json file"
+        raise InputError(f"{file}: is a file, but must be {kinds}")
+    if not (found := format.find(file)):
+        raise InputError(f"{file}: is not {format.signature}")
+    return format, found
 
 
 def detect_format(folder: Path) -> tuple[Format, Mapping[str, Any]]:
@@ -207,3 +239,62 @@ def _name_nested(folder: Path) -> None:
             raise InputError(
                 f"{folder}: is not a dataset itself, but contains {summarize_list(names, 3)}. Give that directory"
             )
+
+
+def describe_files(source: str | Path, splits: Mapping[str, DetectionSplit]) -> str:
+    """Return the format of a dataset, its annotation files, and what its directory contains besides and was not read.
+
+    Args:
+        source (`str` or `Path`): The dataset, as given to [`read_data`].
+        splits (`Mapping[str, DetectionSplit]`): All that [`read_data`] returned.
+    """
+    format = next((data.format for data in splits.values()), "") or "COCO"
+    folder = Path(source)
+    if not folder.is_dir():
+        return f"{format} ({folder.name if folder.exists() else source})"
+    paths = [path for path in sorted(folder.rglob("*")) if "/." not in f"/{path.relative_to(folder).as_posix()}"]
+    files = _annotation_files(paths)
+    read = _select_read(files, folder, format, {data.source for data in splits.values()})
+    also = _summarize_files(sorted({*files} - {*read}), folder)
+    if format != "datasets" and (count := _count_others(paths, splits)):
+        also.append(f"{count} images")
+    others = f"; also found: {', '.join(also)}: not read" if also else ""
+    return f"{format} ({', '.join(_summarize_files(read, folder)) or folder.name}){others}"
+
+
+def _annotation_files(paths: Sequence[Path]) -> list[Path]:
+    """Select files with the extensions of annotation files. A text file must have the name of an image."""
+    suffixes = {suffix for of_format in _ANNOTATION_SUFFIXES.values() for suffix in of_format}
+    stems = {path.stem for path in paths if path.suffix.lower() in IMAGE_EXTENSIONS}
+    files = [path for path in paths if path.suffix.lower() in suffixes and path.name not in _STATE_FILES]
+    return [file for file in files if file.suffix != ".txt" or file.stem in stems]
+
+
+def _select_read(files: Sequence[Path], folder: Path, format: str, sources: Collection[Path | str]) -> list[Path]:
+    """Select the annotation files of a format: of those that list images, the ones that were read."""
+    own = [file for file in files if file.suffix.lower() in _ANNOTATION_SUFFIXES[format]]
+    if format == "COCO":
+        return [file for file in own if file in sources]
+    lists = [file for file in own if format == "YOLO" and file.suffix != ".txt"]
+    read = [file for file in lists if file.parent == folder and lists_splits(file)][:1]
+    return [file for file in own if file in read or file not in lists]
+
+
+def _count_others(paths: Sequence[Path], splits: Mapping[str, DetectionSplit]) -> int:
+    """Count the image files that are not images of a split, under whatever paths these were read."""
+    images: set[Any] = {image.path for data in splits.values() for image in data.images}
+    others = [path for path in paths if path.suffix.lower() in IMAGE_EXTENSIONS and path not in images]
+    resolved = {path.resolve() for path in images} if others else set()
+    return sum(path.resolve() not in resolved for path in others)
+
+
+def _summarize_files(files: Sequence[Path], folder: Path) -> list[str]:
+    """Name files relative to a directory, or count them if there are many of a kind."""
+    kinds: dict[str, list[str]] = defaultdict(list)
+    for file in files:
+        kinds[file.suffix].append(file.relative_to(folder).as_posix())
+    return [
+        name
+        for suffix, names in kinds.items()
+        for name in (names if len(names) <= _MAX_NAMED_FILES else [f"{len(names)} *{suffix}"])
+    ]

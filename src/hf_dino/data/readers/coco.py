@@ -24,7 +24,7 @@ from ..dataset import (
     require_image_files,
     to_float,
 )
-from ..images import IMAGE_EXTENSIONS
+from ..images import IMAGE_EXTENSIONS, is_image_file
 from .common import (
     DEFAULT_OPTIONS,
     ROTATED_WARNING,
@@ -129,6 +129,22 @@ def find_single_coco_file(folder: Path) -> dict[str, CocoFiles]:
     files = [*folder.glob("*.json"), *folder.glob("annotations/*.json")]
     candidates = [files[0].parent, folder, *_subfolders(folder)] if files else []
     return {"train": CocoFiles(candidates, files[0], folder)} if len(files) == 1 else {}
+
+
+def find_coco_file(file: Path) -> dict[str, CocoFiles]:
+    """Find the images of an annotation file, in directories beside it or beside the directory `annotations`.
+
+    Raises:
+        InputError: If there are no images.
+    """
+    root = file.parent.parent if file.parent.name == "annotations" else file.parent
+    split = split_from_name(file.parent.name if file.name == "_annotations.coco.json" else file.stem)
+    folders = _candidate_folders(root, split, file) if split else [file.parent, root, *_subfolders(root)]
+    if not any(is_image_file(path) for path in root.rglob("*")):
+        raise InputError(
+            f"{file}: no images found in {root.resolve()}. Give their directory: --images and --annotations"
+        )
+    return {split or "train": CocoFiles(folders, file, root, split)}
 
 
 def _candidate_folders(folder: Path, split: str, file: Path) -> list[Path]:

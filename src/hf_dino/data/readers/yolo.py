@@ -79,13 +79,17 @@ class Label(NamedTuple):
     line: str
 
 
-def find_yolo_yaml(folder: Path) -> dict[str, YoloSplit]:
-    """Find the splits listed in a YAML file that has `names` and at least one of `train`, `val` and `test`."""
-    for file in _yaml_files(folder):
+def find_yolo_yaml(path: Path) -> dict[str, YoloSplit]:
+    """Find the splits listed in a YAML file that has `names` and at least one of `train`, `val` and `test`.
+
+    Args:
+        path (`Path`): The file, or a directory that contains it.
+    """
+    for file in [path] if path.is_file() else _yaml_files(path):
         try:
             content = _read_yaml(file)
         except InputError:
-            if file.stem in _YAML_STEMS:
+            if file == path or file.stem in _YAML_STEMS:
                 raise
             continue  # unrelated to the dataset
         if found := _find_listed_splits(file, content):
@@ -108,6 +112,13 @@ def find_darknet(folder: Path) -> dict[str, YoloSplit]:
         if found := _find_listed_splits(file, content):
             return found
     return {}
+
+
+def lists_splits(file: Path) -> bool:
+    """Return whether a file is one that [`find_yolo_yaml`] reads."""
+    with suppress(InputError):
+        return "names" in (content := _read_yaml(file)) and any(map(split_from_name, content))
+    return False
 
 
 def _read_yaml(file: Path) -> dict[str, Any]:
