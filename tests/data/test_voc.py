@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from helpers.data_formats import coco_text, draw, voc_xml, write
-from hf_dino.data import InputError, ReadOptions, check_data, convert_data, read_data
+from hf_dino.data import InputError, ReadOptions, check_data, convert_data, read_data, xywh_to_xyxy
 from hf_dino.data.readers.files import RENAMED_WARNING
 
 
@@ -107,7 +107,9 @@ def test_what_is_written_is_read_in_the_same_way_again(tmp_path, box):
     source = read_data(tmp_path / "coco")
     convert_data(source, tmp_path / "voc", "voc")
     for split, data in read_data(tmp_path / "voc").items():
-        assert data.images[0].boxes == pytest.approx(source[split].images[0].clipped_boxes, abs=0.5)
+        written, wanted = (xywh_to_xyxy(each.images[0].boxes) for each in (data, source[split]))
+        assert written == pytest.approx(wanted, abs=0.5)
+        assert not [warning for warning in data.warnings if "count" in warning]
 
 
 OBJECTS = {
@@ -306,6 +308,13 @@ def test_an_image_of_another_split_is_not_taken(tmp_path):
     files = {"train/1.png": None, "train/1.xml": text, "train/2.xml": text, "val/2.png": None, "val/2.xml": text}
     with pytest.raises(InputError, match=r"1 images not found in .*train: 2\.jpg"):
         read_data(lay_out(tmp_path, files))
+
+
+def test_an_image_with_an_unknown_extension_is_named(tmp_path):
+    files = {"1.png": None, "1.xml": xml(2, 3, 31, 22), "2.xml": xml(2, 3, 31, 22), "2.heic": "?"}
+    errors = check_data(read_data(lay_out(tmp_path, files))).errors
+    assert len(errors) == 1
+    assert "2.heic: cannot be read as an image (not a known image format)" in errors[0]
 
 
 def test_images_that_share_an_annotation_file(tmp_path):

@@ -275,6 +275,12 @@ def test_files_without_partner_are_said(tmp_path):
     assert len(errors) == 1
 
 
+def test_an_image_with_an_unknown_extension_is_named(tmp_path):
+    lay_out(tmp_path, {"images/1.png": None, "labels/1.txt": LINE, "labels/2.txt": LINE, "images/2.heic": "?"})
+    with pytest.raises(InputError, match=r"2\.txt\. .*images/2\.heic: is not a known image format"):
+        read_data(tmp_path)
+
+
 def test_images_that_share_a_label_file(tmp_path):
     data = read_data(lay_out(tmp_path, {"images/1.png": None, "images/1.jpg": None, "labels/1.txt": LINE}))["train"]
     assert len(data.warnings["images share their annotation file with another image"]) == 2

@@ -6,13 +6,14 @@ Only boxes are converted; masks and keypoints are not read.
 |---|---|---|---|
 | COCO | `train.json`, `train/` | none | |
 | YOLO | `data.yaml`, `images/train/`, `labels/train/` | 7.5e-6 of the side: 0.015 pixels of 2000 | iscrowd, areas |
-| Pascal VOC | `train/JPEGImages/`, `train/Annotations/` | half a pixel | also unused classes, areas beyond the image |
+| Pascal VOC | `train/JPEGImages/`, `train/Annotations/` | half a pixel | iscrowd, areas, classes without objects |
 
 The other splits are called `val` and `test`. Classes keep their order. COCO also keeps their ids and those of images,
 if they are unique over all splits; YOLO numbers classes from 0, and Pascal VOC has only names.
 """
 
 import json
+import re
 import shutil
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
@@ -28,6 +29,7 @@ from ..utils.io import atomic_directory
 from .dataset import AnnotatedImage, DetectionSplit, to_annotation_array, xywh_to_xyxy
 from .images import IMAGE_EXTENSIONS, ImageSource, get_image_size
 from .readers import read_data
+from .readers.voc import VOC_SOURCE
 
 
 SPLIT_DIRS = {"train": "train", "validation": "val", "test": "test"}
@@ -46,8 +48,6 @@ class FormatWriter(NamedTuple):
         supports_sizes (`bool`): Whether it has image sizes, which show whether boxes refer to the image with or
             without its EXIF orientation.
         supports_unused_classes (`bool`): Whether it has a list of classes, apart from the objects.
-        supports_beyond (`bool`): Whether boxes may extend beyond the image. In Pascal VOC, a coordinate of 0 or of
-            the width plus 1 shows that a tool counts pixels differently.
     """
 
     images: str
@@ -55,7 +55,6 @@ class FormatWriter(NamedTuple):
     supports_crowds: bool
     supports_sizes: bool
     supports_unused_classes: bool
-    supports_beyond: bool = True
 
 
 def convert_data(
@@ -113,7 +112,6 @@ def _select_supported(data: DetectionSplit, writer: FormatWriter, on_image: Call
         if not _ignores_exif_orientation(image) or writer.supports_sizes:
             images.append(image)
         on_image()
-    images = images if writer.supports_beyond else [replace(image, boxes=image.clipped_boxes) for image in images]
     return replace(data, images=images if writer.supports_crowds else [_without_crowds(image) for image in images])
 
 
@@ -252,6 +250,9 @@ def _correct_coco(
 def _write_voc(splits: Mapping[str, SplitData], folder: Path) -> None:
     for name, (_, dataset) in splits.items():
         dataset.as_pascal_voc(annotations_directory_path=str(folder / name / "Annotations"))
+    for file in folder.rglob("*.xml"):  # supervision names Roboflow as the source
+        text = file.read_text(encoding="utf-8")
+        file.write_text(re.sub("(?<=<database>).*?(?=</database>)", VOC_SOURCE, text, count=1), encoding="utf-8")
 
 
 def _write_yolo(splits: Mapping[str, SplitData], folder: Path) -> None:
@@ -270,7 +271,6 @@ WRITERS = {
         supports_crowds=False,
         supports_sizes=True,
         supports_unused_classes=False,
-        supports_beyond=False,
     ),
     "yolo": FormatWriter(
         "images/{}", _write_yolo, supports_crowds=False, supports_sizes=False, supports_unused_classes=True

@@ -146,7 +146,7 @@ def find_coco_file(file: Path) -> dict[str, CocoFiles]:
         raise InputError(
             f"{file}: no images found in {root.resolve()}. Give their directory: --images and --annotations"
         )
-    return {split or "train": CocoFiles(folders, file, root)}
+    return {split or "train": CocoFiles(folders, file, root, split)}
 
 
 def _candidate_folders(folder: Path, split: str, file: Path) -> list[Path]:

@@ -1,5 +1,6 @@
 """Shared by the readers: their options, which split a name stands for, and rotated boxes."""
 
+import glob
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -11,6 +12,7 @@ import numpy as np
 
 from ...utils.errors import InputError, summarize_list
 from ..dataset import SPLIT_ALIASES, SPLITS, ErrorHandler, raise_input_error, to_box_array, to_float, xyxy_to_xywh
+from ..images import IMAGE_EXTENSIONS
 
 
 NO_FILE_WARNING = "images have no annotation file: treated as images without objects"
@@ -142,6 +144,13 @@ def enclose_rotated_boxes(boxes: np.ndarray, degrees: np.ndarray) -> np.ndarray:
     enclosing_sizes = cosines * sizes + sines * sizes[:, ::-1]
     enclosing = np.concatenate([boxes[:, :2] + (sizes - enclosing_sizes) / 2, enclosing_sizes], axis=1)
     return np.where((sizes > 0).all(axis=1, keepdims=True), enclosing, boxes)
+
+
+def expected_image(folder: Path, stem: str) -> Path:
+    """Return where a missing image should be: a file of its name with an unknown extension, or else a JPEG."""
+    known = (".txt", ".xml", ".json", *IMAGE_EXTENSIONS)
+    others = sorted(folder.glob(f"{glob.escape(stem)}.*")) if folder.is_dir() else []
+    return next((path for path in others if path.suffix.lower() not in known), folder / f"{stem}.jpg")
 
 
 def to_finite(value: Any) -> float:

@@ -28,6 +28,7 @@ from .common import (
     ReadOptions,
     child_folder,
     enclose_rotated_boxes,
+    expected_image,
     group_by_split,
     refuse_rotated_boxes,
     split_folders,
@@ -42,6 +43,9 @@ logger = logging.getLogger(__name__)
 _IMAGE_FOLDERS = ("jpegimages", "images", "imgs", "img")
 _XML_FOLDERS = ("annotations", "xmls", "xml", "labels")
 _NUM_PROBED_FILES = 20  # XML files, to know the format
+
+VOC_SOURCE = "hf-dino, pixels are counted from 1"
+"""Source in the files that [`convert_data`] writes. A box that extends beyond its image may have a coordinate of 0."""
 
 _DIFFICULT = {"": 0, "0": 0, "false": 0, "no": 0, "1": 1, "true": 1, "yes": 1}
 
@@ -94,7 +98,7 @@ class VocAnnotation(NamedTuple):
         size (`tuple[int, int]` or `None`): `(height, width)` in pixels, if given.
         objects (`list[VocObject]`): The objects.
         image_name (`str`): File name of the image, if given.
-        tool (`str`): The tool that wrote the file, if it is one that counts pixels from 0.
+        tool (`str`): The tool that wrote the file, if it is one that counts pixels in a known way.
         warnings (`list[str]`): What was corrected apart from the objects.
     """
 
@@ -162,7 +166,8 @@ def _match(images: Path, annotations: Path) -> list[Pair]:
     files = {_key(file, annotations): file for file in sorted(annotations.rglob("*.[xX][mM][lL]"))}
     keys = {path: _key(path, images) for path in image_files}
     paired = [(path, files.get(key, annotations / f"{key}.xml")) for path, key in keys.items()]
-    return [*paired, *((None, file) for key, file in files.items() if key not in set(keys.values()))]
+    unmatched = files.keys() - set(keys.values())
+    return [*paired, *((None, file) for key, file in files.items() if key in unmatched)]
 
 
 def _key(path: Path, root: Path) -> str:
@@ -271,6 +276,9 @@ def _find_counting(annotations: Sequence[VocAnnotation]) -> Counting:
     lowest = min((corners[:, :2].min(initial=math.inf, where=corners[:, :2] >= 0) for _, corners in sized), default=1)
     beyond = max(((corners[:, 2:] - size[::-1]).max(initial=-math.inf) for size, corners in sized), default=0)
     tools = {annotation.tool for annotation in annotations if annotation.root}
+    from_one = Counting((1, 1, 0, 0), "boxes count pixels from 1 and include the last one, as no coordinate is 0")
+    if tools == {VOC_SOURCE}:
+        return from_one
     if lowest < 1:
         return Counting((0, 0, 0, 0), "boxes count pixels from 0, as a coordinate of 0 shows: nothing was subtracted")
     if len(tools) == 1 and tools != {""}:
@@ -282,7 +290,7 @@ def _find_counting(annotations: Sequence[VocAnnotation]) -> Counting:
             (1, 1, 1, 1),
             "boxes have edges counted from 1, as the image's width or height plus 1 shows: 1 was subtracted from each",
         )
-    return Counting((1, 1, 0, 0), "boxes count pixels from 1 and include the last one, as no coordinate is 0")
+    return from_one
 
 
 def _corners(annotation: VocAnnotation) -> np.ndarray:
@@ -348,13 +356,13 @@ def _pair_images(
     """Return an image for each annotation file, which names it if no image has the file's own name."""
     matched = [(image, file) for image, file in split.pairs if image is not None]
     alone = [file for image, file in split.pairs if image is None]
-    stray = [file for file in alone if annotations[file].root not in ("", "annotation")]
-    names = {file: annotations[file].image_name or f"{file.stem}.jpg" for file in alone if file not in set(stray)}
+    stray = {file for file in alone if annotations[file].root not in ("", "annotation")}
+    names = {file: annotations[file].image_name or f"{file.stem}.jpg" for file in alone if file not in stray}
     found = find_image_files(list(names.values()), split.images).paths
     taken = {image for image, file in matched if file.is_file()}
     taken |= {path for path, count in Counter(found).items() if count > 1 or not path.is_file()}
     by_name = {path: file for path, file in zip(found, names) if path not in taken}
-    missing = [(split.images / f"{file.stem}.jpg", file) for path, file in zip(found, names) if path in taken]
+    missing = [(expected_image(split.images, file.stem), file) for path, file in zip(found, names) if path in taken]
     shared = Counter(file for _, file in matched if file.is_file())
     for warning, paths in {
         "XML files are not annotations: ignored": stray,
@@ -396,8 +404,10 @@ def _image_name(root: Element) -> str:
 
 
 def _tool(root: Element) -> str:
-    """Return the name of a tool that writes edges counted from 0, by what only it writes."""
+    """Return the name of the tool, by what only it writes: edges counted from 0, apart from ours."""
     source = [root.findtext(f"source/{tag}", "") for tag in ("database", "annotation", "image")]
+    if source[0] == VOC_SOURCE:
+        return VOC_SOURCE
     is_label_studio = root.findtext("owner/name", "") == "Label Studio"
     return "Label Studio" if is_label_studio else "CVAT" if source == ["Unknown"] * 3 else ""
 

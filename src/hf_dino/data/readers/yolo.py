@@ -27,6 +27,7 @@ from .common import (
     ROTATED_WARNING,
     ReadOptions,
     child_folder,
+    expected_image,
     refuse_rotated_boxes,
     split_folders,
     split_from_name,
@@ -358,7 +359,7 @@ def _add_image(path: Path, size: tuple[int, int], labels: Sequence[Label], build
 
 def _find_label_files(files: YoloSplit, builder: AnnotatedImageBuilder) -> dict[Path, Path]:
     """Return the label file of each image, and report those of no image."""
-    folders = {image.parent: label_folder(image.parent) for image in files.images}
+    folders = {folder: label_folder(folder) for folder in {image.parent for image in files.images}}
     contents = {labels: _label_files(labels) for labels in folders.values()}
     found = {
         image: contents[folders[image.parent]][image.stem]
@@ -381,11 +382,11 @@ def _all_label_files(images: Path) -> list[Path]:
 
 def _report_unmatched(images: Path, files: Sequence[Path], builder: AnnotatedImageBuilder) -> None:
     if files:
-        expected = images / files[0].relative_to(label_folder(images)).with_suffix(".jpg")
+        expected = expected_image(images / files[0].relative_to(label_folder(images)).parent, files[0].stem)
         names = summarize_list(file.name for file in files)
+        problem = "is not a known image format" if expected.is_file() else "image file not found"
         builder.on_error(
-            f"{builder.title}: {len(files)} label files have no image of their name: {names}. {expected}: image file "
-            "not found"
+            f"{builder.title}: {len(files)} label files have no image of their name: {names}. {expected}: {problem}"
         )
 
 
