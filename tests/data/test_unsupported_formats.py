@@ -8,8 +8,8 @@ import pytest
 
 from helpers.data_formats import coco_text, draw, voc_xml, write, yolo_lines
 from hf_dino.data import InputError, read_data
-from hf_dino.data.readers.formats import FORMATS
 from hf_dino.data.readers.annotation_tools import UNSUPPORTED_FORMATS
+from hf_dino.data.readers.formats import FORMATS
 
 
 DATUMARO = {

@@ -7,6 +7,7 @@ import pytest
 
 from helpers.data_formats import coco_text, draw, voc_xml, write
 from hf_dino.data import InputError, ReadOptions, check_data, convert_data, read_data, xywh_to_xyxy
+from hf_dino.data.readers import UNUSED_WARNING
 from hf_dino.data.readers.files import RENAMED_WARNING
 
 
@@ -311,10 +312,10 @@ def test_an_image_of_another_split_is_not_taken(tmp_path):
 
 
 def test_an_image_with_an_unknown_extension_is_named(tmp_path):
-    files = {"1.png": None, "1.xml": xml(2, 3, 31, 22), "2.xml": xml(2, 3, 31, 22), "2.heic": "?"}
+    files = {"1.png": None, "1.xml": xml(2, 3, 31, 22), "2.xml": xml(2, 3, 31, 22), "2.xcf": "?"}
     errors = check_data(read_data(lay_out(tmp_path, files))).errors
     assert len(errors) == 1
-    assert "2.heic: cannot be read as an image (not a known image format)" in errors[0]
+    assert "2.xcf: cannot be read as an image (not a known image format)" in errors[0]
 
 
 def test_images_that_share_an_annotation_file(tmp_path):
@@ -400,7 +401,7 @@ def test_images_in_several_lists_in_none_and_listed_twice(tmp_path):
     data = read_data(devkit(tmp_path, {"trainval": "000001\n000002\n000001\n", "val": "000002\n"}))
     assert stems(data) == {"train": ["000001", "000002"], "validation": ["000002"]}
     assert {split: {what: len(paths) for what, paths in each.warnings.items()} for split, each in data.items()} == {
-        "train": {"images are listed several times: used once": 1, "images are in no list of a split: left out": 1},
+        "train": {"images are listed several times: used once": 1, UNUSED_WARNING: 1},
         "validation": {"images are also in another split": 1},
     }
     assert any("in both train and validation" in warning for warning in check_data(data).warnings)

@@ -8,6 +8,7 @@ import yaml
 
 from helpers.data_formats import draw, write, yolo_lines
 from hf_dino.data import InputError, ReadOptions, check_data, read_data
+from hf_dino.data.readers import UNUSED_WARNING
 from hf_dino.data.readers.files import RENAMED_WARNING
 
 
@@ -104,7 +105,7 @@ def test_lists_of_images(tmp_path, name):
         tmp_path / "images" / "2.png",
     }
     assert [len(image.boxes) for image in data["train"].images] == [1, 1]
-    assert data["train"].warnings == {}
+    assert data["train"].warnings == {UNUSED_WARNING: [str(tmp_path / "images" / "3.png")]}
 
 
 def test_images_found_by_the_last_part_of_their_name_are_said(tmp_path):
@@ -276,8 +277,8 @@ def test_files_without_partner_are_said(tmp_path):
 
 
 def test_an_image_with_an_unknown_extension_is_named(tmp_path):
-    lay_out(tmp_path, {"images/1.png": None, "labels/1.txt": LINE, "labels/2.txt": LINE, "images/2.heic": "?"})
-    with pytest.raises(InputError, match=r"2\.txt\. .*images/2\.heic: is not a known image format"):
+    lay_out(tmp_path, {"images/1.png": None, "labels/1.txt": LINE, "labels/2.txt": LINE, "images/2.xcf": "?"})
+    with pytest.raises(InputError, match=r"2\.txt\. .*images/2\.xcf: is not a known image format"):
         read_data(tmp_path)
 
 

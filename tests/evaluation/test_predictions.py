@@ -235,7 +235,7 @@ def test_images_with_more_objects_than_a_model_detects_are_named(tmp_path, caplo
 def test_no_result_of_a_model_with_broken_weights(data, tmp_path):
     model = make_oracle()
     model.boxes = {shape: (label, [float("nan")] * 4) for shape, (label, _) in model.boxes.items()}
-    with pytest.raises(FloatingPointError, match="detections have a box or a score that is not finite"):
+    with pytest.raises(FloatingPointError, match="scores or boxes are NaN or infinite"):
         evaluate_model(model, make_processor(), data, Accelerator(), batch_size=2)
     broken = random_detections([1, 2])
     broken["score"][0] = float("nan")

@@ -75,7 +75,7 @@ def read_data(
     if options.on_error is raise_input_error:
         for each in contents.values():
             require_image_files(each)
-    return contents if splits or not Path(source).is_dir() else _add_unused_images(Path(source), contents)
+    return contents if splits or streaming or not Path(source).is_dir() else _add_unused_images(Path(source), contents)
 
 
 def _add_unused_images(folder: Path, contents: dict[str, DetectionSplit]) -> dict[str, DetectionSplit]:

@@ -25,7 +25,7 @@ import numpy as np
 from ...utils.errors import InputError, import_extra, summarize_list
 from ...utils.names import to_integer
 from ..dataset import SPLIT_ALIASES, SPLITS, AnnotatedImageBuilder, DetectionSplit, check_unique_names, to_float
-from ..images import ImageSource, is_image_file
+from ..images import ImageSource
 from .common import ReadOptions, boxes_to_xywh, group_by_split, split_from_name
 from .files import RENAMED_WARNING, find_image_files
 
@@ -612,8 +612,6 @@ def _find_images(
         builder.on_error(
             f"{builder.title}: {len(lost)} images not found: {examples}. Restore them, or remove their rows"
         )
-    if tables.folder:
-        _warn_of_unlisted([*filter(None, paths), *map(str, renamed.values())], tables.folder, builder)
     images: dict[int, ImageSource | None] = {
         row: TableImage(encoded, column, row, builder.title) for row in range(len(paths))
     }
@@ -630,13 +628,6 @@ def _find_renamed(
     for path in renamed.values():
         builder.add_warning(RENAMED_WARNING, path)
     return renamed
-
-
-def _warn_of_unlisted(paths: Iterable[str], folder: Path, builder: AnnotatedImageBuilder) -> None:
-    listed = {os.path.realpath(path) for path in paths}
-    for path in sorted(folder.rglob("*")):
-        if is_image_file(path) and os.path.realpath(path) not in listed:
-            builder.add_warning("image files are not in the metadata: left out", path)
 
 
 def _encoded_images(table: Any, column: str) -> Any:

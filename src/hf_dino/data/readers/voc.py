@@ -161,11 +161,17 @@ def _is_annotation(file: Path) -> bool:
 
 
 def _match(images: Path, annotations: Path) -> list[Pair]:
-    """Pair files of the same name in the same subdirectory: all images, then the annotation files of none."""
+    """Pair files of the same name in the same subdirectory: images, then the annotation files of none.
+
+    Images of a directory in which no image has an annotation file, such as one of masks, are left out.
+    """
     image_files = sorted(path for path in images.rglob("*") if is_image_file(path))
     files = {_key(file, annotations): file for file in sorted(annotations.rglob("*.[xX][mM][lL]"))}
     keys = {path: _key(path, images) for path in image_files}
-    paired = [(path, files.get(key, annotations / f"{key}.xml")) for path, key in keys.items()]
+    annotated = {path.parent for path, key in keys.items() if key in files}
+    paired = [
+        (path, files.get(key, annotations / f"{key}.xml")) for path, key in keys.items() if path.parent in annotated
+    ]
     unmatched = files.keys() - set(keys.values())
     return [*paired, *((None, file) for key, file in files.items() if key in unmatched)]
 
@@ -200,7 +206,7 @@ def _find_listed(lists: Path, images: Path, annotations: Path) -> dict[str, VocS
     for pair in pairs:
         pairs_of_key.setdefault(_key(pair[1], annotations), []).append(pair)
     splits = {split: _read_list(files[split], images, annotations, pairs_of_key) for split in SPLITS if split in files}
-    return _add_notes(splits, pairs)
+    return _add_notes(splits)
 
 
 def _read_list(file: Path, images: Path, annotations: Path, pairs_of_key: Mapping[str, Sequence[Pair]]) -> VocSplit:
@@ -229,17 +235,14 @@ def _without_extension(name: PurePosixPath) -> PurePosixPath:
     return name.with_suffix("") if name.suffix.lower() in {*IMAGE_EXTENSIONS, ".xml"} else name
 
 
-def _add_notes(splits: dict[str, VocSplit], pairs: Sequence[Pair]) -> dict[str, VocSplit]:
-    """Add which images are listed for several splits, and which for none."""
+def _add_notes(splits: dict[str, VocSplit]) -> dict[str, VocSplit]:
+    """Add which images are listed for several splits."""
     listed: set[Path] = set()
     for name, split in splits.items():
         shared = [file for _, file in split.pairs if file in listed]
         listed.update(file for _, file in split.pairs)
         splits[name] = split._replace(notes={**split.notes, "images are also in another split": shared})
-    first = next(iter(splits))
-    unlisted = [image or file for image, file in pairs if file not in listed]
-    notes = {**splits[first].notes, "images are in no list of a split: left out": unlisted}
-    return splits | {first: splits[first]._replace(notes=notes)}
+    return splits
 
 
 def read_voc(splits: Mapping[str, VocSplit], source: Path, options: ReadOptions) -> dict[str, DetectionSplit]:
