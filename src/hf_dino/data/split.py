@@ -26,8 +26,8 @@ from .dataset import SPLITS, AnnotatedImage, DetectionSplit
 from .readers.common import DEFAULT_OPTIONS, ReadOptions
 
 
-# The two images of a pair are near-duplicates from this similarity on. Of 100 images of COCO and 364 of blood cells,
-# no two others have more than 0.6; an image and itself moved by 1% of its width, or with another fifth, have 0.93.
+# The two images of a pair are near-duplicates from this similarity on. Of 100 images of COCO and 150 of blood cells,
+# distinct pairs have at most 0.58; an image and itself cropped by 2% have 0.93 to 0.97 in the median.
 SIMILARITY = 0.9
 _STRICTER = (0.95, 0.98, 0.995, np.inf)  # tried in turn if most images are alike, as those of a fixed camera are
 _MAX_SHARE_OF_GROUP = 0.5
