@@ -431,9 +431,9 @@ def write_folder(
     new = output_dir.with_name(f".{output_dir.name}.new")
     shutil.rmtree(new, ignore_errors=True)  # left by a killed conversion
     with atomic_directory(new) as folder:
-        save_detector(folder, model, processor, card)
         if unused:
             save_file(dict(unused), folder / UNUSED_WEIGHTS)
+        save_detector(folder, model, processor, card)
     try:
         _replace(output_dir, new)
     finally:

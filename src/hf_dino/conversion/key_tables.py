@@ -218,10 +218,10 @@ _CONVNEXT = (
 )
 CONVNEXT = {
     name: (*_CONVNEXT_BLOCKS[name], *_renamed(*((_PREFIX[name] + source, target) for source, target in _CONVNEXT)))
-    for name in FORMATS
+    for name in ("detrex", "mmdet")  # the official code has only one that was never trained
 }
 
-BACKBONE_RULES = {"resnet": RESNET, "swin": SWIN, "convnext": CONVNEXT}
+BACKBONE_RULES: dict[str, dict[str, tuple[Rule, ...]]] = {"resnet": RESNET, "swin": SWIN, "convnext": CONVNEXT}
 
 LEVEL_EMBEDDING = _rows(
     ("", "", "", ""),
@@ -417,8 +417,8 @@ def rules_for(config: DinoDetrConfig, name: str = "official") -> tuple[Rule, ...
         InputError: If the format has no table for the backbone or the query selection.
     """
     backbone = backbone_type(config)
-    if backbone not in BACKBONE_RULES:
-        known = ", ".join(BACKBONE_RULES)
+    if name not in BACKBONE_RULES.get(backbone, {}):
+        known = ", ".join(kind for kind, rules in BACKBONE_RULES.items() if name in rules)
         raise InputError(f"{name} checkpoints have one of the backbones {known}, not {backbone}")
     if config.query_selection not in QUERY_SELECTION[name]:
         known = " or ".join(map(repr, QUERY_SELECTION[name]))
@@ -445,9 +445,10 @@ EXTRA_RULES = {
 
 def fills_for(config: DinoDetrConfig, name: str = "official") -> tuple[Fill, ...]:
     """Return the fills of our tensors that have no counterpart in the files of a format."""
-    no_bias = (_NO_BIAS,) if name == "mmdet" else ()
+    if name == "mmdet":  # its batch norms are only set to evaluation mode, and have counters
+        return (*(() if backbone_type(config) == "resnet" else FILLS[backbone_type(config)]), _NO_BIAS)
     one_level = (_NOT_EMBEDDED,) if name == "official" and config.num_feature_levels == 1 else ()
-    return (*FILLS[backbone_type(config)], *no_bias, *one_level)
+    return (*FILLS[backbone_type(config)], *one_level)
 
 _MMDETECTION_2 = "an MMDetection 2, EasyCV or Co-DETR checkpoint; use it with the code that wrote it"
 

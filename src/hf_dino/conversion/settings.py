@@ -29,21 +29,22 @@ logger = logging.getLogger(__name__)
 _COST = "model.train_cfg.assigner.match_costs"
 _LOSS = "model.criterion.weight_dict"
 _DETREX, _MMDET = "model.transformer", "layer_cfg.self_attn_cfg"
+_FFN = "layer_cfg.ffn_cfg"
 _FIELDS = (
     # field of DinoDetrConfig, official, detrex, mmdet; settings inside others are joined by dots
-    ("num_feature_levels", "num_feature_levels", None, None),
+    ("num_feature_levels", "num_feature_levels", f"{_DETREX}.num_feature_levels", "model.num_feature_levels"),
     ("d_model", "hidden_dim", None, None),
-    ("encoder_layers", "enc_layers", None, None),
-    ("encoder_ffn_dim", "dim_feedforward", None, None),
+    ("encoder_layers", "enc_layers", f"{_DETREX}.encoder.num_layers", "model.encoder.num_layers"),
+    ("encoder_ffn_dim", "dim_feedforward", f"{_DETREX}.encoder.feedforward_dim", f"model.encoder.{_FFN}.feedforward_channels"),
     ("encoder_attention_heads", "nheads", f"{_DETREX}.encoder.num_heads", f"model.encoder.{_MMDET}.num_heads"),
     ("encoder_n_points", "enc_n_points", None, None),
-    ("decoder_layers", "dec_layers", None, None),
-    ("decoder_ffn_dim", "dim_feedforward", None, None),
+    ("decoder_layers", "dec_layers", f"{_DETREX}.decoder.num_layers", "model.decoder.num_layers"),
+    ("decoder_ffn_dim", "dim_feedforward", f"{_DETREX}.decoder.feedforward_dim", f"model.decoder.{_FFN}.feedforward_channels"),
     ("decoder_attention_heads", "nheads", f"{_DETREX}.decoder.num_heads", f"model.decoder.{_MMDET}.num_heads"),
     ("decoder_n_points", "dec_n_points", None, None),
-    ("num_queries", "num_queries", None, None),
+    ("num_queries", "num_queries", "model.num_queries", "model.num_queries"),
     ("activation_function", "transformer_activation", None, None),
-    ("dropout", "dropout", f"{_DETREX}.encoder.ffn_dropout", "model.encoder.layer_cfg.ffn_cfg.ffn_drop"),
+    ("dropout", "dropout", f"{_DETREX}.encoder.ffn_dropout", f"model.encoder.{_FFN}.ffn_drop"),
     (
         "positional_encoding_temperature",
         "pe_temperatureH",
