@@ -5,6 +5,7 @@ import hashlib
 import logging
 import pickle
 import re
+import struct
 import zipfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -82,7 +83,7 @@ def load_checkpoint(path: Path, trust_pickle: bool = False) -> dict[str, Any]:
         content = _load_trusted(path, zipped) if trust_pickle else _load_safely(path, zipped)
     except pickle.UnpicklingError as error:
         raise InputError(_explain_unpickling_error(path, zipped, error)) from error
-    except (EOFError, RuntimeError, zipfile.BadZipFile) as error:
+    except _DAMAGED as error:
         raise InputError(f"{_truncated(path)} ({_first_line(error)})") from error
     except (AttributeError, ImportError) as error:  # only with trust_pickle
         raise InputError(
@@ -92,6 +93,13 @@ def load_checkpoint(path: Path, trust_pickle: bool = False) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise InputError(f"{path.name} contains a {type(content).__name__}; a DINO checkpoint is a dict")
     return content
+
+
+# A damaged file ends in any of these, depending on the damaged byte.
+_DAMAGED = (
+    *(EOFError, RuntimeError, ValueError, TypeError, LookupError, OverflowError, AssertionError, MemoryError),
+    *(zipfile.BadZipFile, struct.error),
+)
 
 
 def _load_trusted(path: Path, zipped: bool) -> Any:
@@ -142,10 +150,10 @@ def _truncated(path: Path) -> str:
 
 def _explain_unpickling_error(path: Path, zipped: bool, error: pickle.UnpicklingError) -> str:
     types: Iterable[str] = re.findall(r"Unsupported .*?GLOBAL ([\w.]+)", str(error), flags=re.DOTALL)
-    if zipped:
+    if zipped and types:
         with torch.serialization.safe_globals([argparse.Namespace]):
             types = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-    if not types and "Unsupported" not in str(error) and "Can only" not in str(error):
+    if not types and "Can only" not in str(error):
         return f"{_truncated(path)} ({_first_line(error)})"
     return (
         f"{path.name} is pickled together with {summarize_list(sorted(types)) or 'unknown objects'}, and reading "
@@ -245,7 +253,12 @@ def _without_prefix(tensors: Mapping[str, Any], weights: str) -> dict[str, torch
         if stripped in source:
             raise InputError(f"{stripped} is duplicated in the file, with and without the prefix 'module.'")
         source[stripped] = value
-    return source
+    # detrex's EMA weights have each tensor once, under its first name, which for the heads is the decoder's
+    second = {key.removeprefix("transformer.decoder."): source[key] for key in source if _IS_DECODER_HEAD(key)}
+    return {**second, **source}
+
+
+_IS_DECODER_HEAD = re.compile(r"transformer\.decoder\.(class|bbox)_embed\..+").fullmatch
 
 
 _GIVE_SETTINGS = (

@@ -266,7 +266,6 @@ def _apply_rules(
 ) -> dict[str, torch.Tensor]:
     """Return our tensors that come from the file."""
     rules = rules_for(config, name)
-    source = _with_first_copies(source, rules)
     converted: dict[str, torch.Tensor] = {}
     for key, tensor in source.items():
         matches = [(parts, rule) for rule in rules if (parts := match_key(rule.source, key)) is not None]
@@ -286,18 +285,6 @@ def _apply_rules(
 def _copied_key(rule: Rule, parts: Sequence[str]) -> str:
     """Return the key of which a tensor must be a copy; a copy's own index, `#`, is no part of it."""
     return fill_key(rule.equals or "", parts[1:] if "#" in rule.source else parts)
-
-
-def _with_first_copies(source: Mapping[str, torch.Tensor], rules: Sequence[Rule]) -> Mapping[str, torch.Tensor]:
-    """Add tensors that the file has only under the key of their copy, as detrex's EMA weights."""
-    copies = [
-        (_copied_key(rule, parts), tensor)
-        for rule in rules
-        if rule.equals
-        for key, tensor in source.items()
-        if (parts := match_key(rule.source, key)) is not None
-    ]
-    return {**source, **{key: tensor for key, tensor in copies if key not in source}}
 
 
 def _split(tensor: torch.Tensor, rule: Rule, config: DinoDetrConfig) -> tuple[torch.Tensor, ...]:

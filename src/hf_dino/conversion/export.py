@@ -32,6 +32,7 @@ TRAINING_FIELDS = (
     *("freeze_backbone_batch_norms", "dropout", "num_denoising", "label_noise_ratio", "box_noise_scale"),
     *("auxiliary_loss", "class_cost", "bbox_cost", "giou_cost", "cls_loss_coefficient", "bbox_loss_coefficient"),
     *("giou_loss_coefficient", "focal_alpha", "focal_gamma", "num_select"),
+    "share_decoder_heads",  # formats that cannot share have copies of the heads
 )
 # Fields of a backbone's configuration that do not change what it computes outside training.
 _IGNORED_OF_BACKBONE = {"drop_path_rate", "image_size", "dtype", "torch_dtype", "out_features", "transformers_version"}
@@ -167,12 +168,14 @@ def _check_same(config: DinoDetrConfig, rebuilt: DinoDetrConfig, name: str) -> N
     """Compare the configuration that the new file gives with the model's."""
     ours, theirs = _comparable(config), _comparable(rebuilt)
     different = [field for field in ours if ours[field] != theirs[field]]
-    refused = [f"{field}={ours[field]!r} (only {theirs[field]!r})" for field in different if field not in TRAINING_FIELDS]
+    refused = [
+        f"{field}={ours[field]!r} (only {theirs[field]!r})" for field in different if field not in TRAINING_FIELDS
+    ]
     if refused:
         raise InputError(f"{CODE_BASES[name]} cannot express {summarize_list(refused)}")
     if different:
         logger.warning(
-            "%s does not store %s, which only matter for further training",
+            "%s does not store %s, which only matters for further training",
             CODE_BASES[name],
             summarize_list((f"{field}={ours[field]!r}" for field in different), 20),
         )
@@ -269,9 +272,7 @@ def _add_label_rows(
     exported[key] = torch.cat([rows, unused_rows])
 
 
-def _copies(
-    rule: Rule, exported: Mapping[str, torch.Tensor], config: DinoDetrConfig
-) -> dict[str, torch.Tensor]:
+def _copies(rule: Rule, exported: Mapping[str, torch.Tensor], config: DinoDetrConfig) -> dict[str, torch.Tensor]:
     """Return the tensors that a rule drops because they are copies of others, or computed from them."""
     if rule.computed_from:
         template, compute = rule.computed_from

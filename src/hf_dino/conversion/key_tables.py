@@ -450,12 +450,22 @@ def fills_for(config: DinoDetrConfig, name: str = "official") -> tuple[Fill, ...
     one_level = (_NOT_EMBEDDED,) if name == "official" and config.num_feature_levels == 1 else ()
     return (*FILLS[backbone_type(config)], *one_level)
 
+
 _MMDETECTION_2 = "an MMDetection 2, EasyCV or Co-DETR checkpoint; use it with the code that wrote it"
 
 # Keys that a file of a format must have to be taken for a DINO; without them it may be another model of the code base.
 SIGNATURES = {
-    "mmdet": ("bbox_head.cls_branches.0.weight", "memory_trans_fc.weight", "dn_query_generator.label_embedding.weight"),
-    "detrex": ("neck.convs.0.conv.weight", "neck.convs.0.norm.weight", "transformer.enc_output.weight", "label_enc.weight"),
+    "mmdet": (
+        "bbox_head.cls_branches.0.weight",
+        "memory_trans_fc.weight",
+        "dn_query_generator.label_embedding.weight",
+    ),
+    "detrex": (
+        "neck.convs.0.conv.weight",
+        "neck.convs.0.norm.weight",
+        "transformer.enc_output.weight",
+        "label_enc.weight",
+    ),
 }
 
 # Checkpoints of other models, recognized by one key that no DINO file has. The first match wins, because descendants

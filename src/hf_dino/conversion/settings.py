@@ -35,11 +35,21 @@ _FIELDS = (
     ("num_feature_levels", "num_feature_levels", f"{_DETREX}.num_feature_levels", "model.num_feature_levels"),
     ("d_model", "hidden_dim", None, None),
     ("encoder_layers", "enc_layers", f"{_DETREX}.encoder.num_layers", "model.encoder.num_layers"),
-    ("encoder_ffn_dim", "dim_feedforward", f"{_DETREX}.encoder.feedforward_dim", f"model.encoder.{_FFN}.feedforward_channels"),
+    (
+        "encoder_ffn_dim",
+        "dim_feedforward",
+        f"{_DETREX}.encoder.feedforward_dim",
+        f"model.encoder.{_FFN}.feedforward_channels",
+    ),
     ("encoder_attention_heads", "nheads", f"{_DETREX}.encoder.num_heads", f"model.encoder.{_MMDET}.num_heads"),
     ("encoder_n_points", "enc_n_points", None, None),
     ("decoder_layers", "dec_layers", f"{_DETREX}.decoder.num_layers", "model.decoder.num_layers"),
-    ("decoder_ffn_dim", "dim_feedforward", f"{_DETREX}.decoder.feedforward_dim", f"model.decoder.{_FFN}.feedforward_channels"),
+    (
+        "decoder_ffn_dim",
+        "dim_feedforward",
+        f"{_DETREX}.decoder.feedforward_dim",
+        f"model.decoder.{_FFN}.feedforward_channels",
+    ),
     ("decoder_attention_heads", "nheads", f"{_DETREX}.decoder.num_heads", f"model.decoder.{_MMDET}.num_heads"),
     ("decoder_n_points", "dec_n_points", None, None),
     ("num_queries", "num_queries", "model.num_queries", "model.num_queries"),
@@ -488,9 +498,11 @@ def config_from_tensors(
         raise InputError(
             f"the file is not a complete {CODE_BASES[name]} DINO: it has no tensor for {error.args[0]}"
         ) from None
-    return DinoDetrConfig(
-        query_selection=layout.query_selection, id2label=make_id2label(num_labels, class_names), **fields
-    )
+    names = list(class_names or [])
+    if names and len(names) != num_labels:
+        logger.warning("the file names %d classes but has %d: its names are not used", len(names), num_labels)
+        names = [f"class_{label}" for label in range(num_labels)]
+    return DinoDetrConfig(query_selection=layout.query_selection, id2label=make_id2label(num_labels, names), **fields)
 
 
 def _layout(source: Mapping[str, torch.Tensor], name: str) -> DinoDetrConfig:
@@ -649,7 +661,10 @@ def settings_of(config: DinoDetrConfig, name: str, size: Mapping[str, int]) -> d
     settings = {setting: values[0] for setting, values in SUPPORTED_VALUES[name].items()}
     settings |= {setting: getattr(config, field) for field, setting in SETTING_OF_FIELD[name].items()}
     if name != "official":
-        return {**settings, "model.num_classes" if name == "detrex" else "model.bbox_head.num_classes": config.num_labels}
+        return {
+            **settings,
+            "model.num_classes" if name == "detrex" else "model.bbox_head.num_classes": config.num_labels,
+        }
     backbone: Any = config.backbone_config
     settings["embed_init_tgt"] = True  # means nothing without two stages
     for field, strategies in OFFICIAL_STRATEGIES.items():
