@@ -65,8 +65,8 @@ CODE_BASES = {
         name="detrex",
         url="https://github.com/IDEA-Research/detrex",
         owner="IDEA-Research",
-        settings="The sizes were read from the shapes of the tensors; the file contains no settings, so the others are "
-        "detrex's defaults.",
+        settings="The sizes were read from the shapes of the tensors; the file contains no settings, so the others "
+        "are detrex's defaults.",
         differences="detrex evaluates one image at a time, and treats the padding of a larger batch as image; this "
         "model uses padding masks, so an image gives the same detections in any batch. detrex clips boxes to the "
         "image and drops those that become empty; this model returns them as they are predicted.",
@@ -76,9 +76,9 @@ CODE_BASES = {
         url="https://github.com/open-mmlab/mmdetection",
         owner="OpenMMLab",
         settings="The sizes were read from the shapes of the tensors, all else from the configuration in the file.",
-        differences="Both use padding masks. MMDetection resizes images with OpenCV, whose pixels differ slightly, and "
-        "clips boxes to the image; this model returns them as they are predicted. `box_prediction_epsilon` in the "
-        "configuration is MMDetection's.",
+        differences="Both use padding masks. MMDetection resizes images with OpenCV, whose pixels differ slightly, "
+        "and clips boxes to the image; this model returns them as they are predicted. `box_prediction_epsilon` in "
+        "the configuration is MMDetection's.",
     ),
 }
 
@@ -151,7 +151,7 @@ def converted_card(
         f"## Differences to {code_base.name}\n\n{code_base.differences}" if code_base.differences else "",
         _usage(),
         _preprocessing(size),
-        _labels(config) + (_NAMES_OF_COCO if coco and not published else ""),
+        _labels(config) + (_names_of_coco(source_format) if coco and not published else ""),
         _published(published_ap, published_hash_known),
         _LIMITS,
         _license_of_published(config, code_base, license_name) if published else _LICENSE,
@@ -384,10 +384,13 @@ own data before relying on the model, above all where people are concerned. At m
 be detected."""
 
 
-_NAMES_OF_COCO = (
-    " The checkpoint does not contain their names: 91 or 80 classes are assumed to be COCO's. If they are others, pass "
-    "their names as `id2label` to `from_pretrained`."
-)
+def _names_of_coco(source_format: str) -> str:
+    number = 91 if source_format == "official" else 80
+    return (
+        f" The checkpoint does not contain their names: {number} classes are assumed to be COCO's. If they are "
+        f"others, pass their names as `id2label` to `from_pretrained`."
+    )
+
 
 _LICENSE = (
     "## License\n\nThe model code is Apache-2.0. The license of the weights depends on the training data and on the "

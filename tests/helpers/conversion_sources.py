@@ -90,6 +90,6 @@ def history_buffers() -> Iterator[type]:
 
 
 def save(content: dict[str, Any], path: Path, zipped: bool = True) -> Path:
-    """Write a checkpoint, in the format from before PyTorch 1.6 unless `zipped`, as mmdetection publishes its files."""
+    """Write a checkpoint; unless `zipped`, in the format from before PyTorch 1.6, as mmdetection publishes them."""
     torch.save(content, path, _use_new_zipfile_serialization=zipped, pickle_module=pickle)
     return path

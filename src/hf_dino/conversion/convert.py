@@ -10,10 +10,9 @@ import os
 import shutil
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
@@ -127,7 +126,7 @@ def convert_checkpoint(
         sha256=digest,
         weights=source.weights,
         size=processor.size,
-        coco=source.class_names is None and old_config.num_labels in (COCO_NUM_LABELS, len(COCO_NAMES)),
+        coco=_is_assumed_to_be_coco(source, old_config),
         epochs=source.epochs,
         published_ap=known.box_ap if known else None,
         published_hash_known=bool(getattr(known, "sha256", None)),
@@ -140,6 +139,11 @@ def convert_checkpoint(
     leftover = {} if names or num_labels else unused_weights(source, config)
     write_folder(model, processor, card, output_dir, leftover)
     logger.info("wrote %s: %d tensors, %d labels", output_dir, len(state_dict), config.num_labels)
+
+
+def _is_assumed_to_be_coco(source: Source, config: DinoDetrConfig) -> bool:
+    number = COCO_NUM_LABELS if source.format == "official" else len(COCO_NAMES)
+    return source.class_names is None and config.num_labels == number
 
 
 def check_output(output_dir: Path, overwrite: bool) -> None:

@@ -158,7 +158,7 @@ def _check_expressible(config: DinoDetrConfig, name: str) -> None:
     if name == "official" and official_backbone(config) is None:
         backbone: Any = config.backbone_config
         problems.append(f"a {backbone.model_type} backbone that the official code does not have")
-    if name != "official" and config.denoising != "contrastive" or config.denoising == "plain":
+    if (name != "official" and config.denoising != "contrastive") or config.denoising == "plain":
         problems.append(f"denoising={config.denoising!r}")
     if problems:
         raise InputError(f"{CODE_BASES[name]} cannot express {'; '.join(problems)}")

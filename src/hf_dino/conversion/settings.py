@@ -9,7 +9,7 @@ import ast
 import json
 import logging
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from ..hub import fill_key, match_key
 from ..image_processing_dino_detr import LONGEST_EDGE, SHORTEST_EDGE
 from ..utils.errors import InputError, summarize_list
 from ..utils.io import read_text
-from .key_tables import BACKBONE_RULES, CODE_BASES, COCO_NAMES, COCO_NUM_LABELS, FORMATS, LEVEL_EMBEDDING, rules_for
+from .key_tables import BACKBONE_RULES, COCO_NAMES, COCO_NUM_LABELS, CODE_BASES, FORMATS, LEVEL_EMBEDDING, rules_for
 
 
 logger = logging.getLogger(__name__)
@@ -436,20 +436,20 @@ def _strategy(field: str, settings: Mapping[str, Any]) -> str:
     )
 
 
-def make_id2label(num_classes: int, names: Iterable[str] | None = None) -> dict[int, str]:
-    """Return names by label.
+def make_id2label(num_classes: int) -> dict[int, str]:
+    """Return names by label. Labels of official COCO models are the category ids, so some labels are unused."""
+    if num_classes == COCO_NUM_LABELS:
+        return {label: COCO_NAMES.get(label, UNUSED_LABEL) for label in range(num_classes)}
+    return {label: f"class_{label}" for label in range(num_classes)}
 
-    Args:
-        num_classes (`int`): Number of labels.
-        names (`Iterable[str]`, *optional*): Their names. If not given, 91 labels are COCO's category ids, of which
-            some are unused, 80 labels are COCO's categories in ascending order, and others have numbers for names.
-    """
-    coco = {
-        COCO_NUM_LABELS: [COCO_NAMES.get(label, UNUSED_LABEL) for label in range(COCO_NUM_LABELS)],
-        len(COCO_NAMES): list(COCO_NAMES.values()),
-    }
-    given = names or coco.get(num_classes) or [f"class_{label}" for label in range(num_classes)]
-    return dict(enumerate(given))
+
+def _contiguous_id2label(num_classes: int, names: Sequence[str]) -> dict[int, str]:
+    """Return names by label for detrex and mmdetection, where labels count from 0; 80 without names are COCO's."""
+    if names and len(names) != num_classes:
+        logger.warning("the file names %d classes but has %d: its names are not used", len(names), num_classes)
+    elif names or num_classes == len(COCO_NAMES):
+        return dict(enumerate(names or COCO_NAMES.values()))
+    return {label: f"class_{label}" for label in range(num_classes)}
 
 
 def evaluation_size(settings: Mapping[str, Any]) -> dict[str, int]:
@@ -472,7 +472,7 @@ def config_from_tensors(
     source: Mapping[str, torch.Tensor],
     name: str,
     settings: Mapping[str, Any],
-    class_names: Iterable[str] | None = None,
+    class_names: Sequence[str] | None = None,
 ) -> DinoDetrConfig:
     """Read a configuration from the tensors of a detrex or mmdetection file, and what they do not show from settings.
 
@@ -480,7 +480,7 @@ def config_from_tensors(
         source (`dict[str, torch.Tensor]`): The tensors by their keys in the file; only the shapes are read.
         name (`str`): `"detrex"` or `"mmdet"`.
         settings (`dict`): The settings, as far as they are known.
-        class_names (`Iterable[str]`, *optional*): Names of the classes.
+        class_names (`Sequence[str]`, *optional*): Names of the classes.
 
     Raises:
         InputError: If the tensors are not those of a complete DINO, the backbone is not one that can be converted, or
@@ -498,11 +498,8 @@ def config_from_tensors(
         raise InputError(
             f"the file is not a complete {CODE_BASES[name]} DINO: it has no tensor for {error.args[0]}"
         ) from None
-    names = list(class_names or [])
-    if names and len(names) != num_labels:
-        logger.warning("the file names %d classes but has %d: its names are not used", len(names), num_labels)
-        names = [f"class_{label}" for label in range(num_labels)]
-    return DinoDetrConfig(query_selection=layout.query_selection, id2label=make_id2label(num_labels, names), **fields)
+    id2label = _contiguous_id2label(num_labels, class_names or ())
+    return DinoDetrConfig(query_selection=layout.query_selection, id2label=id2label, **fields)
 
 
 def _layout(source: Mapping[str, torch.Tensor], name: str) -> DinoDetrConfig:
@@ -603,8 +600,8 @@ def _backbone(shapes: Mapping[str, torch.Size]) -> dict[str, Any]:
     width = shapes.get(_WIDTH_OF[kind], (0,))[0]  # a ResNet of basic blocks has no third convolution
     if (width, depths) not in SIZES[kind]:
         raise InputError(
-            f"the file has a {kind} with {depths} blocks in its stages and {width or 'unknown'} channels in the first; "
-            f"only {_CONVERTIBLE} can be converted"
+            f"the file has a {kind} with {depths} blocks in its stages and {width or 'unknown'} channels in the "
+            f"first; only {_CONVERTIBLE} can be converted"
         )
     channels = [width * 2**stage for stage in range(4)]
     projections = (shape for key, shape in shapes.items() if match_key("model.backbone.input_proj.*.0.weight", key))
