@@ -99,6 +99,7 @@ def converted_card(
     license_name: str | None = None,
     embedding_source: str = "",
     changes: str = "",
+    is_ema: bool = False,
 ) -> str:
     """Write the card of a model converted from a checkpoint of another code base.
 
@@ -108,7 +109,7 @@ def converted_card(
         config (`DinoDetrConfig`): The model's configuration.
         checkpoint (`str`): Name of the file.
         sha256 (`str`): Hash of the file, in hexadecimal.
-        weights (`str`): The weights that were converted: `"model"`, or `"ema_model"` for the EMA weights.
+        weights (`str`): Name of the weights in the file; `"ema_model"` are EMA weights.
         size (`dict[str, int]`): Size of the image processor, in pixels.
         coco (`bool`, *optional*, defaults to `False`): Whether labels are assumed to be COCO's category ids.
         epochs (`int`, *optional*): Number of epochs trained, if the file contains it.
@@ -121,6 +122,7 @@ def converted_card(
         license_name (`str`, *optional*): License of the published file; by default Apache-2.0.
         embedding_source (`str`, *optional*): Source of temperature and offset of the position embedding.
         changes (`str`, *optional*): Sentences about classes that were removed or replaced.
+        is_ema (`bool`, *optional*, defaults to `False`): Whether the weights are EMA weights.
 
     Returns:
         `str`: Markdown with a metadata block, to be saved as `README.md`.
@@ -139,7 +141,7 @@ def converted_card(
     name = f"[`{checkpoint}`]({source_url})" if source_url else f"`{checkpoint}`"
     origin = f"the {official} checkpoint {name}" if published else name
     kind = " of " if published else ", a checkpoint in the format of "
-    ema = f" (its EMA weights, `{weights}`)" if weights.startswith("ema") and source_format != "mmdet" else ""
+    ema = f" (its EMA weights, `{weights}`)" if is_ema or weights == "ema_model" else ""
     trained = f" According to the file, it was trained for {epochs} epochs." if epochs else ""
     sections = [
         f"# {title}",

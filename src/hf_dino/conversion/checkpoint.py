@@ -225,6 +225,8 @@ def _weights(content: Mapping[str, Any], name: str, use_ema: bool) -> tuple[str,
         raw, content = "", {"": content}
     wanted, other = (ema, raw) if use_ema else (raw, ema)
     if isinstance(content.get(wanted), Mapping):
+        if not use_ema and ema in content:
+            logger.info("the file also contains EMA weights (%r); --use_ema converts them instead", ema)
         return wanted, content[wanted]
     if use_ema and raw in content:
         raise InputError(

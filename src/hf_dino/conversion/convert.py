@@ -48,10 +48,21 @@ UNUSED_WEIGHTS = "unused_weights.safetensors"
 class KnownCheckpoint(Protocol):
     """A published file."""
 
-    positional_encoding: tuple[float, float] | None
-    box_ap: float | None
-    source_url: str | None
-    license: str | None
+    @property
+    def positional_encoding(self) -> tuple[float, float] | None:
+        """Temperature and offset of the position embedding, if the file does not contain them."""
+
+    @property
+    def box_ap(self) -> float | None:
+        """AP that its authors published, as a fraction of 1."""
+
+    @property
+    def source_url(self) -> str | None:
+        """Address of the file."""
+
+    @property
+    def license(self) -> str | None:
+        """License of the weights."""
 
 
 def convert_checkpoint(
@@ -106,20 +117,16 @@ def convert_checkpoint(
     check_class_options(keep_classes, coco80, num_labels)
     given = read_settings_file(settings) if settings else None
     source = read_source(load_checkpoint(checkpoint, trust_pickle), use_ema, given)
-    logger.info("%s: a checkpoint in the format %r; computing its SHA-256", checkpoint.name, source.format)
-    digest = sha256(checkpoint)
-    known = known or _find_known(checkpoint.name, digest, source)
+    logger.info("%s: a checkpoint in the format %r", checkpoint.name, source.format)
     embedding, embedding_source = _positional_encoding(positional_encoding, known, source)
     config, processor = config_and_processor(source, embedding)
     state_dict = convert_state_dict(source.tensors, config, source.format)
-    names = [name for name in config.id2label.values() if name != UNUSED_LABEL] if coco80 else keep_classes
-    old_config = config
-    if names:
-        config = select_classes(state_dict, config, names, coco80)
-    if num_labels:
-        config = config.from_dict(config.to_dict(), id2label={label: f"class_{label}" for label in range(num_labels)})
+    old_config, config = config, choose_classes(state_dict, config, keep_classes, coco80, num_labels)
     model = build_model(config, state_dict, new_classes=num_labels is not None)
 
+    logger.info("computing the SHA-256 of %s", checkpoint.name)
+    digest = sha256(checkpoint)
+    known = known or _find_known(checkpoint.name, digest, source)
     card = converted_card(
         config,
         checkpoint=checkpoint.name,
@@ -135,8 +142,9 @@ def convert_checkpoint(
         license_name=known.license if known else None,
         embedding_source=embedding_source,
         changes=_describe_changes(old_config, config, num_labels),
+        is_ema=use_ema,
     )
-    leftover = {} if names or num_labels else unused_weights(source, config)
+    leftover = unused_weights(source, config) if config is old_config else {}
     write_folder(model, processor, card, output_dir, leftover)
     logger.info("wrote %s: %d tensors, %d labels", output_dir, len(state_dict), config.num_labels)
 
@@ -190,7 +198,8 @@ def _positional_encoding(
     if in_file:
         return None, "read from the file's settings"
     if known:
-        return tuple(known.positional_encoding or (10000, -0.5)), "known for this published file"
+        temperature, offset = known.positional_encoding or (10000, -0.5)
+        return (temperature, offset), "known for this published file"
     raise InputError(
         f"the file ({source.format}) does not tell its position embedding, and a wrong one costs accuracy: give "
         f"--positional_encoding 10000,-0.5 (detrex's default, all its published files but one) or "
@@ -330,6 +339,20 @@ def unused_weights(source: Source, config: DinoDetrConfig) -> dict[str, torch.Te
     used = config.num_labels if config.denoising != "none" else 0
     rows = source.tensors[key][used:] if key in source.tensors else torch.empty(0)
     return {key: rows.clone()} if len(rows) else {}
+
+
+def choose_classes(
+    state_dict: dict[str, torch.Tensor],
+    config: DinoDetrConfig,
+    keep_classes: Sequence[str],
+    coco80: bool,
+    num_labels: int | None,
+) -> DinoDetrConfig:
+    """Return the configuration with the classes of the options, and keep their rows in `state_dict`."""
+    if num_labels:
+        return config.from_dict(config.to_dict(), id2label={label: f"class_{label}" for label in range(num_labels)})
+    used = [name for name in config.id2label.values() if name != UNUSED_LABEL] if coco80 else keep_classes
+    return select_classes(state_dict, config, used, coco80) if used else config
 
 
 def select_classes(

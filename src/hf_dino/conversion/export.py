@@ -72,7 +72,7 @@ def export_checkpoint(model: str, output: Path, name: str) -> None:
     )
     with atomic_write(output) as temporary:
         torch.save(content, temporary)
-    tensors = content.get("state_dict", content.get("model"))
+    tensors = content["state_dict" if name == "mmdet" else "model"]
     logger.info("wrote %s: %d tensors in the format of %s", output, len(tensors), CODE_BASES[name])
     if name == "detrex":
         changed = _detrex_overrides(detector.config)
@@ -106,6 +106,10 @@ def checkpoint_content(
     source = Source(name, "", dict(tensors), nest(settings) if name != "official" else settings, class_names)
     rebuilt, _ = config_and_processor(source)
     _check_same(config, rebuilt, name)
+    if rebuilt.id2label != config.id2label:
+        logger.warning(
+            "%s does not store the names of the classes; config.json of the model has them", CODE_BASES[name]
+        )
     return _CONTENTS[name](tensors, settings, class_names)
 
 

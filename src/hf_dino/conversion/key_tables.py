@@ -5,7 +5,7 @@ detectron2's backbones; mmdetection 3.3.0, `configs/dino` ("mmdet"). Every line 
 reason.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,7 +59,7 @@ class Fill:
     used: bool = True
 
 
-Row = tuple[str, str, str, str]
+Row = Sequence[str]
 """Templates of one module or tensor: ours, official, detrex, mmdet."""
 
 

@@ -32,7 +32,7 @@ def find_published_checkpoint(
     if namesake.sha256:
         got, expected = f"SHA-256 {digest}", f"SHA-256 {namesake.sha256}"
     else:
-        got = _describe(*map(settings.get, ("backbone", "num_feature_levels", "num_classes")), epochs)
+        got = _describe(settings["backbone"], settings["num_feature_levels"], settings["num_classes"], epochs)
         expected = _describe(namesake.backbone, namesake.num_feature_levels, COCO_NUM_LABELS, epochs_in_name(name))
     if got == expected:
         return namesake

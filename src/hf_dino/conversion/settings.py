@@ -14,12 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
 from ..configuration_dino_detr import UNUSED_LABEL, DinoDetrConfig
 from ..hub import fill_key, match_key
 from ..image_processing_dino_detr import LONGEST_EDGE, SHORTEST_EDGE
-from ..utils.errors import InputError, summarize_list
+from ..utils.errors import InputError, import_extra, summarize_list
 from ..utils.io import read_text
 from .key_tables import BACKBONE_RULES, COCO_NAMES, COCO_NUM_LABELS, CODE_BASES, FORMATS, LEVEL_EMBEDDING, rules_for
 
@@ -253,7 +252,9 @@ def read_settings_file(path: Path) -> dict[str, Any]:
         raise InputError(f"--settings {path}: must be a {', '.join(readers)} file")
     try:
         settings = readers[path.suffix](path)
-    except (SyntaxError, yaml.YAMLError, ValueError) as error:
+    except InputError:
+        raise
+    except (SyntaxError, ValueError) as error:
         raise InputError(f"--settings {path}: cannot be read: {' '.join(str(error).split())}") from None
     if not isinstance(settings, dict):
         raise InputError(f"--settings {path}: must contain named settings, got a {type(settings).__name__}")
@@ -265,7 +266,11 @@ def _read_json(path: Path) -> Any:
 
 
 def _read_yaml(path: Path) -> Any:
-    return yaml.safe_load(read_text(path))
+    yaml = import_extra("yaml", "train", f"--settings {path}")
+    try:
+        return yaml.safe_load(read_text(path))
+    except yaml.YAMLError as error:
+        raise ValueError(error) from None
 
 
 def _read_python_file(path: Path) -> dict[str, Any]:
@@ -544,7 +549,7 @@ def _count(keys: Iterable[str], template: str) -> int:
 
 def _our_shapes(source: Mapping[str, torch.Tensor], layout: DinoDetrConfig, name: str) -> dict[str, torch.Size]:
     """Return the shapes of the tensors by our keys; a tensor that will be split has its whole shape."""
-    shapes = {}
+    shapes: dict[str, torch.Size] = {}
     for rule in rules_for(layout, name):
         for key, tensor in source.items():
             if rule.targets and (parts := match_key(rule.source, key)) is not None:
