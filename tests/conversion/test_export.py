@@ -7,10 +7,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from helpers import official_weights
 from helpers.command_line import hf_dino
 from helpers.conversion_sources import BACKBONES, SIZE, checkpoint, narrow_config, numbered_weights, save
-from helpers.models import tiny_model
-from hf_dino import DinoDetrForObjectDetection
+from helpers.large_files import measure_conversion, write_file
+from helpers.models import make_labels, tiny_model
+from helpers.paths import FIXTURES
+from hf_dino import DinoDetrForObjectDetection, DinoDetrImageProcessor
 from hf_dino.conversion import convert_checkpoint, export_checkpoint
 from hf_dino.conversion.checkpoint import read_source
 from hf_dino.conversion.convert import (
@@ -22,7 +25,8 @@ from hf_dino.conversion.convert import (
 )
 from hf_dino.conversion.export import checkpoint_content
 from hf_dino.conversion.key_tables import FORMATS
-from hf_dino.conversion.settings import make_id2label
+from hf_dino.conversion.settings import config_from_args, make_id2label
+from hf_dino.hub import load_pretrained_for_categories
 from hf_dino.utils.errors import InputError
 
 
@@ -47,6 +51,38 @@ def test_directory_returns_every_tensor_bit_for_bit(tmp_path, name):
         assert vars(back["args"]) == vars(content["args"])
     else:
         assert back["meta" if name == "mmdet" else "config"] == content["meta" if name == "mmdet" else "config"]
+
+
+@pytest.mark.parametrize("variant", ["r50_4scale", "swinl_4scale"])
+def test_official_models_return_with_all_their_keys(variant):
+    official = official_weights.read_json(FIXTURES / f"official_{variant}.json.gz")
+    source = {
+        key: torch.zeros((), dtype=getattr(torch, dtype)).expand(shape)
+        for key, (shape, dtype) in official["state_dict"].items()
+    }
+    config = config_from_args(official["args"])
+    back = checkpoint_content(convert_state_dict(source, config), config, "official", SIZE, {})
+    assert {key: [list(tensor.shape), str(tensor.dtype)[6:]] for key, tensor in back["model"].items()} == {
+        key: list(entry) for key, entry in official["state_dict"].items()
+    }
+    stored = vars(back["args"])
+    assert {name: official["args"][name] for name in stored if name != "data_aug_scales"} == {
+        name: value for name, value in stored.items() if name != "data_aug_scales"
+    }
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["r50_4scale", "detrex_dino_r50_4scale", "mmdet_dino_4scale_r50"])
+def test_whole_file_returns_bit_for_bit(shared, tmp_path, name):
+    file = tmp_path / "a.pth"
+    write_file(shared, name, file)
+    embedding = (10000, -0.5) if "detrex" in name else None
+    convert_checkpoint(file, tmp_path / "model", positional_encoding=embedding)
+    to = {"d": "detrex", "m": "mmdet"}.get(name[0], "official")
+    export_checkpoint(str(tmp_path / "model"), tmp_path / "b.pth", to)
+    whole, back = (weights_of(torch.load(path, weights_only=False)) for path in (file, tmp_path / "b.pth"))
+    assert back.keys() == whole.keys()
+    assert all(torch.equal(back[key], tensor) and back[key].dtype == tensor.dtype for key, tensor in whole.items())
 
 
 @pytest.mark.parametrize("name", FORMATS)
@@ -100,8 +136,6 @@ def test_model_that_a_format_cannot_express_is_refused(name, overrides, message)
 @pytest.mark.parametrize("name", FORMATS)
 def test_refused_model_leaves_no_file(tmp_path, name):
     tiny_model().save_pretrained(tmp_path / "model")
-    from hf_dino import DinoDetrImageProcessor
-
     DinoDetrImageProcessor().save_pretrained(tmp_path / "model")
     with pytest.raises(InputError):
         export_checkpoint(str(tmp_path / "model"), tmp_path / "a.pth", name)
@@ -188,10 +222,6 @@ def test_detections_of_kept_classes_do_not_change(coco_model, pixel_values, name
 
 
 def test_model_of_kept_classes_is_saved_trained_and_fine_tuned(coco_model, pixel_values, tmp_path):
-    from helpers.models import make_labels
-    from hf_dino import DinoDetrImageProcessor
-    from hf_dino.hub import load_pretrained_for_categories
-
     kept = selected(coco_model, ["person", "car"])
     kept.save_pretrained(tmp_path / "model")
     DinoDetrImageProcessor().save_pretrained(tmp_path / "model")
@@ -247,8 +277,6 @@ def test_options_for_classes(tmp_path, caplog):
 @pytest.mark.parametrize("name", ["swinl_4scale", "detrex_dino_swin_large_384_4scale", "mmdet_dino_5scale_swin_l"])
 def test_memory_and_time_of_a_large_file(shared, tmp_path, name):
     """At most 1.5 times the file in memory, and no slower than reading and writing it twice."""
-    from helpers.large_files import measure_conversion
-
     measured = measure_conversion(shared, name, Path(tmp_path))
     assert measured["memory"] <= 1.5 * measured["size"], measured
     assert measured["seconds"] <= 2 * measured["copy_seconds"], measured

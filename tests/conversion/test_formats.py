@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from safetensors.torch import save_file
 from torch import nn
 
 from helpers.command_line import hf_dino
@@ -244,6 +245,15 @@ def test_settings_of_mmdetection_are_read_from_its_text():
     assert dict(processor.size) == {"shortest_edge": 600, "longest_edge": 1000}
 
 
+def test_types_of_mmdetection_may_have_their_module(caplog):
+    content = checkpoint("mmdet")
+    losses = "bbox_head=dict(type='DINOHead', loss_cls=dict(type='mmdet.models.QualityFocalLoss')), "
+    text = MMDET_CONFIG.replace("'DINO'", "mmdet.models.detectors.dino.DINO").replace("as_two", losses + "as_two")
+    content["meta"]["cfg"] = text.replace("'FocalLossCost'", "'mmdet.FocalLossCost'")
+    assert converted(content)[0].class_cost == 3
+    assert "loss_cls.type=QualityFocalLoss; further training uses FocalLoss" in caplog.text
+
+
 @pytest.mark.parametrize("spelling", ["classes", "CLASSES"])
 def test_class_names_of_mmdetection_in_either_spelling(spelling):
     content = checkpoint("mmdet")
@@ -403,6 +413,19 @@ def test_ema_weights_of_detrex_have_each_head_once():
 
 
 # Files that are something else
+
+
+def test_files_of_other_kinds_are_named(tmp_path):
+    (tmp_path / "folder").mkdir()
+    save_file({"a": torch.zeros(1)}, tmp_path / "a.safetensors")
+    torch.jit.script(nn.Linear(1, 1)).save(tmp_path / "a.pt")
+    for name, message in {
+        "folder": "is a directory.*give --to",
+        "a.safetensors": "a safetensors file, which from_pretrained",
+        "a.pt": "a TorchScript program",
+    }.items():
+        with pytest.raises(InputError, match=message):
+            load_checkpoint(tmp_path / name)
 
 
 @pytest.mark.parametrize(

@@ -84,6 +84,8 @@ def load_checkpoint(path: Path, trust_pickle: bool = False) -> dict[str, Any]:
     except pickle.UnpicklingError as error:
         raise InputError(_explain_unpickling_error(path, zipped, error)) from error
     except _DAMAGED as error:
+        if "TorchScript" in str(error):
+            raise InputError(f"{path.name} is a TorchScript program; give the checkpoint of the training") from error
         raise InputError(f"{_truncated(path)} ({_first_line(error)})") from error
     except (AttributeError, ImportError) as error:  # only with trust_pickle
         raise InputError(
@@ -129,10 +131,14 @@ def _unsupported_type(error: pickle.UnpicklingError) -> str:
 
 def _is_zip_checkpoint(path: Path) -> bool:
     """Return whether a file has PyTorch's zip format rather than the older one."""
+    if path.is_dir():
+        raise InputError(f"{path}: is a directory, not a checkpoint; to write a checkpoint from a model, give --to")
     if not path.is_file():
         raise InputError(f"{path}: is not a file")
     with path.open("rb") as file:
         header = file.read(64)
+    if header[8:9] == b"{":
+        raise InputError(f"{path.name} is a safetensors file, which from_pretrained loads without conversion")
     zipped = zipfile.is_zipfile(path)
     if not zipped and header.startswith(b"PK"):  # the table of contents is at the end of a zip file
         raise InputError(_truncated(path))

@@ -151,7 +151,8 @@ SUPPORTED_VALUES: dict[str, dict[str, tuple[Any, ...]]] = {
         "model.pixel_std": (_STD,),
     },
     "mmdet": {
-        "model.type": ("DINO", "mmdet.DINO"),
+        "model.type": ("DINO",),
+        "model.bbox_head.type": ("DINOHead",),
         "model.with_box_refine": (True,),
         "model.as_two_stage": (True,),
         "model.positional_encoding.normalize": (True,),
@@ -162,6 +163,13 @@ SUPPORTED_VALUES: dict[str, dict[str, tuple[Any, ...]]] = {
         "model.data_preprocessor.mean": (_MEAN,),
         "model.data_preprocessor.std": (_STD,),
     },
+}
+
+# Losses of mmdetection with which this model can be trained further. A file that was trained with others is converted.
+LOSSES = {
+    "model.bbox_head.loss_cls.type": "FocalLoss",
+    "model.bbox_head.loss_bbox.type": "L1Loss",
+    "model.bbox_head.loss_iou.type": "GIoULoss",
 }
 
 # Pairs of official settings for which the model has one field.
@@ -329,6 +337,8 @@ def _evaluate(node: ast.expr | None, names: Mapping[str, Any]) -> Any:
 def flatten(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Add to settings those inside them, with the names joined by dots; in a list, the type of an entry is its name.
 
+    Types lose the module in which they are defined.
+
     Example:
 
     ```python
@@ -341,11 +351,17 @@ def flatten(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     for name, value in settings.items():
         path = f"{prefix}{name}"
         flat[path] = list(value) if isinstance(value, tuple) else value
+        if name == "type":
+            flat[path] = _type_name(value)
         if isinstance(value, list | tuple):
-            value = {each["type"]: each for each in value if isinstance(each, Mapping) and "type" in each}
+            value = {_type_name(each["type"]): each for each in value if isinstance(each, Mapping) and "type" in each}
         if isinstance(value, Mapping):
             flat |= flatten(value, f"{path}.")
     return flat
+
+
+def _type_name(value: Any) -> str:
+    return str(value).rpartition(".")[-1]
 
 
 def nest(flat: Mapping[str, Any]) -> dict[str, Any]:
@@ -493,6 +509,9 @@ def config_from_tensors(
     """
     known = complete(settings, name)
     check_settings(known, name)
+    for setting, loss in LOSSES.items():
+        if known.get(setting, loss) != loss:
+            logger.warning("the file was trained with %s=%s; further training uses %s", setting, known[setting], loss)
     fields = {field: known[path] for field, path in SETTING_OF_FIELD[name].items() if path in known}
     try:
         layout = _layout(source, name)
