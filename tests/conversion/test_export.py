@@ -13,7 +13,7 @@ from helpers.conversion_sources import BACKBONES, SIZE, checkpoint, narrow_confi
 from helpers.large_files import measure_conversion, write_file
 from helpers.models import make_labels, tiny_model
 from helpers.paths import FIXTURES
-from hf_dino import DinoDetrForObjectDetection, DinoDetrImageProcessor
+from hf_dino import DinoDetrConfig, DinoDetrForObjectDetection, DinoDetrImageProcessor
 from hf_dino.conversion import convert_checkpoint, export_checkpoint
 from hf_dino.conversion.checkpoint import read_source
 from hf_dino.conversion.convert import (
@@ -25,7 +25,7 @@ from hf_dino.conversion.convert import (
 )
 from hf_dino.conversion.export import checkpoint_content
 from hf_dino.conversion.key_tables import FORMATS
-from hf_dino.conversion.settings import config_from_args, make_id2label
+from hf_dino.conversion.settings import FIXED_FIELDS, config_from_args, make_id2label, read_python
 from hf_dino.hub import load_pretrained_for_categories
 from hf_dino.utils.errors import InputError
 
@@ -97,6 +97,36 @@ def test_exported_model_is_converted_to_the_same_model(name):
     assert dict(processor.size) == SIZE
 
 
+def test_settings_for_mmdetection_are_a_whole_model():
+    """The text has the modules and sizes of `configs/dino/dino-5scale_swin-l_8xb2-12e_coco.py` of mmdet 3.3.0."""
+    backbone = {"model_type": "swin", "image_size": 384, "embed_dim": 192, "depths": [2, 2, 18, 2]}
+    backbone |= {"num_heads": [6, 12, 24, 48], "window_size": 12, "drop_path_rate": 0.2, "out_indices": [1, 2, 3, 4]}
+    config = DinoDetrConfig(
+        backbone_config=backbone,
+        num_feature_levels=5,
+        id2label={i: str(i) for i in range(80)},
+        **FIXED_FIELDS["mmdet"],
+    )
+    content = checkpoint_content(numbered_weights(config), config, "mmdet", SIZE, {})
+    model = read_python(content["meta"]["cfg"])["model"]
+    assert model["backbone"] == {
+        "type": "SwinTransformer",
+        "pretrain_img_size": 384,
+        "embed_dims": 192,
+        "depths": [2, 2, 18, 2],
+        "num_heads": [6, 12, 24, 48],
+        "window_size": 12,
+        "drop_path_rate": 0.2,
+        "out_indices": [0, 1, 2, 3],
+    }
+    assert (model["neck"]["in_channels"], model["neck"]["num_outs"]) == ([192, 384, 768, 1536], 5)
+    assert model["encoder"]["layer_cfg"]["self_attn_cfg"]["num_levels"] == 5
+    assert model["bbox_head"]["loss_iou"] == {"type": "GIoULoss", "loss_weight": 2.0}
+    assert [cost["type"] for cost in model["train_cfg"]["assigner"]["match_costs"]] == [
+        "FocalLossCost", "BBoxL1Cost", "IoUCost"
+    ]  # fmt: skip
+
+
 @pytest.mark.parametrize("name", ["detrex", "mmdet"])
 def test_shared_heads_are_written_for_every_layer(name, caplog):
     config = narrow_config(name, share_decoder_heads=True)
@@ -162,7 +192,10 @@ def test_settings_that_a_format_does_not_store_are_said(caplog):
         (["--to", "mmdet"], "--to and --output"),
         (["--output", "b.pth"], "--to and --output"),
         ([], "give --output_dir"),
-        (["--to", "mmdet", "--output", "b.pth", "--coco80", "--settings", "x"], "--settings, --coco80: not read with"),
+        (
+            ["--to", "mmdet", "--output", "b.pth", "--coco80", "--settings", "x"],
+            "--settings, --coco80: not read with --to",
+        ),
         (["--to", "mmdet", "--output", "b.pth", "--output_dir", "c"], "--to and --output"),
         (["--output_dir", "c", "--coco80", "--num_labels", "3"], "--coco80 and --num_labels exclude each other"),
         (["--output_dir", "c", "--num_labels", "0"], "at least 1, got 0"),

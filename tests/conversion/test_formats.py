@@ -16,7 +16,7 @@ from torch import nn
 from helpers.command_line import hf_dino
 from helpers.conversion_sources import BACKBONES, checkpoint, history_buffers, narrow_config, numbered_weights, save
 from hf_dino import DinoDetrForObjectDetection
-from hf_dino.conversion import convert_checkpoint
+from hf_dino.conversion import convert, convert_checkpoint
 from hf_dino.conversion.checkpoint import load_checkpoint, read_source
 from hf_dino.conversion.convert import config_and_processor, convert_state_dict
 from hf_dino.conversion.key_tables import (
@@ -32,8 +32,10 @@ from hf_dino.hub import match_key
 from hf_dino.utils.errors import InputError
 
 
-SUPPORTED = [(name, backbone) for name in FORMATS for backbone in BACKBONES]
-SUPPORTED = [(name, backbone) for name, backbone in SUPPORTED if name != "official" or "ConvNeXt" not in backbone]
+SUPPORTED = [
+    *((name, backbone) for name in FORMATS for backbone in ("ResNet-50", "Swin-T")),
+    *(("detrex", "ResNet-101"), ("detrex", "ConvNeXt-T"), ("mmdet", "ConvNeXt-T")),
+]
 
 
 def converted(content: dict, **options):
@@ -182,13 +184,11 @@ def test_detrex_file_must_be_told_its_position_embedding(tmp_path):
     with pytest.raises(InputError, match=r"give --positional_encoding 10000,-0\.5 .*20,0") as error:
         hf_dino(["convert", file, "--output_dir", tmp_path / "model"])
     assert len(str(error.value).splitlines()) == 1
-    for given, expected in {"10000,-0.5": (10000, -0.5), "20,0": (20, 0)}.items():
-        output = tmp_path / given
-        assert hf_dino(["convert", file, "--output_dir", output, "--positional_encoding", given]) == 0
-        config = json.loads((output / "config.json").read_text())
-        assert (config["positional_encoding_temperature"], config["positional_encoding_offset"]) == expected
-        card = (output / "README.md").read_text(encoding="utf-8")
-        assert f"temperature {expected[0]}, offset {expected[1]:g}, given with" in card
+    output = tmp_path / "model"
+    assert hf_dino(["convert", file, "--output_dir", output, "--positional_encoding", "10000,-0.5"]) == 0
+    config = json.loads((output / "config.json").read_text())
+    assert (config["positional_encoding_temperature"], config["positional_encoding_offset"]) == (10000, -0.5)
+    assert "temperature 10000, offset -0.5, given with" in (output / "README.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("text", ["20", "20,a", "20,0,1", "nan,0", " "])
@@ -217,7 +217,8 @@ def test_known_file_needs_no_position_embedding(tmp_path):
         assert words in card
 
 
-def test_position_embedding_that_contradicts_the_file_is_said(tmp_path, caplog):
+def test_position_embedding_that_contradicts_the_file_is_said(tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(convert, "write_folder", lambda *_: None)
     file = save(checkpoint("mmdet"), tmp_path / "epoch_12.pth")
     convert_checkpoint(file, tmp_path / "model", positional_encoding=(10000, -0.5))
     assert "--positional_encoding 10000,-0.5: replaces 20,0 of the settings" in caplog.text
@@ -346,10 +347,18 @@ def test_settings_can_be_given_for_weights_alone(tmp_path, content):
     assert ("are None" in str(error.value)) is (content == "none")
     (tmp_path / "config.py").write_text(official_settings_text(whole["args"]))
     (tmp_path / "config.json").write_text(json.dumps(vars(whole["args"])))
-    for settings in ("config.py", "config.json"):
-        output = tmp_path / f"model of {settings}"
-        assert hf_dino(["convert", file, "--output_dir", output, "--settings", tmp_path / settings]) == 0
-        assert DinoDetrForObjectDetection.from_pretrained(output).config.num_queries == 12
+    found = [read_settings_file(tmp_path / name) for name in ("config.py", "config.json")]
+    assert found == [vars(whole["args"])] * 2
+    assert converted(alone, settings=found[0])[0].num_queries == 12
+
+
+def test_settings_option(tmp_path):
+    whole = checkpoint("official")
+    file = save(whole["model"], tmp_path / "weights.pth")
+    (tmp_path / "config.py").write_text(official_settings_text(whole["args"]))
+    settings = ["--settings", tmp_path / "config.py"]
+    assert hf_dino(["convert", file, "--output_dir", tmp_path / "model", *settings]) == 0
+    assert DinoDetrForObjectDetection.from_pretrained(tmp_path / "model").config.num_queries == 12
 
 
 def test_bare_weights_of_detrex_take_the_settings_of_its_yaml(tmp_path):
@@ -481,7 +490,8 @@ def test_damaged_file_is_one_error(tmp_path, zipped):
             load_checkpoint(path)
 
 
-def test_convert_says_what_it_found(tmp_path, caplog):
+def test_convert_says_what_it_found(tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(convert, "write_folder", lambda *_: None)
     caplog.set_level(logging.INFO)
     convert_checkpoint(save(checkpoint("mmdet"), tmp_path / "a.pth", zipped=False), tmp_path / "model")
     assert "a.pth: a checkpoint in the format 'mmdet'" in caplog.text

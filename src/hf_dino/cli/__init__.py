@@ -86,37 +86,27 @@ def convert(
     log_to_terminal(logging.INFO)
     if (to is None) == (output_dir is None) or (to is None) != (output is None):
         raise InputError("give --output_dir to convert a checkpoint, or --to and --output to write one from a model")
-    embedding = parse_positional_encoding(positional_encoding) if positional_encoding else None
+    options = {
+        "use_ema": use_ema,
+        "trust_pickle": trust_pickle,
+        "overwrite": overwrite_output_dir,
+        "settings": settings,
+        "positional_encoding": None if positional_encoding is None else parse_positional_encoding(positional_encoding),
+        "keep_classes": () if keep_classes is None else [name.strip() for name in keep_classes.split(",")],
+        "coco80": coco80,
+        "num_labels": num_labels,
+    }
 
     from ..conversion import convert_checkpoint, export_checkpoint
 
-    if to is not None and output is not None:
-        given = {
-            "--settings": settings,
-            "--positional_encoding": embedding,
-            "--coco80": coco80,
-            "--keep_classes": keep_classes,
-            "--num_labels": num_labels,
-            "--use_ema": use_ema,
-            "--overwrite_output_dir": overwrite_output_dir,
-            "--trust_pickle": trust_pickle,
-        }
-        if unread := [name for name, value in given.items() if value not in (None, False)]:
-            raise InputError(f"{', '.join(unread)}: not read with --to; remove it")
-        export_checkpoint(checkpoint, output, to)
     if output_dir is not None:
-        convert_checkpoint(
-            Path(checkpoint),
-            output_dir,
-            use_ema=use_ema,
-            trust_pickle=trust_pickle,
-            overwrite=overwrite_output_dir,
-            settings=settings,
-            positional_encoding=embedding,
-            keep_classes=() if keep_classes is None else [name.strip() for name in keep_classes.split(",")],
-            coco80=coco80,
-            num_labels=num_labels,
+        convert_checkpoint(Path(checkpoint), output_dir, **options)
+    elif unread := [f"--{name}" for name, value in options.items() if value not in (None, False, ())]:
+        raise InputError(
+            f"{', '.join(unread).replace('overwrite', 'overwrite_output_dir')}: not read with --to; remove it"
         )
+    elif to is not None and output is not None:
+        export_checkpoint(checkpoint, output, to)
 
 
 def parse_positional_encoding(text: str) -> tuple[float, float]:

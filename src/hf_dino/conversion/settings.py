@@ -681,11 +681,11 @@ def settings_of(config: DinoDetrConfig, name: str, size: Mapping[str, int]) -> d
     """
     settings = {setting: values[0] for setting, values in SUPPORTED_VALUES[name].items()}
     settings |= {setting: getattr(config, field) for field, setting in SETTING_OF_FIELD[name].items()}
-    if name != "official":
-        return {
-            **settings,
-            "model.num_classes" if name == "detrex" else "model.bbox_head.num_classes": config.num_labels,
-        }
+    if name == "detrex":
+        return {**settings, "model.num_classes": config.num_labels}
+    if name == "mmdet":
+        del settings["model.backbone.style"]
+        return settings | {f"model.{path}": value for path, value in _mmdet_modules(config).items()}
     backbone: Any = config.backbone_config
     settings["embed_init_tgt"] = True  # means nothing without two stages
     for field, strategies in OFFICIAL_STRATEGIES.items():
@@ -702,3 +702,71 @@ def settings_of(config: DinoDetrConfig, name: str, size: Mapping[str, int]) -> d
         "data_aug_max_size": size.get("longest_edge", LONGEST_EDGE),
         "data_aug_scale_overlap": None,
     }
+
+
+# Settings of mmdetection's DINO that are the same for every model that the format can express.
+_MMDET_CONSTANTS = {
+    "data_preprocessor.type": "DetDataPreprocessor",
+    "data_preprocessor.pad_size_divisor": 1,
+    "neck.type": "ChannelMapper",
+    "neck.kernel_size": 1,
+    "neck.act_cfg": None,
+    "neck.norm_cfg.type": "GN",
+    "decoder.return_intermediate": True,
+    "decoder.post_norm_cfg": None,
+    "bbox_head.sync_cls_avg_factor": True,
+    **{setting.removeprefix("model."): loss for setting, loss in LOSSES.items()},
+    "dn_cfg.group_cfg.dynamic": True,
+    "dn_cfg.group_cfg.num_groups": None,
+    "train_cfg.assigner.type": "HungarianAssigner",
+    "train_cfg.assigner.match_costs.BBoxL1Cost.box_format": "xywh",
+    "train_cfg.assigner.match_costs.IoUCost.iou_mode": "giou",
+}
+
+
+def _mmdet_modules(config: DinoDetrConfig) -> dict[str, Any]:
+    """Return the flat settings of mmdetection's modules that do not stand for a field of `DinoDetrConfig` alone."""
+    width, levels = config.d_model, config.num_feature_levels
+    backbone, channels = _mmdet_backbone(config)
+    deformable = {"embed_dims": width, "num_levels": levels, "dropout": config.dropout}
+    encoder = {**deformable, "num_points": config.encoder_n_points}
+    decoder = {**deformable, "num_points": config.decoder_n_points, "num_heads": config.decoder_attention_heads}
+    modules = {
+        "backbone": backbone,
+        "neck": {"in_channels": channels, "out_channels": width, "num_outs": levels},
+        "encoder.layer_cfg.self_attn_cfg": encoder,
+        "encoder.layer_cfg.ffn_cfg": {"embed_dims": width},
+        "decoder.layer_cfg.self_attn_cfg": {"embed_dims": width, "dropout": config.dropout},
+        "decoder.layer_cfg.cross_attn_cfg": decoder,
+        "decoder.layer_cfg.ffn_cfg": {"embed_dims": width, "ffn_drop": config.dropout},
+        "positional_encoding": {"num_feats": width // 2},
+        "bbox_head": {"num_classes": config.num_labels},
+    }
+    flat = {f"{module}.{name}": value for module, fields in modules.items() for name, value in fields.items()}
+    return {**_MMDET_CONSTANTS, **flat}
+
+
+def _mmdet_backbone(config: DinoDetrConfig) -> tuple[dict[str, Any], list[int]]:
+    """Return the settings of the backbone, and the channels of its outputs."""
+    backbone: Any = config.backbone_config
+    stages = [index - 1 for index in backbone.out_indices]
+    sizes = {
+        "resnet": lambda: {"type": "ResNet", "depth": 3 * sum(backbone.depths) + 2, "style": "pytorch"},
+        "swin": lambda: {
+            "type": "SwinTransformer",
+            "pretrain_img_size": backbone.image_size,
+            "embed_dims": backbone.embed_dim,
+            "depths": list(backbone.depths),
+            "num_heads": list(backbone.num_heads),
+            "window_size": backbone.window_size,
+            "drop_path_rate": backbone.drop_path_rate,
+        },
+        "convnext": lambda: {
+            "type": "mmpretrain.ConvNeXt",
+            "arch": {"depths": list(backbone.depths), "channels": list(backbone.hidden_sizes)},
+            "gap_before_final_norm": False,
+        },
+    }
+    width = getattr(backbone, "embed_dim", None) or backbone.hidden_sizes[0]
+    fields = sizes[backbone.model_type]()
+    return {**fields, "out_indices": stages}, [width * 2**stage for stage in stages]
