@@ -65,8 +65,8 @@ CODE_BASES = {
         name="detrex",
         url="https://github.com/IDEA-Research/detrex",
         owner="IDEA-Research",
-        settings="The sizes were read from the shapes of the tensors; the file contains no settings, so the others "
-        "are detrex's defaults.",
+        settings="The sizes were read from the shapes of the tensors; the file contains no settings, so the others, "
+        "such as the 8 heads of the attention, are detrex's defaults.",
         differences="detrex evaluates one image at a time, and treats the padding of a larger batch as image; this "
         "model uses padding masks, so an image gives the same detections in any batch. detrex clips boxes to the "
         "image and drops those that become empty; this model returns them as they are predicted.",

@@ -67,7 +67,14 @@ def test_levels_and_strategies_are_read_from_the_tensors(name):
     config = narrow_config(name, backbone_config=backbone, num_feature_levels=5, query_selection="pure")
     found, _ = converted(checkpoint(name, config))
     assert list(found.backbone_config.out_indices) == [1, 2, 3, 4]
-    assert (found.num_feature_levels, found.query_selection) == (5, "pure")
+    assert (found.num_feature_levels, found.query_selection, found.num_queries) == (5, "pure", 12)
+
+
+def test_number_of_queries_without_contents_is_assumed_and_said(caplog):
+    content = checkpoint("detrex", narrow_config("detrex", query_selection="pure"))
+    del content["config"]["model"]["num_queries"]
+    assert converted(content)[0].num_queries == 900
+    assert "number of queries: 900 are assumed" in caplog.text
 
 
 @pytest.mark.parametrize(("name", "backbone"), SUPPORTED)

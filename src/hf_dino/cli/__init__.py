@@ -8,7 +8,7 @@ import logging
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import typer
 
@@ -86,7 +86,7 @@ def convert(
     log_to_terminal(logging.INFO)
     if (to is None) == (output_dir is None) or (to is None) != (output is None):
         raise InputError("give --output_dir to convert a checkpoint, or --to and --output to write one from a model")
-    options = {
+    options: dict[str, Any] = {
         "use_ema": use_ema,
         "trust_pickle": trust_pickle,
         "overwrite": overwrite_output_dir,

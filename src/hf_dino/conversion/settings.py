@@ -585,7 +585,7 @@ def _architecture(shapes: Mapping[str, torch.Size], known: Mapping[str, Any]) ->
     fields: dict[str, Any] = {
         "num_feature_levels": levels,
         "d_model": d_model,
-        "num_queries": shapes.get("model.query_selection.content_queries.weight", (900,))[0],
+        "num_queries": _num_queries(shapes, known),
         "backbone_config": _backbone(shapes),
     }
     for part, attention in (("encoder", "self_attn"), ("decoder", "encoder_attn")):
@@ -601,6 +601,13 @@ def _architecture(shapes: Mapping[str, torch.Size], known: Mapping[str, Any]) ->
         fields[f"{part}_layers"] = _count(shapes, f"model.{part}.layers.*.mlp.fc1.weight")
         fields[f"{part}_ffn_dim"] = shapes[f"model.{part}.layers.0.mlp.fc1.weight"][0]
     return fields
+
+
+def _num_queries(shapes: Mapping[str, torch.Size], known: Mapping[str, Any]) -> int:
+    contents = shapes.get("model.query_selection.content_queries.weight")
+    if contents is None and "num_queries" not in known:
+        logger.warning("the file does not tell its number of queries: 900 are assumed, or give it with --settings")
+    return contents[0] if contents is not None else 900
 
 
 _BODY = "model.backbone.body"
