@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from ..configuration_dino_detr import DinoDetrConfig
 from ..hub import fill_key, load_model_and_processor, match_key
 from ..utils.errors import InputError, summarize_list
-from ..utils.io import atomic_write, ensure_new_files
+from ..utils.io import atomic_write
 from .checkpoint import Source
 from .convert import UNUSED_WEIGHTS, config_and_processor
 from .key_tables import CODE_BASES, FORMATS, LABEL_EMBEDDING, Fill, Rule, fills_for, rules_for
@@ -60,7 +60,8 @@ def export_checkpoint(model: str, output: Path, name: str) -> None:
     """
     if name not in FORMATS:
         raise InputError(f"--to {name}: must be {', '.join(FORMATS)}")
-    ensure_new_files(output)
+    if output.exists():
+        raise InputError(f"{output}: already exists; use a different path or remove it")
     detector, processor = load_model_and_processor(model)
     unused = Path(model) / UNUSED_WEIGHTS
     content = checkpoint_content(

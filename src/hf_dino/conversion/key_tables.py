@@ -134,7 +134,6 @@ def relative_position_index(bias_table: torch.Tensor) -> torch.Tensor:
     return rows * side + columns
 
 
-_MERGING = "normalizes and projects the 2 x 2 patches in another order, channel by channel"
 _OUR_BLOCK = f"{_BODY}swin.encoder.layers.*.blocks.*."
 _BLOCKS = (_OUR_BLOCK, "backbone.0.layers.*.blocks.*.", "backbone.layers.*.blocks.*.", "backbone.stages.*.blocks.*.")
 _SWIN = _rows(
@@ -157,20 +156,17 @@ _SWIN_BLOCKS = _rows(
     ),
 )
 # transformers counts stages from 1
-_OUTPUT_NORMS = {
-    ours: tuple((f"norm{stage}.@", f"{_BODY}hidden_states_norms.stage{stage + 1}.@") for stage in range(4))
-    for ours in ("swin", "convnext")
-}
+_OUTPUT_NORMS = tuple((f"norm{stage}.@", f"{_BODY}hidden_states_norms.stage{stage + 1}.@") for stage in range(4))
 _PREFIX = {"official": "backbone.0.", "detrex": "backbone.", "mmdet": "backbone."}
-_MERGED = "downsample.@.@"
+_OUR_MERGING = f"{_BODY}swin.encoder.layers.*.downsample.@.@"
 _SWIN_MERGING = {
-    "official": _renamed((f"backbone.0.layers.*.{_MERGED}", f"{_BODY}swin.encoder.layers.*.{_MERGED}")),
-    "detrex": _renamed((f"backbone.layers.*.{_MERGED}", f"{_BODY}swin.encoder.layers.*.{_MERGED}")),
+    "official": _renamed(("backbone.0.layers.*.downsample.@.@", _OUR_MERGING)),
+    "detrex": _renamed(("backbone.layers.*.downsample.@.@", _OUR_MERGING)),
     "mmdet": (
         Rule(
-            f"backbone.stages.*.{_MERGED}",
-            (f"{_BODY}swin.encoder.layers.*.{_MERGED}",),
-            reason=f"mmdetection's patch merging {_MERGING}",
+            "backbone.stages.*.downsample.@.@",
+            (_OUR_MERGING,),
+            reason="mmdetection's patch merging goes through the 2 x 2 patches channel by channel",
             reorder=(unfold_to_blocks, blocks_to_unfold),
         ),
     ),
@@ -182,7 +178,7 @@ def _swin(name: str, block: str, attention: str) -> tuple[Rule, ...]:
         *_SWIN[name],
         *_SWIN_BLOCKS[name],
         *_SWIN_MERGING[name],
-        *_renamed(*((_PREFIX[name] + source, target) for source, target in _OUTPUT_NORMS["swin"])),
+        *_renamed(*((_PREFIX[name] + source, target) for source, target in _OUTPUT_NORMS)),
         Rule(
             f"{block}{attention}.qkv.@",
             tuple(f"{_OUR_BLOCK}attention.{part}_proj.@" for part in "qkv"),
@@ -214,7 +210,7 @@ _CONVNEXT = (
     ("downsample_layers.0.0.@", f"{_BODY}embeddings.patch_embeddings.@"),
     ("downsample_layers.0.1.@", f"{_BODY}embeddings.layernorm.@"),
     ("downsample_layers.#.*.@", f"{_BODY}encoder.stages.#.downsampling_layer.*.@"),
-    *_OUTPUT_NORMS["convnext"],
+    *_OUTPUT_NORMS,
 )
 CONVNEXT = {
     name: (*_CONVNEXT_BLOCKS[name], *_renamed(*((_PREFIX[name] + source, target) for source, target in _CONVNEXT)))
@@ -289,15 +285,10 @@ DECODER = {
 }
 
 _OUR_BOX_HEAD = "model.decoder.bbox_embed"
-_SECOND = (
-    ("class_embed.*.@", "bbox_embed.*.layers.*.@"),
-    "the decoder has a second reference to the heads, so the file contains them twice",
+_SECOND_REFERENCES = tuple(
+    Rule(f"transformer.decoder.{key}", reason="the decoder has a second reference to the heads", equals=key)
+    for key in ("class_embed.*.@", "bbox_embed.*.layers.*.@")
 )
-
-
-def _second_references() -> tuple[Rule, ...]:
-    keys, reason = _SECOND
-    return tuple(Rule(f"transformer.decoder.{key}", reason=reason, equals=key) for key in keys)
 
 
 def _official_heads(config: DinoDetrConfig) -> tuple[Rule, ...]:
@@ -314,7 +305,7 @@ def _official_heads(config: DinoDetrConfig) -> tuple[Rule, ...]:
             (f"bbox_embed.{layer}.layers.*.@", f"{_OUR_BOX_HEAD}.{layer}.layers.*.@"),
         ),
         *(copies if shared else ()),
-        *_second_references(),
+        *_SECOND_REFERENCES,
     )
 
 
@@ -340,7 +331,7 @@ def _heads(name: str, config: DinoDetrConfig) -> tuple[Rule, ...]:
         return _official_heads(config)
     if name == "detrex":
         layers = ("layers.0", "layers.1", "layers.2")
-        return (*_heads_per_layer(config, "class_embed", "bbox_embed", layers), *_second_references())
+        return (*_heads_per_layer(config, "class_embed", "bbox_embed", layers), *_SECOND_REFERENCES)
     return _heads_per_layer(config, "bbox_head.cls_branches", "bbox_head.reg_branches", ("0", "2", "4"))
 
 
