@@ -18,7 +18,7 @@ from helpers.conversion_sources import BACKBONES, checkpoint, history_buffers, n
 from hf_dino import DinoDetrForObjectDetection
 from hf_dino.conversion import convert, convert_checkpoint
 from hf_dino.conversion.checkpoint import load_checkpoint, read_source
-from hf_dino.conversion.convert import config_and_processor, convert_state_dict
+from hf_dino.conversion.convert import build_model, config_and_processor, convert_state_dict
 from hf_dino.conversion.key_tables import (
     FORMATS,
     blocks_to_unfold,
@@ -122,6 +122,13 @@ def test_patch_merging_of_mmdetection_is_reordered():
     merged = ours(torch.cat(blocks, dim=-1).flatten(1, 2)) @ unfold_to_blocks(weight).T
     torch.testing.assert_close(merged, theirs)
     assert torch.equal(blocks_to_unfold(unfold_to_blocks(weight)), weight)
+
+
+def test_convnext_runs():
+    config, tensors = converted(checkpoint("detrex", narrow_config("detrex", "ConvNeXt-T")))
+    model = build_model(config, {key: 0.01 * torch.rand(value.shape) for key, value in tensors.items()})
+    with torch.no_grad():
+        assert model(torch.rand(1, 3, 128, 128)).logits.isfinite().all()
 
 
 def test_neck_without_bias_is_filled_with_zeros():
@@ -292,6 +299,8 @@ def test_eighty_classes_without_names_are_those_of_coco():
         (", bgr_to_rgb=True", "", "bgr_to_rgb=False"),
         ("mean=[123.675, 116.28", "mean=[0, 0", r"mean=\[0, 0, 103.53\]"),
         ("levels = 4", "levels = (", "not Python"),
+        ("levels = 4", "levels = '\0'", "not Python"),
+        ("levels = 4", "levels = " + 5000 * "(", "not Python"),
         ("temperature=10000", "temperature=half()", "half()"),
     ],
 )

@@ -301,9 +301,9 @@ def _mmdet_settings(content: Mapping[str, Any]) -> dict[str, Any]:
         return dict(config)
     try:
         return read_python(config) if isinstance(config, str) else {}
-    except SyntaxError as error:
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         raise InputError(
-            f"the file's settings (meta['cfg']) are not Python ({error.msg}, line {error.lineno}); {_GIVE_SETTINGS}"
+            f"the file's settings (meta['cfg']) are not Python ({_first_line(error)}); {_GIVE_SETTINGS}"
         ) from None
 
 

@@ -195,7 +195,7 @@ def _positional_encoding(
                 _comma((*in_file, 0.0)[:2]),
             )
         return given, "given with `--positional_encoding`"
-    if in_file:
+    if in_file or source.format == "official":  # whose settings are all required
         return None, "read from the file's settings"
     if known:
         temperature, offset = known.positional_encoding or (10000, -0.5)

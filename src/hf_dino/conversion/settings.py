@@ -262,7 +262,7 @@ def read_settings_file(path: Path) -> dict[str, Any]:
         settings = readers[path.suffix](path)
     except InputError:
         raise
-    except (SyntaxError, ValueError) as error:
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         raise InputError(f"--settings {path}: cannot be read: {' '.join(str(error).split())}") from None
     if not isinstance(settings, dict):
         raise InputError(f"--settings {path}: must contain named settings, got a {type(settings).__name__}")
