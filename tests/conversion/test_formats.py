@@ -260,6 +260,22 @@ def test_settings_of_mmdetection_are_read_from_its_text():
     assert dict(processor.size) == {"shortest_edge": 600, "longest_edge": 1000}
 
 
+@pytest.mark.parametrize(
+    ("resize", "size"),
+    [
+        ("dict(type='Resize', scale=(640, 480))", {"height": 480, "width": 640}),
+        ("dict(type='Resize', scale=(640, 480), keep_ratio=False)", {"height": 480, "width": 640}),
+        ("dict(type='Other')", {"shortest_edge": 800, "longest_edge": 1333}),
+        ("dict(type='Resize', scale=[(1, 2), (3, 4)])", {"shortest_edge": 800, "longest_edge": 1333}),
+    ],
+)
+def test_image_size_of_mmdetection(resize, size, caplog):
+    content = checkpoint("mmdet")
+    content["meta"]["cfg"] = MMDET_CONFIG.replace("dict(type='Resize', scale=(1000, 600), keep_ratio=True)", resize)
+    assert dict(config_and_processor(read_source(content))[1].size) == size
+    assert ("image size of the file's test_pipeline is not known" in caplog.text) is ("longest_edge" in size)
+
+
 def test_types_of_mmdetection_may_have_their_module(caplog):
     content = checkpoint("mmdet")
     losses = "bbox_head=dict(type='DINOHead', loss_cls=dict(type='mmdet.models.QualityFocalLoss')), "

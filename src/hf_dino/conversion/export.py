@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 
 from ..configuration_dino_detr import DinoDetrConfig
 from ..hub import fill_key, load_model_and_processor, match_key
+from ..image_processing_dino_detr import DinoDetrImageProcessor
 from ..utils.errors import InputError, summarize_list
 from ..utils.io import atomic_write
 from .checkpoint import Source
@@ -63,6 +64,7 @@ def export_checkpoint(model: str, output: Path, name: str) -> None:
     if output.exists():
         raise InputError(f"{output}: already exists; use a different path or remove it")
     detector, processor = load_model_and_processor(model)
+    _check_normalization(processor)
     unused = Path(model) / UNUSED_WEIGHTS
     content = checkpoint_content(
         detector.state_dict(),
@@ -78,6 +80,17 @@ def export_checkpoint(model: str, output: Path, name: str) -> None:
     if name == "detrex":
         changed = _detrex_overrides(detector.config)
         logger.info("detrex reads no settings from the file; set in its configuration: %s", changed)
+
+
+def _check_normalization(processor: Any) -> None:
+    """Check that images are normalized as all three code bases do."""
+    usual = DinoDetrImageProcessor()
+    for field in ("image_mean", "image_std", "do_rescale", "do_normalize"):
+        if getattr(processor, field) != getattr(usual, field):
+            raise InputError(
+                f"no format can express the image processor's {field}={getattr(processor, field)!r}, only "
+                f"{getattr(usual, field)!r}"
+            )
 
 
 def checkpoint_content(
@@ -105,8 +118,10 @@ def checkpoint_content(
     settings = settings_of(config, name, size)
     class_names = [config.id2label[label] for label in range(config.num_labels)]
     source = Source(name, "", dict(tensors), nest(settings) if name != "official" else settings, class_names)
-    rebuilt, _ = config_and_processor(source)
+    rebuilt, processor = config_and_processor(source)
     _check_same(config, rebuilt, name)
+    if dict(processor.size) != dict(size):
+        logger.warning("%s does not store the image size %s", CODE_BASES[name], dict(size))
     if rebuilt.id2label != config.id2label:
         logger.warning(
             "%s does not store the names of the classes; config.json of the model has them", CODE_BASES[name]

@@ -479,14 +479,25 @@ def evaluation_size(settings: Mapping[str, Any]) -> dict[str, int]:
     The official one is the largest training scale; mmdetection's is that of its test pipeline.
     """
     for pipeline in ("test_pipeline", "test_dataloader.dataset.pipeline"):
-        if f"{pipeline}.Resize.scale" in settings:
-            shortest, longest = sorted(settings[f"{pipeline}.Resize.scale"])
-            return {"shortest_edge": shortest, "longest_edge": longest}
+        if pipeline in settings:
+            return _size_of_pipeline(settings, pipeline)
     scale = settings.get("data_aug_scale_overlap") or 1
     return {
         "shortest_edge": int(max(settings.get("data_aug_scales") or [SHORTEST_EDGE]) * scale),
         "longest_edge": int((settings.get("data_aug_max_size") or LONGEST_EDGE) * scale),
     }
+
+
+def _size_of_pipeline(settings: Mapping[str, Any], pipeline: str) -> dict[str, int]:
+    match settings.get(f"{pipeline}.Resize.scale"), settings.get(f"{pipeline}.Resize.keep_ratio", False):
+        case [int(width), int(height)], True:
+            return {"shortest_edge": min(width, height), "longest_edge": max(width, height)}
+        case [int(width), int(height)], False:
+            return {"height": height, "width": width}
+    logger.warning(
+        "the image size of the file's %s is not known; %d/%d is used", pipeline, SHORTEST_EDGE, LONGEST_EDGE
+    )
+    return {"shortest_edge": SHORTEST_EDGE, "longest_edge": LONGEST_EDGE}
 
 
 def config_from_tensors(
@@ -692,7 +703,8 @@ def settings_of(config: DinoDetrConfig, name: str, size: Mapping[str, int]) -> d
         return {**settings, "model.num_classes": config.num_labels}
     if name == "mmdet":
         del settings["model.backbone.style"]
-        return settings | {f"model.{path}": value for path, value in _mmdet_modules(config).items()}
+        pipeline = {"test_pipeline": [{"type": "LoadImageFromFile"}, _resize(size), {"type": "PackDetInputs"}]}
+        return settings | pipeline | {f"model.{path}": value for path, value in _mmdet_modules(config).items()}
     backbone: Any = config.backbone_config
     settings["embed_init_tgt"] = True  # means nothing without two stages
     for field, strategies in OFFICIAL_STRATEGIES.items():
@@ -709,6 +721,13 @@ def settings_of(config: DinoDetrConfig, name: str, size: Mapping[str, int]) -> d
         "data_aug_max_size": size.get("longest_edge", LONGEST_EDGE),
         "data_aug_scale_overlap": None,
     }
+
+
+def _resize(size: Mapping[str, int]) -> dict[str, Any]:
+    """Return mmdetection's step that resizes images; its scale is (width, height)."""
+    keep_ratio = "longest_edge" in size
+    scale = [size["longest_edge"], size["shortest_edge"]] if keep_ratio else [size["width"], size["height"]]
+    return {"type": "Resize", "scale": scale, "keep_ratio": keep_ratio}
 
 
 # Settings of mmdetection's DINO that are the same for every model that the format can express.
