@@ -23,7 +23,7 @@ from ..utils.io import atomic_write
 from .checkpoint import Source
 from .convert import UNUSED_WEIGHTS, config_and_processor
 from .key_tables import CODE_BASES, FORMATS, LABEL_EMBEDDING, Fill, Rule, fills_for, rules_for
-from .settings import SETTING_OF_FIELD, flatten, nest, official_backbone, settings_of
+from .settings import SETTING_OF_FIELD, as_list, flatten, nest, official_backbone, settings_of
 
 
 logger = logging.getLogger(__name__)
@@ -86,11 +86,9 @@ def _check_normalization(processor: Any) -> None:
     """Check that images are normalized as all three code bases do."""
     usual = DinoDetrImageProcessor()
     for field in ("image_mean", "image_std", "do_rescale", "do_normalize"):
-        if getattr(processor, field) != getattr(usual, field):
-            raise InputError(
-                f"no format can express the image processor's {field}={getattr(processor, field)!r}, only "
-                f"{getattr(usual, field)!r}"
-            )
+        ours, theirs = as_list(getattr(processor, field)), as_list(getattr(usual, field))
+        if ours != theirs:
+            raise InputError(f"no format can express the image processor's {field}={ours!r}, only {theirs!r}")
 
 
 def checkpoint_content(

@@ -682,10 +682,11 @@ def official_backbone(config: DinoDetrConfig) -> str | None:
 
 def _has(backbone: Any, fields: Mapping[str, Any]) -> bool:
     compared = fields.keys() - {"drop_path_rate"}  # for training alone
-    return all(_plain(getattr(backbone, field, None)) == fields[field] for field in compared)
+    return all(as_list(getattr(backbone, field, None)) == fields[field] for field in compared)
 
 
-def _plain(value: Any) -> Any:
+def as_list(value: Any) -> Any:
+    """Return a tuple as a list, and anything else as it is."""
     return list(value) if isinstance(value, tuple) else value
 
 
