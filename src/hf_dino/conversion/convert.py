@@ -10,6 +10,7 @@ import os
 import shutil
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Protocol
@@ -120,12 +121,12 @@ def convert_checkpoint(
     logger.info("%s: a checkpoint in the format %r", checkpoint.name, source.format)
     embedding, embedding_source = _positional_encoding(positional_encoding, known, source)
     config, processor = config_and_processor(source, embedding)
-    state_dict = convert_state_dict(source.tensors, config, source.format)
-    old_config, config = config, choose_classes(state_dict, config, keep_classes, coco80, num_labels)
-    model = build_model(config, state_dict, new_classes=num_labels is not None)
-
-    logger.info("computing the SHA-256 of %s", checkpoint.name)
-    digest = sha256(checkpoint)
+    with ThreadPoolExecutor(max_workers=1) as executor:
+        hashing = executor.submit(sha256, checkpoint)  # takes as long as the lines below
+        state_dict = convert_state_dict(source.tensors, config, source.format)
+        old_config, config = config, choose_classes(state_dict, config, keep_classes, coco80, num_labels)
+        model = build_model(config, state_dict, new_classes=num_labels is not None)
+        digest = hashing.result()
     known = known or _find_known(checkpoint.name, digest, source)
     card = converted_card(
         config,

@@ -55,7 +55,7 @@ def export_checkpoint(model: str, output: Path, name: str) -> None:
     ```python
     >>> from hf_dino.conversion import export_checkpoint
 
-    >>> export_checkpoint("runs/mine/model", Path("mine.pth"), "mmdet")  # doctest: +SKIP
+    >>> export_checkpoint("runs/mine", Path("mine.pth"), "mmdet")  # doctest: +SKIP
 
     ```
     """
