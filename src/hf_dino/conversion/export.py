@@ -17,13 +17,13 @@ from safetensors.torch import load_file
 
 from ..configuration_dino_detr import DinoDetrConfig
 from ..hub import fill_key, load_model_and_processor, match_key
-from ..image_processing_dino_detr import DinoDetrImageProcessor
+from ..image_processing_dino_detr import LONGEST_EDGE, SHORTEST_EDGE, DinoDetrImageProcessor
 from ..utils.errors import InputError, summarize_list
 from ..utils.io import atomic_write
 from .checkpoint import Source
 from .convert import UNUSED_WEIGHTS, config_and_processor
 from .key_tables import CODE_BASES, FORMATS, LABEL_EMBEDDING, Fill, Rule, fills_for, rules_for
-from .settings import SETTING_OF_FIELD, as_list, flatten, nest, official_backbone, settings_of
+from .settings import BACKBONES, LOSSES, OFFICIAL_STRATEGIES, SETTING_OF_FIELD, SUPPORTED_VALUES, flatten
 
 
 logger = logging.getLogger(__name__)
@@ -86,7 +86,7 @@ def _check_normalization(processor: Any) -> None:
     """Check that images are normalized as all three code bases do."""
     usual = DinoDetrImageProcessor()
     for field in ("image_mean", "image_std", "do_rescale", "do_normalize"):
-        ours, theirs = as_list(getattr(processor, field)), as_list(getattr(usual, field))
+        ours, theirs = _as_list(getattr(processor, field)), _as_list(getattr(usual, field))
         if ours != theirs:
             raise InputError(f"no format can express the image processor's {field}={ours!r}, only {theirs!r}")
 
@@ -305,3 +305,149 @@ def _copies(rule: Rule, exported: Mapping[str, torch.Tensor], config: DinoDetrCo
 
 def _matching(template: str, tensors: Mapping[str, torch.Tensor]) -> list[tuple[tuple[str, ...], torch.Tensor]]:
     return [(parts, tensor) for key, tensor in tensors.items() if (parts := match_key(template, key)) is not None]
+
+
+def nest(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """Invert [`~settings.flatten`], but for lists.
+
+    Example:
+
+    ```python
+    >>> nest({"head.weight": 2, "head.costs.iou": 1})
+    {'head': {'weight': 2, 'costs': {'iou': 1}}}
+
+    ```
+    """
+    nested: dict[str, Any] = {}
+    for path, value in flat.items():
+        *parents, name = path.split(".")
+        inner = nested
+        for parent in parents:
+            inner = inner.setdefault(parent, {})
+        inner[name] = value
+    return nested
+
+
+def official_backbone(config: DinoDetrConfig) -> str | None:
+    """Return the official name of a backbone, if it has one."""
+    backbone: Any = config.backbone_config
+    return next((name for name, fields in BACKBONES.items() if _has(backbone, fields)), None)
+
+
+def _has(backbone: Any, fields: Mapping[str, Any]) -> bool:
+    compared = fields.keys() - {"drop_path_rate"}  # for training alone
+    return all(_as_list(getattr(backbone, field, None)) == fields[field] for field in compared)
+
+
+def _as_list(value: Any) -> Any:
+    """Return a tuple as a list, and anything else as it is."""
+    return list(value) if isinstance(value, tuple) else value
+
+
+def settings_of(config: DinoDetrConfig, name: str, size: Mapping[str, int]) -> dict[str, Any]:
+    """Return the flat settings with which a code base describes a model, as far as it can.
+
+    Args:
+        config (`DinoDetrConfig`): The model's configuration.
+        name (`str`): One of `FORMATS`.
+        size (`dict[str, int]`): Size of the image processor, in pixels.
+    """
+    settings = {setting: values[0] for setting, values in SUPPORTED_VALUES[name].items()}
+    settings |= {setting: getattr(config, field) for field, setting in SETTING_OF_FIELD[name].items()}
+    if name == "detrex":
+        return {**settings, "model.num_classes": config.num_labels}
+    if name == "mmdet":
+        del settings["model.backbone.style"]
+        pipeline = {"test_pipeline": [{"type": "LoadImageFromFile"}, _resize(size), {"type": "PackDetInputs"}]}
+        return settings | pipeline | {f"model.{path}": value for path, value in _mmdet_modules(config).items()}
+    backbone: Any = config.backbone_config
+    settings["embed_init_tgt"] = True  # means nothing without two stages
+    for field, strategies in OFFICIAL_STRATEGIES.items():
+        settings |= strategies[getattr(config, field)]
+    return settings | {
+        "backbone": official_backbone(config),
+        "return_interm_indices": [index - 1 for index in backbone.out_indices],
+        "pe_temperatureW": config.positional_encoding_temperature,
+        "dec_pred_bbox_embed_share": config.share_decoder_heads,
+        "use_dn": config.denoising != "none",
+        "num_classes": config.num_labels,
+        "dn_labelbook_size": config.num_labels,
+        "data_aug_scales": [size.get("shortest_edge", SHORTEST_EDGE)],
+        "data_aug_max_size": size.get("longest_edge", LONGEST_EDGE),
+        "data_aug_scale_overlap": None,
+    }
+
+
+def _resize(size: Mapping[str, int]) -> dict[str, Any]:
+    """Return mmdetection's step that resizes images; its scale is (width, height)."""
+    keep_ratio = "longest_edge" in size
+    scale = [size["longest_edge"], size["shortest_edge"]] if keep_ratio else [size["width"], size["height"]]
+    return {"type": "Resize", "scale": scale, "keep_ratio": keep_ratio}
+
+
+# Settings of mmdetection's DINO that are the same for every model that the format can express.
+_MMDET_CONSTANTS = {
+    "data_preprocessor.type": "DetDataPreprocessor",
+    "data_preprocessor.pad_size_divisor": 1,
+    "neck.type": "ChannelMapper",
+    "neck.kernel_size": 1,
+    "neck.act_cfg": None,
+    "neck.norm_cfg.type": "GN",
+    "decoder.return_intermediate": True,
+    "decoder.post_norm_cfg": None,
+    "bbox_head.sync_cls_avg_factor": True,
+    **{setting.removeprefix("model."): loss for setting, loss in LOSSES.items()},
+    "dn_cfg.group_cfg.dynamic": True,
+    "dn_cfg.group_cfg.num_groups": None,
+    "train_cfg.assigner.type": "HungarianAssigner",
+    "train_cfg.assigner.match_costs.BBoxL1Cost.box_format": "xywh",
+    "train_cfg.assigner.match_costs.IoUCost.iou_mode": "giou",
+}
+
+
+def _mmdet_modules(config: DinoDetrConfig) -> dict[str, Any]:
+    """Return the flat settings of mmdetection's modules that do not stand for a field of `DinoDetrConfig` alone."""
+    width, levels = config.d_model, config.num_feature_levels
+    backbone, channels = _mmdet_backbone(config)
+    deformable = {"embed_dims": width, "num_levels": levels, "dropout": config.dropout}
+    encoder = {**deformable, "num_points": config.encoder_n_points}
+    decoder = {**deformable, "num_points": config.decoder_n_points, "num_heads": config.decoder_attention_heads}
+    modules = {
+        "backbone": backbone,
+        "neck": {"in_channels": channels, "out_channels": width, "num_outs": levels},
+        "encoder.layer_cfg.self_attn_cfg": encoder,
+        "encoder.layer_cfg.ffn_cfg": {"embed_dims": width},
+        "decoder.layer_cfg.self_attn_cfg": {"embed_dims": width, "dropout": config.dropout},
+        "decoder.layer_cfg.cross_attn_cfg": decoder,
+        "decoder.layer_cfg.ffn_cfg": {"embed_dims": width, "ffn_drop": config.dropout},
+        "positional_encoding": {"num_feats": width // 2},
+        "bbox_head": {"num_classes": config.num_labels},
+    }
+    flat = {f"{module}.{name}": value for module, fields in modules.items() for name, value in fields.items()}
+    return {**_MMDET_CONSTANTS, **flat}
+
+
+def _mmdet_backbone(config: DinoDetrConfig) -> tuple[dict[str, Any], list[int]]:
+    """Return the settings of the backbone, and the channels of its outputs."""
+    backbone: Any = config.backbone_config
+    stages = [index - 1 for index in backbone.out_indices]
+    sizes = {
+        "resnet": lambda: {"type": "ResNet", "depth": 3 * sum(backbone.depths) + 2, "style": "pytorch"},
+        "swin": lambda: {
+            "type": "SwinTransformer",
+            "pretrain_img_size": backbone.image_size,
+            "embed_dims": backbone.embed_dim,
+            "depths": list(backbone.depths),
+            "num_heads": list(backbone.num_heads),
+            "window_size": backbone.window_size,
+            "drop_path_rate": backbone.drop_path_rate,
+        },
+        "convnext": lambda: {
+            "type": "mmpretrain.ConvNeXt",
+            "arch": {"depths": list(backbone.depths), "channels": list(backbone.hidden_sizes)},
+            "gap_before_final_norm": False,
+        },
+    }
+    width = getattr(backbone, "embed_dim", None) or backbone.hidden_sizes[0]
+    fields = sizes[backbone.model_type]()
+    return {**fields, "out_indices": stages}, [width * 2**stage for stage in stages]
