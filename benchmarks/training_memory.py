@@ -32,7 +32,7 @@ import torch
 from common import machine
 from forward import SHAPE
 from hf_dino import DinoDetrConfig, DinoDetrForObjectDetection
-from hf_dino.conversion.key_tables import BACKBONES
+from hf_dino.conversion.settings import BACKBONES
 from hf_dino.training import enable_gradient_checkpointing, freeze
 from training_step import random_batch
 

@@ -26,14 +26,15 @@ def at_least_float32(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
-def inverse_sigmoid(fraction: torch.Tensor) -> torch.Tensor:
-    """Return the logit log(p / (1 - p)) of a fraction p, with both p and 1 - p bounded from below by 1e-3.
+def inverse_sigmoid(fraction: torch.Tensor, epsilon: float = INVERSE_SIGMOID_EPSILON) -> torch.Tensor:
+    """Return the logit log(p / (1 - p)) of a fraction p, with both p and 1 - p bounded from below.
 
     Args:
         fraction (`torch.Tensor`): Any shape; clamped to [0, 1].
+        epsilon (`float`, *optional*, defaults to 1e-3): The bound.
 
     Returns:
-        `torch.Tensor` of the same shape, within ±6.91.
+        `torch.Tensor` of the same shape, within ±6.91 for the default bound.
 
     Example:
 
@@ -44,23 +45,26 @@ def inverse_sigmoid(fraction: torch.Tensor) -> torch.Tensor:
     ```
     """
     fraction = fraction.clamp(min=0, max=1)
-    p = fraction.clamp(min=INVERSE_SIGMOID_EPSILON)
-    one_minus_p = (1 - fraction).clamp(min=INVERSE_SIGMOID_EPSILON)
+    p = fraction.clamp(min=epsilon)
+    one_minus_p = (1 - fraction).clamp(min=epsilon)
     return torch.log(p / one_minus_p)
 
 
-def refine_bboxes(reference_points: torch.Tensor, deltas: torch.Tensor) -> torch.Tensor:
+def refine_bboxes(
+    reference_points: torch.Tensor, deltas: torch.Tensor, epsilon: float = INVERSE_SIGMOID_EPSILON
+) -> torch.Tensor:
     """Move boxes by predicted changes of their logits.
 
     Args:
         reference_points (`torch.Tensor` of shape `(..., 4)`):
             Center x, center y, width, height, fractions; float32 or higher.
         deltas (`torch.Tensor` of shape `(..., 4)`): Output of a box head.
+        epsilon (`float`, *optional*, defaults to 1e-3): See [`inverse_sigmoid`].
 
     Returns:
         `torch.Tensor` of shape `(..., 4)`, as `reference_points`.
     """
-    return (at_least_float32(deltas) + inverse_sigmoid(reference_points)).sigmoid()
+    return (at_least_float32(deltas) + inverse_sigmoid(reference_points, epsilon)).sigmoid()
 
 
 def generalized_box_iou(boxes: torch.Tensor, others: torch.Tensor) -> torch.Tensor:

@@ -76,6 +76,14 @@ class DinoDetrConfig(PreTrainedConfig):
         box_refinement (`str`, *optional*, defaults to `"look_forward_twice"`):
             `"look_forward_twice"` (DINO: the box loss of a layer also reaches the layer before) or
             `"look_forward_once"` (Deformable DETR).
+        box_prediction_epsilon (`float`, *optional*, defaults to 0.001):
+            Lower bound of p and 1 - p in the logit log(p / (1 - p)) of the box that a decoder layer's prediction
+            starts from. mmdetection uses 1e-5. In the logits of reference points, from layer to layer, the bound is
+            1e-3 in all implementations. The difference shows only at the border of the image.
+        num_ranking_labels (`int`, *optional*, defaults to 0):
+            Labels besides the `num_labels` by which query selection ranks encoder tokens, but which are never
+            predicted. `hf-dino convert` keeps the classes that it removes here, so that the detections of the others
+            do not change.
         num_denoising (`int`, *optional*, defaults to 100):
             Maximum number of denoising queries per image (of pairs, if contrastive). The number of groups is
             `num_denoising` divided by the largest object count of any image, rounded down, but at least 1. An image
@@ -155,6 +163,8 @@ class DinoDetrConfig(PreTrainedConfig):
     denoising: str = "contrastive"
     query_selection: str = "mixed"
     box_refinement: str = "look_forward_twice"
+    box_prediction_epsilon: float = 1e-3
+    num_ranking_labels: int = 0
     num_denoising: int = 100
     label_noise_ratio: float | int = 0.5
     box_noise_scale: float | int = 0.4
@@ -281,6 +291,8 @@ _RANGES = (
     ("num_queries", 1, math.inf),
     ("dropout", 0, 1),
     ("positional_encoding_temperature", 1e-6, math.inf),
+    ("box_prediction_epsilon", 1e-12, 0.5),
+    ("num_ranking_labels", 0, math.inf),
     ("num_denoising", 0, math.inf),
     ("label_noise_ratio", 0, 1),
     ("box_noise_scale", 0, math.inf),

@@ -1,6 +1,7 @@
 """Load, build and save models with their image processors; whatever cannot be used raises an `InputError`."""
 
 import dataclasses
+import functools
 import json
 import logging
 import re
@@ -86,7 +87,10 @@ def load_pretrained_for_categories(
     if set(config.id2label.values()) - {UNUSED_LABEL} == set(categories.values()):
         return _set_num_queries(_load_weights(model, config.id2label, overrides), num_queries), processor
     id2label = contiguous_id2label(categories)
-    detector = _load_weights(model, id2label, overrides, old_num_labels=config.num_labels)
+    # the classes that only rank tokens are those of the old dataset
+    changed = {**overrides, "num_ranking_labels": 0}
+    old_numbers = (config.num_labels, config.num_labels + config.num_ranking_labels)
+    detector = _load_weights(model, id2label, changed, old_numbers)
     detector.reset_class_layers()  # an equal number of classes may be other classes, whose weights were loaded
     known = match_names(id2label, named_classes(config.id2label))
     if known:
@@ -266,14 +270,14 @@ def _check_size(size: Mapping[str, int]) -> None:
 
 
 def _load_weights(
-    model: str, id2label: dict[int, str], overrides: Mapping[str, Any], old_num_labels: int | None = None
+    model: str, id2label: dict[int, str], overrides: Mapping[str, Any], old_numbers: Sequence[int] = ()
 ) -> DinoDetrForObjectDetection:
-    """Load all weights. Those with one row per class may have been saved with `old_num_labels` rows."""
+    """Load all weights. Those with one row per class may have been saved with one of `old_numbers` of rows."""
     with _as_input_error(model, "has no usable weights"), _quiet_transformers():
         detector, info = DinoDetrForObjectDetection.from_pretrained(
             model, id2label=id2label, ignore_mismatched_sizes=True, output_loading_info=True, **overrides
         )
-    wrong = [name for name, saved, _ in info["mismatched_keys"] if saved[0] != old_num_labels]
+    wrong = [name for name, saved, _ in info["mismatched_keys"] if saved[0] not in old_numbers]
     if incomplete := sorted({*wrong, *info["missing_keys"]}):
         raise InputError(
             f"{model}: its weights are not those of a complete detector; {len(incomplete)} are missing or do not have "
@@ -325,26 +329,66 @@ def _as_input_error(source: str | Path, problem: str) -> Iterator[None]:
 
 
 _TORCHVISION = "torchvision/"
-_NORM = "weight|bias|running_mean|running_var|num_batches_tracked"
 
 TORCHVISION_RESNET_KEYS = (
-    (r"conv1\.weight", "embedder.embedder.convolution.weight"),
-    (rf"bn1\.({_NORM})", r"embedder.embedder.normalization.\1"),
+    ("conv1.@", "embedder.embedder.convolution.@"),
+    ("bn1.@", "embedder.embedder.normalization.@"),
     *(
-        (rf"layer{stage + 1}\.(\d+)\.{source}", rf"encoder.stages.{stage}.layers.\1.{target}")
+        (f"layer{stage + 1}.*.{source}", f"encoder.stages.{stage}.layers.*.{target}")
         for stage in range(4)
         for source, target in (
-            (r"downsample\.0\.weight", "shortcut.convolution.weight"),
-            (rf"downsample\.1\.({_NORM})", r"shortcut.normalization.\2"),
-            *((rf"conv{index + 1}\.weight", f"layer.{index}.convolution.weight") for index in range(3)),
-            *((rf"bn{index + 1}\.({_NORM})", rf"layer.{index}.normalization.\2") for index in range(3)),
+            ("downsample.0.@", "shortcut.convolution.@"),
+            ("downsample.1.@", "shortcut.normalization.@"),
+            *((f"conv{index + 1}.@", f"layer.{index}.convolution.@") for index in range(3)),
+            *((f"bn{index + 1}.@", f"layer.{index}.normalization.@") for index in range(3)),
         )
     ),
 )
-"""Regular expressions that match whole keys of a ResNet of torchvision, and the keys of transformers.
+"""Templates, see [`match_key`], of the keys of a ResNet of torchvision, and of those of transformers.
 
 torchvision counts stages, convolutions and norms from 1, transformers from 0.
 """
+
+
+def match_key(template: str, key: str) -> tuple[str, ...] | None:
+    """Return the parts of a key at the wildcards of a template, or `None` if the template does not match the key.
+
+    Args:
+        template (`str`): A key in which `*` stands for any index, `#` for any index but 0, and `@` for any name
+            between two dots.
+        key (`str`): Key of a tensor in a state dict.
+
+    Example:
+
+    ```python
+    >>> match_key("layers.*.norm.@", "layers.3.norm.bias"), match_key("layers.#.norm.@", "layers.0.norm.bias")
+    (('3', 'bias'), None)
+
+    ```
+    """
+    match = _template_pattern(template).fullmatch(key)
+    return match.groups() if match else None
+
+
+@functools.cache
+def _template_pattern(template: str) -> re.Pattern[str]:
+    pattern = template.replace(".", r"\.").replace("*", r"(\d+)").replace("#", r"([1-9]\d*)")
+    return re.compile(pattern.replace("@", r"(\w+)"))
+
+
+def fill_key(template: str, parts: Sequence[str]) -> str:
+    """Return the key that a template gives with these parts at its wildcards.
+
+    Example:
+
+    ```python
+    >>> fill_key("encoder.layer.*.layer_norm.@", ("3", "bias"))
+    'encoder.layer.3.layer_norm.bias'
+
+    ```
+    """
+    remaining = iter(parts)
+    return re.sub(r"[*#@]", lambda _: next(remaining), template)
 
 
 def load_backbone_weights(model: DinoDetrForObjectDetection, name: str) -> None:
@@ -378,8 +422,8 @@ def _read_torchvision(name: str, body: PreTrainedModel) -> Mapping[str, torch.Te
 
 
 def _resnet_key(key: str) -> str:
-    matches = ((re.fullmatch(source, key), target) for source, target in TORCHVISION_RESNET_KEYS)
-    return next((match.expand(target) for match, target in matches if match), key)
+    matches = ((match_key(source, key), target) for source, target in TORCHVISION_RESNET_KEYS)
+    return next((fill_key(target, parts) for parts, target in matches if parts is not None), key)
 
 
 def _read_transformers(name: str, body: PreTrainedModel) -> Mapping[str, torch.Tensor]:

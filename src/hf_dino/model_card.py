@@ -7,6 +7,7 @@ import math
 import re
 import shlex
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,54 @@ def metric_name(metric: str) -> str:
     return METRIC_NAMES.get(metric, metric.replace("_", " ").upper() if metric.startswith("ar_") else metric)
 
 
+@dataclass(frozen=True)
+class CodeBase:
+    """Another implementation of DINO, whose checkpoints can be converted.
+
+    Args:
+        name (`str`): Its name.
+        url (`str`): Its repository.
+        owner (`str`): Who releases its checkpoints.
+        settings (`str`): Source of the converted model's settings.
+        differences (`str`): Differences that its users may notice.
+    """
+
+    name: str
+    url: str
+    owner: str
+    settings: str
+    differences: str = ""
+
+
+CODE_BASES = {
+    "official": CodeBase(
+        name="IDEA-Research/DINO",
+        url="https://github.com/IDEA-Research/DINO",
+        owner="IDEA-Research",
+        settings="All settings were read from the file.",
+    ),
+    "detrex": CodeBase(
+        name="detrex",
+        url="https://github.com/IDEA-Research/detrex",
+        owner="IDEA-Research",
+        settings="The sizes were read from the shapes of the tensors; the file contains no settings, so the others, "
+        "such as the 8 heads of the attention, are detrex's defaults.",
+        differences="detrex evaluates one image at a time, and treats the padding of a larger batch as image; this "
+        "model uses padding masks, so an image gives the same detections in any batch. detrex clips boxes to the "
+        "image and drops those that become empty; this model returns them as they are predicted.",
+    ),
+    "mmdet": CodeBase(
+        name="MMDetection",
+        url="https://github.com/open-mmlab/mmdetection",
+        owner="OpenMMLab",
+        settings="The sizes were read from the shapes of the tensors, all else from the configuration in the file.",
+        differences="Both use padding masks. MMDetection resizes images with OpenCV, whose pixels differ slightly, "
+        "and clips boxes to the image; this model returns them as they are predicted. `box_prediction_epsilon` in "
+        "the configuration is MMDetection's.",
+    ),
+}
+
+
 def converted_card(
     config: DinoDetrConfig,
     *,
@@ -63,8 +112,14 @@ def converted_card(
     epochs: int | None = None,
     published_ap: float | None = None,
     published_hash_known: bool = False,
+    source_format: str = "official",
+    source_url: str | None = None,
+    license_name: str | None = None,
+    embedding_source: str = "",
+    changes: str = "",
+    is_ema: bool = False,
 ) -> str:
-    """Write the card of a model converted from a checkpoint in the official format.
+    """Write the card of a model converted from a checkpoint of another code base.
 
     Only for a published file does the card say that it is official and trained on COCO, and name the authors' license.
 
@@ -72,7 +127,7 @@ def converted_card(
         config (`DinoDetrConfig`): The model's configuration.
         checkpoint (`str`): Name of the file.
         sha256 (`str`): Hash of the file, in hexadecimal.
-        weights (`str`): The weights that were converted: `"model"`, or `"ema_model"` for the EMA weights.
+        weights (`str`): Name of the weights in the file; `"ema_model"` are EMA weights.
         size (`dict[str, int]`): Size of the image processor, in pixels.
         coco (`bool`, *optional*, defaults to `False`): Whether labels are assumed to be COCO's category ids.
         epochs (`int`, *optional*): Number of epochs trained, if the file contains it.
@@ -80,35 +135,46 @@ def converted_card(
             the file was not recognized as a published one.
         published_hash_known (`bool`, *optional*, defaults to `False`): Whether the file was recognized by its hash,
             rather than by its name and settings.
+        source_format (`str`, *optional*, defaults to `"official"`): Key of [`CODE_BASES`].
+        source_url (`str`, *optional*): Address of the published file.
+        license_name (`str`, *optional*): License of the published file; by default Apache-2.0.
+        embedding_source (`str`, *optional*): Source of temperature and offset of the position embedding.
+        changes (`str`, *optional*): Sentences about classes that were removed or replaced.
+        is_ema (`bool`, *optional*, defaults to `False`): Whether the weights are EMA weights.
 
     Returns:
         `str`: Markdown with a metadata block, to be saved as `README.md`.
     """
     published = published_ap is not None
+    code_base = CODE_BASES[source_format]
     data = ModelCardData(
-        license="apache-2.0" if published else None,
+        license=(license_name or "apache-2.0").lower() if published else None,
         library_name="transformers",
         pipeline_tag="object-detection",
         tags=TAGS,
         datasets=["detection-datasets/coco"] if published else None,
     )
     title = f"DINO, {backbone_name(config)}, {config.num_feature_levels} feature levels"
-    origin = f"the official checkpoint `{checkpoint}`" if published else f"`{checkpoint}`"
+    official = "official" if source_format == "official" else "published"
+    name = f"[`{checkpoint}`]({source_url})" if source_url else f"`{checkpoint}`"
+    origin = f"the {official} checkpoint {name}" if published else name
     kind = " of " if published else ", a checkpoint in the format of "
-    ema = " (its EMA weights, `ema_model`)" if weights == "ema_model" else ""
+    ema = f" (its EMA weights, `{weights}`)" if is_ema or weights == "ema_model" else ""
     trained = f" According to the file, it was trained for {epochs} epochs." if epochs else ""
     sections = [
         f"# {title}",
         _DESCRIPTION,
-        f"Converted from {origin}{ema}{kind}[IDEA-Research/DINO](https://github.com/IDEA-Research/DINO), "
-        f"SHA-256 `{sha256}`.{trained} All settings were read from the file. The conversion renames and splits "
-        f"tensors and does not change their values.",
+        f"Converted from {origin}{ema}{kind}[{code_base.name}]({code_base.url}), "
+        f"SHA-256 `{sha256}`.{trained} {code_base.settings} The conversion renames, splits and reorders "
+        f"tensors and does not change their values. {changes}",
+        _embedding(config, embedding_source),
+        f"## Differences to {code_base.name}\n\n{code_base.differences}" if code_base.differences else "",
         _usage(),
         _preprocessing(size),
-        _labels(config) + (_NAMES_OF_COCO if coco and not published else ""),
+        _labels(config) + (_names_of_coco(source_format) if coco and not published else ""),
         _published(published_ap, published_hash_known),
         _LIMITS,
-        _license_of_published(config) if published else _LICENSE,
+        _license_of_published(config, code_base, license_name) if published else _LICENSE,
         _CITATION,
     ]
     return _card(data, sections)
@@ -340,10 +406,13 @@ own data before relying on the model, above all where people are concerned. At m
 be detected."""
 
 
-_NAMES_OF_COCO = (
-    " The checkpoint does not contain their names: 91 classes are assumed to be COCO's. If they are others, pass "
-    "their names as `id2label` to `from_pretrained`."
-)
+def _names_of_coco(source_format: str) -> str:
+    number = 91 if source_format == "official" else 80
+    return (
+        f" The checkpoint does not contain their names: {number} classes are assumed to be COCO's. If they are "
+        f"others, pass their names as `id2label` to `from_pretrained`."
+    )
+
 
 _LICENSE = (
     "## License\n\nThe model code is Apache-2.0. The license of the weights depends on the training data and on the "
@@ -351,9 +420,19 @@ _LICENSE = (
 )
 
 
-def _license_of_published(config: DinoDetrConfig) -> str:
+def _embedding(config: DinoDetrConfig, source: str) -> str:
+    if not source:
+        return ""
+    return (
+        f"Position embedding: temperature {config.positional_encoding_temperature:g}, offset "
+        f"{config.positional_encoding_offset:g}, {source}."
+    )
+
+
+def _license_of_published(config: DinoDetrConfig, code_base: CodeBase, license_name: str | None) -> str:
     text = (
-        "## License\n\nDINO's code and checkpoints are released by IDEA-Research under Apache-2.0; so is this model."
+        f"## License\n\nDINO's code and checkpoints are released by {code_base.owner} under "
+        f"{license_name or 'Apache-2.0'}; so is this model."
     )
     if backbone_name(config).startswith("Swin"):
         text += " The Swin backbone was trained by Microsoft and is released under the MIT license."

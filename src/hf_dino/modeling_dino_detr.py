@@ -480,7 +480,9 @@ class DinoDetrDecoder(DinoDetrPreTrainedModel):
             # from the refined boxes of the layer before, which are not detached (models/dino/dino.py, DINO.forward).
             bbox_head = get_layer_head(self.bbox_embed, index)
             normalized_states = self.layer_norm(hidden_states)
-            predicted_boxes = refine_bboxes(prediction_anchors, bbox_head(normalized_states))
+            predicted_boxes = refine_bboxes(
+                prediction_anchors, bbox_head(normalized_states), self.config.box_prediction_epsilon
+            )
             refined_boxes = refine_bboxes(reference_points, bbox_head(hidden_states))
             prediction_anchors, reference_points = self.look_forward(refined_boxes), refined_boxes.detach()
 

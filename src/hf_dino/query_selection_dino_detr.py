@@ -73,7 +73,8 @@ class DinoDetrTwoStageQuerySelection(nn.Module):
         self.num_queries = config.num_queries
         self.enc_output = init_as(xavier, nn.Linear(config.d_model, config.d_model))
         self.enc_output_norm = nn.LayerNorm(config.d_model)
-        self.class_embed = make_class_head(config.d_model, config.num_labels)
+        self.num_labels = config.num_labels
+        self.class_embed = make_class_head(config.d_model, config.num_labels + config.num_ranking_labels)
         self.bbox_embed = make_bbox_head(config.d_model)
 
     def content_queries_from(self, selected_tokens: torch.Tensor) -> torch.Tensor:
@@ -110,7 +111,7 @@ class DinoDetrTwoStageQuerySelection(nn.Module):
         return DinoDetrObjectQueries(
             inputs_embeds=self.content_queries_from(selected_tokens),
             reference_points=box_logits.detach().sigmoid(),
-            enc_outputs_class=_gather_tokens(token_logits, best),
+            enc_outputs_class=_gather_tokens(token_logits, best)[..., : self.num_labels],
             enc_outputs_coord_logits=box_logits,
         )
 

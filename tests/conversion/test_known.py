@@ -23,6 +23,7 @@ from hf_dino.conversion.known import (
     fetch_checkpoint,
     find_known,
 )
+from hf_dino.conversion.settings import BACKBONES
 from hf_dino.utils.errors import InputError
 
 
@@ -94,7 +95,7 @@ def test_formats_are_complete():
 
 def test_official_backbones_and_classes_are_those_of_the_conversion():
     for each in KNOWN_CHECKPOINTS.values():
-        assert each.format != "official" or each.backbone in key_tables.BACKBONES
+        assert each.format != "official" or each.backbone in BACKBONES
         assert (each.num_classes == key_tables.COCO_NUM_LABELS) == (each.format == "official")
 
 
@@ -355,7 +356,7 @@ def test_command_converts_what_it_has_downloaded(publish, content, tmp_path, mon
     monkeypatch.setattr(conversion, "convert_checkpoint", lambda *paths, **options: given.update(options, paths=paths))
     with serving(content) as server:
         published = publish("detrex/dino_r50_4scale_24ep", url=server.url)
-        assert hf_dino(["convert", "--checkpoint", published.name, "--output_dir", tmp_path / "model"]) == 0
+        assert hf_dino(["convert", published.name, "--output_dir", tmp_path / "model"]) == 0
     assert given["paths"] == (published.cached_path, tmp_path / "model")
     assert given["known"] is published
 
@@ -363,4 +364,4 @@ def test_command_converts_what_it_has_downloaded(publish, content, tmp_path, mon
 def test_output_is_checked_before_the_download(tmp_path):
     (tmp_path / "mine").touch()
     with pytest.raises(InputError, match="is not empty"):
-        hf_dino(["convert", "--checkpoint", "http://127.0.0.1:9/x.pth", "--output_dir", tmp_path])
+        hf_dino(["convert", "http://127.0.0.1:9/x.pth", "--output_dir", tmp_path])

@@ -10,6 +10,13 @@ from hf_dino.boxes_dino_detr import (
 )
 
 
+def test_smaller_bound_changes_only_the_border():
+    fraction = torch.tensor([0.0, 1e-4, 0.01, 0.99, 1.0])
+    inside = torch.tensor([False, False, True, True, False])
+    equal = inverse_sigmoid(fraction, 1e-5) == inverse_sigmoid(fraction)
+    assert torch.equal(equal, inside)
+
+
 def test_inverse_sigmoid_is_the_inverse_except_at_the_border():
     fraction = torch.linspace(0.002, 0.998, 50, dtype=torch.float64)
     torch.testing.assert_close(inverse_sigmoid(fraction).sigmoid(), fraction)

@@ -109,6 +109,8 @@ READ_IN_TRAINING = {
     "share_decoder_heads": False,
     "denoising": "plain",
     "query_selection": "pure",
+    "box_prediction_epsilon": 0.2,
+    "num_ranking_labels": 40,
     "num_denoising": 3,
     "label_noise_ratio": 1.0,
     "box_noise_scale": 1.0,

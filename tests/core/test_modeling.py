@@ -99,6 +99,16 @@ def test_the_first_fields_are_a_contract(pixel_values):
     torch.testing.assert_close(as_tuple, outputs.to_tuple(), rtol=0, atol=0)
 
 
+def test_the_bound_of_predicted_boxes_changes_nothing_else(pixel_values):
+    """Reference points, and with them all queries, are those of the bound that all implementations have."""
+    usual, other = (tiny_model(box_prediction_epsilon=epsilon) for epsilon in (1e-3, 0.3))
+    with torch.no_grad():
+        expected, found = usual(pixel_values), other(pixel_values)
+    assert torch.equal(found.intermediate_reference_points, expected.intermediate_reference_points)
+    assert torch.equal(found.logits, expected.logits)
+    assert not torch.allclose(found.pred_boxes, expected.pred_boxes)
+
+
 def test_shapes_of_a_detection(pixel_values):
     with torch.no_grad():
         outputs = tiny_model()(pixel_values)

@@ -72,16 +72,17 @@ def make_selection(strategy, num_queries=6, **overrides):
     return selection, torch.randn(2, 16, 32, requires_grad=True), levels
 
 
+@pytest.mark.parametrize("num_ranking_labels", [0, 3])
 @pytest.mark.parametrize("strategy", ["mixed", "pure"])
-def test_the_tokens_with_the_best_class_are_selected_and_their_boxes_refined(strategy):
-    selection, memory, levels = make_selection(strategy)
+def test_the_tokens_with_the_best_class_are_selected_and_their_boxes_refined(strategy, num_ranking_labels):
+    selection, memory, levels = make_selection(strategy, num_ranking_labels=num_ranking_labels)
     queries = selection(memory, levels)
     tokens = selection.enc_output_norm(selection.enc_output(memory))
     scores = selection.class_embed(tokens)
     proposals, _ = gen_encoder_output_proposals(levels)
     for image in range(2):
         order = scores[image].amax(-1).argsort(descending=True)[:6]
-        torch.testing.assert_close(queries.enc_outputs_class[image], scores[image][order])
+        torch.testing.assert_close(queries.enc_outputs_class[image], scores[image][order, :5])
         refined = selection.bbox_embed(tokens[image][order]) + torch.logit(proposals[image][order])
         torch.testing.assert_close(queries.enc_outputs_coord_logits[image], refined)
         torch.testing.assert_close(queries.reference_points[image], refined.sigmoid())

@@ -243,7 +243,7 @@ def test_published_settings(name):
 
 
 def test_swin_of_the_recipes_is_the_original_one():
-    from hf_dino.conversion.key_tables import BACKBONES
+    from hf_dino.conversion.settings import BACKBONES
 
     for levels in "45":
         backbone = read(f"coco-swin-l-{levels}scale-12ep").config_overrides["backbone_config"]

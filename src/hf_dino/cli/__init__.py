@@ -5,13 +5,14 @@ package import nothing heavy (no torch, no transformers); a command imports what
 """
 
 import logging
+import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import typer
 
-from ..utils.errors import run_cli
+from ..utils.errors import InputError, run_cli
 from . import checkpoints, data, evaluate, predict, train
 from .options import Command, log_to_terminal, make_app
 
@@ -29,12 +30,46 @@ app.add_typer(data.app, name="data")
 def convert(
     checkpoint: Annotated[
         str,
-        typer.Option(
+        typer.Argument(
             metavar="FILE",
-            help="Checkpoint file, its URL, or a name that `hf-dino checkpoints` lists; downloaded once.",
+            help="Checkpoint file, its URL, or a name that `hf-dino checkpoints` lists; with --to, a model directory "
+            "or Hub id.",
         ),
     ],
-    output_dir: Annotated[Path, typer.Option(metavar="DIRECTORY", help="Directory to write the model to.")],
+    output_dir: Annotated[
+        Path | None, typer.Option(metavar="DIRECTORY", help="Directory to write the converted model to.")
+    ] = None,
+    to: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FORMAT", help="Write a model as a checkpoint of another code base: official, detrex or mmdet."
+        ),
+    ] = None,
+    output: Annotated[Path | None, typer.Option(metavar="FILE", help="Checkpoint to write with --to.")] = None,
+    settings: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Settings (.py, .json or .yaml) that the checkpoint was trained with, if it does not contain them.",
+        ),
+    ] = None,
+    positional_encoding: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TEMPERATURE,OFFSET",
+            help="Position embedding of a detrex checkpoint, which does not contain it: 10000,-0.5 or 20,0.",
+        ),
+    ] = None,
+    coco80: Annotated[
+        bool, typer.Option("--coco80", help="Keep the 80 classes of COCO and drop the 11 unused category ids.")
+    ] = False,
+    keep_classes: Annotated[
+        str | None,
+        typer.Option(metavar="NAMES", help="Keep only these classes, with commas between them, in this order."),
+    ] = None,
+    num_labels: Annotated[
+        int | None, typer.Option(metavar="NUMBER", help="Replace the class heads by new ones for so many classes.")
+    ] = None,
     use_ema: Annotated[
         bool, typer.Option("--use_ema", help="Convert the EMA weights of the checkpoint instead of the trained ones.")
     ] = False,
@@ -49,21 +84,64 @@ def convert(
         ),
     ] = False,
 ) -> None:
-    """Convert a checkpoint of the official implementation to a model directory.
+    """Convert a checkpoint of the official implementation, detrex or mmdetection to a model directory, or back.
 
-    The directory contains the model, its image processor, a model card and the code of the model.
+    The format is told by the keys in the file. The directory contains the model, its image processor, a model card
+    and the code of the model. With --to and --output, a model is written as a checkpoint of another code base.
     """
     log_to_terminal(logging.INFO)
+    if (to is None) == (output_dir is None) or (to is None) != (output is None):
+        raise InputError("give --output_dir to convert a checkpoint, or --to and --output to write one from a model")
+    options: dict[str, Any] = {
+        "use_ema": use_ema,
+        "trust_pickle": trust_pickle,
+        "overwrite": overwrite_output_dir,
+        "settings": settings,
+        "positional_encoding": None if positional_encoding is None else parse_positional_encoding(positional_encoding),
+        "keep_classes": () if keep_classes is None else [name.strip() for name in keep_classes.split(",")],
+        "coco80": coco80,
+        "num_labels": num_labels,
+    }
 
-    from ..conversion import convert_checkpoint
-    from ..conversion.convert import check_output
-    from ..conversion.known import fetch_checkpoint
-
-    check_output(output_dir.resolve(), overwrite_output_dir)
-    path, known = fetch_checkpoint(checkpoint)
-    convert_checkpoint(
-        path, output_dir, known=known, use_ema=use_ema, trust_pickle=trust_pickle, overwrite=overwrite_output_dir
+    from ..conversion import (
+        check_class_options,
+        check_output,
+        convert_checkpoint,
+        export_checkpoint,
+        fetch_checkpoint,
     )
+
+    if output_dir is not None:
+        check_output(output_dir.resolve(), overwrite_output_dir)  # before anything is downloaded
+        check_class_options(options["keep_classes"], coco80, num_labels)
+        path, known = fetch_checkpoint(checkpoint)
+        convert_checkpoint(path, output_dir, known=known, **options)
+    elif unread := [f"--{name}" for name, value in options.items() if value not in (None, False, ())]:
+        raise InputError(
+            f"{', '.join(unread).replace('overwrite', 'overwrite_output_dir')}: not read with --to; remove it"
+        )
+    elif to is not None and output is not None:
+        export_checkpoint(checkpoint, output, to)
+
+
+def parse_positional_encoding(text: str) -> tuple[float, float]:
+    """Parse the value of --positional_encoding.
+
+    Example:
+
+    ```python
+    >>> parse_positional_encoding("10000,-0.5")
+    (10000.0, -0.5)
+
+    ```
+    """
+    try:
+        temperature, offset = map(float, text.split(","))
+        if not math.isfinite(temperature + offset):
+            raise ValueError
+    except ValueError:
+        raise InputError(f"--positional_encoding {text}: expected TEMPERATURE,OFFSET, such as 10000,-0.5") from None
+    return temperature, offset
 
 
 @app.command(cls=Command)

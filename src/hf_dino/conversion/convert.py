@@ -1,46 +1,49 @@
-"""Convert an official DINO checkpoint to a directory that `from_pretrained` loads.
+"""Convert a DINO checkpoint of another code base to a directory that `from_pretrained` loads.
 
-The variant follows from the settings in the file. `key_tables.py` lists what is renamed, split, dropped or filled, and
-why. Nothing is written unless every tensor of the file is used once and every tensor of the model filled once.
+The format is told by the keys in the file. `key_tables.py` lists what is renamed, split, reordered, dropped or filled,
+and why; `settings.py` where the configuration comes from. Nothing is written unless every tensor of the file is used
+once and every tensor of the model filled once.
 """
 
 import logging
 import os
-import re
 import shutil
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
+from safetensors.torch import save_file
 from transformers import BaseImageProcessor, PreTrainedModel
 
 from ..configuration_dino_detr import UNUSED_LABEL, DinoDetrConfig
-from ..hub import save_detector
-from ..image_processing_dino_detr import LONGEST_EDGE, SHORTEST_EDGE, DinoDetrImageProcessor
+from ..hub import fill_key, match_key, save_detector
+from ..image_processing_dino_detr import DinoDetrImageProcessor
 from ..model_card import converted_card
 from ..modeling_dino_detr import DinoDetrForObjectDetection
 from ..utils.errors import InputError, summarize_list
 from ..utils.io import atomic_directory, fsync, sha256
-from .checkpoint import finished_epochs, load_checkpoint, official_settings, official_state_dict
-from .key_tables import (
-    BACKBONES,
-    COCO_NAMES,
-    COCO_NUM_LABELS,
-    DEFAULT_OF_SETTING,
-    EQUAL_SETTINGS,
-    SETTING_OF_FIELD,
-    SUPPORTED_VALUES,
-    Rule,
-    fills_for,
-    rules_for,
-)
+from ..utils.names import match_names, named_classes
+from .checkpoint import Source, load_checkpoint, read_source
+from .key_tables import COCO_NAMES, COCO_NUM_LABELS, LABEL_EMBEDDING, Rule, fills_for, rules_for
 from .known import KnownCheckpoint, find_known
+from .settings import (
+    SETTING_OF_FIELD,
+    complete,
+    config_from_args,
+    config_from_tensors,
+    evaluation_size,
+    read_settings_file,
+)
 
 
 logger = logging.getLogger(__name__)
+
+UNUSED_WEIGHTS = "unused_weights.safetensors"
+"""File in a model directory with tensors of the checkpoint that the model never reads, for the way back."""
 
 
 def convert_checkpoint(
@@ -51,11 +54,16 @@ def convert_checkpoint(
     use_ema: bool = False,
     trust_pickle: bool = False,
     overwrite: bool = False,
+    settings: Path | None = None,
+    positional_encoding: tuple[float, float] | None = None,
+    keep_classes: Sequence[str] = (),
+    coco80: bool = False,
+    num_labels: int | None = None,
 ) -> None:
-    """Convert an official checkpoint to a model directory.
+    """Convert a checkpoint of the official implementation, detrex or mmdetection to a model directory.
 
     Args:
-        checkpoint (`Path`): A file that the official training code wrote.
+        checkpoint (`Path`): A file that the training code wrote.
         output_dir (`Path`): The directory to write: weights, configuration, image processor, model card and code.
             It appears complete or not at all.
         known (`KnownCheckpoint`, *optional*): The published file that it is, from [`~known.fetch_checkpoint`]. If not
@@ -64,9 +72,17 @@ def convert_checkpoint(
         trust_pickle (`bool`, *optional*, defaults to `False`): Read the file even if that runs code stored in it.
         overwrite (`bool`, *optional*, defaults to `False`): Replace an output directory that is not empty. If it
             contains anything besides a model, the old directory is renamed instead of deleted.
+        settings (`Path`, *optional*): File of settings that replace those in the checkpoint; see
+            [`~settings.read_settings_file`].
+        positional_encoding (`tuple[float, float]`, *optional*): Temperature and offset of the position embedding,
+            which detrex's files do not contain.
+        keep_classes (`Sequence[str]`, *optional*): Names of the classes to keep, in their new order. The detections of
+            these classes do not change.
+        coco80 (`bool`, *optional*, defaults to `False`): Keep the 80 classes of COCO and drop the unused labels.
+        num_labels (`int`, *optional*): Replace the class heads by new ones for so many classes.
 
     Raises:
-        InputError: If the file is not a complete official checkpoint, has settings or tensors that the model cannot
+        InputError: If the file is not a complete checkpoint of DINO, has settings or tensors that the model cannot
             express, or the output directory is not empty.
 
     Example:
@@ -80,31 +96,49 @@ def convert_checkpoint(
     """
     output_dir = output_dir.resolve()
     check_output(output_dir, overwrite)
-    content = load_checkpoint(checkpoint, trust_pickle)
-    weights = "ema_model" if use_ema else "model"
-    source = official_state_dict(content, weights)
-    settings = official_settings(content)
-    config, processor = config_and_processor(settings)
-    state_dict = convert_state_dict(source, config)
-    model = DinoDetrForObjectDetection.from_pretrained(None, config=config, state_dict=state_dict)
-
-    logger.info("computing the SHA-256 of %s", checkpoint.name)
-    digest, epochs = sha256(checkpoint), finished_epochs(content)
-    # a file that was downloaded without a known hash is also compared with what its name says
-    published = known if known and known.sha256 else find_known(checkpoint.name, digest, settings, epochs)
+    check_class_options(keep_classes, coco80, num_labels)
+    given = read_settings_file(settings) if settings else None
+    source = read_source(load_checkpoint(checkpoint, trust_pickle), use_ema, given)
+    logger.info("%s: a checkpoint in the format %r", checkpoint.name, source.format)
+    namesake = known
+    if source.format == "detrex" and not known:  # whose files do not tell their position embedding
+        namesake = find_known(checkpoint.name, "", {"format": source.format}, source.epochs)
+    embedding, embedding_source = _positional_encoding(positional_encoding, namesake, source)
+    config, processor = config_and_processor(source, embedding)
+    with ThreadPoolExecutor(max_workers=1) as executor:
+        hashing = executor.submit(sha256, checkpoint)  # takes as long as the lines below
+        state_dict = convert_state_dict(source.tensors, config, source.format)
+        old_config, config = config, choose_classes(state_dict, config, keep_classes, coco80, num_labels)
+        model = build_model(config, state_dict, new_classes=num_labels is not None)
+        digest = hashing.result()
+    # an official file that was downloaded without a known hash is also compared with what its name says
+    verified = known and (known.sha256 or source.format != "official")
+    known = known if verified else _find_known(checkpoint.name, digest, source, old_config)
     card = converted_card(
         config,
         checkpoint=checkpoint.name,
         sha256=digest,
-        weights=weights,
+        weights=source.weights,
         size=processor.size,
-        coco=config.num_labels == COCO_NUM_LABELS,
-        epochs=epochs,
-        published_ap=published.box_ap if published else None,
-        published_hash_known=bool(published and published.sha256),
+        coco=_is_assumed_to_be_coco(source, old_config),
+        epochs=source.epochs,
+        published_ap=known.box_ap if known else None,
+        published_hash_known=bool(known and known.sha256),
+        source_format=source.format,
+        source_url=known.url if known else None,
+        license_name=known.license if known else None,
+        embedding_source=embedding_source,
+        changes=_describe_changes(old_config, config, num_labels),
+        is_ema=use_ema,
     )
-    write_folder(model, processor, card, output_dir)
+    leftover = unused_weights(source, config) if config is old_config else {}
+    write_folder(model, processor, card, output_dir, leftover)
     logger.info("wrote %s: %d tensors, %d labels", output_dir, len(state_dict), config.num_labels)
+
+
+def _is_assumed_to_be_coco(source: Source, config: DinoDetrConfig) -> bool:
+    number = COCO_NUM_LABELS if source.format == "official" else len(COCO_NAMES)
+    return source.class_names is None and config.num_labels == number
 
 
 def check_output(output_dir: Path, overwrite: bool) -> None:
@@ -117,99 +151,91 @@ def check_output(output_dir: Path, overwrite: bool) -> None:
         )
 
 
-def config_and_processor(settings: Mapping[str, Any]) -> tuple[DinoDetrConfig, BaseImageProcessor]:
-    """Translate the settings in a checkpoint, with one error for all values that are not usable."""
+def check_class_options(keep_classes: Sequence[str], coco80: bool, num_labels: int | None) -> None:
+    """Check that at most one option changes the classes."""
+    given = {"--keep_classes": bool(keep_classes), "--coco80": coco80, "--num_labels": num_labels is not None}
+    if sum(given.values()) > 1:
+        raise InputError(f"{' and '.join(name for name in given if given[name])} exclude each other; give one of them")
+    if num_labels is not None and num_labels < 1:
+        raise InputError(f"--num_labels must be at least 1, got {num_labels}")
+
+
+def _find_known(name: str, digest: str, source: Source, config: DinoDetrConfig) -> KnownCheckpoint | None:
+    content = {"num_feature_levels": config.num_feature_levels, "num_classes": config.num_labels}
+    if source.format == "official":
+        content["backbone"] = source.settings["backbone"]
+    return find_known(name, digest, {"format": source.format, **content}, source.epochs)
+
+
+def _positional_encoding(
+    given: tuple[float, float] | None, known: KnownCheckpoint | None, source: Source
+) -> tuple[tuple[float, float] | None, str]:
+    """Return temperature and offset of the position embedding, `None` for those in the settings, and their source."""
+    fields = ("positional_encoding_temperature", "positional_encoding_offset")
+    paths = [path for field in fields if (path := SETTING_OF_FIELD[source.format].get(field))]
+    settings = complete(source.settings, source.format)
+    in_file = tuple(settings[path] for path in paths if path in settings)
+    if given:
+        if in_file and (*in_file, 0.0)[:2] != tuple(given):
+            logger.warning(
+                "--positional_encoding %s: replaces %s of the settings",
+                _comma(given),
+                _comma((*in_file, 0.0)[:2]),
+            )
+        return given, "given with `--positional_encoding`"
+    if in_file or source.format == "official":  # whose settings are all required
+        return None, "read from the file's settings"
+    if known:
+        temperature, offset = known.positional_encoding or (10000, -0.5)
+        return (temperature, offset), "known for this published file"
+    raise InputError(
+        f"the file ({source.format}) does not tell its position embedding, and a wrong one costs accuracy: give "
+        f"--positional_encoding 10000,-0.5 (detrex's default, all its published files but one) or "
+        f"--positional_encoding 20,0 (its dino_r50_4scale_24ep, and the official and mmdetection's default), or the "
+        f"training's configuration with --settings"
+    )
+
+
+def _comma(values: Sequence[float]) -> str:
+    return ",".join(f"{value:g}" if isinstance(value, int | float) else str(value) for value in values)
+
+
+def config_and_processor(
+    source: Source, positional_encoding: tuple[float, float] | None = None
+) -> tuple[DinoDetrConfig, BaseImageProcessor]:
+    """Return configuration and image processor of a checkpoint, with one error for all values that are not usable."""
     try:
-        return config_from_args(settings), DinoDetrImageProcessor(size=evaluation_size(settings))
+        config = _config(source)
+        if positional_encoding:
+            config.positional_encoding_temperature, config.positional_encoding_offset = positional_encoding
+        config.validate_architecture()
+        return config, DinoDetrImageProcessor(size=evaluation_size(complete(source.settings, source.format)))
     except InputError:
         raise
-    except (TypeError, ValueError, StrictDataclassError) as error:
+    except (TypeError, ValueError, AttributeError, StrictDataclassError) as error:
         reason = " ".join(str(error).split())
         raise InputError(f"the file's settings ('args') do not describe a DINO model: {reason}") from error
 
 
-def config_from_args(args: Mapping[str, Any]) -> DinoDetrConfig:
-    """Translate the settings of the official code.
-
-    Args:
-        args (`dict`): The settings, with the official names.
-
-    Returns:
-        `DinoDetrConfig`: With COCO's names for 91 classes (the official count: largest category id plus one), and
-        `class_0`, `class_1`, ... for any other number.
-
-    Raises:
-        InputError: If a setting is missing, or has a value that the model cannot express.
-    """
-    settings: dict[str, Any] = {
-        name: list(value) if isinstance(value, tuple) else value
-        for name, value in (DEFAULT_OF_SETTING | dict(args)).items()
-    }
-    check_settings(settings)
-    two_stage = settings["two_stage_type"] == "standard"
-    stages = [index + 1 for index in settings["return_interm_indices"]]  # in transformers the stem is stage 0
-    return DinoDetrConfig(
-        backbone_config={**BACKBONES[settings["backbone"]], "out_indices": stages},
-        denoising="contrastive" if settings["use_dn"] and settings["dn_number"] > 0 else "none",
-        query_selection=("mixed" if settings["embed_init_tgt"] else "pure") if two_stage else "static",
-        box_refinement="look_forward_once" if settings["use_detached_boxes_dec_out"] else "look_forward_twice",
-        id2label=make_id2label(settings["num_classes"]),
-        **{field: settings[name] for field, name in SETTING_OF_FIELD.items()},
-    )
-
-
-REQUIRED_SETTINGS = {
-    *SETTING_OF_FIELD.values(),
-    *SUPPORTED_VALUES,
-    *(name for pair in EQUAL_SETTINGS for name in pair),
-    *("backbone", "use_dn", "embed_init_tgt", "use_detached_boxes_dec_out", "num_classes"),
-}
-
-
-def check_settings(settings: Mapping[str, Any]) -> None:
-    """Check that the settings of the official code are complete and that the model can express their values."""
-    if missing := sorted(REQUIRED_SETTINGS - settings.keys()):
-        raise InputError(
-            f"the file's settings lack {summarize_list(map(repr, missing))}, which every official configuration sets"
-        )
-    for name, supported in {**SUPPORTED_VALUES, "backbone": tuple(BACKBONES)}.items():
-        if settings[name] not in supported:
-            legal = " or ".join(map(repr, supported))
-            raise InputError(f"the file was trained with {name}={settings[name]!r}; only {legal} can be converted")
-    for first, second in EQUAL_SETTINGS:
-        if settings[first] != settings[second]:
-            raise InputError(
-                f"the file was trained with {first}={settings[first]!r} and {second}={settings[second]!r}; "
-                f"only equal values can be converted"
-            )
-
-
-def make_id2label(num_classes: int) -> dict[int, str]:
-    """Return names by label. Labels of official COCO models are the category ids, so some labels are unused."""
-    if num_classes == COCO_NUM_LABELS:
-        return {label: COCO_NAMES.get(label, UNUSED_LABEL) for label in range(num_classes)}
-    return {label: f"class_{label}" for label in range(num_classes)}
-
-
-def evaluation_size(settings: Mapping[str, Any]) -> dict[str, int]:
-    """Return the image size of the official evaluation, in pixels: the largest training scale."""
-    scale = settings.get("data_aug_scale_overlap") or 1
-    return {
-        "shortest_edge": int(max(settings.get("data_aug_scales") or [SHORTEST_EDGE]) * scale),
-        "longest_edge": int((settings.get("data_aug_max_size") or LONGEST_EDGE) * scale),
-    }
+def _config(source: Source) -> DinoDetrConfig:
+    if source.format == "official":
+        return config_from_args(source.settings)
+    return config_from_tensors(source.tensors, source.format, source.settings, source.class_names)
 
 
 Problems = defaultdict[str, list[str]]
 """Keys of tensors by what is wrong with them."""
 
 
-def convert_state_dict(source: Mapping[str, torch.Tensor], config: DinoDetrConfig) -> dict[str, torch.Tensor]:
-    """Rename, split and complete the tensors of an official state dict.
+def convert_state_dict(
+    source: Mapping[str, torch.Tensor], config: DinoDetrConfig, name: str = "official"
+) -> dict[str, torch.Tensor]:
+    """Rename, split, reorder and complete the tensors of a file.
 
     Args:
-        source (`dict[str, torch.Tensor]`): The official tensors by their official keys.
-        config (`DinoDetrConfig`): Configuration of the model, from [`config_from_args`].
+        source (`dict[str, torch.Tensor]`): The tensors by their keys in the file.
+        config (`DinoDetrConfig`): Configuration of the model.
+        name (`str`, *optional*, defaults to `"official"`): Format of the file, one of `key_tables.FORMATS`.
 
     Returns:
         `dict[str, torch.Tensor]`: The state dict of `DinoDetrForObjectDetection(config)`, in the dtypes of `source`.
@@ -219,10 +245,10 @@ def convert_state_dict(source: Mapping[str, torch.Tensor], config: DinoDetrConfi
             once, in its shape. The message lists all problems.
     """
     problems: Problems = defaultdict(list)
-    converted = _apply_rules(source, config, problems)
+    converted = _apply_rules(source, config, name, problems)
     with torch.device("meta"):
         expected = DinoDetrForObjectDetection(config).state_dict()
-    _fill_missing(converted, expected, config, problems)
+    _fill_missing(converted, expected, config, name, problems)
     for target in converted.keys() - expected.keys():
         problems["tensors of the file without a place in the model"].append(target)
     for target in converted.keys() & expected.keys():
@@ -237,30 +263,37 @@ def convert_state_dict(source: Mapping[str, torch.Tensor], config: DinoDetrConfi
 
 
 def _apply_rules(
-    source: Mapping[str, torch.Tensor], config: DinoDetrConfig, problems: Problems
+    source: Mapping[str, torch.Tensor], config: DinoDetrConfig, name: str, problems: Problems
 ) -> dict[str, torch.Tensor]:
-    """Return our tensors that come from official ones."""
-    rules = [(re.compile(rule.source), rule) for rule in rules_for(config)]
+    """Return our tensors that come from the file."""
+    rules = rules_for(config, name)
     converted: dict[str, torch.Tensor] = {}
     for key, tensor in source.items():
-        matches = [(match, rule) for pattern, rule in rules if (match := pattern.fullmatch(key))]
+        matches = [(parts, rule) for rule in rules if (parts := match_key(rule.source, key)) is not None]
         if len(matches) != 1:
             problems["tensors of the file without a place in the model"].append(key)
             continue
-        match, rule = matches[0]
-        if rule.equals and not _same(tensor, source.get(other := match.expand(rule.equals))):
+        parts, rule = matches[0]
+        if rule.equals and not _same(tensor, source.get(other := _copied_key(rule, parts))):
             problems["tensors of the file that should equal another one"].append(f"{key} (= {other})")
-        for target, part in zip((match.expand(target) for target in rule.targets), _split(tensor, rule, config)):
+        for target, part in zip((fill_key(target, parts) for target in rule.targets), _split(tensor, rule, config)):
             if target in converted:
                 problems["tensors of the model that are filled twice"].append(f"{target} (from {key})")
             converted[target] = part
     return converted
 
 
+def _copied_key(rule: Rule, parts: Sequence[str]) -> str:
+    """Return the key of which a tensor must be a copy; a copy's own index, `#`, is no part of it."""
+    return fill_key(rule.equals or "", parts[1:] if "#" in rule.source else parts)
+
+
 def _split(tensor: torch.Tensor, rule: Rule, config: DinoDetrConfig) -> tuple[torch.Tensor, ...]:
     """Return the tensor for each target of a rule."""
     if rule.first_rows:
         tensor = tensor[: config.num_labels].clone()
+    if rule.reorder:
+        tensor = rule.reorder[0](tensor)
     if len(rule.targets) <= 1:
         return (tensor,)
     return tuple(part.clone() for part in tensor.chunk(len(rule.targets)))  # safetensors rejects shared memory
@@ -274,23 +307,134 @@ def _fill_missing(
     converted: dict[str, torch.Tensor],
     expected: Mapping[str, torch.Tensor],
     config: DinoDetrConfig,
+    name: str,
     problems: Problems,
 ) -> None:
-    """Add our tensors that have no counterpart in official files."""
+    """Add our tensors that have no counterpart in the file."""
+    fills = fills_for(config, name)
     for target in expected.keys() - converted.keys():
-        fill = next((fill for fill in fills_for(config) if re.fullmatch(fill.target, target)), None)
+        fill = next((fill for fill in fills if match_key(fill.target, target) is not None), None)
         if fill is None:
             problems["tensors of the model that the file does not fill"].append(target)
         else:
             slot = expected[target]
-            converted[target] = torch.full(slot.shape, fill.value, dtype=slot.dtype)
+            converted[target] = torch.full(slot.shape, fill.value, dtype=slot.dtype, device="cpu")
 
 
-def write_folder(model: PreTrainedModel, processor: BaseImageProcessor, card: str, output_dir: Path) -> None:
+def unused_weights(source: Source, config: DinoDetrConfig) -> dict[str, torch.Tensor]:
+    """Return the rows of the label embedding that the model never reads."""
+    key = LABEL_EMBEDDING[source.format]
+    used = config.num_labels if config.denoising != "none" else 0
+    rows = source.tensors[key][used:] if key in source.tensors else torch.empty(0)
+    return {key: rows.clone()} if len(rows) else {}
+
+
+def choose_classes(
+    state_dict: dict[str, torch.Tensor],
+    config: DinoDetrConfig,
+    keep_classes: Sequence[str],
+    coco80: bool,
+    num_labels: int | None,
+) -> DinoDetrConfig:
+    """Return the configuration with the classes of the options, and keep their rows in `state_dict`."""
+    if num_labels:
+        return config.from_dict(config.to_dict(), id2label={label: f"class_{label}" for label in range(num_labels)})
+    used = [name for name in config.id2label.values() if name != UNUSED_LABEL] if coco80 else keep_classes
+    return select_classes(state_dict, config, used, coco80) if used else config
+
+
+def select_classes(
+    state_dict: dict[str, torch.Tensor], config: DinoDetrConfig, names: Sequence[str], coco80: bool = False
+) -> DinoDetrConfig:
+    """Keep some classes of a model, whose detections do not change.
+
+    The encoder's tokens are ranked by the largest logit of any class, so the rows of the other classes are kept there,
+    after those of the classes that are kept, and only there.
+
+    Args:
+        state_dict (`dict[str, torch.Tensor]`): Changed in place.
+        config (`DinoDetrConfig`): Its configuration.
+        names (`Sequence[str]`): Names of the classes to keep, in their new order.
+        coco80 (`bool`, *optional*, defaults to `False`): Whether the unused labels are to be dropped.
+
+    Returns:
+        `DinoDetrConfig`: The new configuration.
+
+    Raises:
+        InputError: If a name is unknown or given twice, or there are no unused labels.
+    """
+    if coco80 and (len(names), config.num_labels) != (len(COCO_NAMES), COCO_NUM_LABELS):
+        raise InputError(
+            f"--coco80: the file has {config.num_labels} labels, not the {COCO_NUM_LABELS} category ids of COCO; "
+            f"choose classes by their names with --keep_classes"
+        )
+    id2label = dict(enumerate(names))
+    known = match_names(id2label, named_classes(config.id2label))
+    _check_names(names, known, config)
+    labels = list(known.values())
+    others = [label for label in range(config.num_labels) if label not in labels]
+    ranking = [] if config.query_selection == "static" else others
+    rows = {"class_embed.*.@": labels, "model.denoising.label_embed.@": labels}
+    rows["model.query_selection.class_embed.@"] = labels + ranking
+    for template, kept in rows.items():
+        for key in [key for key in state_dict if match_key(template, key) is not None]:
+            state_dict[key] = state_dict[key][kept]
+    fields = {label: config.id2label[old] for label, old in known.items()}
+    return config.from_dict(config.to_dict(), id2label=fields, num_ranking_labels=len(ranking))
+
+
+def _check_names(names: Sequence[str], known: Mapping[int, int], config: DinoDetrConfig) -> None:
+    if unknown := [name for label, name in enumerate(names) if label not in known]:
+        close = get_close_matches(unknown[0], map(str, config.id2label.values()), n=1)
+        hint = f"did you mean {close[0]}?" if close else f"it has {summarize_list(config.id2label.values(), 12)}"
+        raise InputError(f"--keep_classes: the file has no class {', '.join(map(repr, unknown))}; {hint}")
+    if len(set(known.values())) < len(names):
+        raise InputError(f"--keep_classes {','.join(names)}: a class is given twice; give each once")
+
+
+def build_model(
+    config: DinoDetrConfig, state_dict: Mapping[str, torch.Tensor], new_classes: bool = False
+) -> DinoDetrForObjectDetection:
+    """Build a model around tensors, without copying them; with `new_classes`, all layers with classes are new."""
+    with torch.device("meta"):
+        model = DinoDetrForObjectDetection(config)
+    if new_classes:
+        for layer in model.class_specific_layers():
+            layer.to_empty(device="cpu")
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)  # the same file gives the same model
+            model.reset_class_layers()
+        new = {key for key, tensor in model.state_dict().items() if not tensor.is_meta}
+        state_dict = {key: tensor for key, tensor in state_dict.items() if key not in new}
+    model.load_state_dict(state_dict, strict=not new_classes, assign=True)
+    return model.eval()
+
+
+def _describe_changes(old: DinoDetrConfig, new: DinoDetrConfig, num_labels: int | None) -> str:
+    """Return what was done to the classes, for the model card and the log."""
+    if num_labels:
+        logger.warning("--num_labels %d: the class heads are new and random; train the model before use", num_labels)
+        return f"The class heads are new, for {num_labels} classes, and random: train the model before use."
+    if new.num_labels == old.num_labels:
+        return ""
+    text = f"Of the {old.num_labels} labels of the file, {new.num_labels} were kept; their detections are the same."
+    logger.info(text)
+    return text
+
+
+def write_folder(
+    model: PreTrainedModel,
+    processor: BaseImageProcessor,
+    card: str,
+    output_dir: Path,
+    unused: Mapping[str, torch.Tensor] | None = None,
+) -> None:
     """Write a complete directory next to `output_dir`, then rename it: readers see the old content or the new."""
     new = output_dir.with_name(f".{output_dir.name}.new")
     shutil.rmtree(new, ignore_errors=True)  # left by a killed conversion
     with atomic_directory(new) as folder:
+        if unused:
+            save_file(dict(unused), folder / UNUSED_WEIGHTS)
         save_detector(folder, model, processor, card)
     try:
         _replace(output_dir, new)
@@ -303,7 +447,7 @@ def _replace(output_dir: Path, new: Path) -> None:
     """Rename `new` to `output_dir`, and delete the old directory unless it has files that no conversion writes."""
     old = _unused_name(output_dir)
     names = {entry.name for entry in output_dir.iterdir()} if output_dir.is_dir() else set()
-    foreign = sorted(names - {entry.name for entry in new.iterdir()})
+    foreign = sorted(names - {UNUSED_WEIGHTS} - {entry.name for entry in new.iterdir()})
     if output_dir.is_dir():
         os.rename(output_dir, old)
     try:

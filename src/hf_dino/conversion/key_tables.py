@@ -1,126 +1,40 @@
-"""Settings and keys of the official DINO checkpoints, all as data.
+"""Keys of DINO's tensors in each format, side by side, as data; conversion reads the tables in both directions.
 
-Every line that does more than rename gives a reason. The official implementation is IDEA-Research/DINO, commit
-faa8520.
+Sources: IDEA-Research/DINO, commit faa8520 ("official"); IDEA-Research/detrex, commit e244e6c, `projects/dino`, with
+detectron2's backbones; mmdetection 3.3.0, `configs/dino` ("mmdet"). Every line that does more than rename gives a
+reason.
 """
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+import torch
 
 from ..configuration_dino_detr import DinoDetrConfig
 from ..hub import TORCHVISION_RESNET_KEYS
 from ..utils.errors import InputError
 
 
-# Field of DinoDetrConfig -> name of the setting in the file's own `args`.
-SETTING_OF_FIELD = {
-    "num_feature_levels": "num_feature_levels",
-    "d_model": "hidden_dim",
-    "encoder_layers": "enc_layers",
-    "encoder_ffn_dim": "dim_feedforward",
-    "encoder_attention_heads": "nheads",
-    "encoder_n_points": "enc_n_points",
-    "decoder_layers": "dec_layers",
-    "decoder_ffn_dim": "dim_feedforward",
-    "decoder_attention_heads": "nheads",
-    "decoder_n_points": "dec_n_points",
-    "num_queries": "num_queries",
-    "activation_function": "transformer_activation",
-    "dropout": "dropout",
-    "positional_encoding_temperature": "pe_temperatureH",
-    "share_decoder_heads": "dec_pred_class_embed_share",
-    "num_denoising": "dn_number",
-    "label_noise_ratio": "dn_label_noise_ratio",
-    "box_noise_scale": "dn_box_noise_scale",
-    "auxiliary_loss": "aux_loss",
-    "class_cost": "set_cost_class",
-    "bbox_cost": "set_cost_bbox",
-    "giou_cost": "set_cost_giou",
-    "cls_loss_coefficient": "cls_loss_coef",
-    "bbox_loss_coefficient": "bbox_loss_coef",
-    "giou_loss_coefficient": "giou_loss_coef",
-    "focal_alpha": "focal_alpha",
-    "num_select": "num_select",
-}
+FORMATS = ("official", "detrex", "mmdet")
 
-# Values that the official code assumes for files older than the setting (its `try: args.x except:` blocks).
-DEFAULT_OF_SETTING = {
-    "dec_pred_class_embed_share": True,
-    "dec_pred_bbox_embed_share": True,
-    "use_detached_boxes_dec_out": False,
-    "no_interm_box_loss": False,
-    "interm_loss_coef": 1.0,
-}
-
-# Settings that change what the network computes or how it is trained, and the values that this model can express.
-SUPPORTED_VALUES = {
-    "position_embedding": ("sine", "v2"),
-    "transformer_activation": ("relu", "gelu"),
-    "two_stage_type": ("standard", "no"),
-    "return_interm_indices": ([0, 1, 2, 3], [1, 2, 3], [3]),
-    "query_dim": (4,),
-    "num_patterns": (0,),
-    "pre_norm": (False,),
-    "dilation": (False,),
-    "masks": (False,),
-    "use_deformable_box_attn": (False,),
-    "add_channel_attention": (False,),
-    "decoder_sa_type": ("sa",),
-    "decoder_module_seq": (["sa", "ca", "ffn"],),
-    "decoder_layer_noise": (False,),
-    "dec_layer_number": (None,),
-    "two_stage_pat_embed": (0,),
-    "two_stage_add_query_num": (0,),
-    "two_stage_learn_wh": (False,),
-    "two_stage_keep_all_tokens": (False,),
-    "two_stage_bbox_embed_share": (False,),
-    "two_stage_class_embed_share": (False,),
-    "matcher_type": ("HungarianMatcher",),
-    "no_interm_box_loss": (False,),
-    "interm_loss_coef": (1.0,),
-}
-
-# Pairs of settings for which the model has one field.
-EQUAL_SETTINGS = (
-    ("pe_temperatureH", "pe_temperatureW"),
-    ("dec_pred_class_embed_share", "dec_pred_bbox_embed_share"),
-)
-
-BACKBONES: dict[str, dict[str, Any]] = {
-    "resnet50": {"model_type": "resnet", "depths": [3, 4, 6, 3]},
-    "resnet101": {"model_type": "resnet", "depths": [3, 4, 23, 3]},
-    **{
-        f"swin_{letter}_{image_size}_{data}": {
-            "model_type": "swin",
-            "image_size": image_size,
-            "embed_dim": width,
-            "depths": [2, 2, middle, 2],
-            "num_heads": [width // 32 * 2**stage for stage in range(4)],
-            "window_size": window,
-            "drop_path_rate": 0.2,  # not among the settings, but the default of the official SwinTransformer
-        }
-        for letter, image_size, data, width, middle, window in (
-            ("T", 224, "1k", 96, 6, 7),
-            ("B", 224, "22k", 128, 18, 7),
-            ("B", 384, "22k", 128, 18, 12),
-            ("L", 224, "22k", 192, 18, 7),
-            ("L", 384, "22k", 192, 18, 12),
-        )
-    },
-}
+CODE_BASES = {"official": "IDEA-Research/DINO", "detrex": "detrex", "mmdet": "MMDetection 3"}
 
 
 @dataclass(frozen=True)
 class Rule:
-    r"""Rename, split or drop the official tensors whose key matches a pattern.
+    """Rename, split, reorder, drop or copy the tensors whose key matches a template; see [`~hub.match_key`].
 
     Args:
-        source (`str`): Regular expression that matches the whole official key.
-        targets (`tuple[str, ...]`): Our keys, in which `\1` is the first group of `source`. If empty, the tensor is
-            dropped. If there are several, it is split along its first axis into as many equal parts, in this order.
+        source (`str`): Template of keys of the file.
+        targets (`tuple[str, ...]`): Templates of our keys. If empty, the tensor is dropped. If there are several, it
+            is split along its first axis into as many equal parts, in this order.
         reason (`str`): Reason for the rule, unless it only renames.
-        equals (`str`, *optional*): Official key of which the tensor must be an exact copy.
+        equals (`str`, *optional*): Template of the key in the file of which the tensor must be an exact copy.
         first_rows (`bool`, *optional*, defaults to `False`): Keep only the first `num_labels` rows.
+        reorder (`tuple[Callable, Callable]`, *optional*): Function from their tensor to ours, and its inverse.
+        computed_from (`tuple[str, Callable]`, *optional*): Template of another key in the file and the function from
+            its tensor to this one, which is dropped because it is computed when needed.
     """
 
     source: str
@@ -128,234 +42,428 @@ class Rule:
     reason: str = ""
     equals: str | None = None
     first_rows: bool = False
+    reorder: tuple[Callable[[torch.Tensor], torch.Tensor], Callable[[torch.Tensor], torch.Tensor]] | None = None
+    computed_from: tuple[str, Callable[[torch.Tensor], torch.Tensor]] | None = None
 
 
 @dataclass(frozen=True)
 class Fill:
-    """Fill our keys that match `target`, which have no counterpart in the official file, with a constant."""
+    """Fill our tensors that match `target`, which have no counterpart in the file, with a constant.
+
+    A model that is written in the format must have that constant there, unless the tensor is not `used`.
+    """
 
     target: str
     value: int
     reason: str
+    used: bool = True
+
+
+Row = Sequence[str]
+"""Templates of one module or tensor: ours, official, detrex, mmdet."""
+
+
+def _rows(prefixes: Row, *rows: Row) -> dict[str, tuple[Rule, ...]]:
+    """Return the rules of each format that rename the rows of a table, each after the prefix of its column."""
+    ours, *theirs = zip(*([prefix + name for prefix, name in zip(prefixes, row)] for row in rows))
+    return {name: _renamed(*zip(sources, ours)) for name, sources in zip(FORMATS, theirs)}
 
 
 def _renamed(*pairs: tuple[str, str]) -> tuple[Rule, ...]:
     return tuple(Rule(source, (target,)) for source, target in pairs)
 
 
-def _modules(source: str, target: str, *names: tuple[str, str], leaf: str = "weight|bias") -> tuple[Rule, ...]:
-    """Rename modules, with their parameters, of a parent whose key ends in an index."""
-    return tuple(Rule(rf"{source}\.(\d+)\.{old}\.({leaf})", (rf"{target}.\1.{new}.\2",)) for old, new in names)
+_BODY = "model.backbone.body."
 
-
-_BODY = "model.backbone.body"
-
-RESNET = _renamed(
-    *((rf"backbone\.0\.body\.{source}", f"{_BODY}.{target}") for source, target in TORCHVISION_RESNET_KEYS)
-)
-
-_BLOCK = r"backbone\.0\.layers\.(\d+)\.blocks\.(\d+)"
-_OUR_BLOCK = rf"{_BODY}.swin.encoder.layers.\1.blocks.\2"
-SWIN = (
-    *_renamed(
-        (r"backbone\.0\.patch_embed\.proj\.(weight|bias)", rf"{_BODY}.swin.embeddings.patch_embeddings.projection.\1"),
-        (r"backbone\.0\.patch_embed\.norm\.(weight|bias)", rf"{_BODY}.swin.embeddings.norm.\1"),
-        (rf"{_BLOCK}\.norm1\.(weight|bias)", rf"{_OUR_BLOCK}.layernorm_before.\3"),
-        (rf"{_BLOCK}\.norm2\.(weight|bias)", rf"{_OUR_BLOCK}.layernorm_after.\3"),
-        (rf"{_BLOCK}\.mlp\.(fc1|fc2)\.(weight|bias)", rf"{_OUR_BLOCK}.mlp.\3.\4"),
-        (rf"{_BLOCK}\.attn\.proj\.(weight|bias)", rf"{_OUR_BLOCK}.attention.o_proj.\3"),
-        (
-            rf"{_BLOCK}\.attn\.relative_position_bias_table",
-            rf"{_OUR_BLOCK}.attention.relative_position_bias.relative_position_bias_table",
-        ),
-        (
-            r"backbone\.0\.layers\.(\d+)\.downsample\.(reduction|norm)\.(weight|bias)",
-            rf"{_BODY}.swin.encoder.layers.\1.downsample.\2.\3",
-        ),
-        *(  # the official code counts output norms from 0, transformers counts stages from 1
-            (rf"backbone\.0\.norm{stage}\.(weight|bias)", rf"{_BODY}.hidden_states_norms.stage{stage + 1}.\1")
-            for stage in range(4)
-        ),
-    ),
-    Rule(
-        rf"{_BLOCK}\.attn\.qkv\.(weight|bias)",
-        tuple(rf"{_OUR_BLOCK}.attention.{part}_proj.\3" for part in "qkv"),
-        reason="query, key and value are one projection in the official implementation",
-    ),
-    Rule(
-        rf"{_BLOCK}\.(attn\.relative_position_index|attn_mask)",
-        reason="computed from the window size when needed",
+_DETECTRON_RESNET_KEYS = (
+    ("stem.conv1.weight", "embedder.embedder.convolution.weight"),
+    ("stem.conv1.norm.@", "embedder.embedder.normalization.@"),
+    *(
+        (f"res{stage + 2}.*.{source}", f"encoder.stages.{stage}.layers.*.{target}")
+        for stage in range(4)
+        for source, target in (
+            ("shortcut.weight", "shortcut.convolution.weight"),
+            ("shortcut.norm.@", "shortcut.normalization.@"),
+            *((f"conv{index + 1}.weight", f"layer.{index}.convolution.weight") for index in range(3)),
+            *((f"conv{index + 1}.norm.@", f"layer.{index}.normalization.@") for index in range(3)),
+        )
     ),
 )
 
-NECK = _renamed(
-    (r"input_proj\.(\d+)\.([01])\.(weight|bias)", r"model.backbone.input_proj.\1.\2.\3"),
-    (r"transformer\.level_embed", "model.backbone.level_embed"),
-)
 
-_DEFORMABLE = "sampling_offsets|attention_weights|value_proj|output_proj"
-ENCODER = (
-    *_renamed(
-        (
-            rf"transformer\.encoder\.layers\.(\d+)\.self_attn\.({_DEFORMABLE})\.(weight|bias)",
-            r"model.encoder.layers.\1.self_attn.\2.\3",
+def _backbone(prefix: str, pairs: tuple[tuple[str, str], ...]) -> tuple[Rule, ...]:
+    return _renamed(*((f"{prefix}.{source}", _BODY + target) for source, target in pairs))
+
+
+RESNET = {
+    "official": _backbone("backbone.0.body", TORCHVISION_RESNET_KEYS),
+    "detrex": _backbone("backbone", _DETECTRON_RESNET_KEYS),
+    "mmdet": _backbone("backbone", TORCHVISION_RESNET_KEYS),
+}
+
+
+def unfold_to_blocks(merged: torch.Tensor) -> torch.Tensor:
+    """Reorder the last axis of a patch merging from mmdetection's order to the official one.
+
+    mmdetection's `nn.Unfold` goes through the channels and, for each of them, row by row through the 2 x 2 patches.
+    The official code concatenates the patches in the order (0, 0), (1, 0), (0, 1), (1, 1) of (row, column).
+    """
+    patches = merged.unflatten(-1, (-1, 4)).transpose(-1, -2)[..., [0, 2, 1, 3], :]
+    return patches.flatten(-2).contiguous()
+
+
+def blocks_to_unfold(merged: torch.Tensor) -> torch.Tensor:
+    """Invert [`unfold_to_blocks`]."""
+    return merged.unflatten(-1, (4, -1))[..., [0, 2, 1, 3], :].transpose(-1, -2).flatten(-2).contiguous()
+
+
+def relative_position_index(bias_table: torch.Tensor) -> torch.Tensor:
+    """Return the row of Swin's bias table for each pair of cells in a window, `(window_size**2, window_size**2)`.
+
+    Example:
+
+    ```python
+    >>> relative_position_index(torch.zeros(9, 1))[0].tolist()
+    [4, 3, 1, 0]
+
+    ```
+    """
+    side = round(len(bias_table) ** 0.5)  # 2 * window_size - 1
+    cells = torch.cartesian_prod(*[torch.arange((side + 1) // 2)] * 2)
+    rows, columns = (cells[:, None] - cells[None] + side // 2).unbind(-1)
+    return rows * side + columns
+
+
+_OUR_BLOCK = f"{_BODY}swin.encoder.layers.*.blocks.*."
+_BLOCKS = (_OUR_BLOCK, "backbone.0.layers.*.blocks.*.", "backbone.layers.*.blocks.*.", "backbone.stages.*.blocks.*.")
+_SWIN = _rows(
+    (f"{_BODY}swin.embeddings.", *["backbone.0.patch_embed.", "backbone.patch_embed.", "backbone.patch_embed."]),
+    ("patch_embeddings.projection.@", "proj.@", "proj.@", "projection.@"),
+    ("norm.@", "norm.@", "norm.@", "norm.@"),
+)
+_SWIN_BLOCKS = _rows(
+    _BLOCKS,
+    ("layernorm_before.@", "norm1.@", "norm1.@", "norm1.@"),
+    ("layernorm_after.@", "norm2.@", "norm2.@", "norm2.@"),
+    ("mlp.fc1.@", "mlp.fc1.@", "mlp.fc1.@", "ffn.layers.0.0.@"),
+    ("mlp.fc2.@", "mlp.fc2.@", "mlp.fc2.@", "ffn.layers.1.@"),
+    ("attention.o_proj.@", "attn.proj.@", "attn.proj.@", "attn.w_msa.proj.@"),
+    (
+        "attention.relative_position_bias.relative_position_bias_table",
+        "attn.relative_position_bias_table",
+        "attn.relative_position_bias_table",
+        "attn.w_msa.relative_position_bias_table",
+    ),
+)
+# transformers counts stages from 1
+_OUTPUT_NORMS = tuple((f"norm{stage}.@", f"{_BODY}hidden_states_norms.stage{stage + 1}.@") for stage in range(4))
+_PREFIX = {"official": "backbone.0.", "detrex": "backbone.", "mmdet": "backbone."}
+_OUR_MERGING = f"{_BODY}swin.encoder.layers.*.downsample.@.@"
+_SWIN_MERGING = {
+    "official": _renamed(("backbone.0.layers.*.downsample.@.@", _OUR_MERGING)),
+    "detrex": _renamed(("backbone.layers.*.downsample.@.@", _OUR_MERGING)),
+    "mmdet": (
+        Rule(
+            "backbone.stages.*.downsample.@.@",
+            (_OUR_MERGING,),
+            reason="mmdetection's patch merging goes through the 2 x 2 patches channel by channel",
+            reorder=(unfold_to_blocks, blocks_to_unfold),
         ),
     ),
-    *_modules(
-        r"transformer\.encoder\.layers",
-        "model.encoder.layers",
-        ("norm1", "self_attn_layer_norm"),
-        ("linear1", "mlp.fc1"),
-        ("linear2", "mlp.fc2"),
-        ("norm2", "final_layer_norm"),
-    ),
-)
+}
 
-DECODER = (
-    *_renamed(
-        (
-            rf"transformer\.decoder\.layers\.(\d+)\.cross_attn\.({_DEFORMABLE})\.(weight|bias)",
-            r"model.decoder.layers.\1.encoder_attn.\2.\3",
-        ),
-        (r"transformer\.decoder\.norm\.(weight|bias)", r"model.decoder.layer_norm.\1"),
-        (
-            r"transformer\.decoder\.ref_point_head\.layers\.(\d+)\.(weight|bias)",
-            r"model.decoder.ref_point_head.layers.\1.\2",
-        ),
-    ),
-    Rule(
-        r"transformer\.decoder\.layers\.(\d+)\.self_attn\.in_proj_(weight|bias)",
-        tuple(rf"model.decoder.layers.\1.self_attn.{part}_proj.\2" for part in "qkv"),
-        reason="nn.MultiheadAttention keeps query, key and value in one matrix",
-    ),
-    *_modules(
-        r"transformer\.decoder\.layers",
-        "model.decoder.layers",
-        (r"self_attn\.out_proj", "self_attn.o_proj"),
-        # numbered in the order in which they are defined, not of their use: self-attention runs first and has norm2
-        ("norm2", "self_attn_layer_norm"),
-        ("norm1", "encoder_attn_layer_norm"),
-        ("norm3", "final_layer_norm"),
-        ("linear1", "mlp.fc1"),
-        ("linear2", "mlp.fc2"),
-    ),
-    Rule(
-        r"transformer\.decoder\.((?:class|bbox)_embed\..+)",
-        reason="the official decoder has a second reference to the heads",
-        equals=r"\1",
-    ),
-)
 
-HEADS = {
-    True: (  # share_decoder_heads
-        *_renamed(
-            (r"class_embed\.0\.(weight|bias)", r"class_embed.0.\1"),
-            (r"bbox_embed\.0\.layers\.(\d+)\.(weight|bias)", r"model.decoder.bbox_embed.0.layers.\1.\2"),
+def _swin(name: str, block: str, attention: str) -> tuple[Rule, ...]:
+    return (
+        *_SWIN[name],
+        *_SWIN_BLOCKS[name],
+        *_SWIN_MERGING[name],
+        *_renamed(*((_PREFIX[name] + source, target) for source, target in _OUTPUT_NORMS)),
+        Rule(
+            f"{block}{attention}.qkv.@",
+            tuple(f"{_OUR_BLOCK}attention.{part}_proj.@" for part in "qkv"),
+            reason="query, key and value are one projection there",
         ),
         Rule(
-            r"(class|bbox)_embed\.[1-9]\d*\.(.+)",
-            reason="all decoder layers share one head, and the file contains a copy of it per layer",
-            equals=r"\1_embed.0.\2",
+            f"{block}{attention}.relative_position_index",
+            reason="computed from the window size when needed",
+            computed_from=(f"{block}{attention}.relative_position_bias_table", relative_position_index),
         ),
-    ),
-    False: _renamed(
-        (r"class_embed\.(\d+)\.(weight|bias)", r"class_embed.\1.\2"),
-        (r"bbox_embed\.(\d+)\.layers\.(\d+)\.(weight|bias)", r"model.decoder.bbox_embed.\1.layers.\2.\3"),
-    ),
-}
-
-_FROM_TOKENS = _renamed(
-    (r"transformer\.(enc_output|enc_output_norm)\.(weight|bias)", r"model.query_selection.\1.\2"),
-    (r"transformer\.enc_out_class_embed\.(weight|bias)", r"model.query_selection.class_embed.\1"),
-    (
-        r"transformer\.enc_out_bbox_embed\.layers\.(\d+)\.(weight|bias)",
-        r"model.query_selection.bbox_embed.layers.\1.\2",
-    ),
-)
-_LEARNED_CONTENTS = _renamed((r"transformer\.tgt_embed\.weight", "model.query_selection.content_queries.weight"))
-QUERY_SELECTION = {
-    "mixed": (*_FROM_TOKENS, *_LEARNED_CONTENTS),
-    "pure": _FROM_TOKENS,
-    "static": (
-        *_LEARNED_CONTENTS,
-        *_renamed((r"transformer\.refpoint_embed\.weight", "model.query_selection.anchors.weight")),
-    ),
-}
-
-_LABEL_EMBEDDING = (
-    Rule(
-        r"label_enc\.weight",
-        ("model.denoising.label_embed.weight",),
-        reason="only one row per class is ever used; the official implementation has dn_labelbook_size + 1",
-        first_rows=True,
-    ),
-)
-DENOISING = {
-    "contrastive": _LABEL_EMBEDDING,
-    "plain": _LABEL_EMBEDDING,
-    "none": (Rule(r"label_enc\.weight", reason="labels are embedded only for denoising"),),
-}
-
-FILLS = {
-    "resnet": (
-        Fill(
-            r".+\.num_batches_tracked",
-            0,
-            "the official frozen batch norm has no counter, and a frozen one never reads it",
-        ),
-    ),
-    "swin": (
-        Fill(r".+\.swin\.layernorm\.weight", 1, "the result of this norm is not used"),
-        Fill(r".+\.swin\.layernorm\.bias", 0, "the result of this norm is not used"),
-    ),
-}
-ONE_LEVEL_FILLS = (Fill(r"model\.backbone\.level_embed", 0, "the official code does not embed a single level"),)
-
-
-BACKBONE_RULES = {"resnet": RESNET, "swin": SWIN}
-
-
-def _backbone_type(config: DinoDetrConfig) -> str:
-    return config.to_dict()["backbone_config"]["model_type"]
-
-
-def rules_for(config: DinoDetrConfig) -> tuple[Rule, ...]:
-    """Return all rules for an official checkpoint with these settings; no official key matches two of them.
-
-    Raises:
-        InputError: If the configuration has a backbone that no official checkpoint has.
-    """
-    backbone = _backbone_type(config)
-    if backbone not in BACKBONE_RULES:
-        raise InputError(f"official checkpoints have one of the backbones {', '.join(BACKBONE_RULES)}, not {backbone}")
-    return (
-        *BACKBONE_RULES[backbone],
-        *NECK,
-        *ENCODER,
-        *DECODER,
-        *HEADS[config.share_decoder_heads],
-        *QUERY_SELECTION[config.query_selection],
-        *DENOISING[config.denoising],
+        Rule(f"{block}attn_mask", reason="computed from the image size when needed"),
     )
 
 
-def fills_for(config: DinoDetrConfig) -> tuple[Fill, ...]:
-    """Return the fills of our tensors that have no counterpart in an official checkpoint with these settings."""
-    return FILLS[_backbone_type(config)] + (ONE_LEVEL_FILLS if config.num_feature_levels == 1 else ())
+SWIN = {
+    name: _swin(name, block, attention)
+    for name, block, attention in zip(FORMATS, _BLOCKS[1:], ("attn", "attn", "attn.w_msa"))
+}
+
+_CONVNEXT_BLOCKS = _rows(
+    (f"{_BODY}encoder.stages.*.layers.*.", *(f"{prefix}stages.*.*." for prefix in _PREFIX.values())),
+    ("dwconv.@", "dwconv.@", "dwconv.@", "depthwise_conv.@"),
+    ("layernorm.@", "norm.@", "norm.@", "norm.@"),
+    ("pwconv1.@", "pwconv1.@", "pwconv1.@", "pointwise_conv1.@"),
+    ("pwconv2.@", "pwconv2.@", "pwconv2.@", "pointwise_conv2.@"),
+    ("layer_scale_parameter", "gamma", "gamma", "gamma"),
+)
+_CONVNEXT = (
+    ("downsample_layers.0.0.@", f"{_BODY}embeddings.patch_embeddings.@"),
+    ("downsample_layers.0.1.@", f"{_BODY}embeddings.layernorm.@"),
+    ("downsample_layers.#.*.@", f"{_BODY}encoder.stages.#.downsampling_layer.*.@"),
+    *_OUTPUT_NORMS,
+)
+CONVNEXT = {
+    name: (*_CONVNEXT_BLOCKS[name], *_renamed(*((_PREFIX[name] + source, target) for source, target in _CONVNEXT)))
+    for name in ("detrex", "mmdet")  # the official code has only one that was never trained
+}
+
+BACKBONE_RULES: dict[str, dict[str, tuple[Rule, ...]]] = {"resnet": RESNET, "swin": SWIN, "convnext": CONVNEXT}
+
+LEVEL_EMBEDDING = _rows(
+    ("", "", "", ""),
+    ("model.backbone.level_embed", "transformer.level_embed", "transformer.level_embeds", "level_embed"),
+)
+
+
+def _neck(name: str, config: DinoDetrConfig) -> tuple[Rule, ...]:
+    """Return the rules for the projections: one table, but detrex and mmdetection count the added levels from 0."""
+    ours, norm = "model.backbone.input_proj", {"detrex": "norm", "mmdet": "gn"}.get(name)
+    if name == "official":
+        return _renamed(("input_proj.*.0.@", f"{ours}.*.0.@"), ("input_proj.*.1.@", f"{ours}.*.1.@"))
+    added = range(config.num_feature_levels - config.num_backbone_levels)
+    return _renamed(
+        *(
+            (f"neck.{source}.{their_part}.@", f"{ours}.{target}.{part}.@")
+            for part, their_part in enumerate(("conv", norm))
+            for source, target in [
+                *((f"convs.{level}", level) for level in range(config.num_backbone_levels)),
+                *((f"extra_convs.{level}", config.num_backbone_levels + level) for level in added),
+            ]
+        )
+    )
+
+
+_LAYERS = (
+    ("model.encoder.layers.*.", "transformer.encoder.layers.*.", "transformer.encoder.layers.*.", "encoder.layers.*."),
+    ("model.decoder.layers.*.", "transformer.decoder.layers.*.", "transformer.decoder.layers.*.", "decoder.layers.*."),
+)
+ENCODER = _rows(
+    _LAYERS[0],
+    ("self_attn.@.@", "self_attn.@.@", "attentions.0.@.@", "self_attn.@.@"),
+    ("self_attn_layer_norm.@", "norm1.@", "norms.0.@", "norms.0.@"),
+    ("mlp.fc1.@", "linear1.@", "ffns.0.layers.0.0.@", "ffn.layers.0.0.@"),
+    ("mlp.fc2.@", "linear2.@", "ffns.0.layers.1.@", "ffn.layers.1.@"),
+    ("final_layer_norm.@", "norm2.@", "norms.1.@", "norms.1.@"),
+)
+_DECODER_LAYERS = _rows(
+    _LAYERS[1],
+    ("self_attn.o_proj.@", "self_attn.out_proj.@", "attentions.0.attn.out_proj.@", "self_attn.attn.out_proj.@"),
+    ("encoder_attn.@.@", "cross_attn.@.@", "attentions.1.@.@", "cross_attn.@.@"),
+    # the official norms are numbered in the order of their definition, not of their use: self-attention has norm2
+    ("self_attn_layer_norm.@", "norm2.@", "norms.0.@", "norms.0.@"),
+    ("encoder_attn_layer_norm.@", "norm1.@", "norms.1.@", "norms.1.@"),
+    ("mlp.fc1.@", "linear1.@", "ffns.0.layers.0.0.@", "ffn.layers.0.0.@"),
+    ("mlp.fc2.@", "linear2.@", "ffns.0.layers.1.@", "ffn.layers.1.@"),
+    ("final_layer_norm.@", "norm3.@", "norms.2.@", "norms.2.@"),
+)
+_DECODER = _rows(
+    ("model.decoder.", "transformer.decoder.", "transformer.decoder.", "decoder."),
+    ("layer_norm.@", "norm.@", "norm.@", "norm.@"),
+    ("ref_point_head.layers.*.@", *["ref_point_head.layers.*.@"] * 3),
+)
+DECODER = {
+    name: (
+        *_DECODER_LAYERS[name],
+        *_DECODER[name],
+        Rule(
+            f"{layers}{attention}.in_proj_@",
+            tuple(f"model.decoder.layers.*.self_attn.{part}_proj.@" for part in "qkv"),
+            reason="nn.MultiheadAttention keeps query, key and value in one matrix",
+        ),
+    )
+    for name, layers, attention in zip(FORMATS, _LAYERS[1][1:], ("self_attn", "attentions.0.attn", "self_attn.attn"))
+}
+
+_OUR_BOX_HEAD = "model.decoder.bbox_embed"
+_SECOND_REFERENCES = tuple(
+    Rule(f"transformer.decoder.{key}", reason="the decoder has a second reference to the heads", equals=key)
+    for key in ("class_embed.*.@", "bbox_embed.*.layers.*.@")
+)
+
+
+def _official_heads(config: DinoDetrConfig) -> tuple[Rule, ...]:
+    shared = config.share_decoder_heads
+    layer = "0" if shared else "*"
+    copied = "all decoder layers share one head, and the file contains a copy of it per layer"
+    copies = (
+        Rule("class_embed.#.@", reason=copied, equals="class_embed.0.@"),
+        Rule("bbox_embed.#.layers.*.@", reason=copied, equals="bbox_embed.0.layers.*.@"),
+    )
+    return (
+        *_renamed(
+            (f"class_embed.{layer}.@", f"class_embed.{layer}.@"),
+            (f"bbox_embed.{layer}.layers.*.@", f"{_OUR_BOX_HEAD}.{layer}.layers.*.@"),
+        ),
+        *(copies if shared else ()),
+        *_SECOND_REFERENCES,
+    )
+
+
+def _heads_per_layer(
+    config: DinoDetrConfig, class_head: str, box_head: str, box_layers: tuple[str, ...]
+) -> tuple[Rule, ...]:
+    """Return the rules for one head per layer, of which the one after the last layer's is the encoder's."""
+    encoder, selection = config.decoder_layers, "model.query_selection"
+    heads = [(layer, f"class_embed.{layer}", f"{_OUR_BOX_HEAD}.{layer}") for layer in range(encoder)]
+    heads.append((encoder, f"{selection}.class_embed", f"{selection}.bbox_embed"))
+    return _renamed(
+        *((f"{class_head}.{index}.@", f"{target}.@") for index, target, _ in heads),
+        *(
+            (f"{box_head}.{index}.{layer}.@", f"{target}.layers.{number}.@")
+            for index, _, target in heads
+            for number, layer in enumerate(box_layers)
+        ),
+    )
+
+
+def _heads(name: str, config: DinoDetrConfig) -> tuple[Rule, ...]:
+    if name == "official":
+        return _official_heads(config)
+    if name == "detrex":
+        layers = ("layers.0", "layers.1", "layers.2")
+        return (*_heads_per_layer(config, "class_embed", "bbox_embed", layers), *_SECOND_REFERENCES)
+    return _heads_per_layer(config, "bbox_head.cls_branches", "bbox_head.reg_branches", ("0", "2", "4"))
+
+
+_FROM_TOKENS = _rows(
+    ("model.query_selection.", "transformer.", "transformer.", ""),
+    ("enc_output.@", "enc_output.@", "enc_output.@", "memory_trans_fc.@"),
+    ("enc_output_norm.@", "enc_output_norm.@", "enc_output_norm.@", "memory_trans_norm.@"),
+)
+_OFFICIAL_ENCODER_HEADS = _renamed(
+    ("transformer.enc_out_class_embed.@", "model.query_selection.class_embed.@"),
+    ("transformer.enc_out_bbox_embed.layers.*.@", "model.query_selection.bbox_embed.layers.*.@"),
+)
+_CONTENTS = _rows(
+    ("model.query_selection.", "", "", ""),
+    ("content_queries.@", "transformer.tgt_embed.@", "transformer.tgt_embed.@", "query_embedding.@"),
+)
+_ANCHORS = _renamed(("transformer.refpoint_embed.@", "model.query_selection.anchors.@"))
+QUERY_SELECTION = {
+    "official": {
+        "mixed": (*_FROM_TOKENS["official"], *_OFFICIAL_ENCODER_HEADS, *_CONTENTS["official"]),
+        "pure": (*_FROM_TOKENS["official"], *_OFFICIAL_ENCODER_HEADS),
+        "static": (*_CONTENTS["official"], *_ANCHORS),
+    },
+    **{
+        name: {"mixed": (*_FROM_TOKENS[name], *_CONTENTS[name]), "pure": _FROM_TOKENS[name]}
+        for name in ("detrex", "mmdet")
+    },
+}
+
+LABEL_EMBEDDING = {
+    "official": "label_enc.weight",
+    "detrex": "label_enc.weight",
+    "mmdet": "dn_query_generator.label_embedding.weight",
+}
+
+
+def _denoising(name: str, config: DinoDetrConfig) -> tuple[Rule, ...]:
+    if config.denoising == "none":
+        return (Rule(LABEL_EMBEDDING[name], reason="labels are embedded only for denoising"),)
+    reason = "only one row per class is ever used; the official implementation has dn_labelbook_size + 1"
+    return (Rule(LABEL_EMBEDDING[name], ("model.denoising.label_embed.weight",), reason=reason, first_rows=True),)
+
+
+_NO_BIAS = Fill("model.backbone.input_proj.*.0.bias", 0, "mmdetection's convolution before a norm has no bias")
+_NOT_EMBEDDED = Fill("model.backbone.level_embed", 0, "the official code does not embed a single level")
+_NORMS = ("embedder.embedder", "encoder.stages.*.layers.*.shortcut", "encoder.stages.*.layers.*.layer.*")
+FILLS = {
+    "resnet": tuple(
+        Fill(f"{_BODY}{norm}.normalization.num_batches_tracked", 0, "a frozen batch norm never reads it", used=False)
+        for norm in _NORMS
+    ),
+    "swin": (
+        Fill(f"{_BODY}swin.layernorm.weight", 1, "the result of this norm is not used", used=False),
+        Fill(f"{_BODY}swin.layernorm.bias", 0, "the result of this norm is not used", used=False),
+    ),
+    "convnext": (),
+}
+
+
+def backbone_type(config: DinoDetrConfig) -> str:
+    """Return the `model_type` of the backbone."""
+    backbone: Any = config.backbone_config
+    return str(backbone.model_type)
+
+
+def rules_for(config: DinoDetrConfig, name: str = "official") -> tuple[Rule, ...]:
+    """Return all rules for the files of a format with a model of this configuration; no key matches two of them.
+
+    Args:
+        config (`DinoDetrConfig`): Decides on backbone, levels, layers, heads, query selection and denoising.
+        name (`str`, *optional*, defaults to `"official"`): One of `FORMATS`.
+
+    Raises:
+        InputError: If the format has no table for the backbone or the query selection.
+    """
+    backbone = backbone_type(config)
+    if name not in BACKBONE_RULES.get(backbone, {}):
+        known = ", ".join(kind for kind, rules in BACKBONE_RULES.items() if name in rules)
+        raise InputError(f"{name} checkpoints have one of the backbones {known}, not {backbone}")
+    if config.query_selection not in QUERY_SELECTION[name]:
+        known = " or ".join(map(repr, QUERY_SELECTION[name]))
+        raise InputError(f"{name} checkpoints have query_selection {known}, not {config.query_selection!r}")
+    return (
+        *BACKBONE_RULES[backbone][name],
+        *LEVEL_EMBEDDING[name],
+        *_neck(name, config),
+        *ENCODER[name],
+        *DECODER[name],
+        *_heads(name, config),
+        *QUERY_SELECTION[name][config.query_selection],
+        *_denoising(name, config),
+        *EXTRA_RULES[name],
+    )
+
+
+EXTRA_RULES = {
+    "official": (),
+    "detrex": (),
+    "mmdet": (Rule("steps", reason="counts the updates of the EMA weights"),),
+}
+
+
+def fills_for(config: DinoDetrConfig, name: str = "official") -> tuple[Fill, ...]:
+    """Return the fills of our tensors that have no counterpart in the files of a format."""
+    if name == "mmdet":  # its batch norms are only set to evaluation mode, and have counters
+        return (*(() if backbone_type(config) == "resnet" else FILLS[backbone_type(config)]), _NO_BIAS)
+    one_level = (_NOT_EMBEDDED,) if name == "official" and config.num_feature_levels == 1 else ()
+    return (*FILLS[backbone_type(config)], *one_level)
 
 
 _MMDETECTION_2 = "an MMDetection 2, EasyCV or Co-DETR checkpoint; use it with the code that wrote it"
-_MMDETECTION_3 = (
-    "an MMDetection 3 checkpoint; use it with MMDetection, or convert the checkpoint that IDEA-Research/DINO published"
-)
-_DETREX = "a detrex checkpoint; use it with detrex, or convert the checkpoint that IDEA-Research/DINO published"
 
-# Checkpoints of other code, recognized by one key that no official DINO file has. The first match wins, because
-# descendants of DETR keep its names, and detrex and MMDetection name their neck alike.
+# Keys that a file of a format must have to be taken for a DINO; without them it may be another model of the code base.
+SIGNATURES = {
+    "mmdet": (
+        "bbox_head.cls_branches.0.weight",
+        "memory_trans_fc.weight",
+        "dn_query_generator.label_embedding.weight",
+    ),
+    "detrex": (
+        "neck.convs.0.conv.weight",
+        "neck.convs.0.norm.weight",
+        "transformer.enc_output.weight",
+        "label_enc.weight",
+    ),
+}
+
+# Checkpoints of other models, recognized by one key that no DINO file has. The first match wins, because descendants
+# of DETR keep its names.
 OTHER_MODELS = (
     (r"(bbox_head|query_head)\.transformer\..+", _MMDETECTION_2),
-    (r"(bbox_head|roi_head|rpn_head|memory_trans_fc|dn_query_generator)\..+", _MMDETECTION_3),
-    (r"neck\.convs\.\d+\.conv\.weight", _DETREX),
+    (r"language_model\..+", "a Grounding DINO checkpoint; use GroundingDinoForObjectDetection of transformers"),
     (r"sem_seg_head\..+", "a MaskDINO or Mask2Former checkpoint; use it with the code that wrote it"),
     (
         r"(model\.)?(encoder|decoder)\.layers\.\d+\.(fc1|mlp\.fc1|self_attn\.q_proj)\.weight|model\.backbone\..+",
@@ -381,9 +489,21 @@ OTHER_MODELS = (
         "a classification backbone (ResNet, ConvNeXt); only detectors can be converted",
     ),
 )
+# The same, if the file lacks a key of the signatures.
+OTHER_DETECTORS = (
+    (
+        r"(bbox_head|roi_head|rpn_head|memory_trans_fc|dn_query_generator)\..+",
+        "an MMDetection 3 checkpoint of a detector other than DINO; use it with MMDetection",
+    ),
+    (r"neck\.convs\.\d+\.conv\.weight", "a detrex checkpoint of a detector other than DINO; use it with detrex"),
+)
 
-# Packages whose types are pickled into checkpoints of other code.
-OTHER_PACKAGES = {"mmengine": _MMDETECTION_3, "mmcv": _MMDETECTION_2, "detectron2": _DETREX}
+# Packages and modules whose types stand beside the weights in a checkpoint. They are replaced by objects that do
+# nothing, because neither the weights nor the settings are made of them.
+REPLACED_PACKAGES = (
+    *("mmengine", "mmcv", "mmdet", "detectron2", "detrex", "fvcore", "omegaconf"),
+    *("numpy", "builtins.getattr"),
+)
 
 
 # The 80 categories of COCO detection by their original category ids; the ids in between were never used.
