@@ -31,6 +31,7 @@ from .common import (
     ROTATED_WARNING,
     ReadOptions,
     boxes_to_xywh,
+    check_options,
     enclose_rotated_boxes,
     group_by_split,
     split_from_name,
@@ -106,6 +107,7 @@ def read_coco_file(folders: Sequence[Path], source: Path, options: ReadOptions =
         options (`ReadOptions`, *optional*): `on_error` is called for annotations of an unknown image or category,
             which are left out.
     """
+    check_options(source, "COCO", options)
     (split,) = read_coco_files({"": CocoFiles(folders, source, folders[0])}, source, options).values()
     return split
 
