@@ -178,9 +178,10 @@ def _walk_images(folder: Path) -> Iterator[str]:
         for entry in os.scandir(directory):
             if entry.name.startswith((".", "__MACOSX")):
                 continue
-            if entry.is_dir():
+            path = Path(entry.path) if entry.is_symlink() else entry  # `entry` fails on a link to itself
+            if path.is_dir():
                 pending.append(entry.path)
-            elif Path(entry.name).suffix.lower() in IMAGE_EXTENSIONS and entry.is_file():
+            elif Path(entry.name).suffix.lower() in IMAGE_EXTENSIONS and path.is_file():
                 yield entry.path
 
 
