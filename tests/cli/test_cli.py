@@ -121,7 +121,7 @@ def test_a_recipe_may_have_every_option(tmp_path):
     recipe.write_text("model_name_or_path: m\ndataset: mine\noutput_dir: runs/mine\n")
     assert train_arguments(["--recipe", recipe]).output_dir == Path("runs/mine")
     assert train_arguments(["--recipe", recipe, "--output_dir=o"]).output_dir == Path("o")
-    with pytest.raises(ValueError, match="give --output_dir, here or in --recipe"):
+    with pytest.raises(ValueError, match=r"^give --output_dir, here or in --recipe"):
         hf_dino(["train", "--model_name_or_path=m", "--dataset=mine"])
 
 
@@ -138,7 +138,9 @@ def test_a_recipe_may_have_every_option(tmp_path):
     ],
 )
 def test_columns_that_say_nothing(columns):
-    with pytest.raises(ValueError, match="^--columns: must be CONTENT=NAME, with CONTENT each at most once of image,"):
+    with pytest.raises(
+        ValueError, match=r"^--columns: must be CONTENT=NAME, with CONTENT each at most once of image,"
+    ):
         parse_option("columns", columns)
     assert parse_option("columns", ["objects=a=b", "image=c"]) == {"objects": "a=b", "image": "c"}
 

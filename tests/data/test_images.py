@@ -158,7 +158,8 @@ def test_hidden_files_and_links_to_themselves_are_no_images(gradient, tmp_path, 
     assert caplog.messages == []
     for name in ("loop", "loop.png"):
         (tmp_path / name).symlink_to(name)
-    (tmp_path / "up").symlink_to("..")
+    (tmp_path / "deep").mkdir()
+    (tmp_path / "deep" / "up").symlink_to("..")
     assert find_unused_images(tmp_path, []) == [str(tmp_path / "a.png")]
 
 

@@ -434,7 +434,7 @@ def test_the_output_is_new_and_outside_of_the_source(tmp_path):
     pair = ["--images", source / "images", "--annotations", source / "instances_default.json"]
     with pytest.raises(InputError, match="which is not changed"):
         hf_dino(["data", "split", *pair, "--output_dir", source / "images" / "out"])
-    with pytest.raises(InputError, match="cannot be created, since .* is a file"):
+    with pytest.raises(InputError, match=r"cannot be created, since .* is a file"):
         hf_dino(["data", "split", source, "--output_dir", tmp_path / "full" / "a.txt" / "out"])
     assert hf_dino(["data", "split", *pair, "--output_dir", tmp_path / "out"]) == 0
     assert contents(tmp_path / "full") == {tmp_path / "full" / "a.txt": b"mine"}
@@ -445,7 +445,7 @@ def test_a_file_stands_for_the_directory_of_its_dataset(tmp_path):
     write(file, "{}")
     message = missing_split_message(str(file), ["train"], ReadOptions())
     assert message.endswith(f"--output_dir {tmp_path}/mine-split")
-    with pytest.raises(InputError, match="mine/out: is in .*mine, which is not changed"):
+    with pytest.raises(InputError, match=r"mine/out: is in .*mine, which is not changed"):
         hf_dino(["data", "split", file, "--output_dir", tmp_path / "mine" / "out"])
 
 
