@@ -83,8 +83,8 @@ def predict(
         print(f"{source}: {counts or f'nothing above {threshold}'} -> {target}")
     if detections_json and detections:
         write_json(detections_json, detections)
-    for error in errors[_MAX_RAISED:]:
-        print(f"not read: {error}")
+    for message in errors[_MAX_RAISED:]:
+        print(f"not read: {message}")
     if errors:
         message = "\n".join([f"{len(errors)} of {len(outputs)} images cannot be read:", *errors[:_MAX_RAISED]])
         raise InputError(message + f" ... and {len(errors) - _MAX_RAISED} more above" * (len(errors) > _MAX_RAISED))
