@@ -114,9 +114,15 @@ def _overrides(value: Any) -> dict[str, Any]:
 
 def _columns(value: Any) -> dict[str, str]:
     """Read names of columns from a mapping, or from `CONTENT=NAME`."""
-    columns = dict(value.items() if isinstance(value, dict) else (text.split("=", 1) for text in _list(_text)(value)))
-    if unknown := sorted(columns.keys() - set(COLUMNS)):
-        raise ValueError(f"must be CONTENT=NAME, with CONTENT one of {', '.join(COLUMNS)}; got {unknown[0]!r}")
+    given = value.items() if isinstance(value, dict) else (text.partition("=")[::2] for text in _list(_text)(value))
+    columns: dict[str, str] = {}
+    for content, name in given:
+        if content not in COLUMNS or content in columns or not isinstance(name, str) or not name:
+            raise ValueError(
+                f"must be CONTENT=NAME, with CONTENT each at most once of {', '.join(COLUMNS)}; got "
+                f"{content!r} with {'a second' if content in columns else 'the'} name {name!r}"
+            )
+        columns[content] = name
     return columns
 
 

@@ -22,7 +22,7 @@ from hf_dino.data.split import SIMILARITY
 from hf_dino.evaluation import ENGINES
 from hf_dino.image_processing_dino_detr import LONGEST_EDGE, SHORTEST_EDGE
 from hf_dino.model_card import COCO_MAX_DETECTIONS
-from hf_dino.training_arguments import default_of
+from hf_dino.training_arguments import default_of, parse_option
 
 
 ROOT = Path(__file__).parents[2]
@@ -108,6 +108,41 @@ def test_a_dataset_has_two_spellings(spelling):
     assert train_arguments(["--model_name_or_path=m", "--output_dir=o", f"{spelling}=mine"]).dataset == "mine"
     with pytest.raises(ValueError, match="no-such_directory"):
         hf_dino(["evaluate", "--model_name_or_path=m", spelling, "no-such_directory"])
+
+
+@pytest.mark.parametrize("command", ["train", "evaluate"])
+def test_two_spellings_of_an_option_are_one_too_many(command, capsys):
+    assert hf_dino([command, "--model_name_or_path=m", "--data=a", "--dataset", "b"]) == 2
+    assert "Give only one of --data and --dataset" in capsys.readouterr().err
+
+
+def test_a_recipe_may_have_every_option(tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("model_name_or_path: m\ndataset: mine\noutput_dir: runs/mine\n")
+    assert train_arguments(["--recipe", recipe]).output_dir == Path("runs/mine")
+    assert train_arguments(["--recipe", recipe, "--output_dir=o"]).output_dir == Path("o")
+    with pytest.raises(ValueError, match=r"^give --output_dir, here or in --recipe"):
+        hf_dino(["train", "--model_name_or_path=m", "--dataset=mine"])
+
+
+@pytest.mark.parametrize(
+    "columns",
+    [
+        ["objects"],
+        ["objects="],
+        ["=digits"],
+        ["things=digits"],
+        ["objects=a", "objects=b"],
+        {"objects": None},
+        {1: "a"},
+    ],
+)
+def test_columns_that_say_nothing(columns):
+    with pytest.raises(
+        ValueError, match=r"^--columns: must be CONTENT=NAME, with CONTENT each at most once of image,"
+    ):
+        parse_option("columns", columns)
+    assert parse_option("columns", ["objects=a=b", "image=c"]) == {"objects": "a=b", "image": "c"}
 
 
 @pytest.mark.parametrize("spelling", ["faster-coco-eval", "faster_coco_eval"])

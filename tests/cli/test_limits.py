@@ -150,3 +150,14 @@ def test_predict_names_what_it_does_not_read(tmp_path, coco, caplog, capsys):
         hf_dino(["predict", save_model(tmp_path / "model"), coco[0], f"--output={tmp_path / 'drawn'}"])
     assert f"{coco[0]}: 1 entries are not images: not used; scan.pdf" in caplog.messages
     assert sorted(path.name for path in (tmp_path / "drawn").iterdir()) == ["1.png", "2.png"]
+
+
+def test_predict_raises_three_lines_and_prints_the_other_errors(tmp_path, coco, capsys):
+    for number in range(5):
+        (coco[0] / f"broken{number}.png").write_bytes(b"no image")
+    with pytest.raises(InputError, match="5 of 6 images cannot be read:") as caught:
+        hf_dino(["predict", save_model(tmp_path / "model"), coco[0], f"--output={tmp_path / 'drawn'}"])
+    lines = str(caught.value).splitlines()
+    assert len(lines) == 3
+    assert lines[-1].endswith("... and 3 more above")
+    assert capsys.readouterr().out.count("not read: ") == 3

@@ -385,7 +385,9 @@ def test_a_rotation_that_does_not_change_the_box_is_not_mentioned(tmp_path, rota
 @pytest.mark.parametrize(
     "changes",
     [{"attributes": {"rotation": value}} for value in (float("nan"), float("inf"), 1e9, "left", [90], True)]
-    + [{"segmentation": [[20, 4, 30, 4, 30, 34]]}, {"attributes": {}, "rotation": 30}],
+    + [{"segmentation": [[20, 4, 30, 4, 30, 34]]}, {"attributes": {}, "rotation": 30}]
+    + [{"attributes": {name: 30}} for name in ("angle", "Rotation", "theta")]
+    + [{"attributes": None, "angle": "30"}, {"attributes": [{"name": "rotation", "value": 30}], "theta": 0}],
 )
 def test_a_rotation_that_is_not_known_to_be_of_this_box(tmp_path, changes):
     """FastLabel writes the box around the rotated one; other tools have attributes of that name."""
@@ -394,6 +396,12 @@ def test_a_rotation_that_is_not_known_to_be_of_this_box(tmp_path, changes):
     assert (data.images[0].boxes.tolist(), warnings_of(data)) == ([[20, 4, 10, 30]], {NOT_ENCLOSED: 1})
     with pytest.raises(InputError, match="1 boxes are rotated"):
         read_coco(*files, ReadOptions(rotated_boxes="refuse"))
+
+
+@pytest.mark.parametrize("changes", [{"angle": "front"}, {"attributes": {"angle": "left"}}, {"attributes": ["a", 1]}])
+def test_words_are_no_rotation(tmp_path, changes):
+    data = read_coco(*write_coco(tmp_path, [annotation(1, 3, [20, 4, 10, 30], **changes)]))
+    assert (data.images[0].boxes.tolist(), data.warnings) == ([[20, 4, 10, 30]], {})
 
 
 def test_an_invalid_box_stays_invalid_when_rotated(tmp_path):

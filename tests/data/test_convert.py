@@ -182,7 +182,8 @@ def test_warnings_of_the_reader_are_returned(tmp_path):
     source = {
         "train": read_coco(*write_coco(tmp_path, [annotation(1, 3, box) for box in ([1, 2, 0, 4], [1, 2, 3, 4])]))
     }
-    assert "train: 1 boxes have no width or no height: dropped" in convert_data(source, tmp_path / "out", "coco")
+    expected = "train: 1 boxes have no width or no height: dropped; images/1.png"
+    assert expected in convert_data(source, tmp_path / "out", "coco")
 
 
 @pytest.mark.parametrize("form", FORMAT_NAMES)

@@ -151,6 +151,18 @@ def test_missing_file_is_named(tmp_path):
         read_image(tmp_path / "gone.png")
 
 
+def test_hidden_files_and_links_to_themselves_are_no_images(gradient, tmp_path, caplog):
+    gradient.save(tmp_path / "a.png")
+    (tmp_path / "._a.png").write_bytes(b"Mac OS X")
+    assert list_images([tmp_path]) == [tmp_path / "a.png"]
+    assert caplog.messages == []
+    for name in ("loop", "loop.png"):
+        (tmp_path / name).symlink_to(name)
+    (tmp_path / "deep").mkdir()
+    (tmp_path / "deep" / "up").symlink_to("..")
+    assert find_unused_images(tmp_path, []) == [str(tmp_path / "a.png")]
+
+
 def test_list_images(gradient, tmp_path):
     for name in ("b.png", "a.JPG"):
         gradient.save(tmp_path / name)

@@ -2,12 +2,13 @@
 
 import json
 import zipfile
+from contextlib import nullcontext
 
 import pytest
 
 from helpers.command_line import hf_dino
 from helpers.data_formats import FORMATS, coco_text, draw, voc_xml, write, write_shapes, yolo_lines
-from hf_dino.data import InputError, read_data
+from hf_dino.data import InputError, ReadOptions, read_data
 
 
 pytestmark = pytest.mark.usefixtures("datasets_cache")
@@ -72,6 +73,22 @@ def test_a_coco_file_finds_the_images_beside_it(tmp_path, files, file, split, im
     assert [each.path.name for each in found[1].images] == [image]
     assert found[1].images[0].path.is_file()
     assert "train" not in found[1].images[0].path.parts[-2] or split == "train"
+
+
+@pytest.mark.parametrize(
+    ("form", "options", "message"),
+    [
+        ("voc", {"box_format": "xyxy"}, "is in the format of Pascal VOC, in which --box_format has no effect"),
+        ("yolo", {"box_format": "xyxy"}, "is in the format of YOLO, in which --box_format has no effect"),
+        ("coco", {"columns": {"objects": "faces"}}, "is in the format of COCO, in which --columns has no effect"),
+        ("datasets", {"columns": {"objects": "objects"}}, ""),
+        ("coco", {"box_format": "xywh"}, ""),
+    ],
+)
+def test_options_without_effect_are_refused(tmp_path, form, options, message):
+    FORMATS[form](write_shapes(tmp_path / "shapes"), tmp_path / "data")
+    with pytest.raises(InputError, match=message) if message else nullcontext():
+        read_data(tmp_path / "data", options=ReadOptions(**options))
 
 
 def test_a_file_that_is_not_a_dataset(tmp_path):

@@ -434,8 +434,19 @@ def test_the_output_is_new_and_outside_of_the_source(tmp_path):
     pair = ["--images", source / "images", "--annotations", source / "instances_default.json"]
     with pytest.raises(InputError, match="which is not changed"):
         hf_dino(["data", "split", *pair, "--output_dir", source / "images" / "out"])
+    with pytest.raises(InputError, match=r"cannot be created, since .* is a file"):
+        hf_dino(["data", "split", source, "--output_dir", tmp_path / "full" / "a.txt" / "out"])
     assert hf_dino(["data", "split", *pair, "--output_dir", tmp_path / "out"]) == 0
     assert contents(tmp_path / "full") == {tmp_path / "full" / "a.txt": b"mine"}
+
+
+def test_a_file_stands_for_the_directory_of_its_dataset(tmp_path):
+    file = tmp_path / "mine" / "annotations" / "instances_default.json"
+    write(file, "{}")
+    message = missing_split_message(str(file), ["train"], ReadOptions())
+    assert message.endswith(f"--output_dir {tmp_path}/mine-split")
+    with pytest.raises(InputError, match=r"mine/out: is in .*mine, which is not changed"):
+        hf_dino(["data", "split", file, "--output_dir", tmp_path / "mine" / "out"])
 
 
 def test_a_broken_image_is_an_error_before_anything_is_written(tmp_path):

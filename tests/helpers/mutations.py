@@ -160,9 +160,20 @@ def write_export(export: Export, folder: Path) -> None:
 
 
 def mutate(form: str, seed: int) -> Mutation:
-    """Return an export in a format with one mutation that depends on the seed."""
+    """Return an export in a format with one mutation that depends on the seed, or two for every fourth seed."""
     rng = random.Random(f"{form} {seed}")
-    export = EXPORTS[form]()
+    first = _mutate_once(rng, form, EXPORTS[form]())
+    if seed % 4:
+        return first
+    try:
+        second = _mutate_once(rng, form, dict(first.export))
+    except (ValueError, LookupError, TypeError, AttributeError, AssertionError, OSError):
+        return first  # the first one left nothing to change
+    images = None if None in (first.images, second.images) else (first.images or set()) | (second.images or set())
+    return Mutation(second.export, f"{first.description}; {second.description}", images)
+
+
+def _mutate_once(rng: random.Random, form: str, export: Export) -> Mutation:
     while (mutation := rng.choice(MUTATORS[form])(rng, export)) is None:
         pass
     return mutation
@@ -577,17 +588,210 @@ def _mutate_directory(rng: random.Random, export: Export) -> Mutation:
     return Mutation(changes[name](), f"directory {name}", None)
 
 
-_EVERYWHERE = [_mutate_image, _mutate_directory]
+def _other(split: str) -> str:
+    return "val" if split == "train" else "train"
+
+
+def _mutate_between_coco_files(rng: random.Random, export: Export) -> Mutation:
+    """Let the files of the splits differ in what they share."""
+    split = rng.choice(sorted(IMAGES))
+    content = json.loads(export[f"{split}.json"])
+    annotations, images, categories = content["annotations"], content["images"], content["categories"]
+    ids = [each["id"] for each in categories]
+    new_ids = dict(zip(ids, rng.choice([rng.sample(ids, len(ids)), [0, 1, 2], [11, 2**40, 3]])))
+    name = rng.choice(["c\u0430t", "\uff43at", "cat\u200b", "ca\u0301t", "cats", "Cat", "CAT", "kat"])
+
+    def renumber(changed: list[dict[str, Any]]) -> None:
+        for entry, key in [(each, "id") for each in categories] + [(each, "category_id") for each in changed]:
+            entry[key] = new_ids[entry[key]]
+
+    def scale(factor_x: float, factor_y: float) -> None:
+        for each in annotations:
+            x, y, w, h = each["bbox"]
+            each["bbox"] = [x * factor_x, y * factor_y, w * factor_x, h * factor_y]
+
+    actions: dict[str, Callable[[], Any]] = {
+        "ids of its own": lambda: renumber(annotations),
+        "a look-alike": lambda: categories[0].update(name=name),
+        "boxes without area": lambda: [each["bbox"].__setitem__(rng.choice([2, 3]), 0) for each in annotations],
+        "boxes in percent": lambda: scale(100 / SIZE[1], 100 / SIZE[0]),
+        "boxes in thousands": lambda: scale(1000 / SIZE[1], 1000 / SIZE[0]),
+        "sizes one larger": lambda: [each.update(width=each["width"] + 1) for each in images],
+        "sizes two larger": lambda: [each.update(height=each["height"] + 2) for each in images],
+        "doubled sizes": lambda: [each.update(width=2 * each["width"], height=2 * each["height"]) for each in images],
+        "names with hard blanks": lambda: [
+            each.update(file_name=each["file_name"].replace(" ", "\xa0")) for each in images
+        ],
+        "images of the other split": lambda: images.extend(
+            {"id": 90 + number, "file_name": file, "height": SIZE[0], "width": SIZE[1]}
+            for number, file in enumerate(IMAGES[_other(split)])
+        ),
+        "thousands of boxes": lambda: annotations.extend(
+            {**annotations[0], "id": 1000 + number, "bbox": [number % 50, number % 40, 2 + number % 7, 3]}
+            for number in range(3000)
+        ),
+        "another category": lambda: content.update(categories=[*categories[1:], {"id": 5, "name": "rat"}]),
+    }
+    action = rng.choice(sorted(actions))
+    actions[action]()
+    export[f"{split}.json"] = _json(content)
+    return Mutation(export, f"{split}: {action}", None)
+
+
+def _mutate_all_xml_of_a_split(rng: random.Random, export: Export) -> Mutation:
+    split = rng.choice(sorted(IMAGES))
+    name = rng.choice(["c\u0430t", "\uff43at", "cat\u200b", "Cat"])
+
+    def scale(text: str, width: float, height: float) -> str:
+        for sides, factor in ((r"x(?:min|max)", width), (r"y(?:min|max)", height)):
+            text = re.sub(
+                rf"<({sides})>(\d+)<", lambda tag, by=factor: f"<{tag[1]}>{float(tag[2]) * by / 64:.5f}<", text
+            )
+        return text
+
+    changes: dict[str, Callable[[str], str]] = {
+        "fractions": lambda text: scale(text, 1.0, 64 / 48),
+        "percent": lambda text: scale(text, 100.0, 6400 / 48),
+        "half as large": lambda text: text.replace(">64<", ">32<").replace(">48<", ">24<"),
+        "one wider": lambda text: text.replace("<width>64<", "<width>65<"),
+        "two higher": lambda text: text.replace("<height>48<", "<height>50<"),
+        "a look-alike": lambda text: text.replace(">cat<", f">{name}<"),
+        "without area": lambda text: re.sub(r"<xmax>\d+<", "<xmax>1<", text),
+        "corners swapped": lambda text: text.replace("min>", "mix>").replace("max>", "min>").replace("mix>", "max>"),
+        "width and height as corners": lambda text: text.replace("xmax>", "width_>").replace("ymax>", "height_>"),
+    }
+    change = rng.choice(sorted(changes))
+    paths = [path for path in export if path.startswith(f"{split}/") and path.endswith(".xml")]
+    return Mutation(
+        export | {path: changes[change](export[path].decode()).encode() for path in paths}, f"{split} {change}", None
+    )
+
+
+def _mutate_all_labels_of_a_split(rng: random.Random, export: Export) -> Mutation:
+    split = rng.choice(sorted(IMAGES))
+
+    def change_lines(change: Callable[[int, list[float]], list[Any]]) -> None:
+        for path in export:
+            if path.startswith(f"labels/{split}/"):
+                rows = [line.split() for line in export[path].decode().splitlines()]
+                new = [change(int(row[0]), [float(value) for value in row[1:]]) for row in rows]
+                export[path] = "".join(" ".join(map(str, row)) + "\n" for row in new).encode()
+
+    def add_list(order: tuple[str, ...], where: str) -> None:
+        export[where] = "\n".join(order).encode()
+
+    changes: dict[str, Callable[[], Any]] = {
+        "pixels": lambda: change_lines(lambda c, b: [c, b[0] * 64, b[1] * 48, b[2] * 64, b[3] * 48]),
+        "percent": lambda: change_lines(lambda c, b: [c, *(100 * value for value in b)]),
+        "classes from 1": lambda: change_lines(lambda c, b: [c + 1, *b]),
+        "without area": lambda: change_lines(lambda c, b: [c, b[0], b[1], 0, b[3]]),
+        "another order in classes.txt": lambda: add_list(CLASSES[::-1], "classes.txt"),
+        "another order in labels/classes.txt": lambda: add_list(CLASSES[::-1], f"labels/{split}/classes.txt"),
+        "more in classes.txt": lambda: add_list((*CLASSES, "rat"), "classes.txt"),
+        "the same in classes.txt": lambda: add_list(CLASSES, "classes.txt"),
+        "another yaml": lambda: export.update(
+            {"dataset.yaml": export["data.yaml"].replace(b"'cat', 'dog'", b"'dog', 'cat'")}
+        ),
+        "a cache": lambda: export.update({f"labels/{split}.cache": b"\0"}),
+    }
+    change = rng.choice(sorted(changes))
+    changes[change]()
+    return Mutation(export, f"{split} {change}", None)
+
+
+def _mutate_rows_of_a_split(rng: random.Random, export: Export) -> Mutation:
+    split = rng.choice(sorted(IMAGES))
+    path = f"{split}/metadata.jsonl"
+    rows = [json.loads(line) for line in export[path].splitlines()]
+    name = rng.choice(["c\u0430t", "\uff43at", "cat\u200b", "Cat"])
+
+    def set_boxes(change: Callable[[list[float]], list[float]]) -> None:
+        for row in rows:
+            row["objects"]["bbox"] = [change(box) for box in row["objects"]["bbox"]]
+
+    def set_names(change: Callable[[str], Any]) -> None:
+        for row in rows:
+            row["objects"]["category"] = [change(name) for name in row["objects"]["category"]]
+
+    changes: dict[str, Callable[[], Any]] = {
+        "columns permuted": lambda: [rows.__setitem__(k, dict(sorted(row.items()))) for k, row in enumerate(rows)],
+        "fractions": lambda: set_boxes(lambda b: [b[0] / 64, b[1] / 48, b[2] / 64, b[3] / 48]),
+        "without area": lambda: set_boxes(lambda b: [b[0], b[1], 0, b[3]]),
+        "numbers of its own": lambda: set_names(lambda name: CLASSES[::-1].index(name)),
+        "a look-alike": lambda: set_names(lambda old: name if old == "cat" else old),
+        "sizes one larger": lambda: [row.update(width=row["width"] + 1) for row in rows],
+        "sizes two larger": lambda: [row.update(height=row["height"] + 2) for row in rows],
+        "ids of the other split": lambda: [row.update(image_id=3 + number) for number, row in enumerate(rows)],
+    }
+    change = rng.choice(sorted(changes))
+    changes[change]()
+    export[path] = b"\n".join(map(_json, rows))
+    return Mutation(export, f"{path} {change}", None)
+
+
+def _mutate_places(rng: random.Random, export: Export) -> Mutation | None:
+    """Move files between splits and directories, and leave behind what tools do."""
+    path = rng.choice(sorted(path for path in export if path.endswith(".png")))
+    split = "train" if "train/" in path else "val"
+    content = export[path]
+    labels = [each for each in export if Path(each).stem == Path(path).stem and each != path]
+    bits = io.BytesIO()
+    Image.new("I;16", SIZE[::-1], 40000).save(bits, "PNG")
+    changes: dict[str, Callable[[], Export]] = {
+        "in two other directories": lambda: {
+            path.replace(f"{split}/", f"{split}/one/"): content,
+            path.replace(f"{split}/", f"{split}/two/"): _png(201),
+        },
+        "and another one of its name": lambda: {path: content, path.replace(f"{split}/", f"{split}/two/"): _png(201)},
+        "in the other split": lambda: {path.replace(f"{split}/", f"{_other(split)}/"): content},
+        "in both splits": lambda: {path: content, path.replace(f"{split}/", f"{_other(split)}/"): content},
+        "in 16 bits": lambda: {path: bits.getvalue()},
+        "with two extensions": lambda: {path: content, path.replace(".png", ".jpg"): _converted(content, "JPEG")},
+        "with an archive": lambda: {path: content, f"{split}/images.zip": b"PK\3\4", "export.zip": b"PK\3\4"},
+        "with a hard blank": lambda: {path.replace(" ", "\xa0").replace("_", "\uff3f"): content},
+        "with a backup": lambda: {path: content, f"{path}~": content, f"{path}.bak": content},
+        "smaller by one": lambda: {path: _resized(content, -1)},
+        "smaller by two": lambda: {path: _resized(content, -2)},
+    }
+    if labels and len(labels) == 1:
+        label = labels[0]
+        moved = label.replace(f"{split}/", f"{_other(split)}/")
+        changes["its label in the other split"] = lambda: {path: content, moved: export.pop(label)}
+        changes["its label also in the other split"] = lambda: {path: content, moved: export[label]}
+        changes["its label without partner"] = lambda: {path: content, label.replace(".", "-copy."): export[label]}
+    name = rng.choice(sorted(changes))
+    if any(each.startswith("images/") for each in export) and name.startswith("smaller"):
+        return None  # fractions of whatever size the image has
+    del export[path]
+    return Mutation(changes[name]() | export, f"{path} {name}", None)
+
+
+def _resized(content: bytes, by: int) -> bytes:
+    buffer = io.BytesIO()
+    image = Image.open(io.BytesIO(content))
+    image.resize((image.width + by, image.height)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+_EVERYWHERE = [_mutate_image, _mutate_directory, _mutate_places]
 MUTATORS: dict[str, list[Callable[[random.Random, Export], Mutation | None]]] = {
     "coco": [
         _mutate_coco_entry,
         _mutate_coco_entry,
         _mutate_coco_structure,
+        _mutate_between_coco_files,
         _mutate_file_names,
         _mutate_json_text,
         *_EVERYWHERE,
     ],
-    "voc": [_mutate_xml, _mutate_xml, _mutate_xml_structure, *_EVERYWHERE],
-    "yolo": [_mutate_labels, _mutate_labels, _mutate_label_file, _mutate_yaml, *_EVERYWHERE],
-    "datasets": [_mutate_row, _mutate_table, _mutate_json_text, *_EVERYWHERE],
+    "voc": [_mutate_xml, _mutate_xml, _mutate_xml_structure, _mutate_all_xml_of_a_split, *_EVERYWHERE],
+    "yolo": [
+        _mutate_labels,
+        _mutate_labels,
+        _mutate_label_file,
+        _mutate_all_labels_of_a_split,
+        _mutate_yaml,
+        *_EVERYWHERE,
+    ],
+    "datasets": [_mutate_row, _mutate_table, _mutate_rows_of_a_split, _mutate_json_text, *_EVERYWHERE],
 }

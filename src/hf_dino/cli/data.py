@@ -191,6 +191,11 @@ def split(
     train = shlex.join(["hf-dino", "train", "--dataset", str(output_dir)])
     missing = missing_split_message(str(output_dir), parts.splits, ReadOptions())
     print(missing or f"next: {train} --model_name_or_path MODEL --output_dir RUN")
+    if not missing:
+        print(
+            "MODEL: a model directory or Hub id; `hf-dino checkpoints` lists official ones. From random weights: "
+            "--config_name FILE instead. RUN: a new directory"
+        )
 
 
 def _print_format(source: Source, splits: Mapping[str, "DetectionSplit"]) -> None:
@@ -203,11 +208,13 @@ def _print_format(source: Source, splits: Mapping[str, "DetectionSplit"]) -> Non
 def _require_outside(source: Source, output_dir: Path) -> None:
     """Check an output directory before any work: it must be new, and not in a directory that is not changed."""
     from ..data import InputError
+    from ..data.split import dataset_directory
     from ..utils.io import ensure_new_directory
 
-    given = Path(source.dataset) if source.dataset else source.images
-    if given and given.resolve() in output_dir.resolve().parents:
-        raise InputError(f"{output_dir}: is in {given}, which is not changed; use a different --output_dir")
+    given = [source.images] if source.dataset is None else [dataset_directory(Path(source.dataset))]
+    for folder in filter(None, given):
+        if folder.resolve() in output_dir.resolve().parents:
+            raise InputError(f"{output_dir}: is in {folder}, which is not changed; use a different --output_dir")
     ensure_new_directory(output_dir)
 
 

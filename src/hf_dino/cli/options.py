@@ -74,8 +74,15 @@ class Command(TyperCommand):
             parameter.opts = [_underscored(option) for option in parameter.opts]
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Parse the arguments after writing each option that is a list once per value, as typer expects it."""
+        """Parse the arguments after writing each option that is a list once per value, as typer expects it.
+
+        An option with several spellings may have only one value.
+        """
         ctx.meta[__name__] = list(args)  # parsing consumes them
+        given = {_underscored(argument.partition("=")[0]) for argument in args if argument.startswith("--")}
+        for each in self.params:
+            if len(spellings := sorted(given.intersection(each.opts))) > 1:
+                ctx.fail(f"Give only one of {' and '.join(spellings)}.")
         lists = {option for each in self.params if getattr(each, "multiple", False) for option in each.opts}
         return super().parse_args(ctx, list(_repeat_options(args, lists)))
 

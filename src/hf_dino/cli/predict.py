@@ -13,6 +13,9 @@ if TYPE_CHECKING:
     from ..hub import DinoDetrForObjectDetection
 
 
+_MAX_RAISED = 2  # errors in the last message, which has a line for each
+
+
 def predict(
     images: Annotated[list[Path], typer.Argument(metavar="IMAGE", help="Image files, or directories of image files.")],
     model_name_or_path: ModelOption,
@@ -80,8 +83,11 @@ def predict(
         print(f"{source}: {counts or f'nothing above {threshold}'} -> {target}")
     if detections_json and detections:
         write_json(detections_json, detections)
+    for message in errors[_MAX_RAISED:]:
+        print(f"not read: {message}")
     if errors:
-        raise InputError("\n".join([f"{len(errors)} of {len(outputs)} images cannot be read:", *errors]))
+        message = "\n".join([f"{len(errors)} of {len(outputs)} images cannot be read:", *errors[:_MAX_RAISED]])
+        raise InputError(message + f" ... and {len(errors) - _MAX_RAISED} more above" * (len(errors) > _MAX_RAISED))
 
 
 def move_to_device(model: "DinoDetrForObjectDetection", device: str) -> None:

@@ -9,7 +9,7 @@ from typing import Annotated, Any, get_args, get_origin
 import typer
 
 from ..training_arguments import OPTIONS, FineTuningArguments, parse_option, read_recipe
-from ..utils.errors import import_extra
+from ..utils.errors import InputError, import_extra
 from .options import log_to_terminal
 
 
@@ -64,7 +64,14 @@ def make_arguments(recipe: Path | None, options: dict[str, Any]) -> FineTuningAr
     given = {name: parse_option(name, value) for name, value in options.items() if value not in (None, [])}
     values = read_recipe(recipe) if recipe else {}
     overrides = values.get("config_overrides", {}) | given.get("config_overrides", {})
-    return FineTuningArguments(**values | given | {"config_overrides": overrides})
+    combined = values | given | {"config_overrides": overrides}
+    if missing := [f"--{name}" for name, field in OPTIONS.items() if _is_required(field) and name not in combined]:
+        raise InputError(f"give {' and '.join(missing)}, here or in --recipe")
+    return FineTuningArguments(**combined)
+
+
+def _is_required(field: Field) -> bool:
+    return field.default is MISSING and field.default_factory is MISSING
 
 
 METAVARS: dict[Any, str] = {
@@ -85,22 +92,27 @@ def _takes_several(kind: Any) -> bool:
     return bool({get_origin(each) for each in (kind, *get_args(kind))} & {list, dict})
 
 
+def _describe_default(field: Field) -> str:
+    if _is_required(field):
+        return " Required, here or in --recipe."
+    return "" if field.type is bool or field.default in (None, MISSING) else f" Default: {field.default}."
+
+
 def _parameter(field: Field) -> inspect.Parameter:
     """Make the typer option of a field of `FineTuningArguments`."""
-    is_flag, default = field.type is bool, field.default
+    is_flag = field.type is bool
     option = typer.Option(
         f"--{field.name}/--no_{field.name}" if is_flag else f"--{field.name}",
         *SECOND_SPELLINGS.get(field.name, ()),
-        help=field.metadata["help"] + ("" if is_flag or default in (None, MISSING) else f" Default: {default}."),
+        help=field.metadata["help"] + _describe_default(field),
         metavar=field.metadata["metavar"] or METAVARS.get(field.type),
         rich_help_panel=_heading(field.name),
     )
     kind: Any = bool if is_flag else list[str] if _takes_several(field.type) else str
-    is_required = default is MISSING and field.default_factory is MISSING
     return inspect.Parameter(
         field.name,
         inspect.Parameter.KEYWORD_ONLY,
-        default=... if is_required else None,
+        default=None,
         annotation=Annotated[kind | None, option],
     )
 

@@ -53,7 +53,7 @@ _OTHER_READINGS: Mapping[str, Callable[[np.ndarray], np.ndarray]] = {
 _INSIDE, _BEYOND, _SUSPICIOUS = 0.7, 0.25, 0.1
 _MARGIN = 0.05  # of a side of the image; boxes that extend further beyond it were not drawn there
 _MIN_BOXES = 20  # for a statistic
-_NUM_ERRORS_RAISED = 5
+_NUM_ERRORS_RAISED = 2  # on a line each, below the first
 
 
 @dataclass(frozen=True)
@@ -102,8 +102,8 @@ class DataReport:
         """
         if self.errors:
             num_more = len(self.errors) - _NUM_ERRORS_RAISED
-            more = f"\n... and {num_more} more" if num_more > 0 else ""
-            raise InputError("the dataset has errors:\n" + "\n".join(self.errors[:_NUM_ERRORS_RAISED]) + more)
+            more = f" ... and {num_more} more, which `hf-dino data check` lists" if num_more > 0 else ""
+            raise InputError("\n".join(["the dataset has errors:", *self.errors[:_NUM_ERRORS_RAISED]]) + more)
 
 
 def check_data(

@@ -27,7 +27,7 @@ from PIL import Image
 from ..utils.errors import InputError, import_extra, summarize_list
 from ..utils.io import atomic_directory
 from .dataset import AnnotatedImage, DetectionSplit, to_annotation_array, xywh_to_xyxy
-from .images import IMAGE_EXTENSIONS, ImageSource, get_image_size
+from .images import IMAGE_EXTENSIONS, ImageSource, get_image_size, short_path
 from .readers import read_data
 from .readers.voc import VOC_SOURCE
 
@@ -289,7 +289,8 @@ def _count_differences(data: DetectionSplit, supported: DetectionSplit, written:
         if name != _file_name(image.path)
     ]
     before, selected, after = map(to_annotation_array, (data, supported, written))
-    return {warning: len(paths) for warning, paths in data.warnings.items()} | {
+    corrected = {_with_examples(warning, paths): len(paths) for warning, paths in data.warnings.items()}
+    return corrected | {
         "images are annotated without their EXIF orientation, which the format cannot express: left out": (
             len(data.images) - len(supported.images)
         ),
@@ -304,6 +305,10 @@ def _count_differences(data: DetectionSplit, supported: DetectionSplit, written:
         "classes have no objects and cannot be listed in the format: left out": len(unused),
         "classes have another id": len(renumbered),
     }
+
+
+def _with_examples(warning: str, paths: Sequence[str]) -> str:
+    return f"{warning}; {summarize_list(dict.fromkeys(map(short_path, paths)), 3)}"
 
 
 def _num_mask_areas(annotations: np.ndarray) -> int:

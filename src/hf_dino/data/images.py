@@ -123,9 +123,9 @@ def get_image_size(source: ImageSource, annotated_size: tuple[int, int] | None =
 
 
 def list_images(paths: list[Path]) -> list[Path]:
-    """Expand directories into the image files directly inside them, sorted by name.
+    """Expand directories into the image files directly inside them, sorted by name, without hidden ones.
 
-    What else a directory contains is logged, but for hidden files, texts and annotations.
+    What else a directory contains is logged, but for texts and annotations.
 
     Raises:
         InputError: If a path does not exist or a directory contains no image.
@@ -134,9 +134,9 @@ def list_images(paths: list[Path]) -> list[Path]:
     for path in paths:
         if not path.exists():
             raise InputError(f"{path}: file or directory not found")
-        is_image = {path: True} if path.is_file() else {entry: is_image_file(entry) for entry in path.iterdir()}
-        found = sorted(entry for entry in is_image if is_image[entry])
-        others = sorted(entry.name + "/" * entry.is_dir() for entry in is_image.keys() - found if _is_noted(entry))
+        entries = [path] if path.is_file() else [entry for entry in path.iterdir() if not entry.name.startswith(".")]
+        found = sorted(entry for entry in entries if entry == path or is_image_file(entry))
+        others = sorted(entry.name + "/" * entry.is_dir() for entry in {*entries} - {*found} if _is_noted(entry))
         if not found:
             contents = f", but {summarize_list(others)}" if others else ""
             raise InputError(f"{path}: the directory contains no images{contents}")
@@ -147,7 +147,7 @@ def list_images(paths: list[Path]) -> list[Path]:
 
 
 def _is_noted(path: Path) -> bool:
-    return not path.name.startswith(".") and (path.is_dir() or path.suffix.lower() not in _SIDE_FILES)
+    return path.is_dir() or path.suffix.lower() not in _SIDE_FILES
 
 
 def find_unused_images(folder: Path, used: Iterable[Path]) -> list[str]:
@@ -178,9 +178,10 @@ def _walk_images(folder: Path) -> Iterator[str]:
         for entry in os.scandir(directory):
             if entry.name.startswith((".", "__MACOSX")):
                 continue
-            if entry.is_dir():
+            path = Path(entry.path) if entry.is_symlink() else entry  # `entry` fails on a link to itself
+            if path.is_dir():
                 pending.append(entry.path)
-            elif Path(entry.name).suffix.lower() in IMAGE_EXTENSIONS and entry.is_file():
+            elif Path(entry.name).suffix.lower() in IMAGE_EXTENSIONS and path.is_file():
                 yield entry.path
 
 

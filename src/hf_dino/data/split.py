@@ -135,8 +135,14 @@ def _suggest_output(source: str) -> str:
     path = Path(source)
     if not path.exists():
         return f"{re.split('[:@]', path.name)[0]}-split"
-    folder = path.parent if path.is_file() else path
+    folder = dataset_directory(path)
     return f"{folder.resolve() if folder.name in ('', '..') else folder}-split"
+
+
+def dataset_directory(path: Path) -> Path:
+    """Return the directory of a dataset that is given by it or by a file of it, as in a directory `annotations`."""
+    folder = path.parent if path.is_file() else path
+    return folder.parent if path.is_file() and folder.name == "annotations" else folder
 
 
 def _part_shares(validation: float, test: float) -> dict[str, float]:

@@ -137,7 +137,10 @@ def check_min_image_size(model: PreTrainedModel, shapes: Iterable[tuple[int, int
         try:
             base.query_selection(levels.features, levels)
         except ValueError as error:
-            raise InputError(f"images become as small as {height} x {width} pixels: {error}") from None
+            raise InputError(
+                f"images become as small as {height} x {width} pixels: {error}. Options: --image_size, "
+                "--augmentation, --config_overrides num_queries=NUMBER"
+            ) from None
 
 
 def effective_batch(

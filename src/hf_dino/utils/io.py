@@ -118,10 +118,12 @@ def ensure_new_directory(folder: Path) -> None:
     """Check an output directory before the work that it is for: it must not exist, or be empty.
 
     Raises:
-        InputError: If it exists and is not an empty directory.
+        InputError: If it exists and is not an empty directory, or is below a file.
     """
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise _already_exists(folder)
+    if file := next((path for path in folder.absolute().parents if path.is_file()), None):
+        raise InputError(f"{folder}: cannot be created, since {file} is a file; use a different path")
 
 
 def ensure_new_files(*paths: Path | None) -> None:

@@ -9,7 +9,7 @@ from ...utils.errors import InputError, summarize_list
 from ..dataset import SPLITS, DetectionSplit, logger, raise_input_error, require_image_files
 from ..images import find_unused_images
 from .coco import read_coco, read_coco_file
-from .common import DEFAULT_OPTIONS, ReadOptions, split_from_name
+from .common import DEFAULT_OPTIONS, ReadOptions, check_options, split_from_name
 from .formats import FILE_FORMATS, TABLES, Format, describe_files, detect_file_format, detect_format
 from .hf_datasets import is_hub_id, load_from_hub, stream
 
@@ -63,9 +63,13 @@ def read_data(
     format, found = _find_splits(
         source, splits, streaming, max_samples, Path(cache_dir) if cache_dir else None, options.columns
     )
+    check_options(source, format.name, options)
     available = [split for split in SPLITS if split in found]
     if missing := [split for split in splits if split not in available]:
-        raise InputError(f"{source}: split {summarize_list(missing)} not found. It has {summarize_list(available)}")
+        raise InputError(
+            f"{source}: split {summarize_list(missing)} not found. It has {summarize_list(available)}: choose one, or "
+            "make others with hf-dino data split"
+        )
     selected = {split: found[split] for split in available if not splits or split in splits}
     origin = Path(source) if Path(source).exists() else source
     contents = {

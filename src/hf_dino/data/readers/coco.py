@@ -4,8 +4,9 @@ Format: https://cocodataset.org/#format-data, boxes as `[x, y, width, height]` i
 """
 
 import json
+import math
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -31,6 +32,7 @@ from .common import (
     ROTATED_WARNING,
     ReadOptions,
     boxes_to_xywh,
+    check_options,
     enclose_rotated_boxes,
     group_by_split,
     split_from_name,
@@ -46,6 +48,7 @@ _REQUIRED_FIELDS = {
     "annotations": {"image_id", "category_id", "bbox"},
 }
 _UNKNOWN_ROTATION_WARNING = "boxes have a rotation of unknown meaning: used without it"
+_ANGLES = ("rotation", "angle", "theta")
 _PARENT_WARNING = "categories without objects that others name as their supercategory: left out"
 _JSON_CAUSES = {"Extra data": "It may be several files in one", "repeated": "Keep one entry of each name"}
 
@@ -106,6 +109,7 @@ def read_coco_file(folders: Sequence[Path], source: Path, options: ReadOptions =
         options (`ReadOptions`, *optional*): `on_error` is called for annotations of an unknown image or category,
             which are left out.
     """
+    check_options(source, "COCO", options)
     (split,) = read_coco_files({"": CocoFiles(folders, source, folders[0])}, source, options).values()
     return split
 
@@ -252,10 +256,24 @@ def _read_boxes(annotations: Sequence[dict], source: Path, options: ReadOptions)
 
 
 def _rotation(annotation: dict) -> Any:
-    """Return the rotation of a box: an attribute of CVAT's, or a field of other tools'."""
+    """Return the rotation of a box: an attribute of CVAT's, or a field or attribute of other tools'."""
+    return _cvat_rotation(annotation) or annotation.get("rotation") or next(filter(None, _other_angles(annotation)), 0)
+
+
+def _cvat_rotation(annotation: dict) -> Any:
     attributes = annotation.get("attributes")
-    by_cvat = attributes.get("rotation") if isinstance(attributes, dict) else None
-    return by_cvat or annotation.get("rotation")
+    return attributes.get("rotation") if isinstance(attributes, dict) else None
+
+
+def _other_angles(annotation: dict) -> Iterator[float]:
+    """Yield the numbers among fields and attributes that are named as angles; a word may describe the view."""
+    attributes = annotation.get("attributes") or {}
+    if isinstance(attributes, list):  # of names and values
+        attributes = {each.get("name"): each.get("value") for each in attributes if isinstance(each, dict)}
+    named = [(name, annotation.get(name)) for name in _ANGLES]
+    named += attributes.items() if isinstance(attributes, dict) else []
+    angles = (to_float(value) for name, value in named if value and str(name).lower() in _ANGLES)
+    return filter(math.isfinite, angles)
 
 
 def _is_before_rotation(annotation: dict) -> bool:
@@ -263,7 +281,8 @@ def _is_before_rotation(annotation: dict) -> bool:
 
     CVAT: https://github.com/cvat-ai/cvat/blob/develop/cvat/apps/dataset_manager/bindings.py, `_convert_shape`.
     """
-    return not annotation.get("segmentation") and "rotation" not in annotation
+    is_around = annotation.get("segmentation") or "rotation" in annotation
+    return bool(_cvat_rotation(annotation)) and not is_around
 
 
 def _read_json(source: Path) -> dict:

@@ -53,6 +53,22 @@ class ReadOptions:
 
 DEFAULT_OPTIONS = ReadOptions()
 
+_FORMATS_OF_OPTIONS = {"box_format": ("COCO", "datasets"), "columns": ("datasets",)}
+
+
+def check_options(source: str | Path, format: str, options: ReadOptions) -> None:
+    """Check that a format, given by its display name, leaves open what the options say.
+
+    Raises:
+        InputError: If an option would have no effect.
+    """
+    for name, formats in _FORMATS_OF_OPTIONS.items():
+        if format not in formats and getattr(options, name) != getattr(DEFAULT_OPTIONS, name):
+            raise InputError(
+                f"{source}: is in the format of {format}, in which --{name} has no effect. Leave it out; it is for "
+                f"{summarize_list(formats)}"
+            )
+
 
 def split_from_name(name: str) -> str | None:
     """Return the split that a name contains as a word, if any.
