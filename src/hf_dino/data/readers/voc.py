@@ -32,7 +32,7 @@ from .common import (
     group_by_split,
     refuse_rotated_boxes,
     split_folders,
-    to_finite,
+    to_float,
 )
 from .files import find_image_files
 
@@ -441,7 +441,7 @@ def _read_object(element: Element) -> VocObject:
 def _read_corners(box: Element, element: Element) -> tuple[np.ndarray, float]:
     """Return the corners of `bndbox`, and CVAT's rotation about its center in degrees."""
     attributes = {each.findtext("name", ""): each.findtext("value", "") for each in element.iter("attribute")}
-    angle = to_finite(attributes.get("rotation", ""))
+    angle = to_float(attributes.get("rotation", ""))
     return _numbers(box, ("xmin", "ymin", "xmax", "ymax")), 0 if math.isnan(angle) else angle
 
 
@@ -455,9 +455,9 @@ def _read_rotated(box: Element) -> tuple[np.ndarray, float]:
 def _numbers(box: Element, tags: Sequence[str]) -> np.ndarray:
     """Return the numbers in elements, NaN where there is none or more than one."""
     texts = [[each.text for each in box.findall(tag)] for tag in tags]
-    return np.array([to_finite(values[0] if len(values) == 1 else None) for values in texts])
+    return np.array([to_float(values[0] if len(values) == 1 else None) for values in texts])
 
 
 def _read_size(root: Element) -> tuple[int, int] | None:
-    height, width = (to_integer(to_finite(root.findtext(f"size/{side}"))) or 0 for side in ("height", "width"))
+    height, width = (to_integer(to_float(root.findtext(f"size/{side}"))) or 0 for side in ("height", "width"))
     return (height, width) if min(height, width) > 0 else None

@@ -31,7 +31,7 @@ from .common import (
     refuse_rotated_boxes,
     split_folders,
     split_from_name,
-    to_finite,
+    to_float,
 )
 from .files import RENAMED_WARNING, find_image_files
 
@@ -159,7 +159,7 @@ def _find_listed_splits(file: Path, content: Mapping[str, Any]) -> dict[str, Yol
 def _parse_names(names: Any, num_classes: Any, file: Path) -> dict[int, str]:
     """Return class names by number. YAML reads `no` as a boolean and `1e3` as a float, so names must be text."""
     numbered = names if isinstance(names, dict) else dict(enumerate(names if isinstance(names, list) else []))
-    numbers = {key: to_integer(to_finite(key if isinstance(key, str | int) else None)) for key in numbered}
+    numbers = {key: to_integer(to_float(key if isinstance(key, str | int) else None)) for key in numbered}
     if not numbers or None in numbers.values() or True in map(_is_bool, numbers):
         raise InputError(f"{file}: names must be a list or a mapping from class numbers, got {str(names)[:200]}")
     if unquoted := [name for name in numbered.values() if not isinstance(name, str | int) or _is_bool(name)]:
@@ -167,7 +167,7 @@ def _parse_names(names: Any, num_classes: Any, file: Path) -> dict[int, str]:
     classes = {int(number or 0): str(numbered[key]) for key, number in numbers.items()}
     if len(classes) < len(numbered):
         raise InputError(f"{file}: names have a class number twice: {names}. Give each name its own")
-    if num_classes is not None and to_integer(to_finite(num_classes)) not in (len(classes), max(classes) + 1):
+    if num_classes is not None and to_integer(to_float(num_classes)) not in (len(classes), max(classes) + 1):
         raise InputError(f"{file}: is about {num_classes} classes, but has {len(classes)} names. Correct one of them")
     return check_unique_names(classes, file)
 
@@ -421,8 +421,8 @@ def _read_labels(file: Path | None, num_keypoint_values: int) -> list[Label]:
 
 def _parse(line: str, num_keypoint_values: int = 0) -> Label:
     first, *others = line.split()
-    number = to_integer(to_finite(first))
-    values = np.array([to_finite(value) for value in others])
+    number = to_integer(to_float(first))
+    values = np.array([to_float(value) for value in others])
     warning = ""
     if len(values) == 4 + (num_keypoint_values or math.inf):
         values = values[:4]
