@@ -1,8 +1,10 @@
 """Shared by the readers: their options, which split a name stands for, and rotated boxes."""
 
 import glob
+import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -91,6 +93,27 @@ def group_by_split(named_paths: Iterable[tuple[str, Path]]) -> dict[str, Path]:
 def subfolders(folder: Path) -> list[Path]:
     """Return the directories directly inside `folder`, in order; none if it is not a directory."""
     return sorted(entry for entry in folder.iterdir() if entry.is_dir()) if folder.is_dir() else []
+
+
+def walk_files(folder: Path, extensions: Collection[str]) -> Iterator[Path]:
+    """Yield the files below a directory with some extensions, in ascending order of their paths.
+
+    Links to directories are not followed. Links to nothing are among the files, but for images.
+
+    Args:
+        folder (`Path`): The directory.
+        extensions (`Collection[str]`): In lower case.
+    """
+    with os.scandir(folder) if folder.is_dir() else nullcontext(()) as entries:
+        in_order = sorted(entries, key=lambda entry: entry.name)
+    for entry in in_order:
+        path = folder / entry.name
+        if entry.is_dir(follow_symlinks=False):
+            yield from walk_files(path, extensions)
+        elif (extension := path.suffix.lower()) in extensions and (
+            entry.is_file() or (extension not in IMAGE_EXTENSIONS and not entry.is_dir())
+        ):
+            yield path
 
 
 def split_folders(folder: Path) -> dict[str, Path]:
