@@ -18,6 +18,7 @@ from ..images import IMAGE_EXTENSIONS
 
 
 NO_FILE_WARNING = "images have no annotation file: treated as images without objects"
+SHARED_FILE_WARNING = "images share their annotation file with another image"
 POLYGON_WARNING = "labels are polygons: their bounding boxes are used"
 ROTATED_WARNING = "boxes are rotated: replaced by the upright boxes around them"
 

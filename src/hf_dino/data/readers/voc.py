@@ -32,6 +32,7 @@ from .annotation_tools import read_beginning
 from .common import (
     NO_FILE_WARNING,
     ROTATED_WARNING,
+    SHARED_FILE_WARNING,
     ReadOptions,
     child_folder,
     enclose_rotated_boxes,
@@ -332,15 +333,7 @@ def _build_split(
     builder: AnnotatedImageBuilder,
 ) -> DetectionSplit:
     id_of_name = {name: id_ for id_, name in categories.items()}
-    pairs = _pair_images(split, annotations, builder)
-    unknown = {path for path, file in pairs if annotations[file].size is None and not path.is_file()}
-    if unknown:
-        names = summarize_list(sorted(path.name for path in unknown))
-        builder.on_error(
-            f"{builder.title}: {len(unknown)} images not found in {split.images}: {names}. Restore them, or remove "
-            "them from the annotations"
-        )
-    pairs = [pair for pair in pairs if pair[0] not in unknown]
+    pairs = _drop_unknown(_pair_images(split, annotations, builder), split.images, annotations, builder)
     boxes = _to_boxes([annotations[file].objects for _, file in pairs], counting)
     for (path, file), of_image in zip(pairs, boxes):
         annotation = annotations[file]
@@ -365,6 +358,23 @@ def _build_split(
     for note, paths in split.notes.items():
         builder.add_warnings(note, paths)
     return builder.build(categories)
+
+
+def _drop_unknown(
+    pairs: Sequence[tuple[Path, Path]],
+    folder: Path,
+    annotations: Mapping[Path, VocAnnotation],
+    builder: AnnotatedImageBuilder,
+) -> list[tuple[Path, Path]]:
+    """Return the pairs whose image is there or has an annotated size, and report the others."""
+    unknown = {path for path, file in pairs if annotations[file].size is None and not path.is_file()}
+    if unknown:
+        names = summarize_list(sorted(path.name for path in unknown))
+        builder.on_error(
+            f"{builder.title}: {len(unknown)} images not found in {folder}: {names}. Restore them, or remove them "
+            "from the annotations"
+        )
+    return [pair for pair in pairs if pair[0] not in unknown]
 
 
 def _to_boxes(objects_of: Sequence[Sequence[VocObject]], counting: Counting) -> list[np.ndarray]:
@@ -393,7 +403,7 @@ def _pair_images(
     for warning, paths in {
         "XML files are not annotations: ignored": stray,
         "images have another name than their annotation file: matched by the name in it": by_name,
-        "images share their annotation file with another image": [path for path, file in matched if shared[file] > 1],
+        SHARED_FILE_WARNING: [path for path, file in matched if shared[file] > 1],
     }.items():
         builder.add_warnings(warning, paths)
     return [*((path, by_name.pop(path, file)) for path, file in matched), *by_name.items(), *missing]
