@@ -93,7 +93,13 @@ def group_by_split(named_paths: Iterable[tuple[str, Path]]) -> dict[str, Path]:
 
 def subfolders(folder: Path) -> list[Path]:
     """Return the directories directly inside `folder`, in order; none if it is not a directory."""
-    return sorted(entry for entry in folder.iterdir() if entry.is_dir()) if folder.is_dir() else []
+    return [folder / entry.name for entry in _entries(folder) if entry.is_dir()]
+
+
+def _entries(folder: Path) -> list[os.DirEntry[str]]:
+    """Return what is in a directory by name, of a known type: asking for that of a `Path` would take a while."""
+    with os.scandir(folder) if folder.is_dir() else nullcontext([]) as entries:
+        return sorted(entries, key=lambda entry: entry.name)
 
 
 def walk_files(folder: Path, extensions: Collection[str]) -> Iterator[Path]:
@@ -105,16 +111,14 @@ def walk_files(folder: Path, extensions: Collection[str]) -> Iterator[Path]:
         folder (`Path`): The directory.
         extensions (`Collection[str]`): In lower case.
     """
-    with os.scandir(folder) if folder.is_dir() else nullcontext(()) as entries:
-        in_order = sorted(entries, key=lambda entry: entry.name)
-    for entry in in_order:
-        path = folder / entry.name
+    for entry in _entries(folder):
         if entry.is_dir(follow_symlinks=False):
-            yield from walk_files(path, extensions)
-        elif (extension := path.suffix.lower()) in extensions and (
-            entry.is_file() or (extension not in IMAGE_EXTENSIONS and not entry.is_dir())
-        ):
-            yield path
+            yield from walk_files(folder / entry.name, extensions)
+            continue
+        stem, dot, last = entry.name.lower().rpartition(".")
+        extension = dot + last if stem else ""
+        if extension in extensions and (entry.is_file() or not (extension in IMAGE_EXTENSIONS or entry.is_dir())):
+            yield folder / entry.name
 
 
 def split_folders(folder: Path) -> dict[str, Path]:

@@ -160,7 +160,7 @@ def _find_roots(folder: Path) -> tuple[Path, Path] | None:
 
 
 def _probe_xml_files(folder: Path) -> Iterator[Path]:
-    return islice(folder.rglob("*.[xX][mM][lL]"), _NUM_PROBED_FILES)
+    return islice(walk_files(folder, {".xml"}), _NUM_PROBED_FILES)
 
 
 def _is_annotation(file: Path) -> bool:

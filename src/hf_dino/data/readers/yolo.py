@@ -8,9 +8,8 @@ rotated box. Darknet has a file `*.data` instead of YAML, and label files next t
 import logging
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from itertools import islice
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
@@ -285,14 +284,14 @@ def find_yolo_folders(folder: Path) -> dict[str, YoloSplit]:
     }
 
 
-def _probe_label_files(images: Path) -> Iterator[Path]:
+def _probe_label_files(images: Path) -> list[Path]:
     """Return some label files. Next to images, those of an image only."""
     labels = label_folder(images)
-    files = (file for file in walk_files(labels, {".txt"}) if file.name not in _NAME_FILES)
-    if labels == images:
+    files = [file for file in walk_files(labels, {".txt"}) if file.name not in _NAME_FILES]
+    if files and labels == images:
         stems = {path.with_suffix("") for path in walk_files(images, IMAGE_EXTENSIONS)}
-        files = (file for file in files if file.with_suffix("") in stems)
-    return islice(files, _NUM_PROBED_FILES)
+        files = [file for file in files if file.with_suffix("") in stems]
+    return files[:_NUM_PROBED_FILES]
 
 
 def _find_names(images: Path, folder: Path) -> dict[int, str] | None:
