@@ -25,7 +25,7 @@ from ..dataset import (
     require_image_files,
     to_float,
 )
-from ..images import IMAGE_EXTENSIONS, is_image_file
+from ..images import IMAGE_EXTENSIONS
 from .common import (
     DEFAULT_OPTIONS,
     ROTATED_WARNING,
@@ -38,6 +38,7 @@ from .common import (
     split_from_name,
     subfolders,
     to_size,
+    walk_files,
 )
 from .files import RENAMED_WARNING, find_image_files, relative_path
 
@@ -145,7 +146,7 @@ def find_coco_file(file: Path) -> dict[str, CocoFiles]:
     root = file.parent.parent if file.parent.name == "annotations" else file.parent
     split = split_from_name(file.parent.name if file.name == "_annotations.coco.json" else file.stem)
     folders = _candidate_folders(root, split, file) if split else [file.parent, root, *_image_folders(root)]
-    if not any(is_image_file(path) for path in root.rglob("*")):
+    if not any(walk_files(root, IMAGE_EXTENSIONS)):
         raise InputError(
             f"{file}: no images found in {root.resolve()}. Give their directory: --images and --annotations"
         )
