@@ -255,7 +255,7 @@ def _known_categories(
 ) -> dict[int, int]:
     """Return the category ids of the objects by their indices, and report those that have none."""
     found = {index: ids.get(_to_category(category)) for index, category in enumerate(row.categories)}
-    if unknown := [repr(row.categories[index])[:_MAX_TEXT] for index, id_ in found.items() if id_ is None]:
+    if unknown := [excerpt(row.categories[index]) for index, id_ in found.items() if id_ is None]:
         builder.on_error(
             f"{image}: unknown categories: {summarize_list(dict.fromkeys(unknown))}. Give each object a name or a "
             "whole number, or the number of a name that the table lists"
