@@ -4,7 +4,6 @@ import glob
 import os
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -98,7 +97,9 @@ def subfolders(folder: Path) -> list[Path]:
 
 def _entries(folder: Path) -> list[os.DirEntry[str]]:
     """Return what is in a directory by name, of a known type: asking for that of a `Path` would take a while."""
-    with os.scandir(folder) if folder.is_dir() else nullcontext([]) as entries:
+    if not folder.is_dir():
+        return []
+    with os.scandir(folder) as entries:
         return sorted(entries, key=lambda entry: entry.name)
 
 
