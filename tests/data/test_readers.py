@@ -507,7 +507,7 @@ def test_neither_a_folder_nor_an_id_on_the_hub(tmp_path, monkeypatch):
     def fail(**options):
         raise FileNotFoundError(f"no dataset {options}")
 
-    monkeypatch.setattr(hf_datasets._datasets(), "load_dataset", fail)
+    monkeypatch.setattr(hf_datasets.import_datasets(), "load_dataset", fail)
     asked = "{'path': 'owner/name', 'name': 'mini', 'revision': 'v1'}"
     with pytest.raises(
         InputError,
@@ -533,14 +533,14 @@ def folder(shapes, tmp_path):
 @pytest.fixture
 def fetched(monkeypatch):
     """Record the images that are read from outside of tables."""
-    fetched, read_bytes = [], hf_datasets._read_bytes
+    fetched, read_bytes = [], hf_datasets.read_bytes
 
     def read_and_record(image):
         if image["bytes"] is None:
             fetched.append(image["path"])
         return read_bytes(image)
 
-    monkeypatch.setattr(hf_datasets, "_read_bytes", read_and_record)
+    monkeypatch.setattr(hf_datasets, "read_bytes", read_and_record)
     return fetched
 
 
@@ -584,18 +584,18 @@ def test_a_changed_dataset_is_streamed_again(folder, tmp_path):
 
 
 def test_a_stream_that_breaks_off_names_the_cause_and_can_be_repeated(shapes, folder, tmp_path, monkeypatch):
-    read_bytes = hf_datasets._read_bytes
+    read_bytes = hf_datasets.read_bytes
 
     def break_off(image):
         if image["path"].endswith("4.png"):
             raise ConnectionError("the network is down")
         return read_bytes(image)
 
-    monkeypatch.setattr(hf_datasets, "_read_bytes", break_off)
+    monkeypatch.setattr(hf_datasets, "read_bytes", break_off)
     options = {"streaming": True, "splits": ["train"], "cache_dir": tmp_path / "stream"}
     with pytest.raises(InputError, match=r"`datasets` cannot load it \(the network is down\)"):
         read_data(folder, **options)
-    monkeypatch.setattr(hf_datasets, "_read_bytes", read_bytes)
+    monkeypatch.setattr(hf_datasets, "read_bytes", read_bytes)
     assert contents(read_data(folder, **options)["train"]) == contents(read_data(shapes)["train"])
 
 

@@ -14,7 +14,7 @@ from helpers.data_formats import draw, write
 from hf_dino.data import InputError, ReadOptions, read_data
 from hf_dino.data.readers import UNUSED_WARNING
 from hf_dino.data.readers.common import boxes_to_xywh
-from hf_dino.data.readers.hf_datasets import TableSplit, read_tables
+from hf_dino.data.readers.tables import TableSplit, read_tables
 
 
 pytestmark = pytest.mark.usefixtures("datasets_cache")

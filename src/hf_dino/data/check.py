@@ -1,6 +1,5 @@
 """Validate a dataset before training. Read-only."""
 
-import hashlib
 import os
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,7 +16,7 @@ from ..utils.errors import InputError, summarize_list
 from ..utils.names import match_names, normalize_name, similar_names
 from .dataset import AnnotatedImage, DetectionSplit, to_annotation_array, xyxy_to_xywh
 from .images import ImageSource, get_image_size, short_path
-from .split import find_similar, thumbnail
+from .split import digest, find_similar, thumbnail
 
 
 # COCO's object sizes: exclusive upper limits of the area in square pixels
@@ -188,8 +187,8 @@ def _duplicate_images(checks: Sequence[ImageCheck], pool: ThreadPoolExecutor) ->
     num_of_size = Counter(check.file_size for check in checks)
     suspects = [check for check in checks if num_of_size[check.file_size] > 1 and check.error is None]
     groups: dict[bytes, list[ImageCheck]] = defaultdict(list)
-    for check, digest in zip(suspects, pool.map(_digest, [check.path for check in suspects])):
-        groups[digest].append(check)
+    for check, content in zip(suspects, pool.map(digest, [check.path for check in suspects])):
+        groups[content].append(check)
     pairs: dict[str, list[str]] = defaultdict(list)
     for group in groups.values():
         if len(group) > 1:
@@ -212,11 +211,6 @@ def _similar_images(checks: Sequence[ImageCheck]) -> Iterator[str]:
         pairs = [f"{short_path(images[index].path)} = {short_path(train[of].path)}" for index, of in similar.items()]
         if pairs:
             yield f"{split}: {len(pairs)} images look like images of train: {summarize_list(pairs, 3)}"
-
-
-def _digest(path: ImageSource) -> bytes:
-    with path.open("rb") as file:
-        return hashlib.blake2b(file.read(), digest_size=16).digest()
 
 
 def _corrected_boxes(split: str, data: DetectionSplit) -> Iterator[str]:
@@ -408,18 +402,23 @@ def _check_classes(counts: Mapping[str, SplitCounts]) -> Iterator[str]:
     if "validation" in counts and not counts["validation"].num_objects:
         yield "validation: has no objects, so models cannot be compared on it"
     for split, each in counts.items():
-        matched = _match_classes(each, train)
-        if unknown := [repr(name) for name, count in each.classes.items() if count and name not in matched]:
-            yield (
-                f"{split}: has objects of classes that train does not have: {summarize_list(unknown)}. The classes of "
-                f"train are {summarize_list(map(repr, train.classes), 20)}"
-            )
-        names_of = defaultdict(list)
-        for name, of_train in matched.items():
-            names_of[of_train].append(repr(name))
-        for of_train, names in names_of.items():
-            if len(names) > 1:
-                yield f"{split}: {' and '.join(names)} are all the class {of_train!r} of train. Give it one name"
+        yield from _compare_classes(split, each, train)
+
+
+def _compare_classes(split: str, counts: SplitCounts, train: SplitCounts) -> Iterator[str]:
+    """Find classes of a split that are none of train, or several that are the same one."""
+    matched = _match_classes(counts, train)
+    if unknown := [repr(name) for name, count in counts.classes.items() if count and name not in matched]:
+        yield (
+            f"{split}: has objects of classes that train does not have: {summarize_list(unknown)}. The classes of "
+            f"train are {summarize_list(map(repr, train.classes), 20)}"
+        )
+    names_of = defaultdict(list)
+    for name, of_train in matched.items():
+        names_of[of_train].append(repr(name))
+    for of_train, names in names_of.items():
+        if len(names) > 1:
+            yield f"{split}: {' and '.join(names)} are all the class {of_train!r} of train. Give it one name"
 
 
 def _match_classes(each: SplitCounts, train: SplitCounts) -> dict[str, str]:

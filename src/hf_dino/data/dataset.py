@@ -4,7 +4,7 @@ import logging
 import math
 import unicodedata
 from collections import Counter, defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -239,6 +239,11 @@ class AnnotatedImageBuilder:
         if count:
             self.warnings[warning] += [str(path)] * count
 
+    def add_warnings(self, warning: str, paths: Iterable[ImageSource | str]) -> None:
+        """Record a correction of one kind in each of several images, or of what else `paths` name."""
+        for path in paths:
+            self.add_warning(warning, path)
+
     def build(self, categories: Mapping[int, str]) -> DetectionSplit:
         """Check the objects and the names of the categories, log the warnings and return the split."""
         images = self._build_images()
@@ -301,8 +306,7 @@ class AnnotatedImageBuilder:
         return np.maximum(flags, 0)
 
     def _add_warnings(self, warning: str, owners: np.ndarray) -> None:
-        for owner in owners.tolist():
-            self.add_warning(warning, self._images[owner]["path"])
+        self.add_warnings(warning, (self._images[owner]["path"] for owner in owners.tolist()))
 
 
 def _is_one_line(name: str) -> bool:
@@ -326,12 +330,23 @@ def _to_floats(box: Any) -> list[float]:
 
 
 def to_float(value: Any) -> float:
-    """Return a finite number, possibly written as text, and NaN for anything else."""
+    """Return a finite number, possibly written as text, and NaN for anything else.
+
+    Example:
+
+    ```python
+    >>> to_float(" 1.5 "), to_float("12.5px"), to_float("inf"), to_float(None), to_float(True)
+    (1.5, nan, nan, nan, nan)
+
+    ```
+    """
     try:
-        number = math.nan if isinstance(value, _TRUTH_TYPES) else float(value)
+        number = float(value)
     except (TypeError, ValueError, OverflowError):
         return math.nan
-    return number if math.isfinite(number) else math.nan
+    # Python also reads underscores between digits, and digits of other scripts
+    is_odd = (not value.isascii() or "_" in value) if isinstance(value, str) else isinstance(value, _TRUTH_TYPES)
+    return math.nan if is_odd or not math.isfinite(number) else number
 
 
 def require_image_files(split: DetectionSplit) -> DetectionSplit:

@@ -23,6 +23,7 @@ from scipy.sparse.csgraph import connected_components
 
 from ..utils.errors import InputError, summarize_list
 from .dataset import SPLITS, AnnotatedImage, DetectionSplit
+from .images import ImageSource
 from .readers.common import DEFAULT_OPTIONS, ReadOptions
 
 
@@ -215,11 +216,15 @@ class _Seen(NamedTuple):
 
 
 def _look_at(image: AnnotatedImage, on_image: Callable[[], object]) -> _Seen:
-    with image.path.open("rb") as file:
-        digest = hashlib.blake2b(file.read(), digest_size=16).digest()
-    seen = _Seen(thumbnail(image.read()), digest)
+    seen = _Seen(thumbnail(image.read()), digest(image.path))
     on_image()
     return seen
+
+
+def digest(source: ImageSource) -> bytes:
+    """Return a hash of an encoded image."""
+    with source.open("rb") as file:
+        return hashlib.blake2b(file.read(), digest_size=16).digest()
 
 
 def thumbnail(image: Image.Image) -> bytes:
@@ -386,7 +391,8 @@ def _require_objects(parts: Mapping[str, DetectionSplit], num_groups: int) -> No
 def _rare_classes(parts: Mapping[str, DetectionSplit], pool: DetectionSplit) -> list[str]:
     """Warn about classes with so few images that a part has none of them."""
     counts = count_classes(pool)
-    missing = {split: [name for name in counts if name not in count_classes(data)] for split, data in parts.items()}
+    found = {split: count_classes(data) for split, data in parts.items()}
+    missing = {split: [name for name in counts if name not in found[split]] for split in parts}
     return [
         f"{split}: {len(names)} of {len(counts)} classes have too few images to be in it: "
         + summarize_list(f"{name!r} ({counts[name][0]})" for name in names)

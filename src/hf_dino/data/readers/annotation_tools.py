@@ -16,10 +16,9 @@ import numpy as np
 
 from ...utils.errors import InputError, import_extra
 from ...utils.io import read_text
-from ...utils.names import to_integer
-from ..dataset import SPLIT_ALIASES, AnnotatedImageBuilder, DetectionSplit, ErrorHandler, to_float, xyxy_to_xywh
-from ..images import is_image_file
-from .common import NO_FILE_WARNING, POLYGON_WARNING, ReadOptions, split_folders
+from ..dataset import SPLIT_ALIASES, AnnotatedImageBuilder, DetectionSplit, ErrorHandler, xyxy_to_xywh
+from ..images import IMAGE_EXTENSIONS
+from .common import NO_FILE_WARNING, POLYGON_WARNING, ReadOptions, split_folders, to_size, walk_files
 from .files import RENAMED_WARNING, find_image_files
 
 
@@ -28,6 +27,7 @@ _NUM_PROBED_FILES = 5  # of each pattern
 _LABELME = re.compile(r'"shapes"\s*:\s*\[|"imagePath"\s*:\s*"')
 _COCO = re.compile(r'(?s)\s*\{.*"(images|annotations)"\s*:\s*\[')
 _DEPTHS = ("", "*/", "*/*/")
+_IN_CVAT = "In CVAT, export as COCO 1.0, Pascal VOC 1.1 or Ultralytics YOLO Detection 1.0, with images"
 
 
 class UnsupportedFormat(NamedTuple):
@@ -76,13 +76,13 @@ UNSUPPORTED_FORMATS = (
         "CVAT XML",
         ("*.xml",),
         r"<annotations>\s*<version>",
-        "In CVAT, export as COCO 1.0, Pascal VOC 1.1 or Ultralytics YOLO Detection 1.0, with images",
+        _IN_CVAT,
     ),
     UnsupportedFormat(
         "LabelMe XML",
         ("*.xml",),
         r"(?s)<annotation>.*<pt>\s*<x>",
-        "In CVAT, export as COCO 1.0, Pascal VOC 1.1 or Ultralytics YOLO Detection 1.0, with images",
+        _IN_CVAT,
     ),
     UnsupportedFormat(
         "Label Studio's own format",
@@ -246,7 +246,7 @@ def find_labelme(folder: Path) -> dict[str, LabelMeSplit]:
     if any(map(is_coco, folder.glob("*.json"))) or any(map(is_coco, folder.glob("annotations/*.json"))):
         return {}
     paths = split_folders(folder) or {"train": folder}
-    files = {split: [*filter(_is_labelme, sorted(path.rglob("*.json")))] for split, path in paths.items()}
+    files = {split: [*filter(_is_labelme, walk_files(path, {".json"}))] for split, path in paths.items()}
     all_files = [file for of_split in files.values() for file in of_split]
     below = [file.relative_to(path).parts[:-1] for split, path in paths.items() for file in files[split]]
     if any(part.lower() in SPLIT_ALIASES for parts in below for part in parts):
@@ -284,11 +284,10 @@ def _build_split(
             [contents[file].image_name or f"{file.stem}.jpg" for file in files], folder, split.folder
         )
         file_of_image |= dict(zip(found.paths, files))
-        for path in found.renamed:
-            builder.add_warning(RENAMED_WARNING, path)
+        builder.add_warnings(RENAMED_WARNING, found.renamed)
     if len(file_of_image) < len(split.files):
         builder.on_error(f"{builder.title}: several LabelMe files have the same image. Keep one of each")
-    images = {path for path in split.folder.rglob("*") if is_image_file(path)}
+    images = {*walk_files(split.folder, IMAGE_EXTENSIONS)}
     for path in sorted(images | file_of_image.keys()):
         content = contents[file_of_image[path]] if path in file_of_image else LabelMeFile()
         builder.add(path, content.size, content.boxes, [names.index(name) + 1 for name in content.names])
@@ -308,11 +307,10 @@ def _read_labelme_file(file: Path, on_error: ErrorHandler) -> LabelMeFile:
         on_error(f"{file}: cannot be read as a LabelMe file ({error})")
         return LabelMeFile()
     objects = list(_read_objects(shapes))
-    height, width = (to_integer(to_float(content.get(side))) or 0 for side in ("imageHeight", "imageWidth"))
     kept = [(name, box) for name, box, _ in objects if name]
     return LabelMeFile(
         str(content.get("imagePath") or ""),
-        (height, width) if min(height, width) > 0 else None,
+        to_size(content.get("imageHeight"), content.get("imageWidth")),
         [name for name, _ in kept],
         np.array([box for _, box in kept], dtype=np.float64).reshape(-1, 4),
         [warning for *_, warnings in objects for warning in warnings],

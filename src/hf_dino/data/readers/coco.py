@@ -26,7 +26,7 @@ from ..dataset import (
     require_image_files,
     to_float,
 )
-from ..images import IMAGE_EXTENSIONS, is_image_file
+from ..images import IMAGE_EXTENSIONS
 from .common import (
     DEFAULT_OPTIONS,
     ROTATED_WARNING,
@@ -34,13 +34,17 @@ from .common import (
     boxes_to_xywh,
     check_options,
     enclose_rotated_boxes,
+    excerpt,
     group_by_split,
+    refuse_rotated_boxes,
     split_from_name,
+    subfolders,
+    to_size,
+    walk_files,
 )
 from .files import RENAMED_WARNING, find_image_files, relative_path
 
 
-_MAX_EXCERPT = 200  # signs of a value in messages
 _NUM_PROBED_IMAGES = 20  # looked for in each directory
 _REQUIRED_FIELDS = {
     "images": {"id", "file_name"},
@@ -133,7 +137,7 @@ def find_coco(folder: Path) -> dict[str, CocoFiles]:
 def find_single_coco_file(folder: Path) -> dict[str, CocoFiles]:
     """Find the only JSON file, whatever its name, as the train split."""
     files = [*folder.glob("*.json"), *folder.glob("annotations/*.json")]
-    candidates = [files[0].parent, folder, *_subfolders(folder)] if files else []
+    candidates = [files[0].parent, folder, *_image_folders(folder)] if files else []
     return {"train": CocoFiles(candidates, files[0], folder)} if len(files) == 1 else {}
 
 
@@ -145,8 +149,8 @@ def find_coco_file(file: Path) -> dict[str, CocoFiles]:
     """
     root = file.parent.parent if file.parent.name == "annotations" else file.parent
     split = split_from_name(file.parent.name if file.name == "_annotations.coco.json" else file.stem)
-    folders = _candidate_folders(root, split, file) if split else [file.parent, root, *_subfolders(root)]
-    if not any(is_image_file(path) for path in root.rglob("*")):
+    folders = _candidate_folders(root, split, file) if split else [file.parent, root, *_image_folders(root)]
+    if not any(walk_files(root, IMAGE_EXTENSIONS)):
         raise InputError(
             f"{file}: no images found in {root.resolve()}. Give their directory: --images and --annotations"
         )
@@ -156,14 +160,13 @@ def find_coco_file(file: Path) -> dict[str, CocoFiles]:
 def _candidate_folders(folder: Path, split: str, file: Path) -> list[Path]:
     """Return directories that may contain a split's images. Other splits may have others of the same names."""
     of_split, of_none = (
-        [path for path in _subfolders(folder) if split_from_name(path.name) == name] for name in (split, None)
+        [path for path in _image_folders(folder) if split_from_name(path.name) == name] for name in (split, None)
     )
     return [*of_split, file.parent, folder, *of_none]
 
 
-def _subfolders(folder: Path) -> list[Path]:
-    entries = [*sorted(folder.iterdir()), *sorted((folder / "images").glob("*"))]
-    return [entry for entry in entries if entry.is_dir()]
+def _image_folders(folder: Path) -> list[Path]:
+    return [*subfolders(folder), *subfolders(folder / "images")]
 
 
 def read_coco_files(splits: Mapping[str, CocoFiles], source: Path, options: ReadOptions) -> dict[str, DetectionSplit]:
@@ -188,7 +191,7 @@ def _build_split(content: dict, files: CocoFiles, left_out: set[_Category], opti
         of_image = [annotations[row] for row in rows]
         builder.add(
             path,
-            _annotated_size(entry),
+            to_size(entry.get("height"), entry.get("width")),
             boxes[rows],
             [annotation["category_id"] for annotation in of_image],
             image_id=entry["id"],
@@ -197,8 +200,9 @@ def _build_split(content: dict, files: CocoFiles, left_out: set[_Category], opti
         )
         for row in filter(warnings.get, rows):
             builder.add_warning(warnings[row], path)
-    for category in filter(left_out.__contains__, categories.values()):
-        builder.add_warning(_PARENT_WARNING, repr(category.name))
+    builder.add_warnings(
+        _PARENT_WARNING, (repr(category.name) for category in categories.values() if category in left_out)
+    )
     names = {id_: category.name for id_, category in categories.items() if category not in left_out}
     return builder.build(check_unique_names(names, files.file))
 
@@ -245,11 +249,7 @@ def _read_boxes(annotations: Sequence[dict], source: Path, options: ReadOptions)
     boxes = boxes_to_xywh(annotated, options.box_format)
     degrees = np.array([to_float(_rotation(annotation) or 0) for annotation in annotations])
     rotated = np.flatnonzero(degrees % 180).tolist()  # half a turn does not change a box
-    if rotated and options.rotated_boxes == "refuse":
-        options.on_error(
-            f"{source}: {len(rotated)} boxes are rotated. To use the upright boxes around them, add "
-            "--rotated_boxes enclose"
-        )
+    refuse_rotated_boxes([source] * len(rotated), source, options)
     known = [row for row in rotated if abs(degrees[row]) <= 360 and _is_before_rotation(annotations[row])]
     boxes[known] = enclose_rotated_boxes(boxes[known], degrees[known])
     return boxes, dict.fromkeys(rotated, _UNKNOWN_ROTATION_WARNING) | dict.fromkeys(known, ROTATED_WARNING)
@@ -309,14 +309,9 @@ def _to_dict(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return dict(pairs)
 
 
-def _excerpt(value: Any) -> str:
-    """Return the beginning of a value on one line."""
-    return repr(value)[:_MAX_EXCERPT]
-
-
 def _check_lists(content: Any, source: Path) -> None:
     if not isinstance(content, dict) or any(not isinstance(content.get(part), list) for part in _REQUIRED_FIELDS):
-        found = _excerpt(sorted(content)) if isinstance(content, dict) else type(content).__name__
+        found = excerpt(sorted(content)) if isinstance(content, dict) else type(content).__name__
         raise InputError(
             f"{source}: is not a COCO detection file, which has lists named {summarize_list(_REQUIRED_FIELDS)}; it "
             f"has {found}"
@@ -324,36 +319,36 @@ def _check_lists(content: Any, source: Path) -> None:
     for part, fields in _REQUIRED_FIELDS.items():
         for entry in content[part]:
             if not isinstance(entry, dict) or not fields <= entry.keys():
-                raise InputError(f"{source}: an entry of {part!r} lacks one of {sorted(fields)}: {_excerpt(entry)}")
+                raise InputError(f"{source}: an entry of {part!r} lacks one of {sorted(fields)}: {excerpt(entry)}")
 
 
 def _check_images(content: dict, source: Path) -> None:
     for entry in content["images"]:
         name, sides = entry["file_name"], [entry[side] for side in ("height", "width") if entry.get(side)]
         is_name = isinstance(name, str) and name.strip() and "\0" not in name
-        if not is_name or not all(_is_positive_integer(side) for side in sides):
+        if not is_name or any(to_size(side, side) is None for side in sides):
             raise InputError(
                 f"{source}: an image's file_name must be text, and its height and width positive integers: "
-                f"{_excerpt(entry)}"
+                f"{excerpt(entry)}"
             )
 
 
 def _check_category_names(content: dict, source: Path) -> None:
     for entry in content["categories"]:
         if not isinstance(entry["name"], str) and to_integer(entry["name"]) is None:
-            raise InputError(f"{source}: a category's name must be text: {_excerpt(entry)}")
+            raise InputError(f"{source}: a category's name must be text: {excerpt(entry)}")
 
 
 def _check_ids(entries: list[dict], part: str, name: str, source: Path) -> None:
     ids = [entry["id"] for entry in entries]
     if not ids:
         raise InputError(f"{source}: {part!r} is empty")
-    if invalid := [_excerpt(id_) for id_ in ids if to_integer(id_) is None]:
+    if invalid := [excerpt(id_) for id_ in ids if to_integer(id_) is None]:
         raise InputError(f"{source}: ids of {part!r} must be 64-bit integers, got {summarize_list(invalid)}")
     names: dict[int, list[str]] = defaultdict(list)
     for entry in entries:
         entry["id"] = to_integer(entry["id"])
-        names[entry["id"]].append(_excerpt(entry[name]))
+        names[entry["id"]].append(excerpt(entry[name]))
     if duplicates := [f"{id_} ({summarize_list(of_id, 3)})" for id_, of_id in names.items() if len(of_id) > 1]:
         raise InputError(
             f"{source}: ids of {part!r} are duplicated: {summarize_list(duplicates, 3)}. Give each entry its own"
@@ -367,7 +362,7 @@ def _select_valid_annotations(content: dict, source: Path, on_error: ErrorHandle
         ids = {entry["id"] for entry in content[part]}
         invalid = [each[field] for each in annotations if to_integer(each[field]) not in ids]
         if invalid:
-            unknown = summarize_list(sorted({_excerpt(id_) for id_ in invalid}))
+            unknown = summarize_list(sorted({excerpt(id_) for id_ in invalid}))
             hint = ", whose ids are integers" if None in map(to_integer, invalid) else ""
             on_error(f"{source}: annotations have {field} {unknown}, not listed in {part!r}{hint}")
             annotations = [each for each in annotations if to_integer(each[field]) in ids]
@@ -379,8 +374,7 @@ def _find_images(content: dict, files: CocoFiles, builder: AnnotatedImageBuilder
     names = [entry["file_name"] for entry in content["images"]]
     folder = _find_image_folder(names, files)
     found = find_image_files(names, folder, files.root, files.split)
-    for path in found.renamed:
-        builder.add_warning(RENAMED_WARNING, path)
+    builder.add_warnings(RENAMED_WARNING, found.renamed)
     for path, count in Counter(found.paths).items():
         builder.add_warning("images are listed more than once: each entry is used", path, count - 1)
     if outside := [name for name in found.missing if relative_path(name, folder, files.root) is None]:
@@ -412,13 +406,3 @@ def _find_image_folder(names: Sequence[str], files: CocoFiles) -> Path:
 def _num_direct(names: Sequence[str], folder: Path, root: Path) -> int:
     paths = [relative_path(name, folder, root) for name in names]
     return sum(is_file(folder / path) for path in paths if path)
-
-
-def _annotated_size(entry: dict) -> tuple[int, int] | None:
-    height, width = entry.get("height"), entry.get("width")
-    return (int(float(height)), int(float(width))) if height and width else None
-
-
-def _is_positive_integer(value: Any) -> bool:
-    """Return whether a value is a positive integer, possibly written as text or float."""
-    return to_float(value) >= 1 and to_float(value).is_integer()

@@ -1,9 +1,9 @@
 """Shared by the readers: their options, which split a name stands for, and rotated boxes."""
 
 import glob
-import math
+import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,14 +11,17 @@ from typing import Any
 import numpy as np
 
 from ...utils.errors import InputError, summarize_list
+from ...utils.names import to_integer
 from ..dataset import SPLIT_ALIASES, SPLITS, ErrorHandler, raise_input_error, to_box_array, to_float, xyxy_to_xywh
 from ..images import IMAGE_EXTENSIONS
 
 
 NO_FILE_WARNING = "images have no annotation file: treated as images without objects"
+SHARED_FILE_WARNING = "images share their annotation file with another image"
 POLYGON_WARNING = "labels are polygons: their bounding boxes are used"
 ROTATED_WARNING = "boxes are rotated: replaced by the upright boxes around them"
 
+_MAX_EXCERPT = 200  # characters of a value in a message
 _TO_XYWH = {"xywh": lambda boxes: boxes, "xyxy": xyxy_to_xywh}
 
 
@@ -103,15 +106,46 @@ def group_by_split(named_paths: Iterable[tuple[str, Path]]) -> dict[str, Path]:
     return {split: found[split] for split in SPLITS if split in found}
 
 
+def subfolders(folder: Path) -> list[Path]:
+    """Return the directories directly inside `folder`, in order; none if it is not a directory."""
+    return [folder / entry.name for entry in _entries(folder) if entry.is_dir()]
+
+
+def _entries(folder: Path) -> list[os.DirEntry[str]]:
+    """Return what is in a directory by name, of a known type: asking for that of a `Path` would take a while."""
+    if not folder.is_dir():
+        return []
+    with os.scandir(folder) as entries:
+        return sorted(entries, key=lambda entry: entry.name)
+
+
+def walk_files(folder: Path, extensions: Collection[str]) -> Iterator[Path]:
+    """Yield the files below a directory with some extensions, in ascending order of their paths.
+
+    Links to directories are not followed. Links to nothing are among the files, but for images.
+
+    Args:
+        folder (`Path`): The directory.
+        extensions (`Collection[str]`): In lower case.
+    """
+    for entry in _entries(folder):
+        if entry.is_dir(follow_symlinks=False):
+            yield from walk_files(folder / entry.name, extensions)
+            continue
+        stem, dot, last = entry.name.lower().rpartition(".")
+        extension = dot + last if stem else ""
+        if extension in extensions and (entry.is_file() or not (extension in IMAGE_EXTENSIONS or entry.is_dir())):
+            yield folder / entry.name
+
+
 def split_folders(folder: Path) -> dict[str, Path]:
     """Return the directories directly inside `folder` that are named after splits."""
-    return group_by_split((entry.name, entry) for entry in sorted(folder.iterdir()) if entry.is_dir())
+    return group_by_split((entry.name, entry) for entry in subfolders(folder))
 
 
 def child_folder(folder: Path, names: Sequence[str]) -> Path | None:
     """Return the directory inside `folder` that has the first of several names, in upper or lower case."""
-    entries = sorted(folder.iterdir()) if folder.is_dir() else []
-    folders = {entry.name.lower(): entry for entry in entries if entry.is_dir()}
+    folders = {entry.name.lower(): entry for entry in subfolders(folder)}
     return next((folders[name] for name in names if name in folders), None)
 
 
@@ -169,27 +203,22 @@ def expected_image(folder: Path, stem: str) -> Path:
     return next((path for path in others if path.suffix.lower() not in known), folder / f"{stem}.jpg")
 
 
-def to_finite(value: Any) -> float:
-    """Return the finite number that a text contains, NaN for anything else.
+def to_size(height: Any, width: Any) -> tuple[int, int] | None:
+    """Return an annotated `(height, width)` in pixels, `None` unless both are positive integers."""
+    rows, columns = (to_integer(to_float(side)) or 0 for side in (height, width))
+    return (rows, columns) if min(rows, columns) > 0 else None
 
-    Example:
 
-    ```python
-    >>> to_finite(" 1.5 "), to_finite("12.5px"), to_finite("inf"), to_finite(None)
-    (1.5, nan, nan, nan)
-
-    ```
-    """
-    # Python also reads underscores between digits, and digits of other scripts
-    number = to_float(value) if str(value).isascii() and "_" not in str(value) else math.nan
-    return number if math.isfinite(number) else math.nan
+def excerpt(value: Any) -> str:
+    """Return the beginning of a value on one line."""
+    return repr(value)[:_MAX_EXCERPT]
 
 
 def refuse_rotated_boxes(files: Sequence[Path], source: Path, options: ReadOptions) -> None:
     """Report rotated boxes as an error if the options ask for it, given the file of each."""
     if files and options.rotated_boxes == "refuse":
-        names = summarize_list(dict.fromkeys(file.name for file in files), 3)
+        names = summarize_list(dict.fromkeys(file.name for file in files if file != source), 3)
         options.on_error(
-            f"{source}: {len(files)} boxes are rotated, in {names}. To use the upright boxes around them, add "
-            "--rotated_boxes enclose"
+            f"{source}: {len(files)} boxes are rotated{names and f', in {names}'}. To use the upright boxes around "
+            "them, add --rotated_boxes enclose"
         )

@@ -13,7 +13,8 @@ from ..images import IMAGE_EXTENSIONS
 from .annotation_tools import find_labelme, is_coco, read_labelme, refuse_unsupported
 from .coco import find_coco, find_coco_file, find_single_coco_file, read_coco_files
 from .common import ReadOptions
-from .hf_datasets import find_imagefolder, find_saved, read_tables
+from .hf_datasets import find_imagefolder, find_saved
+from .tables import read_tables
 from .voc import find_voc, read_voc
 from .yolo import find_darknet, find_yolo_folders, find_yolo_yaml, lists_splits, read_yolo
 

@@ -18,13 +18,21 @@ import numpy as np
 
 from ...utils.errors import InputError, import_extra, summarize_list
 from ...utils.io import read_lines
-from ...utils.names import to_integer
-from ..dataset import SPLIT_ALIASES, SPLITS, AnnotatedImageBuilder, DetectionSplit, ErrorHandler, xyxy_to_xywh
-from ..images import IMAGE_EXTENSIONS, is_image_file
+from ..dataset import (
+    SPLIT_ALIASES,
+    SPLITS,
+    AnnotatedImageBuilder,
+    DetectionSplit,
+    ErrorHandler,
+    to_float,
+    xyxy_to_xywh,
+)
+from ..images import IMAGE_EXTENSIONS
 from .annotation_tools import read_beginning
 from .common import (
     NO_FILE_WARNING,
     ROTATED_WARNING,
+    SHARED_FILE_WARNING,
     ReadOptions,
     child_folder,
     enclose_rotated_boxes,
@@ -32,7 +40,8 @@ from .common import (
     group_by_split,
     refuse_rotated_boxes,
     split_folders,
-    to_finite,
+    to_size,
+    walk_files,
 )
 from .files import find_image_files
 
@@ -49,9 +58,8 @@ VOC_SOURCE = "hf-dino, pixels are counted from 1"
 
 _DIFFICULT = {"": 0, "0": 0, "false": 0, "no": 0, "1": 1, "true": 1, "yes": 1}
 
-Pair = tuple[
-    Path | None, Path
-]  # an image, if one has the name of the annotation file; the latter, which may be missing
+# an image, if one has the name of the annotation file, and that file, which may be missing
+Pair = tuple[Path | None, Path]
 
 
 class VocSplit(NamedTuple):
@@ -75,7 +83,7 @@ class VocObject(NamedTuple):
 
     Attributes:
         name (`str`): Class name.
-        corners (`list[float]`): xmin, ymin, xmax, ymax as written, NaN if invalid.
+        corners (`tuple[float, ...]`): xmin, ymin, xmax, ymax as written, NaN if invalid.
         angle (`float`): Rotation of the box about its center in degrees.
         difficult (`int`): 1 for an object that VOC's evaluation ignores.
         counts_pixels (`bool`): Whether the corners are `bndbox`; otherwise they are x and y as everywhere else.
@@ -136,7 +144,10 @@ def _find_splits(folder: Path) -> dict[str, VocSplit]:
         return _find_listed(lists, *roots)
     found = {split: roots_ for split, path in split_folders(folder).items() if (roots_ := _find_roots(path))}
     if found:
-        return {split: VocSplit(images, _match(images, files)) for split, (images, files) in found.items()}
+        return {
+            split: VocSplit(images, [pair for _, pair in _match(images, files)])
+            for split, (images, files) in found.items()
+        }
     return _group_pairs(*roots) if roots else {}
 
 
@@ -149,7 +160,7 @@ def _find_roots(folder: Path) -> tuple[Path, Path] | None:
 
 
 def _probe_xml_files(folder: Path) -> Iterator[Path]:
-    return islice(folder.rglob("*.[xX][mM][lL]"), _NUM_PROBED_FILES)
+    return islice(walk_files(folder, {".xml"}), _NUM_PROBED_FILES)
 
 
 def _is_annotation(file: Path) -> bool:
@@ -160,20 +171,21 @@ def _is_annotation(file: Path) -> bool:
     )
 
 
-def _match(images: Path, annotations: Path) -> list[Pair]:
-    """Pair files of the same name in the same subdirectory: images, then the annotation files of none.
+def _match(images: Path, annotations: Path) -> list[tuple[str, Pair]]:
+    """Pair files of the same key, their path without extension: images, then the annotation files of none.
 
     Images of a directory in which no image has an annotation file, such as one of masks, are left out.
     """
-    image_files = sorted(path for path in images.rglob("*") if is_image_file(path))
-    files = {_key(file, annotations): file for file in sorted(annotations.rglob("*.[xX][mM][lL]"))}
-    keys = {path: _key(path, images) for path in image_files}
+    files = {_key(file, annotations): file for file in walk_files(annotations, {".xml"})}
+    keys = {path: _key(path, images) for path in walk_files(images, IMAGE_EXTENSIONS)}
     annotated = {path.parent for path, key in keys.items() if key in files}
     paired = [
-        (path, files.get(key, annotations / f"{key}.xml")) for path, key in keys.items() if path.parent in annotated
+        (key, (path, files.get(key) or annotations / f"{key}.xml"))
+        for path, key in keys.items()
+        if path.parent in annotated
     ]
     unmatched = files.keys() - set(keys.values())
-    return [*paired, *((None, file) for key, file in files.items() if key in unmatched)]
+    return [*paired, *((key, (None, file)) for key, file in files.items() if key in unmatched)]
 
 
 def _key(path: Path, root: Path) -> str:
@@ -183,16 +195,16 @@ def _key(path: Path, root: Path) -> str:
 def _group_pairs(images: Path, annotations: Path) -> dict[str, VocSplit]:
     """Group pairs by subdirectories that are named after splits. Deeper ones belong to a dataset further below."""
     groups: dict[str, list[Pair]] = {}
-    for image, file in _match(images, annotations):
-        first, *others = [part.lower() for part in _key(file, annotations).split("/")[:-1]] or [""]
+    for key, pair in _match(images, annotations):
+        first, *others = key.lower().split("/")[:-1] or [""]
         if {first, *others} & {*_XML_FOLDERS} or {*others} & SPLIT_ALIASES.keys():
             return {}
-        groups.setdefault(SPLIT_ALIASES.get(first, "train"), []).append((image, file))
+        groups.setdefault(SPLIT_ALIASES.get(first, "train"), []).append(pair)
     return {split: VocSplit(images, groups[split]) for split in SPLITS if split in groups}
 
 
 def _find_listed(lists: Path, images: Path, annotations: Path) -> dict[str, VocSplit]:
-    pairs = _match(images, annotations)
+    matched = _match(images, annotations)
     # `cat_train.txt` lists the images of the split with a flag for a class
     files = group_by_split(
         (file.stem, file) for file in sorted(lists.glob("*.txt")) if file.stem.lower() in SPLIT_ALIASES
@@ -201,10 +213,11 @@ def _find_listed(lists: Path, images: Path, annotations: Path) -> dict[str, VocS
         files["train"] = lists / "trainval.txt"
     if not files:
         note = f"images are in no split, as {lists.name} has no train.txt, val.txt or test.txt: used for training"
+        pairs = [pair for _, pair in matched]
         return {"train": VocSplit(images, pairs, {note: [image or file for image, file in pairs]})}
     pairs_of_key: dict[str, list[Pair]] = {}
-    for pair in pairs:
-        pairs_of_key.setdefault(_key(pair[1], annotations), []).append(pair)
+    for key, pair in matched:
+        pairs_of_key.setdefault(key, []).append(pair)
     splits = {split: _read_list(files[split], images, annotations, pairs_of_key) for split in SPLITS if split in files}
     return _add_notes(splits)
 
@@ -275,9 +288,9 @@ def _find_counting(annotations: Sequence[VocAnnotation]) -> Counting:
     The devkit counts pixels from 1 up to the last one, and so do LabelImg (roughly) and supervision. Others write the
     edges of the box: from 0, or from 1, where the right edge of an image is its width plus 1.
     """
-    sized = [(annotation.size or (math.inf,) * 2, _corners(annotation)) for annotation in annotations]
-    lowest = min((corners[:, :2].min(initial=math.inf, where=corners[:, :2] >= 0) for _, corners in sized), default=1)
-    beyond = max(((corners[:, 2:] - size[::-1]).max(initial=-math.inf) for size, corners in sized), default=0)
+    starts, ends, sizes = np.split(_boxes_in_pixels(annotations), 3, axis=1)
+    lowest = starts.min(initial=math.inf, where=starts >= 0)
+    beyond = (ends - sizes).max(initial=-math.inf)
     tools = {annotation.tool for annotation in annotations if annotation.root}
     from_one = Counting((1, 1, 0, 0), "boxes count pixels from 1 and include the last one, as no coordinate is 0")
     if tools == {VOC_SOURCE}:
@@ -296,11 +309,20 @@ def _find_counting(annotations: Sequence[VocAnnotation]) -> Counting:
     return from_one
 
 
-def _corners(annotation: VocAnnotation) -> np.ndarray:
-    """Return the valid corners that count pixels, of shape `(num_boxes, 4)`."""
-    corners = [each.corners for each in annotation.objects if each.counts_pixels and not each.angle]
-    array = np.array(corners, dtype=np.float64).reshape(-1, 4)
-    return array[(array[:, 2:] > array[:, :2]).all(axis=1)]
+def _boxes_in_pixels(annotations: Sequence[VocAnnotation]) -> np.ndarray:
+    """Return the valid corners that count pixels, and the width and height of their images or infinity.
+
+    Returns:
+        `np.ndarray` of shape `(num_boxes, 6)`: xmin, ymin, xmax, ymax, width, height.
+    """
+    rows = [
+        (*each.corners, *(annotation.size or (math.inf, math.inf))[::-1])
+        for annotation in annotations
+        for each in annotation.objects
+        if each.counts_pixels and not each.angle
+    ]
+    array = np.array(rows, dtype=np.float64).reshape(-1, 6)
+    return array[(array[:, 2:4] > array[:, :2]).all(axis=1)]
 
 
 def _build_split(
@@ -311,15 +333,9 @@ def _build_split(
     builder: AnnotatedImageBuilder,
 ) -> DetectionSplit:
     id_of_name = {name: id_ for id_, name in categories.items()}
-    pairs = _pair_images(split, annotations, builder)
-    unknown = {path for path, file in pairs if annotations[file].size is None and not path.is_file()}
-    if unknown:
-        names = summarize_list(sorted(path.name for path in unknown))
-        builder.on_error(
-            f"{builder.title}: {len(unknown)} images not found in {split.images}: {names}. Restore them, or remove "
-            "them from the annotations"
-        )
-    for path, file in (pair for pair in pairs if pair[0] not in unknown):
+    pairs = _drop_unknown(_pair_images(split, annotations, builder), split.images, annotations, builder)
+    boxes = _to_boxes([annotations[file].objects for _, file in pairs], counting)
+    for (path, file), of_image in zip(pairs, boxes):
         annotation = annotations[file]
         if annotation.root not in ("", "annotation"):
             builder.on_error(
@@ -329,7 +345,7 @@ def _build_split(
         builder.add(
             path,
             annotation.size,
-            _to_boxes(objects, counting),
+            of_image,
             [id_of_name[each.name] for each in objects],
             iscrowd=[each.difficult for each in objects],
         )
@@ -340,17 +356,34 @@ def _build_split(
         if not file.is_file():
             builder.add_warning(NO_FILE_WARNING, path)
     for note, paths in split.notes.items():
-        for path in paths:
-            builder.add_warning(note, path)
+        builder.add_warnings(note, paths)
     return builder.build(categories)
 
 
-def _to_boxes(objects: Sequence[VocObject], counting: Counting) -> np.ndarray:
-    """Return x, y, width, height in pixels, of shape `(num_objects, 4)`."""
+def _drop_unknown(
+    pairs: Sequence[tuple[Path, Path]],
+    folder: Path,
+    annotations: Mapping[Path, VocAnnotation],
+    builder: AnnotatedImageBuilder,
+) -> list[tuple[Path, Path]]:
+    """Return the pairs whose image is there or has an annotated size, and report the others."""
+    unknown = {path for path, file in pairs if annotations[file].size is None and not path.is_file()}
+    if unknown:
+        names = summarize_list(sorted(path.name for path in unknown))
+        builder.on_error(
+            f"{builder.title}: {len(unknown)} images not found in {folder}: {names}. Restore them, or remove them "
+            "from the annotations"
+        )
+    return [pair for pair in pairs if pair[0] not in unknown]
+
+
+def _to_boxes(objects_of: Sequence[Sequence[VocObject]], counting: Counting) -> list[np.ndarray]:
+    """Return x, y, width, height in pixels, of shape `(num_objects, 4)` for each image."""
+    objects = [each for of_image in objects_of for each in of_image]  # all at once, which is faster
     corners = np.array([each.corners for each in objects], dtype=np.float64).reshape(-1, 4)
     corners -= np.array([each.counts_pixels for each in objects]).reshape(-1, 1) * counting.offset
     boxes = enclose_rotated_boxes(xyxy_to_xywh(corners), np.array([each.angle for each in objects]))
-    return np.round(boxes, 3)
+    return np.split(np.round(boxes, 3), np.cumsum([len(of_image) for of_image in objects_of]))
 
 
 def _pair_images(
@@ -370,10 +403,9 @@ def _pair_images(
     for warning, paths in {
         "XML files are not annotations: ignored": stray,
         "images have another name than their annotation file: matched by the name in it": by_name,
-        "images share their annotation file with another image": [path for path, file in matched if shared[file] > 1],
+        SHARED_FILE_WARNING: [path for path, file in matched if shared[file] > 1],
     }.items():
-        for path in paths:
-            builder.add_warning(warning, path)
+        builder.add_warnings(warning, paths)
     return [*((path, by_name.pop(path, file)) for path, file in matched), *by_name.items(), *missing]
 
 
@@ -420,17 +452,17 @@ def _read_object(element: Element) -> VocObject:
     box = boxes[0] if boxes else Element("bndbox")
     corners, angle = _read_rotated(box) if box.tag == "robndbox" else _read_corners(box, element)
     difficult = element.findtext("difficult", "").strip().lower()
-    low, high = np.sort(np.reshape(corners, (2, 2)), axis=0)
+    (left, right), (top, bottom) = sorted(corners[::2]), sorted(corners[1::2])
     warnings = {
         "objects have several boxes: the first one is used": len(boxes) > 1,
         "objects have several names: the first one is used": len(element.findall("name")) > 1,
         "objects are marked neither difficult nor not: read as not difficult": difficult not in _DIFFICULT,
-        "boxes have their corners swapped: put in order": (corners[2:] < high).any(),
+        "boxes have their corners swapped: put in order": corners[2] < corners[0] or corners[3] < corners[1],
         ROTATED_WARNING: angle % 180 != 0,
     }
     return VocObject(
         element.findtext("name", "").strip(),
-        [*low, *high],
+        (left, top, right, bottom),
         angle % 180,
         _DIFFICULT.get(difficult, 0),
         box.tag == "bndbox",
@@ -438,26 +470,24 @@ def _read_object(element: Element) -> VocObject:
     )
 
 
-def _read_corners(box: Element, element: Element) -> tuple[np.ndarray, float]:
+def _read_corners(box: Element, element: Element) -> tuple[Sequence[float], float]:
     """Return the corners of `bndbox`, and CVAT's rotation about its center in degrees."""
-    attributes = {each.findtext("name", ""): each.findtext("value", "") for each in element.iter("attribute")}
-    angle = to_finite(attributes.get("rotation", ""))
+    attributes = {each.findtext("name"): each.findtext("value") for each in element.iter("attribute")}
+    angle = to_float(attributes.get("rotation"))
     return _numbers(box, ("xmin", "ymin", "xmax", "ymax")), 0 if math.isnan(angle) else angle
 
 
-def _read_rotated(box: Element) -> tuple[np.ndarray, float]:
+def _read_rotated(box: Element) -> tuple[Sequence[float], float]:
     """Return the corners of roLabelImg's `robndbox` before its rotation, and its rotation in degrees."""
-    center_x, center_y, width, height, angle = _numbers(box, ("cx", "cy", "w", "h", "angle"))
-    half = np.array([width, height]) / 2
-    return np.array([center_x, center_y] * 2) + [*-half, *half], math.degrees(angle)
+    x, y, width, height, angle = _numbers(box, ("cx", "cy", "w", "h", "angle"))
+    return (x - width / 2, y - height / 2, x + width / 2, y + height / 2), math.degrees(angle)
 
 
-def _numbers(box: Element, tags: Sequence[str]) -> np.ndarray:
+def _numbers(box: Element, tags: Sequence[str]) -> list[float]:
     """Return the numbers in elements, NaN where there is none or more than one."""
-    texts = [[each.text for each in box.findall(tag)] for tag in tags]
-    return np.array([to_finite(values[0] if len(values) == 1 else None) for values in texts])
+    num_of_tag = Counter(each.tag for each in box)
+    return [to_float(box.findtext(tag) if num_of_tag[tag] == 1 else None) for tag in tags]
 
 
 def _read_size(root: Element) -> tuple[int, int] | None:
-    height, width = (to_integer(to_finite(root.findtext(f"size/{side}"))) or 0 for side in ("height", "width"))
-    return (height, width) if min(height, width) > 0 else None
+    return to_size(root.findtext("size/height"), root.findtext("size/width"))

@@ -8,9 +8,8 @@ rotated box. Darknet has a file `*.data` instead of YAML, and label files next t
 import logging
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from itertools import islice
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
@@ -20,18 +19,20 @@ from ...utils.errors import InputError, import_extra, summarize_list
 from ...utils.io import read_lines, read_text
 from ...utils.names import to_integer
 from ..dataset import SPLIT_ALIASES, AnnotatedImageBuilder, DetectionSplit, check_unique_names
-from ..images import get_image_size, is_image_file
+from ..images import IMAGE_EXTENSIONS, get_image_size
 from .common import (
     NO_FILE_WARNING,
     POLYGON_WARNING,
     ROTATED_WARNING,
+    SHARED_FILE_WARNING,
     ReadOptions,
     child_folder,
     expected_image,
     refuse_rotated_boxes,
     split_folders,
     split_from_name,
-    to_finite,
+    to_float,
+    walk_files,
 )
 from .files import RENAMED_WARNING, find_image_files
 
@@ -159,7 +160,7 @@ def _find_listed_splits(file: Path, content: Mapping[str, Any]) -> dict[str, Yol
 def _parse_names(names: Any, num_classes: Any, file: Path) -> dict[int, str]:
     """Return class names by number. YAML reads `no` as a boolean and `1e3` as a float, so names must be text."""
     numbered = names if isinstance(names, dict) else dict(enumerate(names if isinstance(names, list) else []))
-    numbers = {key: to_integer(to_finite(key if isinstance(key, str | int) else None)) for key in numbered}
+    numbers = {key: to_integer(to_float(key if isinstance(key, str | int) else None)) for key in numbered}
     if not numbers or None in numbers.values() or True in map(_is_bool, numbers):
         raise InputError(f"{file}: names must be a list or a mapping from class numbers, got {str(names)[:200]}")
     if unquoted := [name for name in numbered.values() if not isinstance(name, str | int) or _is_bool(name)]:
@@ -167,7 +168,7 @@ def _parse_names(names: Any, num_classes: Any, file: Path) -> dict[int, str]:
     classes = {int(number or 0): str(numbered[key]) for key, number in numbers.items()}
     if len(classes) < len(numbered):
         raise InputError(f"{file}: names have a class number twice: {names}. Give each name its own")
-    if num_classes is not None and to_integer(to_finite(num_classes)) not in (len(classes), max(classes) + 1):
+    if num_classes is not None and to_integer(to_float(num_classes)) not in (len(classes), max(classes) + 1):
         raise InputError(f"{file}: is about {num_classes} classes, but has {len(classes)} names. Correct one of them")
     return check_unique_names(classes, file)
 
@@ -225,7 +226,7 @@ def _exists(path: Path) -> bool:
 def _find_images(path: Path, root: Path) -> tuple[list[Path], list[Path]]:
     """Return the images of a directory or of a file with one path per line, and those found by their name only."""
     if path.is_dir():
-        return sorted(image for image in path.rglob("*") if is_image_file(image)), []
+        return [*walk_files(path, IMAGE_EXTENSIONS)], []
     lines = read_lines(path)
     roots = {True: [path.parent, root], False: [root, path.parent]}
     located = {line: _locate(line, roots[line.startswith("./")]) for line in lines}
@@ -251,7 +252,7 @@ def label_folder(images: Path) -> Path:
 
 def _label_files(folder: Path) -> dict[str, Path]:
     """Return the text files of a directory by their names without extension."""
-    files = sorted(folder.iterdir()) if folder.is_dir() else []
+    files = sorted(folder.iterdir(), key=lambda file: file.name) if folder.is_dir() else []
     return {file.stem: file for file in files if file.suffix.lower() == ".txt" and file.name not in _NAME_FILES}
 
 
@@ -283,14 +284,14 @@ def find_yolo_folders(folder: Path) -> dict[str, YoloSplit]:
     }
 
 
-def _probe_label_files(images: Path) -> Iterator[Path]:
+def _probe_label_files(images: Path) -> list[Path]:
     """Return some label files. Next to images, those of an image only."""
     labels = label_folder(images)
-    files = (file for file in labels.rglob("*.[tT][xX][tT]") if file.name not in _NAME_FILES)
-    if labels == images:
-        stems = {path.with_suffix("") for path in images.rglob("*") if is_image_file(path)}
-        files = (file for file in files if file.with_suffix("") in stems)
-    return islice(files, _NUM_PROBED_FILES)
+    files = [file for file in walk_files(labels, {".txt"}) if file.name not in _NAME_FILES]
+    if files and labels == images:
+        stems = {path.with_suffix("") for path in walk_files(images, IMAGE_EXTENSIONS)}
+        files = [file for file in files if file.with_suffix("") in stems]
+    return files[:_NUM_PROBED_FILES]
 
 
 def _find_names(images: Path, folder: Path) -> dict[int, str] | None:
@@ -340,8 +341,7 @@ def _read_split(files: YoloSplit, source: Path, split: str, options: ReadOptions
         if path in labels:
             _add_image(path, sizes[path], [each for each in labels[path] if each.number in names], builder)
             builder.add_warning(NO_FILE_WARNING, path, path not in label_files)
-    for path in files.renamed:
-        builder.add_warning(RENAMED_WARNING, path)
+    builder.add_warnings(RENAMED_WARNING, files.renamed)
     builder.add_warning(
         "classes have no names: named by their numbers", str(source), (files.names is None) * len(names)
     )
@@ -361,23 +361,19 @@ def _find_label_files(files: YoloSplit, builder: AnnotatedImageBuilder) -> dict[
     """Return the label file of each image, and report those of no image."""
     folders = {folder: label_folder(folder) for folder in {image.parent for image in files.images}}
     contents = {labels: _label_files(labels) for labels in folders.values()}
-    found = {
-        image: contents[folders[image.parent]][image.stem]
-        for image in files.images
-        if image.stem in contents[folders[image.parent]]
-    }
+    of_image = {image: contents[folders[image.parent]].get(image.stem) for image in files.images}
+    found = {image: file for image, file in of_image.items() if file}
     used = Counter(found.values())
     if files.folder:
         _report_unmatched(files.folder, [file for file in _all_label_files(files.folder) if file not in used], builder)
-    for image, file in found.items():
-        builder.add_warning("images share their annotation file with another image", image, used[file] > 1)
+    builder.add_warnings(SHARED_FILE_WARNING, (image for image, file in found.items() if used[file] > 1))
     return found
 
 
 def _all_label_files(images: Path) -> list[Path]:
     labels = label_folder(images)
-    files = sorted(labels.rglob("*.[tT][xX][tT]"))
-    return [file for file in files if file.name not in _NAME_FILES and (labels != images or _is_label_file(file))]
+    files = (file for file in walk_files(labels, {".txt"}) if file.name not in _NAME_FILES)
+    return [file for file in files if labels != images or _is_label_file(file)]
 
 
 def _report_unmatched(images: Path, files: Sequence[Path], builder: AnnotatedImageBuilder) -> None:
@@ -421,8 +417,8 @@ def _read_labels(file: Path | None, num_keypoint_values: int) -> list[Label]:
 
 def _parse(line: str, num_keypoint_values: int = 0) -> Label:
     first, *others = line.split()
-    number = to_integer(to_finite(first))
-    values = np.array([to_finite(value) for value in others])
+    number = to_integer(to_float(first))
+    values = np.array([to_float(value) for value in others])
     warning = ""
     if len(values) == 4 + (num_keypoint_values or math.inf):
         values = values[:4]
