@@ -296,7 +296,7 @@ def test_augmented_items_depend_on_seed_epoch_and_image_only(tmp_path):
     assert item(0, seed=1)[0] != item(0)[0]
 
 
-@pytest.mark.parametrize("name", ["", "  ", "a\nb", "a\tb", "a\x00", "a\u2028b", "\ud83d"])
+@pytest.mark.parametrize("name", ["", "  ", "\u200b", "a\nb", "a\tb", "a\x00", "a\u2028b", "\ud83d"])
 def test_a_category_name_that_is_not_one_line_of_text(tmp_path, name):
     with pytest.raises(InputError, match=r"category names must be one line of text\. Rename '.*' \(id 7\)$"):
         read(tmp_path, [], categories={3: "dog", 7: name})

@@ -96,9 +96,18 @@ def fault(mutation: Mutation, original: Outcome, mutated: Outcome) -> str | None
     if not set(mutated.messages) - set(original.messages):
         return f"read otherwise without a word: {differences(original, mutated)}"
     changed = {name for _, name, *_ in differences(original, mutated)}
+    new_messages = " ".join(set(mutated.messages) - set(original.messages))
+    classes = {repr(label) for label in _classes(mutated) - _classes(original)}
+    if mutation.images is not None and not any(name in new_messages for name in changed | classes):
+        return f"the message names neither the image {changed} nor a class: {new_messages}"
     if mutation.images is not None and not changed <= {Path(name).stem for name in mutation.images}:
         return f"other images read otherwise: {differences(original, mutated)}"
     return None
+
+
+def _classes(outcome: Outcome) -> set[str]:
+    """Return the class names of all objects."""
+    return {object_[0] for images in outcome.content.values() for objects in images.values() for object_ in objects}
 
 
 def differences(original: Outcome, mutated: Outcome) -> list[tuple[Any, ...]]:

@@ -311,7 +311,9 @@ class AnnotatedImageBuilder:
 
 def _is_one_line(name: str) -> bool:
     """Return whether a name is visible, without line breaks, other control characters or unpaired surrogates."""
-    return bool(name.strip()) and not {unicodedata.category(sign) for sign in name} & {"Cc", "Cs", "Zl", "Zp"}
+    categories = {unicodedata.category(sign) for sign in name}
+    is_visible = any(category[0] not in "CZ" for category in categories)  # a zero-width space is of category Cf
+    return is_visible and not categories & {"Cc", "Cs", "Zl", "Zp"}
 
 
 def to_box_array(boxes: Sequence[Any] | np.ndarray) -> np.ndarray:
