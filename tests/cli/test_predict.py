@@ -185,6 +185,7 @@ def test_classes_are_chosen_by_name(run, reader):
         (["--save=json,xml"], "'xml' is not one of images, json"),
         (["--resume", "--overwrite"], "Give either --resume or --overwrite"),
         (["--classes=class 1,dog"], "the model has no class 'dog'; it has class 0, class 1"),
+        (["--tile_overlap=0.3"], "--tile_overlap needs --tile"),
         (["--batch_size=0"], "'--batch_size'"),
         (["--nms=2"], "'--nms'"),
         (["--top_k=0"], "'--top_k'"),
@@ -195,6 +196,16 @@ def test_wrong_use_is_status_2_and_writes_nothing(run, arguments, message, capsy
     assert run("images", *arguments) == 2
     assert message in capsys.readouterr().err
     assert not Path("out").exists()
+
+
+def test_tiles_find_small_objects_in_large_images(run):
+    Image.effect_noise((200, 150), 50).convert("RGB").save("large.png")
+    for output, options in (("whole", []), ("tiles", ["--tile=80", "--tile_overlap=0.3"])):
+        assert run("large.png", "--save=jsonl", *options, output=output, threshold=0.005) == 0
+    (whole,), (tiles,) = journal("whole"), journal("tiles")
+    assert len(tiles["detections"]) > len(whole["detections"])
+    with pytest.raises(InputError, match=r"made with tile 80 \(now None\)"):
+        run("large.png", "--save=jsonl", "--resume", output="tiles", threshold=0.005)
 
 
 def test_a_single_drawing_has_no_other_format(run, capsys):

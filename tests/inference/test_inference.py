@@ -99,7 +99,7 @@ def test_bfloat16_finds_about_the_same(detector, folder):
 
 def test_an_image_that_is_too_small_for_the_model_takes_nothing_from_the_others(detector, folder):
     small = (detector[0], DinoDetrImageProcessor(size={"shortest_edge": 60, "longest_edge": 90}))
-    results = [*stream(small, find_inputs([str(folder)]), batch_size=3, threshold=0.005)]
+    results = [*stream(small, find_inputs([str(folder)]), threshold=0.005)]
     assert [result.input.name for result in results if not result.detections] == ["03.png", "08.png"]
     assert "03.png: cannot be used at its resized size of 60 x 60 pixels" in results[3].error
 

@@ -82,6 +82,25 @@ def predict(
             help="IoU above which only the better of two detections of a class is kept; DINO needs none.",
         ),
     ] = None,
+    tile: Annotated[
+        int | None,
+        typer.Option(
+            metavar="PIXELS",
+            min=32,
+            help="Side of the overlapping tiles that images are cut into, for small objects in large images.",
+            show_default="images are not cut",
+        ),
+    ] = None,
+    tile_overlap: Annotated[
+        float | None,
+        typer.Option(
+            metavar="NUMBER",
+            min=0,
+            max=0.9,
+            help="Smallest part of its side that a tile has in common with the next one; should exceed the objects.",
+            show_default="0.2",
+        ),
+    ] = None,
     batch_size: Annotated[
         int, typer.Option(metavar="INTEGER", min=1, help="Images per batch, all of the same resized size.")
     ] = 8,
@@ -124,6 +143,9 @@ def predict(
         raise typer.BadParameter(f"{unknown[0]!r} is not one of {', '.join(FORMATS)}.", param_hint="'--save'")
     if resume and overwrite:
         context.fail("Give either --resume or --overwrite.")
+    if tile_overlap is not None and tile is None:
+        context.fail("--tile_overlap needs --tile.")
+    overlap = 0.2 if tile_overlap is None else tile_overlap
 
     import torch
 
@@ -134,13 +156,13 @@ def predict(
     if drawing and (formats != ["images"] or resume):
         context.fail("--save and --resume need a directory as --output.")
     settings = {"model": model_name_or_path, "threshold": threshold, "classes": _split(classes or []), "top_k": top_k}
-    settings |= {"nms": nms, "dtype": dtype}
+    settings |= {"nms": nms, "dtype": dtype, "tile": tile, "tile_overlap": overlap}
     results = ResultsDirectory(output, formats, settings)
     inputs = inputs if drawing else _outside(output, inputs)
     done = _check_outputs(results, inputs, drawing, resume, overwrite)
     model, processor = _load_model(model_name_or_path, device, dtype, compile)
     results.classes = named_classes(model.config.id2label)
-    options = DetectionOptions(threshold, _labels(classes, results.classes), top_k, nms)
+    options = DetectionOptions(threshold, _labels(classes, results.classes), top_k, nms, tile, overlap)
     detector = Detector(model, processor, options, batch_size=batch_size, dtype=getattr(torch, dtype))
     remaining = [item for item in inputs if str(item.source) not in done]
     run = _Run(detector, results, num_workers, total=len(remaining), quiet=json_summary)

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -16,11 +17,11 @@ from ..registration import DinoDetrForObjectDetection
 from ..utils.errors import InputError
 from ..utils.names import named_classes
 from .sources import ImageInput
+from .tiles import Box, Detections, merge_tiles, tile_boxes
 
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
-Detections = dict[str, torch.Tensor]  # scores, labels and boxes, as the image processor returns them
 
 MAX_PENDING_BATCHES = 8  # of images that wait for others of their size
 MAX_PENDING_PIXELS = 100_000_000  # of decoded images: 300 MB
@@ -35,13 +36,17 @@ class DetectionOptions:
         labels (`frozenset[int]`, *optional*): Labels that are detected; by default, all that have a name.
         top_k (`int`, *optional*): Most detections of an image; by default, the model's `num_select`.
         nms_iou (`float`, *optional*): IoU above which the detection with the lower score of two of a class is dropped;
-            by default none is, and DINO needs no non-maximum suppression.
+            by default none is, and DINO needs no non-maximum suppression. With tiles, by default 0.5.
+        tile (`int`, *optional*): Side in pixels of the tiles that images are cut into; by default they are not cut.
+        tile_overlap (`float`): Smallest part of its side that a tile has in common with the next one.
     """
 
     threshold: float = 0.3
     labels: frozenset[int] | None = None
     top_k: int | None = None
     nms_iou: float | None = None
+    tile: int | None = None
+    tile_overlap: float = 0.2
 
 
 @dataclass
@@ -63,17 +68,26 @@ class ImageResult:
 
 
 class View(NamedTuple):
-    """An image as the model takes it.
+    """An image, or a tile of it, as the model takes it.
 
     Attributes:
         number (`int`): Of the image in the stream.
-        size (`tuple[int, int]`): Height and width of the image in pixels.
+        box (`Box`): The part of the image: x0, y0, x1, y1 in pixels.
         inputs (`dict[str, torch.Tensor]`): From the image processor; empty if there is no image.
     """
 
     number: int
-    size: tuple[int, int]
+    box: Box
     inputs: dict[str, torch.Tensor]
+
+
+@dataclass
+class _Pending:
+    """An image that was read, of which `num_waiting` views have not been detected in."""
+
+    result: ImageResult
+    num_waiting: int
+    found: list[tuple[Box, Detections]] = field(default_factory=list)
 
 
 class Detector:
@@ -125,64 +139,85 @@ class Detector:
             pool (`Executor`, *optional*): Threads that read and resize images while the model runs.
             ahead (`int`, *optional*, defaults to 4): Number of images that the threads are ahead of the model.
         """
-        pending: dict[int, ImageResult] = {}  # from the first image that waits to the last that was read
-        waiting: set[int] = set()
+        pending: dict[int, _Pending] = {}  # from the first image that waits to the last that was read
         groups: dict[Any, list[View]] = defaultdict(list)
 
-        def numbered() -> Iterator[tuple[int, ImageResult]]:
+        def parts() -> Iterator[tuple[int, ImageResult, Box]]:
             for number, result in enumerate(map_ahead(_read, inputs, pool, ahead)):
-                pending[number] = result
-                waiting.add(number)
-                yield number, result
+                size = result.image.size if result.image else (0, 0)
+                boxes = tile_boxes(size, self.options.tile, self.options.tile_overlap)
+                pending[number] = _Pending(result, len(boxes))
+                for box in boxes:
+                    yield number, result, box
 
-        def finish(views: list[View]) -> None:
-            results = self._results(views, [pending[view.number] for view in views])
-            for view, result in zip(views, results, strict=True):
-                pending[view.number] = result
-                waiting.remove(view.number)
-
-        def finished() -> Iterator[ImageResult]:
-            while pending and (first := next(iter(pending))) not in waiting:
-                yield pending.pop(first)
-
-        for view in map_ahead(self._preprocess, numbered(), pool, ahead):
-            if not view.inputs:
-                waiting.remove(view.number)
-            else:
-                shape = view.inputs["pixel_values"].shape
-                groups[shape].append(view)
-                if len(groups[shape]) == self.batch_size:
-                    finish(groups.pop(shape))
+        for view in map_ahead(self._preprocess, parts(), pool, ahead):
+            shape = view.inputs["pixel_values"].shape if view.inputs else None
+            groups[shape].append(view)
+            if shape is None or len(groups[shape]) == self.batch_size:
+                self._finish(groups.pop(shape), pending)
+            yield from self._finished(pending)
             while groups and self._too_many(pending):
-                finish(groups.pop(min(groups, key=lambda shape: groups[shape][0].number)))
-                yield from finished()
-            yield from finished()
+                self._finish(groups.pop(min(groups, key=lambda shape: groups[shape][0].number)), pending)
+                yield from self._finished(pending)
         for views in groups.values():
-            finish(views)
-        yield from finished()
+            self._finish(views, pending)
+        yield from self._finished(pending)
 
-    def _too_many(self, pending: dict[int, ImageResult]) -> bool:
-        pixels = sum(result.image.width * result.image.height for result in pending.values() if result.image)
-        return len(pending) > MAX_PENDING_BATCHES * self.batch_size or pixels > MAX_PENDING_PIXELS
+    def _too_many(self, pending: dict[int, _Pending]) -> bool:
+        sizes = [each.result.image.size for each in pending.values() if each.result.image]
+        num_pixels = sum(width * height for width, height in sizes)
+        return len(pending) > MAX_PENDING_BATCHES * self.batch_size or (
+            len(sizes) > 1 and num_pixels > MAX_PENDING_PIXELS
+        )
 
-    def _preprocess(self, numbered: tuple[int, ImageResult]) -> View:
-        number, result = numbered
+    def _preprocess(self, part: tuple[int, ImageResult, Box]) -> View:
+        number, result, box = part
         if result.image is None:
-            return View(number, (0, 0), {})
-        inputs = self.processor(images=result.image, return_tensors="pt")
-        return View(number, (result.image.height, result.image.width), dict(inputs))
+            return View(number, box, {})
+        image = result.image if box == (0, 0, *result.image.size) else result.image.crop(box)
+        return View(number, box, dict(self.processor(images=image, return_tensors="pt")))
 
-    def _results(self, views: list[View], results: list[ImageResult]) -> list[ImageResult]:
+    def _finish(self, views: list[View], pending: dict[int, _Pending]) -> None:
+        """Detect in views of one size, and add what is found to their images."""
+        images = [pending[view.number] for view in views]
+        for image in images:
+            image.num_waiting -= 1
+        if not views[0].inputs:
+            return
         try:
             found = self._detect(views)
         except ValueError as error:  # the smallest feature level has too few cells, such as those of a very long image
             height, width = views[0].inputs["pixel_values"].shape[-2:]
             reason = f"cannot be used at its resized size of {width} x {height} pixels ({error})"
-            return [ImageResult(result.input, error=f"{result.input.source}: {reason}") for result in results]
-        return [replace(result, detections=detections) for result, detections in zip(results, found, strict=True)]
+            for image in images:
+                image.result.error = f"{image.result.input.source}: {reason}"
+            return
+        for view, image, detections in zip(views, images, found, strict=True):
+            image.found.append((view.box, detections))
+
+    def _finished(self, pending: dict[int, _Pending]) -> Iterator[ImageResult]:
+        """Remove and yield the first images, as far as none of them waits."""
+        while pending and not pending[first := next(iter(pending))].num_waiting:
+            image = pending.pop(first)
+            if image.result.error:
+                yield ImageResult(image.result.input, error=image.result.error)
+            else:
+                yield replace(image.result, detections=self._to_rows(self._merge(image)))
+
+    def _merge(self, image: _Pending) -> Detections:
+        (tiles, found), options = zip(*image.found), self.options
+        if options.tile is None:
+            return found[0]
+        assert image.result.image is not None
+        merged = merge_tiles(tiles, found, image.result.image.size, options.threshold, options.nms_iou)
+        return {name: values[: self._top_k] for name, values in merged.items()}
+
+    @property
+    def _top_k(self) -> int:
+        return self.options.top_k or self.model.config.num_select
 
     @torch.inference_mode()
-    def _detect(self, views: list[View]) -> list[list[dict[str, Any]]]:
+    def _detect(self, views: list[View]) -> list[Detections]:
         device = self.model.device
         inputs = {
             name: torch.cat([view.inputs[name] for view in views]).to(device)
@@ -193,14 +228,13 @@ class Detector:
             outputs = self.model(**inputs)
         outputs.logits = outputs.logits.float().masked_fill(self.unwanted, -torch.inf)
         outputs.pred_boxes = outputs.pred_boxes.float()
-        results = self.processor.post_process_object_detection(
+        return self.processor.post_process_object_detection(
             outputs,
             threshold=self.options.threshold,
-            target_sizes=[view.size for view in views],
-            top_k=self.options.top_k or self.model.config.num_select,
-            nms_iou_threshold=self.options.nms_iou,
+            target_sizes=[(y1 - y0, x1 - x0) for x0, y0, x1, y1 in (view.box for view in views)],
+            top_k=self._top_k,
+            nms_iou_threshold=None if self.options.tile else self.options.nms_iou,
         )
-        return [self._to_rows(result) for result in results]
 
     def _to_rows(self, result: Detections) -> list[dict[str, Any]]:
         columns = (result[name].tolist() for name in ("labels", "scores", "boxes"))
@@ -225,8 +259,9 @@ def detect_objects(
         `list[dict[str, Any]]`: As `detections` of [`ImageResult`].
     """
     detector = Detector(model, processor, DetectionOptions(threshold))
-    (detections,) = detector._detect([detector._preprocess((0, ImageResult(ImageInput(None, ""), image)))])
-    return detections
+    item = ImageResult(ImageInput(Path(), ""), image)
+    (detections,) = detector._detect([detector._preprocess((0, item, (0, 0, *image.size)))])
+    return detector._to_rows(detections)
 
 
 def map_ahead(
