@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from ..utils.errors import InputError, summarize_list
-from ..utils.names import match_names, named_classes
 from .options import MaxImagePixelsOption, ModelOption, log_to_terminal
 
 
@@ -150,6 +149,7 @@ def predict(
     import torch
 
     from ..inference import DetectionOptions, Detector, ResultsDirectory, find_inputs
+    from ..utils.names import named_classes
 
     inputs = find_inputs(images, recursive)
     drawing = _single_drawing(output, images, inputs, formats)
@@ -290,12 +290,13 @@ def _labels(names: Sequence[str] | None, classes: Mapping[int, str]) -> frozense
     Raises:
         typer.BadParameter: If the model has no such class.
     """
+    from ..utils.names import match_names
+
     if not names:
         return None
-    whole = {name: name for name in names}
-    parts = {part: part for name in names if name not in match_names(whole, classes) for part in _split([name])}
-    wanted = {name: name for name in names if name in match_names(whole, classes)} | parts
-    labels = match_names(wanted, classes)
+    known = match_names({name: name for name in names}, classes)  # a name may have a comma
+    wanted = [part for name in names for part in ([name] if name in known else _split([name]))]
+    labels = match_names({name: name for name in wanted}, classes)
     if unknown := [name for name in wanted if name not in labels]:
         raise typer.BadParameter(
             f"the model has no class {unknown[0]!r}; it has {summarize_list(classes.values(), 20)}.",
