@@ -361,7 +361,7 @@ def _load_model(name: str, device: str | None, dtype: str, compile: bool) -> "Mo
     if dtype == "float16" and device == "cpu":
         raise InputError("--dtype float16 needs a GPU; use bfloat16 or float32")
     model, processor = load_model_and_processor(name)
-    _move_to_device(model, device)
+    move_to_device(model, device)
     if compile:
         from ..training import compile_layers
 
@@ -369,7 +369,7 @@ def _load_model(name: str, device: str | None, dtype: str, compile: bool) -> "Mo
     return model, processor
 
 
-def _move_to_device(model: "DinoDetrForObjectDetection", device: str) -> None:
+def move_to_device(model: "DinoDetrForObjectDetection", device: str) -> None:
     """Move a model to a device.
 
     Raises:

@@ -92,7 +92,7 @@ class ResultsDirectory:
         self.journal = folder / (JOURNAL if "jsonl" in self.formats else HIDDEN_JOURNAL)
         self.changed_boxes: Counter[str] = Counter()
         self._file: Any = None
-        self._rows: TextIO | None = None
+        self._rows: Any = None
 
     def check_inputs(self, inputs: Sequence[ImageInput]) -> None:
         """Check that outputs can be written, and that no two of them have the same name.

@@ -1,6 +1,6 @@
 """How much of the bare model's throughput `hf-dino predict` reaches: interleaved runs over many small images.
 
-    python benchmarks/predict.py [--num-images 1000] [--runs 5] [--batch-size 8]
+    python benchmarks/predict_throughput.py [--num-images 1000] [--runs 5] [--batch-size 8]
 
 Each run detects in the same PNG files with a small random model. The bare model is called in a loop on batches that
 are resized and in memory already; the command also reads, resizes, batches and writes JSON Lines.
@@ -58,7 +58,11 @@ def main() -> None:
         "seconds": {name: [round(each, 2) for each in times] for name, times in seconds.items()},
     }
     arguments = f"--num-images {args.num_images} --runs {args.runs} --batch-size {args.batch_size}"
-    write_result("predict", f"python benchmarks/predict.py {arguments} --num-workers {args.num_workers}", content)
+    write_result(
+        "predict_throughput",
+        f"python benchmarks/predict_throughput.py {arguments} --num-workers {args.num_workers}",
+        content,
+    )
 
 
 def small_detector() -> tuple[DinoDetrForObjectDetection, DinoDetrImageProcessor]:
