@@ -58,11 +58,8 @@ def main() -> None:
         "seconds": {name: [round(each, 2) for each in times] for name, times in seconds.items()},
     }
     arguments = f"--num-images {args.num_images} --runs {args.runs} --batch-size {args.batch_size}"
-    write_result(
-        "predict_throughput",
-        f"python benchmarks/predict_throughput.py {arguments} --num-workers {args.num_workers}",
-        content,
-    )
+    command_line = f"python benchmarks/predict_throughput.py {arguments} --num-workers {args.num_workers}"
+    write_result("predict_throughput", command_line, content)
 
 
 def small_detector() -> tuple[DinoDetrForObjectDetection, DinoDetrImageProcessor]:

@@ -184,6 +184,8 @@ def test_classes_are_chosen_by_name(run, reader):
     ("arguments", "message"),
     [
         (["--save=json,xml"], "'xml' is not one of images, json"),
+        (["--save"], "'' is not one of images, json"),
+        (["--classes"], "the model has no class ''"),
         (["--resume", "--overwrite"], "Give either --resume or --overwrite"),
         (["--classes=class 1,dog"], "the model has no class 'dog'; it has class 0, class 1"),
         (["--tile_overlap=0.3"], "--tile_overlap needs --tile"),
@@ -224,6 +226,15 @@ def test_images_of_the_same_name_are_refused_before_the_work(run):
         with pytest.raises(InputError, match="several images would be"):
             run(*arguments)
     assert not Path("out").exists()
+
+
+def test_an_image_never_replaces_another_one_of_its_name(run):
+    shutil.copytree("images", "more")
+    assert run("images/00.png", "--save=jsonl,images") == 0
+    before = content("out")
+    with pytest.raises(InputError, match=r"more/00\.png: has the same name as images/00\.png, which is saved in out"):
+        run("more", "--save=jsonl,images", "--resume")
+    assert content("out") == before
 
 
 def test_fp16_needs_a_gpu(run):

@@ -138,7 +138,7 @@ def predict(
     """
     log_to_terminal()
     formats = _split(save)
-    if unknown := [name for name in formats if name not in FORMATS]:
+    if unknown := [name for name in formats or [""] if name not in FORMATS]:
         raise typer.BadParameter(f"{unknown[0]!r} is not one of {', '.join(FORMATS)}.", param_hint="'--save'")
     if resume and overwrite:
         context.fail("Give either --resume or --overwrite.")
@@ -292,12 +292,12 @@ def _labels(names: Sequence[str] | None, classes: Mapping[int, str]) -> frozense
     """
     from ..utils.names import match_names
 
-    if not names:
+    if names is None:
         return None
     known = match_names({name: name for name in names}, classes)  # a name may have a comma
     wanted = [part for name in names for part in ([name] if name in known else _split([name]))]
     labels = match_names({name: name for name in wanted}, classes)
-    if unknown := [name for name in wanted if name not in labels]:
+    if unknown := [name for name in wanted or [""] if name not in labels]:
         raise typer.BadParameter(
             f"the model has no class {unknown[0]!r}; it has {summarize_list(classes.values(), 20)}.",
             param_hint="'--classes'",
@@ -358,7 +358,7 @@ def _load_model(name: str, device: str | None, dtype: str, compile: bool) -> "Mo
     from ..hub import load_model_and_processor
 
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if dtype == "float16" and device == "cpu":
+    if dtype == "float16" and device.partition(":")[0] == "cpu":
         raise InputError("--dtype float16 needs a GPU; use bfloat16 or float32")
     model, processor = load_model_and_processor(name)
     move_to_device(model, device)

@@ -108,7 +108,7 @@ class Detector:
 
     ```python
     detector = Detector(*load_model_and_processor("runs/mine"), batch_size=8)
-    for result in detector.stream(find_inputs(["images"]), num_workers=2):
+    for result in detector.stream(find_inputs(["images"])):
         print(result.input.source, result.error or result.detections)
     ```
     """

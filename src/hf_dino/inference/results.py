@@ -164,7 +164,14 @@ class ResultsDirectory:
                 f"or --overwrite"
             )
         self._drop_partial_line()
-        return {record["image"] for record in self.records()}
+        done = {record["file_name"]: record["image"] for record in self.records()}
+        for item in inputs:
+            if done.get(item.name, str(item.source)) != str(item.source):
+                raise InputError(
+                    f"{item.source}: has the same name as {done[item.name]}, which is saved in {self.folder}; give "
+                    f"images by the same paths as before, or use a different --output"
+                )
+        return {*done.values()}
 
     def _previous_settings(self) -> dict[str, Any] | None:
         path = self.folder / SETTINGS
