@@ -358,10 +358,10 @@ def test_predict_draws_one_image_and_a_folder(finished, examples, shapes, tmp_pa
     image = sorted((shapes / "test").iterdir())[0]
     assert hf_dino([*predict, image, f"--output={tmp_path / 'drawn.jpg'}", "--threshold=0"]) == 0
     assert Image.open(tmp_path / "drawn.jpg").format == "JPEG"
-    options = [f"--output={tmp_path / 'drawn'}", f"--detections_json={tmp_path / 'found.json'}"]
-    assert hf_dino([*predict, shapes / "test", *options]) == 0
+    assert hf_dino([*predict, shapes / "test", f"--output={tmp_path / 'drawn'}"]) == 0
     assert len(list((tmp_path / "drawn").iterdir())) == 4
-    found = json.loads((tmp_path / "found.json").read_text())
+    assert hf_dino([*predict, shapes / "test", f"--output={tmp_path / 'found'}", "--save", "json"]) == 0
+    found = json.loads((tmp_path / "found" / "results.json").read_text())
     assert str(image) in found
     assert f"{image}: " in capsys.readouterr().out
 
@@ -370,10 +370,6 @@ def test_predict_draws_one_image_and_a_folder(finished, examples, shapes, tmp_pa
         ([str(image), f"--output={tmp_path / 'drawn.xyz'}"], r"images of kind '\.xyz' cannot be written"),
         ([str(tmp_path / "gone.png"), f"--output={tmp_path / 'a.png'}"], r"gone\.png: file or directory not found"),
         ([str(image), f"--output={tmp_path / 'a.psd'}"], r"images of kind '\.psd' cannot be written"),
-        (
-            [str(image), f"--output={tmp_path / 'a.png'}", f"--detections_json={tmp_path / 'a.png'}"],
-            "is given for two outputs",
-        ),
         ([str(image), f"--output={tmp_path / 'a.png'}", "--device=quantum"], "--device quantum: cannot be used"),
         ([str(shapes / "train"), str(image), f"--output={tmp_path / 'b'}"], "several images would be drawn into"),
         ([str(shapes / "train"), f"--output={tmp_path / 'one.png'}"], "is the name of one image, but 10 are to be"),
@@ -383,17 +379,16 @@ def test_predict_draws_one_image_and_a_folder(finished, examples, shapes, tmp_pa
 
 
 def test_an_image_that_cannot_be_read_costs_none_of_the_others(finished, examples, shapes, tmp_path):
-    images, drawn, found = tmp_path / "images", tmp_path / "drawn", tmp_path / "found.json"
+    images, drawn = tmp_path / "images", tmp_path / "drawn"
     shutil.copytree(shapes / "test", images)
     first, second, *others = sorted(images.iterdir())
     first.write_text("no image")
     second.write_bytes(second.read_bytes()[:-100])
     with pytest.raises(InputError, match=rf"2 of 4 images cannot be read:\n{first}: .*\n{second}: "):
-        hf_dino(
-            ["predict", f"--model_name_or_path={finished}", images, f"--output={drawn}", f"--detections_json={found}"]
-        )
-    assert json.loads(found.read_text()).keys() == {str(image) for image in others}
-    assert {path.stem for path in drawn.iterdir()} == {image.stem for image in others}
+        hf_dino(["predict", f"--model_name_or_path={finished}", images, f"--output={drawn}", "--save=images,json"])
+    found = json.loads((drawn / "results.json").read_text())
+    assert found.keys() == {str(image) for image in others}
+    assert {path.stem for path in drawn.glob("*.png")} == {image.stem for image in others}
 
 
 def test_an_image_that_is_not_there_is_missed_before_the_model_detects(examples, shapes, tmp_path):

@@ -31,7 +31,9 @@ if TYPE_CHECKING:
 
 ModelOption = Annotated[
     str,
-    typer.Option("--model_name_or_path", metavar="NAME", help="Directory or Hub id (OWNER/NAME) of the model."),
+    typer.Option(
+        "--model_name_or_path", "--model", metavar="NAME", help="Directory or Hub id (OWNER/NAME) of the model."
+    ),
 ]
 ImagesOption = Annotated[
     Path | None,

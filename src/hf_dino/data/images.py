@@ -122,10 +122,15 @@ def get_image_size(source: ImageSource, annotated_size: tuple[int, int] | None =
     return annotated_size or ((image.width, image.height) if swapped else (image.height, image.width))
 
 
-def list_images(paths: list[Path]) -> list[Path]:
-    """Expand directories into the image files directly inside them, sorted by name, without hidden ones.
+def list_images(paths: list[Path], recursive: bool = False) -> list[Path]:
+    """Expand directories into the image files in them, sorted by name, without hidden files.
 
     What else a directory contains is logged, but for texts and annotations.
+
+    Args:
+        paths (`list[Path]`): Image files and directories.
+        recursive (`bool`, *optional*, defaults to `False`): Whether to include the images of subdirectories, links to
+            directories among them. What else these contain is not logged.
 
     Raises:
         InputError: If a path does not exist or a directory contains no image.
@@ -134,9 +139,13 @@ def list_images(paths: list[Path]) -> list[Path]:
     for path in paths:
         if not path.exists():
             raise InputError(f"{path}: file or directory not found")
-        entries = [path] if path.is_file() else [entry for entry in path.iterdir() if not entry.name.startswith(".")]
-        found = sorted(entry for entry in entries if entry == path or is_image_file(entry))
-        others = sorted(entry.name + "/" * entry.is_dir() for entry in {*entries} - {*found} if _is_noted(entry))
+        visible = [path] if path.is_file() else [entry for entry in path.iterdir() if not entry.name.startswith(".")]
+        found = sorted(entry for entry in visible if entry == path or is_image_file(entry))
+        others = sorted(entry.name + "/" * entry.is_dir() for entry in {*visible} - {*found} if _is_noted(entry))
+        if recursive and path.is_dir():
+            top = os.path.normpath(path.absolute())
+            found = sorted(path / os.path.relpath(image, top) for image in _walk_images(path))
+            others = [name for name in others if not name.endswith("/")]
         if not found:
             contents = f", but {summarize_list(others)}" if others else ""
             raise InputError(f"{path}: the directory contains no images{contents}")
@@ -221,6 +230,8 @@ def _open_image(source: ImageSource) -> Iterator[Image.Image]:
     try:
         with source.open("rb") as file, Image.open(file) as image:
             yield image
+    except InputError:  # of a source that is not a file
+        raise
     except FileNotFoundError:
         raise InputError(f"{source}: image file not found") from None
     except Image.DecompressionBombError as error:

@@ -1,0 +1,130 @@
+"""How much of the bare model's throughput `hf-dino predict` reaches: interleaved runs over many small images.
+
+    python benchmarks/predict_throughput.py [--num-images 1000] [--runs 5] [--batch-size 8]
+
+Each run detects in the same PNG files with a small random model. The bare model is called in a loop on batches that
+are resized and in memory already; the command also reads, resizes, batches and writes JSON Lines.
+"""
+
+import argparse
+import shutil
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from common.machine import write_result
+from hf_dino import DinoDetrConfig, DinoDetrForObjectDetection, DinoDetrImageProcessor
+from hf_dino.data import read_image
+from hf_dino.inference import DetectionOptions, Detector, ResultsDirectory, find_inputs
+from hf_dino.inference.detector import map_ahead, worker_threads
+from hf_dino.inference.results import to_record
+
+
+SIZE = 160
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--num-images", type=int, default=1000, help="images in a run (default: 1000)")
+    parser.add_argument("--runs", type=int, default=5, help="runs of each kind, interleaved (default: 5)")
+    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--num-workers", type=int, default=2, help="threads of the command (default: 2)")
+    args = parser.parse_args()
+
+    model, processor = small_detector()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        draw_images(folder / "images", args.num_images)
+        runs = {
+            "bare model": bare_model(model, processor, folder / "images", args.batch_size),
+            "predict": command(model, processor, folder, args.batch_size, args.num_workers),
+        }
+        seconds: dict[str, list[float]] = {name: [] for name in runs}
+        for _ in range(args.runs + 1):
+            for name, run in runs.items():
+                seconds[name].append(timed(run))
+    seconds = {name: times[1:] for name, times in seconds.items()}  # the first is to warm up
+    rates = {name: args.num_images / statistics.median(times) for name, times in seconds.items()}
+    content = {
+        "images": args.num_images,
+        "images_per_second": {name: round(rate, 1) for name, rate in rates.items()},
+        "share_of_the_bare_model": round(rates["predict"] / rates["bare model"], 3),
+        "seconds": {name: [round(each, 2) for each in times] for name, times in seconds.items()},
+    }
+    arguments = f"--num-images {args.num_images} --runs {args.runs} --batch-size {args.batch_size}"
+    command_line = f"python benchmarks/predict_throughput.py {arguments} --num-workers {args.num_workers}"
+    write_result("predict_throughput", command_line, content)
+
+
+def small_detector() -> tuple[DinoDetrForObjectDetection, DinoDetrImageProcessor]:
+    """Return the model of `make demo`, with random weights."""
+    config = DinoDetrConfig.from_json_file(Path(__file__).parents[1] / "examples" / "configs" / "tiny.json")
+    size = {"shortest_edge": SIZE, "longest_edge": SIZE}
+    return DinoDetrForObjectDetection(config).eval(), DinoDetrImageProcessor(size=size)
+
+
+def draw_images(folder: Path, number: int) -> None:
+    """Write PNG files of smooth noise."""
+    folder.mkdir()
+    generator = np.random.default_rng(0)
+    for index in range(number):
+        pixels = generator.integers(0, 256, (20, 20, 3), dtype=np.uint8)
+        Image.fromarray(pixels).resize((SIZE, SIZE), Image.Resampling.BICUBIC).save(folder / f"{index:05}.png")
+
+
+def bare_model(
+    model: DinoDetrForObjectDetection, processor: DinoDetrImageProcessor, folder: Path, batch_size: int
+) -> Callable[[], None]:
+    """Return a loop over batches in memory."""
+    images = [read_image(path) for path in sorted(folder.iterdir())]
+    batches = [
+        processor(images=images[start : start + batch_size], return_tensors="pt")
+        for start in range(0, len(images), batch_size)
+    ]
+
+    @torch.inference_mode()
+    def run() -> None:
+        for batch in batches:
+            model(**batch)
+
+    return run
+
+
+def command(
+    model: DinoDetrForObjectDetection,
+    processor: DinoDetrImageProcessor,
+    folder: Path,
+    batch_size: int,
+    num_workers: int,
+) -> Callable[[], None]:
+    """Return the loop of `hf-dino predict --save jsonl`."""
+    detector = Detector(model, processor, DetectionOptions(), batch_size=batch_size)
+
+    def run() -> None:
+        shutil.rmtree(folder / "out", ignore_errors=True)
+        results = ResultsDirectory(folder / "out", ["jsonl"], {}, detector.names)
+        results.open()
+        with worker_threads(num_workers) as pool:
+            stream = detector.stream(find_inputs([str(folder / "images")]), pool, 2 * num_workers)
+            for result in map_ahead(results.save_files, stream, pool, 2 * num_workers):
+                results.append(to_record(result))
+        results.close(complete=True)
+
+    return run
+
+
+def timed(run: Callable[[], None]) -> float:
+    """Return the seconds that a run takes."""
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,88 @@
+"""Cut large images into overlapping tiles, and merge the detections of the tiles.
+
+An object at a seam is seen whole in one tile and cut in another. A detection that ends at an inner seam is therefore
+likely to be a part of an object, and counts a tenth; then non-maximum suppression chooses among all tiles. Boxes are
+never merged: a detector with queries finds many weak boxes, which would grow into each other.
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torchvision.ops import batched_nms
+
+
+SEAM_MARGIN = 2.0  # pixels between a box and a seam at which it is cut
+SEAM_WEIGHT = 0.1
+NMS_IOU = 0.5
+
+Box = tuple[int, int, int, int]  # x0, y0, x1, y1 in pixels
+Detections = dict[str, torch.Tensor]  # scores, labels and boxes, as the image processor returns them
+
+
+def tile_boxes(size: tuple[int, int], tile: int | None, overlap: float) -> list[Box]:
+    """Return the tiles of an image: squares that cover it, spread evenly, each inside the image.
+
+    Args:
+        size (`tuple[int, int]`): Width and height of the image in pixels.
+        tile (`int`, *optional*): Side of a tile in pixels; `None` for a single tile, the image.
+        overlap (`float`): Smallest part of its side that a tile has in common with the next one, in [0, 1).
+
+    Example:
+
+    ```python
+    >>> tile_boxes((200, 100), 120, 0.2)
+    [(0, 0, 120, 100), (80, 0, 200, 100)]
+
+    ```
+    """
+    if tile is None:
+        return [(0, 0, *size)]
+    columns, rows = (_positions(length, tile, overlap) for length in size)
+    return [(x0, y0, x1, y1) for y0, y1 in rows for x0, x1 in columns]
+
+
+def _positions(length: int, tile: int, overlap: float) -> list[tuple[int, int]]:
+    """Return first and last pixel, exclusive, of each tile along one side."""
+    gaps = math.ceil(max(0, length - tile) / max(1.0, tile * (1 - overlap)))
+    last = max(0, length - tile)
+    starts = [last * index // max(1, gaps) for index in range(gaps + 1)]
+    return [(start, min(start + tile, length)) for start in starts]
+
+
+def merge_tiles(
+    tiles: Sequence[Box], found: Sequence[Detections], size: tuple[int, int], threshold: float, nms_iou: float | None
+) -> Detections:
+    """Merge the detections of the tiles of an image.
+
+    Args:
+        tiles (`Sequence[Box]`): The tiles.
+        found (`Sequence[dict[str, torch.Tensor]]`): Detections in each of them, with boxes in pixels of the tile.
+        size (`tuple[int, int]`): Width and height of the image in pixels.
+        threshold (`float`): Detections with a score up to this, after those at a seam are weighted, are dropped.
+        nms_iou (`float`, *optional*): IoU for non-maximum suppression, by default 0.5.
+
+    Returns:
+        `dict[str, torch.Tensor]`: By descending score, with boxes in pixels of the image.
+    """
+    parts = [
+        {
+            "scores": each["scores"] * torch.where(_is_cut(each["boxes"], tile, size), SEAM_WEIGHT, 1.0),
+            "labels": each["labels"],
+            "boxes": each["boxes"] + each["boxes"].new_tensor(tile[:2] * 2),
+        }
+        for tile, each in zip(tiles, found, strict=True)
+    ]
+    merged = {name: torch.cat([part[name] for part in parts]) for name in ("scores", "labels", "boxes")}
+    merged = {name: values[merged["scores"] > threshold] for name, values in merged.items()}
+    kept = batched_nms(merged["boxes"], merged["scores"], merged["labels"], NMS_IOU if nms_iou is None else nms_iou)
+    return {name: values[kept] for name, values in merged.items()}
+
+
+def _is_cut(boxes: torch.Tensor, tile: Box, size: tuple[int, int]) -> torch.Tensor:
+    """Return which boxes end at a side of their tile that is not one of the image."""
+    x0, y0, x1, y1 = tile
+    sides = boxes.new_tensor([0, 0, x1 - x0, y1 - y0])
+    is_inner = torch.tensor([x0 > 0, y0 > 0, x1 < size[0], y1 < size[1]], device=boxes.device)
+    inside = (boxes - sides) * boxes.new_tensor([1, 1, -1, -1])  # distance from each side, negative beyond it
+    return ((inside <= SEAM_MARGIN) & is_inner).any(dim=1)
