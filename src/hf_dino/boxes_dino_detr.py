@@ -43,9 +43,8 @@ def inverse_sigmoid(fraction: torch.Tensor) -> torch.Tensor:
 
     ```
     """
-    fraction = fraction.clamp(min=0, max=1)
-    p = fraction.clamp(min=INVERSE_SIGMOID_EPSILON)
-    one_minus_p = (1 - fraction).clamp(min=INVERSE_SIGMOID_EPSILON)
+    p = fraction.clamp(min=INVERSE_SIGMOID_EPSILON, max=1.0)
+    one_minus_p = (1 - fraction).clamp(min=INVERSE_SIGMOID_EPSILON, max=1.0)
     return torch.log(p / one_minus_p)
 
 
