@@ -183,8 +183,7 @@ def write_onnx(program: torch.export.ExportedProgram, path: Path, metadata: str)
 
 def write_openvino(program: torch.export.ExportedProgram, path: Path, metadata: str) -> None:
     """Write an OpenVINO model, in float32, into a directory."""
-    import openvino
-
+    openvino = import_extra("openvino", "openvino", "writing an OpenVINO model")
     model = openvino.convert_model(program)
     for port, name in zip((*model.inputs, *model.outputs), (*INPUTS, *OUTPUTS), strict=True):
         port.get_tensor().set_names({name})
