@@ -289,6 +289,27 @@ def test_a_missing_package_is_named_with_its_extra(format, package, folder, monk
     assert line in capsys.readouterr().err
 
 
+def test_gathering_computes_what_the_reference_implementation_computes():
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(5, 7), (3, 4), (1, 2)]
+    value = torch.randn(2, 49, 4, 8, generator=generator, dtype=torch.float64)
+    locations = torch.rand(2, 6, 4, 3, 2, 2, generator=generator, dtype=torch.float64) * 1.6 - 0.3
+    locations[0, 0, 0, 0] = torch.tensor([[0.0, 1.0], [float("nan"), 0.5]])
+    locations[0, 1, 0, 0] = torch.tensor([[float("inf"), 0.5], [0.5, -1e9]])
+    weights = torch.rand(2, 6, 4, 3, 2, generator=generator, dtype=torch.float64)
+    expected, found = (attend(value, shapes, locations, weights) for attend in export.ATTENTIONS.values())
+    torch.testing.assert_close(found, expected, atol=1e-12, rtol=0)
+
+
+@pytest.mark.slow
+def test_an_onnx_file_for_tensorrt_has_no_grid_sample(written, model, processor, tmp_path):
+    comparisons = export_model(model, processor, tmp_path / "gather.onnx", attention="gather")
+    assert max(each.boxes for each in comparisons) <= 1e-5
+    operators = {node.op_type for node in onnx.load(tmp_path / "gather.onnx").graph.node}
+    assert "GridSample" not in operators
+    assert "GridSample" in {node.op_type for node in onnx.load(written("onnx")).graph.node}
+
+
 RESNET = """
 import resource, sys, torch
 from hf_dino import DinoDetrConfig, DinoDetrForObjectDetection, DinoDetrImageProcessor

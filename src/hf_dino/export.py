@@ -36,8 +36,50 @@ SHAPES = ((1, 320, 352), (3, 320, 352), (2, 224, 416), (1, 480, 333), (2, 400, 2
 """Batches that a file is verified on: number of images, height, width in pixels."""
 
 
-class ReferenceAttention(nn.Module):
-    """The operator as the reference implementation, which consists of operators that every runtime has."""
+def gather_deformable_attention(
+    value: torch.Tensor,
+    spatial_shapes: list[tuple[int, int]],
+    sampling_locations: torch.Tensor,
+    attention_weights: torch.Tensor,
+) -> torch.Tensor:
+    """Compute [`multi_scale_deformable_attention`] by gathering the four cells around each point, without GridSample.
+
+    TensorRT is reported to compute GridSample wrongly (NVIDIA/TensorRT#4813).
+    """
+    batch_size, _, num_heads, head_dim = value.shape
+    num_queries, num_points = sampling_locations.shape[1], sampling_locations.shape[4]
+    cells = value.transpose(1, 2).flatten(0, 1)  # (batch * heads, sequence, head_dim)
+    locations = sampling_locations.nan_to_num(nan=-3, posinf=-3, neginf=-3).transpose(1, 2).flatten(0, 1)
+    weights = attention_weights.transpose(1, 2).flatten(0, 1)  # (batch * heads, queries, levels, points)
+    output = cells.new_zeros(batch_size * num_heads, num_queries, head_dim)
+    lengths = [height * width for height, width in spatial_shapes]
+    for level, ((height, width), level_cells) in enumerate(zip(spatial_shapes, cells.split(lengths, dim=1))):
+        x = locations[:, :, level, :, 0] * width - 0.5  # in cells, (batch * heads, queries, points)
+        y = locations[:, :, level, :, 1] * height - 0.5
+        left, top = x.floor(), y.floor()
+        for column, row in ((left, top), (left + 1, top), (left, top + 1), (left + 1, top + 1)):
+            inside = (column >= 0) & (column < width) & (row >= 0) & (row < height)
+            overlap = (1 - (x - column).abs()) * (1 - (y - row).abs()) * inside * weights[:, :, level]
+            index = (row.clamp(0, height - 1) * width + column.clamp(0, width - 1)).long()
+            gathered = level_cells.gather(1, index.flatten(1)[..., None].expand(-1, -1, head_dim))
+            sampled = gathered.unflatten(1, (num_queries, num_points))
+            output = output + (sampled * overlap[..., None]).sum(dim=2)
+    return output.unflatten(0, (batch_size, num_heads)).transpose(1, 2).flatten(2)
+
+
+ATTENTIONS: dict[str, Callable[..., torch.Tensor]] = {
+    "grid_sample": multi_scale_deformable_attention,
+    "gather": gather_deformable_attention,
+}
+"""Forms of the operator that consist of operators of other runtimes."""
+
+
+class DeployableAttention(nn.Module):
+    """The operator in one of the forms in [`ATTENTIONS`], with the arguments of a kernel of the Hub."""
+
+    def __init__(self, attend: Callable[..., torch.Tensor]):
+        super().__init__()
+        self.attend = attend
 
     def forward(
         self,
@@ -49,12 +91,7 @@ class ReferenceAttention(nn.Module):
         attention_weights: torch.Tensor,
         im2col_step: int,
     ) -> torch.Tensor:
-        return multi_scale_deformable_attention(
-            value, value_spatial_shapes_list, sampling_locations, attention_weights
-        )
-
-
-ATTENTIONS: dict[str, type[nn.Module]] = {"grid_sample": ReferenceAttention}
+        return self.attend(value, value_spatial_shapes_list, sampling_locations, attention_weights)
 
 
 class Deployable(nn.Module):
@@ -62,7 +99,7 @@ class Deployable(nn.Module):
 
     Args:
         model (`DinoDetrForObjectDetection`): The model.
-        attention (`nn.Module`): Replaces the compiled operator; see [`ATTENTIONS`].
+        attention (`nn.Module`): Replaces the compiled operator.
     """
 
     def __init__(self, model: DinoDetrForObjectDetection, attention: nn.Module):
@@ -90,7 +127,7 @@ def make_program(model: DinoDetrForObjectDetection, attention: str = "grid_sampl
     inputs = torch.zeros(2, 3, height, width), torch.ones(2, height, width, dtype=torch.int64)
     dynamic = torch.export.Dim.DYNAMIC
     shapes = {0: dynamic, 2: dynamic, 3: dynamic}, {0: dynamic, 1: dynamic, 2: dynamic}
-    deployable = Deployable(model, ATTENTIONS[attention]())
+    deployable = Deployable(model, DeployableAttention(ATTENTIONS[attention]))
     with torch.no_grad():
         program = torch.export.export(deployable, inputs, dynamic_shapes=dict(zip(INPUTS, shapes, strict=True)))
     program.graph.eliminate_dead_code()  # torch.export.load cannot read the outputs of earlier layers, an empty list

@@ -20,7 +20,7 @@ from hf_dino.data.augmentation import AUGMENTATIONS
 from hf_dino.data.convert import WRITERS
 from hf_dino.data.split import SIMILARITY
 from hf_dino.evaluation import ENGINES
-from hf_dino.export import FORMATS
+from hf_dino.export import ATTENTIONS, FORMATS
 from hf_dino.image_processing_dino_detr import LONGEST_EDGE, SHORTEST_EDGE
 from hf_dino.model_card import COCO_MAX_DETECTIONS
 from hf_dino.training_arguments import default_of
@@ -188,6 +188,7 @@ def test_choices_are_those_of_the_library():
     assert inspect.signature(evaluate.evaluate).parameters["max_detections"].default == COCO_MAX_DETECTIONS
     assert default_of("max_detections") == COCO_MAX_DETECTIONS
     assert choices(export.export, "format") == tuple(FORMATS)
+    assert choices(export.export, "attention") == tuple(ATTENTIONS)
     assert choices(data.convert, "format") == choices(data.split, "format") == tuple(WRITERS)
     assert inspect.signature(data.split).parameters["similarity"].default == SIMILARITY
     (help,) = get_type_hints(data.augment, include_extras=True)["augmentation"].__metadata__

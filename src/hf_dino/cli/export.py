@@ -27,6 +27,13 @@ def export(
             "the extra `openvino`."
         ),
     ] = "onnx",
+    attention: Annotated[
+        Literal["grid_sample", "gather"],
+        typer.Option(
+            help="Operators that deformable attention consists of. gather avoids GridSample, which TensorRT is "
+            "reported to compute wrongly; it is slower in ONNX Runtime."
+        ),
+    ] = "grid_sample",
 ) -> None:
     """Export a model to one file that other programs run, and verify it.
 
@@ -45,7 +52,7 @@ def export(
         check_output(output, format)
         detector, processor = load_model_and_processor(model)
     origin = read_origin(model) if Path(model).exists() else model
-    comparisons = export_model(detector, processor, output, format=format, origin=origin)
+    comparisons = export_model(detector, processor, output, format=format, attention=attention, origin=origin)
     print("largest differences from the model, all queries of batches of padded noise:")
     header = ("images", "height", "width", "boxes", "logits", "changed ranks")
     rows = [(*each.shape, f"{each.boxes:.1e}", f"{each.logits:.1e}", each.ranks) for each in comparisons]
