@@ -18,7 +18,11 @@ from transformers import BaseImageProcessor, PreTrainedConfig
 
 import hf_dino
 
-from .deformable_attention_dino_detr import DinoDetrMultiscaleDeformableAttention, multi_scale_deformable_attention
+from .deformable_attention_dino_detr import (
+    DinoDetrMultiscaleDeformableAttention,
+    MultiScaleDeformableAttention,
+    multi_scale_deformable_attention,
+)
 from .exported import INPUTS, METADATA_KEY, OPENVINO_FILE, OUTPUTS, READERS, QuerySelectionMode
 from .registration import DinoDetrForObjectDetection
 from .utils.errors import InputError, import_extra
@@ -74,7 +78,7 @@ ATTENTIONS: dict[str, Callable[..., torch.Tensor]] = {
 """Forms of the operator that consist of operators of other runtimes."""
 
 
-class DeployableAttention(nn.Module):
+class DeployableAttention(MultiScaleDeformableAttention):
     """The operator in one of the forms in [`ATTENTIONS`], with the arguments of a kernel of the Hub."""
 
     def __init__(self, attend: Callable[..., torch.Tensor]):
@@ -99,10 +103,10 @@ class Deployable(nn.Module):
 
     Args:
         model (`DinoDetrForObjectDetection`): The model.
-        attention (`nn.Module`): Replaces the compiled operator.
+        attention (`MultiScaleDeformableAttention`): Replaces the compiled operator.
     """
 
-    def __init__(self, model: DinoDetrForObjectDetection, attention: nn.Module):
+    def __init__(self, model: DinoDetrForObjectDetection, attention: MultiScaleDeformableAttention):
         super().__init__()
         self.model = copy.deepcopy(model).requires_grad_(False).eval()
         for module in self.model.modules():
