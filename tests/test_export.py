@@ -324,7 +324,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("format", ["onnx", "openvino"])
+@pytest.mark.parametrize("format", ["onnx"])
 def test_a_resnet_50_is_exported_in_4_gib(format, tmp_path):
     require(format)
     command = [sys.executable, "-c", RESNET, str(tmp_path / f"model{FORMATS[format].suffix}"), format]
