@@ -72,7 +72,8 @@ RANKS = {
             ("kernels",),
             ("data", "hub", "model_card", "__init__"),
             ("conversion",),
-            ("evaluation", "inference", "model_info"),
+            ("evaluation", "inference", "model_info", "exported"),
+            ("export",),
             ("training", "training_arguments"),
             ("cli", "__main__"),
         ]

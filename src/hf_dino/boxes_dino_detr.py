@@ -44,9 +44,8 @@ def inverse_sigmoid(fraction: torch.Tensor, epsilon: float = INVERSE_SIGMOID_EPS
 
     ```
     """
-    fraction = fraction.clamp(min=0, max=1)
-    p = fraction.clamp(min=epsilon)
-    one_minus_p = (1 - fraction).clamp(min=epsilon)
+    p = fraction.clamp(min=epsilon, max=1.0)
+    one_minus_p = (1 - fraction).clamp(min=epsilon, max=1.0)
     return torch.log(p / one_minus_p)
 
 

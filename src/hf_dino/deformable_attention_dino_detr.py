@@ -96,11 +96,6 @@ def multi_scale_deformable_attention(
     return output.view(batch_size, num_heads * head_dim, num_queries).transpose(1, 2).to(value.dtype)
 
 
-def compiled_operators(device: torch.device) -> ModuleType | None:
-    """Return the compiled operators for a device, or `None` if there are none and in ONNX export."""
-    return None if torch.onnx.is_in_onnx_export() else operators(device)
-
-
 class MultiScaleDeformableAttention(nn.Module):
     """The operator as a layer without weights, which a kernel of the Hub can replace (`kernels.kernelize`).
 
@@ -117,7 +112,7 @@ class MultiScaleDeformableAttention(nn.Module):
         attention_weights: torch.Tensor,
         im2col_step: int,
     ) -> torch.Tensor:
-        compiled = compiled_operators(value.device)
+        compiled = operators(value.device)
         attend = compiled.deformable_attention if compiled else multi_scale_deformable_attention
         return attend(value, value_spatial_shapes_list, sampling_locations, attention_weights)
 
@@ -205,7 +200,7 @@ class DinoDetrMultiscaleDeformableAttention(nn.Module):
     def _fused_operator(self, device: torch.device) -> Callable[..., tuple[torch.Tensor, torch.Tensor]] | None:
         """Return the compiled operator that includes softmax and locations, or `None` if `attn` was replaced."""
         is_replaced = type(self.attn) is not MultiScaleDeformableAttention or "forward" in self.attn.__dict__
-        compiled = None if is_replaced else compiled_operators(device)
+        compiled = None if is_replaced else operators(device)
         return compiled.fused_deformable_attention if compiled else None
 
 

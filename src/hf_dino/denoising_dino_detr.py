@@ -141,8 +141,8 @@ def empty_denoising_queries(matching_queries: torch.Tensor) -> DinoDetrDenoising
     empty = matching_queries[:, :0]
     return DinoDetrDenoisingQueries(
         inputs_embeds=empty,
-        reference_points=empty.new_zeros(len(empty), 0, 4, dtype=torch.float32),
-        object_index=empty.new_zeros(len(empty), 0, dtype=torch.int64),
+        reference_points=empty.new_zeros(empty.shape[0], 0, 4, dtype=torch.float32),
+        object_index=empty.new_zeros(empty.shape[0], 0, dtype=torch.int64),
         num_groups=1,
     )
 

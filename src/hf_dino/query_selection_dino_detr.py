@@ -124,7 +124,7 @@ class DinoDetrMixedQuerySelection(DinoDetrTwoStageQuerySelection):
         self.content_queries = init_as(xavier_embedding, nn.Embedding(config.num_queries, config.d_model))
 
     def content_queries_from(self, selected_tokens: torch.Tensor) -> torch.Tensor:
-        return _expand_embedding(self.content_queries, len(selected_tokens), selected_tokens.device)
+        return _expand_embedding(self.content_queries, selected_tokens.shape[0], selected_tokens.device)
 
 
 class DinoDetrPureQuerySelection(DinoDetrTwoStageQuerySelection):
@@ -149,9 +149,10 @@ class DinoDetrStaticQuerySelection(nn.Module):
         return []
 
     def forward(self, memory: torch.Tensor, levels: DinoDetrFeatureLevels) -> DinoDetrObjectQueries:
+        batch_size, device = memory.shape[0], memory.device
         return DinoDetrObjectQueries(
-            inputs_embeds=_expand_embedding(self.content_queries, len(memory), memory.device),
-            reference_points=at_least_float32(_expand_embedding(self.anchors, len(memory), memory.device)).sigmoid(),
+            inputs_embeds=_expand_embedding(self.content_queries, batch_size, device),
+            reference_points=at_least_float32(_expand_embedding(self.anchors, batch_size, device)).sigmoid(),
         )
 
 

@@ -14,12 +14,13 @@ from PIL import Image
 from helpers.command_line import hf_dino, train_arguments
 from helpers.models import tiny_model
 from hf_dino import DinoDetrImageProcessor
-from hf_dino.cli import data, evaluate, train
+from hf_dino.cli import data, evaluate, export, train
 from hf_dino.data import SPLITS
 from hf_dino.data.augmentation import AUGMENTATIONS
 from hf_dino.data.convert import WRITERS
 from hf_dino.data.split import SIMILARITY
 from hf_dino.evaluation import ENGINES
+from hf_dino.export import ATTENTIONS, FORMATS
 from hf_dino.image_processing_dino_detr import LONGEST_EDGE, SHORTEST_EDGE
 from hf_dino.model_card import COCO_MAX_DETECTIONS
 from hf_dino.training_arguments import default_of, parse_option
@@ -27,7 +28,7 @@ from hf_dino.training_arguments import default_of, parse_option
 
 ROOT = Path(__file__).parents[2]
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-COMMANDS = ["", "train", "evaluate", "predict", "convert", "checkpoints", "info", "kernels"]
+COMMANDS = ["", "train", "evaluate", "predict", "convert", "checkpoints", "info", "kernels", "export"]
 COMMANDS += ["data", "data check", "data augment", "data convert", "data split"]
 IMPORTED = "import atexit, sys; atexit.register(lambda: print(*sys.modules, file=sys.stderr));"
 
@@ -175,6 +176,7 @@ def test_choices_have_the_name_that_the_library_knows(spelling, monkeypatch):
         (["data", "split", "a", "--output-dir=b", "--seed=-1"], "'--seed'"),
         (["data", "split", "--output-dir=b"], "Give either a DATASET, or both"),
         (["data", "split", "--output-dir=b", "--images=c", "--annotations=d", "--streaming"], "need a DATASET"),
+        (["export", "a"], "Missing option '--output'"),
         (["kernels", "--biuld"], "No such option: --biuld"),
     ],
 )
@@ -220,6 +222,8 @@ def test_choices_are_those_of_the_library():
     assert choices(evaluate.evaluate, "coco_backend") == tuple(ENGINES)
     assert inspect.signature(evaluate.evaluate).parameters["max_detections"].default == COCO_MAX_DETECTIONS
     assert default_of("max_detections") == COCO_MAX_DETECTIONS
+    assert choices(export.export, "format") == tuple(FORMATS)
+    assert choices(export.export, "attention") == tuple(ATTENTIONS)
     assert choices(data.convert, "format") == choices(data.split, "format") == tuple(WRITERS)
     assert inspect.signature(data.split).parameters["similarity"].default == SIMILARITY
     (help,) = get_type_hints(data.augment, include_extras=True)["augmentation"].__metadata__
