@@ -359,8 +359,15 @@ def _check_outputs(
 def _load_model(name: str, device: str | None, dtype: str, compile: bool) -> "ModelAndProcessor":
     import torch
 
+    from ..exported import is_exported, load_exported
     from ..hub import load_model_and_processor
 
+    if is_exported(name):
+        if device not in (None, "cpu") or dtype != "float32" or compile:
+            raise InputError(
+                f"{name}: is an exported model, which runs on the CPU only; leave out --device, --dtype, --compile"
+            )
+        return load_exported(name)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if dtype == "float16" and device.partition(":")[0] == "cpu":
         raise InputError("--dtype float16 needs a GPU; use bfloat16 or float32")
