@@ -16,7 +16,7 @@ from .options import MaxImagePixelsOption, ModelOption, log_to_terminal
 
 
 if TYPE_CHECKING:
-    from ..hub import DinoDetrForObjectDetection, ModelAndProcessor
+    from ..hub import DinoDetrForObjectDetection
     from ..inference import Detector, ImageInput, ImageResult, ResultsDirectory
 
 logger = logging.getLogger(__name__)
@@ -356,7 +356,8 @@ def _check_outputs(
     return set()
 
 
-def _load_model(name: str, device: str | None, dtype: str, compile: bool) -> "ModelAndProcessor":
+def _load_model(name: str, device: str | None, dtype: str, compile: bool) -> tuple[Any, Any]:
+    """Return a model, or an exported one that is called alike, and its image processor."""
     import torch
 
     from ..exported import is_exported, load_exported
