@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .options import log_to_terminal
+from .options import DeviceOption, log_to_terminal
 
 
 if TYPE_CHECKING:
@@ -101,14 +101,7 @@ def info(
     image_size: Annotated[
         str, typer.Option(metavar="HEIGHTxWIDTH", help="Size in pixels of the image that is counted and measured.")
     ] = "800x1066",
-    device: Annotated[
-        str | None,
-        typer.Option(
-            metavar="DEVICE",
-            help="Device to measure on, such as cpu, cuda, cuda:1 or mps.",
-            show_default="cuda if available, otherwise cpu",
-        ),
-    ] = None,
+    device: DeviceOption = None,
 ) -> None:
     """Describe a model: parameters, FLOPs, memory and time of a forward pass, labels, image size, versions, origin.
 

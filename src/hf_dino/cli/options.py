@@ -35,6 +35,14 @@ ModelOption = Annotated[
         "--model_name_or_path", "--model", metavar="NAME", help="Directory or Hub id (OWNER/NAME) of the model."
     ),
 ]
+DeviceOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="DEVICE",
+        help="Device to run on, such as cpu, cuda, cuda:1 or mps.",
+        show_default="cuda if available, otherwise cpu",
+    ),
+]
 ImagesOption = Annotated[
     Path | None,
     typer.Option(metavar="DIRECTORY", help="Directory of images; with --annotations, instead of a dataset."),

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from ..utils.errors import InputError, summarize_list
-from .options import MaxImagePixelsOption, ModelOption, log_to_terminal
+from .options import DeviceOption, MaxImagePixelsOption, ModelOption, log_to_terminal
 
 
 if TYPE_CHECKING:
@@ -111,14 +111,7 @@ def predict(
     dtype: Annotated[
         Literal["float32", "bfloat16", "float16"], typer.Option(help="Precision of the computations.")
     ] = "float32",
-    device: Annotated[
-        str | None,
-        typer.Option(
-            metavar="DEVICE",
-            help="Device to run on, such as cpu, cuda, cuda:1 or mps.",
-            show_default="cuda if available, otherwise cpu",
-        ),
-    ] = None,
+    device: DeviceOption = None,
     compile: Annotated[
         bool,
         typer.Option(
