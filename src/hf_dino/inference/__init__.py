@@ -2,6 +2,7 @@
 
 from .detector import DetectionOptions, Detector, ImageResult, detect_objects
 from .results import SAVE_FORMATS, ResultsDirectory
+from .run import PredictionRun
 from .sources import ImageInput, find_inputs
 
 
@@ -11,6 +12,7 @@ __all__ = [
     "Detector",
     "ImageInput",
     "ImageResult",
+    "PredictionRun",
     "ResultsDirectory",
     "detect_objects",
     "find_inputs",
