@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from ..utils.errors import InputError, summarize_list
+from ..utils.errors import BrokenInputError, InputError, summarize_list
 from .options import DeviceOption, MaxImagePixelsOption, ModelOption, log_to_terminal
 
 
@@ -246,7 +246,7 @@ class _Run:
         """Print the summary.
 
         Raises:
-            InputError: If an image could not be read.
+            BrokenInputError: If an image could not be read.
         """
         seconds = time.monotonic() - self.start
         if self.quiet:
@@ -263,7 +263,7 @@ class _Run:
                 print(f"not read: {error}")
             more = f" ... and {count - MAX_RAISED} more; --json lists all" * (count > MAX_RAISED)
             listed = "\n".join(errors[:MAX_RAISED])
-            raise InputError(f"{count} of {self.total} images cannot be read:\n{listed}{more}")
+            raise BrokenInputError(f"{count} of {self.total} images cannot be read:\n{listed}{more}")
 
     def _summary(self, num_skipped: int, seconds: float) -> dict[str, Any]:
         return {
