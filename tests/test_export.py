@@ -13,7 +13,7 @@ import torch
 from huggingface_hub import constants
 from PIL import Image
 
-from helpers.command_line import hf_dino
+from helpers.command_line import exit_status, hf_dino
 from helpers.models import tiny_model
 from hf_dino import DinoDetrImageProcessor, export
 from hf_dino.export import FORMATS, QuerySelectionMode, compare, describe, export_model, make_inputs, make_program
@@ -268,7 +268,7 @@ def test_wrong_use_is_one_line_and_status_2(arguments, message, folder, monkeypa
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     Path("there.onnx").write_text("keep")
     before = sorted(path.name for path in folder.iterdir())
-    assert hf_dino(["export", *arguments]) == 2
+    assert exit_status(["export", *arguments]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: ") and message in line
     assert Path("there.onnx").read_text() == "keep"
@@ -284,7 +284,7 @@ def test_an_unknown_format_lists_the_known_ones(folder, capsys):
 def test_a_missing_package_is_named_with_its_extra(format, package, folder, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, package, None)
     output = folder / f"model{FORMATS[format].suffix}"
-    assert hf_dino(["export", folder / "tiny", f"--format={format}", f"--output={output}"]) == 2
+    assert exit_status(["export", folder / "tiny", f"--format={format}", f"--output={output}"]) == 2
     line = f"--format {format} needs {package}: pip install 'hf-dino[{FORMATS[format].extra}]'"
     assert line in capsys.readouterr().err
 

@@ -25,7 +25,7 @@ from .deformable_attention_dino_detr import (
 )
 from .exported import INPUTS, METADATA_KEY, OPENVINO_FILE, OUTPUTS, READERS, QuerySelectionMode
 from .registration import DinoDetrForObjectDetection
-from .utils.errors import InputError, import_extra
+from .utils.errors import BrokenInputError, InputError, import_extra
 from .utils.io import atomic_directory, atomic_write, ensure_new_directory, ensure_new_files
 
 
@@ -275,7 +275,7 @@ FORMATS = {
 }
 
 
-class DifferenceError(InputError):
+class DifferenceError(BrokenInputError):
     """Raised if a file does not compute what its model computes."""
 
 

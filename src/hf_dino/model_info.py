@@ -21,7 +21,7 @@ from transformers import BaseImageProcessor, PreTrainedModel
 import hf_dino
 
 from . import kernels
-from .configuration_dino_detr import UNUSED_LABEL, DinoDetrConfig
+from .configuration_dino_detr import UNUSED_LABEL
 from .kernels.compilers import NAMESPACE
 from .model_card import backbone_name
 from .utils.errors import InputError, summarize_list
@@ -201,7 +201,7 @@ def read_origin(model: str) -> str | None:
 
 def describe_model(
     name: str, model: PreTrainedModel, processor: BaseImageProcessor, image_size: tuple[int, int]
-) -> tuple[dict[str, str], list[tuple[str, int, int]]]:
+) -> dict[str, Any]:
     """Run two forward passes of a random image and return what is to be known of a model.
 
     Args:
@@ -211,8 +211,8 @@ def describe_model(
         image_size (`tuple[int, int]`): Height and width of the image, in pixels.
 
     Returns:
-        `tuple[dict[str, str], list[tuple[str, int, int]]]`: Facts by name; then name, parameters and FLOPs of each
-        part and, last, of the whole model.
+        `dict[str, Any]`: Facts by name; `"parts"` has the parameters and FLOPs of each part and, last, of the whole
+        model.
 
     Raises:
         InputError: If the image is too small for the model.
@@ -225,37 +225,65 @@ def describe_model(
     parameters = count_parameters(model)
     parts = [part for part in dict.fromkeys([*PARTS.values(), OTHER]) if parameters[part] or flops[part]]
     config = model.config
-    facts = {
-        "model": f"{backbone_name(config)}, {config.num_feature_levels} feature levels, {config.num_queries} queries",
-        "origin": read_origin(name) or "unknown: no model card by hf_dino",
-        "labels": _labels(config),
-        "images": ", ".join(f"{key} {pixels}" for key, pixels in dict(processor.size).items()),
-        "saved by": f"transformers {config.transformers_version or 'of an unknown version'}",
-        "here": f"hf_dino {hf_dino.__version__}, PyTorch {torch.__version__}, transformers {transformers.__version__}",
-        "kernel": _kernel(model.device),
-        "forward": _forward(model, pixel_values),
+    names = [label for label in config.id2label.values() if label != UNUSED_LABEL]
+    operators = kernels.operators(model.device)
+    return {
+        "model": name,
+        "backbone": backbone_name(config),
+        "num_feature_levels": config.num_feature_levels,
+        "num_queries": config.num_queries,
+        "origin": read_origin(name),
+        "labels": names,
+        "num_unused_labels": config.num_labels - len(names),
+        "image_size": dict(processor.size),
+        "saved_by_transformers": config.transformers_version,
+        "versions": {
+            "hf_dino": hf_dino.__version__,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        },
+        "kernel": str(Path(str(operators.__file__)).parent) if operators else None,
+        "forward": _measure(model, pixel_values),
+        "parts": {part: {"parameters": parameters[part], "flops": flops[part]} for part in parts}
+        | {"total": {"parameters": parameters.total(), "flops": flops.total()}},
     }
-    rows = [(part, parameters[part], flops[part]) for part in parts]
-    return facts, [*rows, ("total", parameters.total(), flops.total())]
 
 
-def _labels(config: DinoDetrConfig) -> str:
-    names = [name for name in config.id2label.values() if name != UNUSED_LABEL]
-    unused = f" and {config.num_labels - len(names)} unused" if len(names) < config.num_labels else ""
-    return f"{len(names)}{unused}: {summarize_list(names)}"
-
-
-def _kernel(device: torch.device) -> str:
-    operators = kernels.operators(device)
-    return str(Path(str(operators.__file__)).parent) if operators else "none: the reference implementation in PyTorch"
-
-
-def _forward(model: nn.Module, pixel_values: torch.Tensor) -> str:
+def _measure(model: nn.Module, pixel_values: torch.Tensor) -> dict[str, Any]:
     seconds, peak = measure_forward(model, pixel_values)
-    height, width = pixel_values.shape[2:]
-    weights = sum(tensor.nbytes for tensor in chain(model.parameters(), model.buffers()))
-    memory = "peak memory not measured on this system" if peak is None else f"peak memory {peak / 1e6:,.0f} MB"
+    return {
+        "height": pixel_values.shape[2],
+        "width": pixel_values.shape[3],
+        "device": str(pixel_values.device),
+        "dtype": str(pixel_values.dtype),
+        "seconds": seconds,
+        "peak_memory": peak,
+        "weights": sum(tensor.nbytes for tensor in chain(model.parameters(), model.buffers())),
+    }
+
+
+def describe_facts(facts: dict[str, Any]) -> dict[str, str]:
+    """Return the facts of [`describe_model`], but not its parts, in words."""
+    unused = f" and {facts['num_unused_labels']} unused" if facts["num_unused_labels"] else ""
+    versions = facts["versions"]
+    return {
+        "model": "{backbone}, {num_feature_levels} feature levels, {num_queries} queries".format(**facts),
+        "origin": facts["origin"] or "unknown: no model card by hf_dino",
+        "labels": f"{len(facts['labels'])}{unused}: {summarize_list(facts['labels'])}",
+        "images": ", ".join(f"{key} {pixels}" for key, pixels in facts["image_size"].items()),
+        "saved by": f"transformers {facts['saved_by_transformers'] or 'of an unknown version'}",
+        "here": "hf_dino {hf_dino}, PyTorch {torch}, transformers {transformers}".format(**versions),
+        "kernel": facts["kernel"] or "none: the reference implementation in PyTorch",
+        "forward": _describe_forward(**facts["forward"]),
+    }
+
+
+def _describe_forward(
+    height: int, width: int, device: str, dtype: str, seconds: float, peak_memory: int | None, weights: int
+) -> str:
+    unknown = "peak memory not measured on this system"
+    memory = unknown if peak_memory is None else f"peak memory {peak_memory / 1e6:,.0f} MB"
     return (
-        f"{height}x{width} on {pixel_values.device} in {pixel_values.dtype}: {seconds:.3g} s, {memory} beyond the "
-        f"{weights / 1e6:,.0f} MB of the weights"
+        f"{height}x{width} on {device} in {dtype}: {seconds:.3g} s, {memory} beyond the {weights / 1e6:,.0f} MB of "
+        "the weights"
     )

@@ -185,9 +185,9 @@ def test_wrong_arguments_end_with_status_2_before_any_work(arguments, message, c
     assert message in capsys.readouterr().err
 
 
-def test_an_error_is_one_line_and_status_1(program, tmp_path):
+def test_wrong_input_is_one_line_and_status_2(program, tmp_path):
     done = run(*program, "data", "check", tmp_path / "gone")
-    assert (done.returncode, done.stdout) == (1, "")
+    assert (done.returncode, done.stdout) == (2, "")
     (line,) = done.stderr.splitlines()
     assert line.startswith(f"error: {tmp_path / 'gone'}: ")
 

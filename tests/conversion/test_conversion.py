@@ -511,7 +511,7 @@ def test_script_prints_one_line_for_an_error(tmp_path):
     ended = subprocess.run(
         command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT / "src")}
     )
-    assert ended.returncode == 1
+    assert ended.returncode == 2
     assert ended.stderr == (
         f"error: {tmp_path / 'none.pth'}: is not a file nor the name of a known checkpoint; "
         f"`hf-dino checkpoints` lists those\n"

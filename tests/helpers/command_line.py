@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import pytest
 
-from hf_dino.cli import app
+from hf_dino.cli import app, main
 from hf_dino.training_arguments import FineTuningArguments
 
 
@@ -15,6 +15,13 @@ def hf_dino(arguments: Sequence[object]) -> int:
     except SystemExit as end:
         return int(end.code or 0)
     raise AssertionError("a command ends the process")
+
+
+def exit_status(arguments: Sequence[object]) -> int:
+    """Return the exit status of the process, which prints its error."""
+    with pytest.raises(SystemExit) as end:
+        main([str(argument) for argument in arguments])
+    return int(end.value.code or 0)
 
 
 def train_arguments(arguments: Sequence[object]) -> FineTuningArguments:

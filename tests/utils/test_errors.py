@@ -1,10 +1,12 @@
 """User errors end a command with one line; bugs keep their traceback."""
 
+import errno
+import traceback
 import weakref
 
 import pytest
 
-from hf_dino.utils.errors import InputError, run_cli
+from hf_dino.utils.errors import BrokenInputError, InputError, count, run_cli
 
 
 @pytest.mark.parametrize("status", [None, 0, 1])
@@ -14,13 +16,40 @@ def test_a_command_exits_with_the_status_of_main(status):
     assert end.value.code == status
 
 
-@pytest.mark.parametrize("kind", [InputError, ImportError, OSError, FloatingPointError])
-def test_user_errors_are_one_line(kind):
-    def main():
-        raise kind("file not found")
+WRONG_USE = [
+    InputError("x"),
+    ImportError("x"),
+    FileNotFoundError(errno.ENOENT, "x"),
+    PermissionError(errno.EACCES, "x"),
+]
+FOUND = [BrokenInputError("x"), OSError("x"), OSError(errno.ENOSPC, "x"), FloatingPointError("x")]
 
-    with pytest.raises(SystemExit, match=r"^error: file not found$"):
+
+@pytest.mark.parametrize("error", [*WRONG_USE, *FOUND], ids=repr)
+def test_user_errors_are_one_line_with_their_status(error, capsys):
+    def main():
+        raise error
+
+    with pytest.raises(SystemExit) as end:
         run_cli(main)
+    assert end.value.code == (2 if error in WRONG_USE else 1)
+    assert capsys.readouterr() == ("", f"error: {error}\n")
+
+
+@pytest.mark.parametrize("kind", [InputError, BrokenInputError])
+def test_an_error_of_a_worker_is_told_without_its_traceback(kind):
+    """A DataLoader puts the traceback, which ends with the name of the class and the message, into the message."""
+    try:
+        raise kind("a broken image")
+    except kind:
+        assert str(kind(traceback.format_exc())) == "a broken image"
+
+
+@pytest.mark.parametrize(
+    ("number", "text"), [(0, "0 images"), (1, "1 image"), (2, "2 images"), (1234, "1,234 images")]
+)
+def test_a_number_goes_with_its_noun(number, text):
+    assert count("image", number) == text
 
 
 def test_objects_in_the_traceback_are_freed():

@@ -14,7 +14,7 @@ import typer
 
 from ..utils.errors import InputError, run_cli
 from . import checkpoints, data, evaluate, export, predict, train
-from .options import Command, log_to_terminal, make_app
+from .options import Command, Facts, JsonOption, log_to_terminal, make_app
 
 
 app = make_app("Train, evaluate and run DINO object detectors.")
@@ -84,7 +84,8 @@ def convert(
             help="Unpickle arbitrary Python objects in the checkpoint. This RUNS CODE FROM THE FILE.",
         ),
     ] = False,
-) -> None:
+    json: JsonOption = False,
+) -> Facts:
     """Convert a checkpoint of the official implementation, detrex or mmdetection to a model directory, or back.
 
     The format is told by the keys in the file. The directory contains the model, its image processor, a model card
@@ -123,6 +124,9 @@ def convert(
         )
     elif to is not None and output is not None:
         export_checkpoint(checkpoint, output, to)
+    written = output_dir or output or Path()
+    files = {path.name: path.stat().st_size for path in (written, *written.glob("*")) if path.is_file()}
+    return Facts({"source": checkpoint, "output": written, "format": to or "transformers", "files": files})
 
 
 def parse_positional_encoding(text: str) -> tuple[float, float]:
@@ -150,18 +154,20 @@ def kernels(
     build: Annotated[
         bool, typer.Option("--build", help="Compile kernels that are not compiled yet, and load them.")
     ] = False,
-) -> None:
+    json: JsonOption = False,
+) -> Facts:
     """Report which compiled kernels this machine uses, and why.
 
     The exit status is 1 if a kernel is missing that is required or was to be compiled.
     """
     from ..kernels.report import report_kernels
 
+    facts: dict[str, Any] = {}
     try:
-        status = report_kernels(build)
+        status = report_kernels(build, facts)
     except ValueError as error:
         raise typer.BadParameter(str(error), param_hint="HF_DINO_KERNELS") from None
-    raise typer.Exit(status)
+    return Facts(facts, status)
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:

@@ -2,11 +2,12 @@
 
 from collections.abc import Sequence
 from itertools import groupby
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .options import DeviceOption, log_to_terminal
+from ..utils.errors import count
+from .options import DeviceOption, Facts, JsonOption, log_to_terminal
 
 
 if TYPE_CHECKING:
@@ -17,18 +18,16 @@ def checkpoints(
     cached: Annotated[bool, typer.Option("--cached", help="List downloaded files and their sizes instead.")] = False,
     clear: Annotated[bool, typer.Option("--clear", help="List downloaded files, ask, and delete them.")] = False,
     yes: Annotated[bool, typer.Option("--yes", help="Delete without asking.")] = False,
-) -> None:
+    json: JsonOption = False,
+) -> Facts:
     """List the published checkpoints that `hf-dino convert` takes by name.
 
     AP is on COCO val2017, published by the authors and not measured here.
     """
-    if cached or clear:
-        _list_downloads(clear, yes)
-    else:
-        _list_known()
+    return _list_downloads(clear, yes) if cached or clear else _list_known()
 
 
-def _list_known() -> None:
+def _list_known() -> Facts:
     from ..conversion.known import KNOWN_CHECKPOINTS, OTHER_CHECKPOINTS
 
     for _, group in groupby(KNOWN_CHECKPOINTS.values(), key=lambda known: known.format):
@@ -41,22 +40,35 @@ def _list_known() -> None:
         print()
     print(f"{len(OTHER_CHECKPOINTS)} more of detrex have a backbone that cannot be converted.")
     print("Download and convert one: hf-dino convert NAME --output_dir DIRECTORY")
+    return Facts({"checkpoints": [_known_facts(known) for known in KNOWN_CHECKPOINTS.values()]})
+
+
+def _known_facts(known: "KnownCheckpoint") -> dict[str, Any]:
+    from ..conversion.known import verified_by
+
+    return {
+        "name": known.name,
+        "backbone": known.backbone_name,
+        "num_feature_levels": known.num_feature_levels,
+        "epochs": known.epochs,
+        "ap": known.box_ap,
+        "ap_source": known.ap_source,
+        "size": known.cached_path.stat().st_size if known.cached_path.is_file() else known.size,
+        "verified_by": verified_by(known),
+        "is_cached": known.cached_path.is_file(),
+        "host": known.host,
+        "license": known.license,
+    }
 
 
 def _row(known: "KnownCheckpoint") -> tuple[str, ...]:
-    from ..conversion.known import verified_by
-
-    cached = known.cached_path.is_file()
-    size = known.cached_path.stat().st_size if cached else known.size
+    facts = _known_facts(known)
     return (
-        known.name,
-        str(known.backbone_name),
-        str(known.num_feature_levels),
-        str(known.epochs),
+        *(str(facts[name]) for name in ("name", "backbone", "num_feature_levels", "epochs")),
         f"{100 * known.box_ap:.1f}",
-        format_size(size) if size else "unknown",
-        verified_by(known),
-        "yes" if cached else "no",
+        format_size(facts["size"]) if facts["size"] else "unknown",
+        facts["verified_by"],
+        "yes" if facts["is_cached"] else "no",
     )
 
 
@@ -82,7 +94,7 @@ def format_size(num_bytes: int) -> str:
     return f"{num_bytes / 1000**exponent:.{int(exponent > 0)}f} {('B', 'kB', 'MB', 'GB', 'TB')[exponent]}"
 
 
-def _list_downloads(clear: bool, yes: bool) -> None:
+def _list_downloads(clear: bool, yes: bool) -> Facts:
     from ..conversion.known import downloaded_files
     from ..utils.download import delete_downloads
 
@@ -91,9 +103,13 @@ def _list_downloads(clear: bool, yes: bool) -> None:
     rows = [(str(file.relative_to(folder)), format_size(size)) for file, size in zip(files, sizes)]
     print_columns([*rows, ("total", format_size(sum(sizes)))])
     print(f"in {folder}")
-    if clear and files and (yes or typer.confirm(f"Delete these {len(files)} files?", abort=True)):
+    question = f"Delete {'this' if len(files) == 1 else 'these'} {count('file', len(files))}?"
+    delete = bool(clear and files and (yes or typer.confirm(question, abort=True)))
+    if delete:
         delete_downloads(files)
-        print(f"deleted {len(files)} files, {format_size(sum(sizes))}")
+        print(f"deleted {count('file', len(files))}, {format_size(sum(sizes))}")
+    listed = [{"path": file, "size": size} for file, size in zip(files, sizes)]
+    return Facts({"directory": folder, "files": listed, "size": sum(sizes), "deleted": delete})
 
 
 def info(
@@ -102,7 +118,8 @@ def info(
         str, typer.Option(metavar="HEIGHTxWIDTH", help="Size in pixels of the image that is counted and measured.")
     ] = "800x1066",
     device: DeviceOption = None,
-) -> None:
+    json: JsonOption = False,
+) -> Facts:
     """Describe a model: parameters, FLOPs, memory and time of a forward pass, labels, image size, versions, origin.
 
     FLOPs are those of matrix products, convolutions and attention; a multiplication and an addition count as two.
@@ -112,7 +129,7 @@ def info(
     import torch
 
     from ..hub import load_model_and_processor, parse_image_size
-    from ..model_info import describe_model
+    from ..model_info import describe_facts, describe_model
     from ..utils.errors import InputError
     from .predict import move_to_device
 
@@ -121,12 +138,14 @@ def info(
         raise InputError(f"--image_size {image_size}: expected HEIGHTxWIDTH")
     detector, processor = load_model_and_processor(model)
     move_to_device(detector, device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    facts, parts = describe_model(model, detector, processor, (size["height"], size["width"]))
-    print_columns(list(facts.items()))
+    facts = describe_model(model, detector, processor, (size["height"], size["width"]))
+    print_columns(list(describe_facts(facts).items()))
     print()
-    print_columns([("part", "parameters", "GFLOPs"), *map(_part_row, parts)])
+    print_columns(
+        [("part", "parameters", "GFLOPs"), *(_part_row(name, **part) for name, part in facts["parts"].items())]
+    )
+    return Facts(facts)
 
 
-def _part_row(part: tuple[str, int, int]) -> tuple[str, ...]:
-    name, parameters, flops = part
+def _part_row(name: str, parameters: int, flops: int) -> tuple[str, ...]:
     return name, f"{parameters:,}".rjust(len("parameters")), f"{flops / 1e9:.3f}".rjust(len("GFLOPs"))

@@ -4,18 +4,20 @@ import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from ..training_arguments import AUGMENTATION_HELP
-from .options import Command, Source, make_app, reads_dataset
+from ..utils.errors import count
+from .options import Command, Facts, Source, make_app, reads_dataset
 
 
 if TYPE_CHECKING:
     from rich.table import Table
 
     from ..data import DataParts, DataReport, DetectionSplit
+    from ..data.check import SplitCounts
 
 
 OutputOption = Annotated[
@@ -46,7 +48,7 @@ def check(
         typer.Option(metavar="FILE", help="Save a grid of sample images with their boxes to this file."),
     ] = None,
     num_images: Annotated[int, typer.Option(metavar="INTEGER", min=1, help="Number of images in --preview.")] = 12,
-) -> None:
+) -> Facts:
     """Report errors and warnings about a dataset.
 
     Nothing is changed. Give either DATASET, or --images and --annotations. The exit status is 1 if an error would stop
@@ -69,7 +71,13 @@ def check(
     if preview:
         draw_image_grid(sample_images(splits, num_images), preview)
         print(f"preview: {preview}")
-    raise typer.Exit(1 if report.errors else 0)
+    facts = {
+        "splits": {split: _split_facts(each) for split, each in report.counts.items()},
+        "warnings": report.warnings,
+        "errors": report.errors,
+        "preview": preview,
+    }
+    return Facts(facts, status=1 if report.errors else 0)
 
 
 @app.command(cls=Command)
@@ -98,7 +106,7 @@ def augment(
         int, typer.Option(metavar="INTEGER", min=1, help="Number of augmented copies of each image.")
     ] = 3,
     seed: Annotated[int, typer.Option(metavar="INTEGER", min=0, help="Seed of the augmentation, as in training.")] = 0,
-) -> None:
+) -> Facts:
     """Draw images as training augments them.
 
     Each row of the preview shows an image and its augmented copies, with boxes. Give either DATASET, or --images and
@@ -115,6 +123,7 @@ def augment(
     split = next(iter(source.read().values()))
     draw_image_grid(sample_augmented(split, transform, num_images, num_views, seed), output, columns=1 + num_views)
     print(f"preview: {output}")
+    return Facts({"preview": output, "augmentation": augmentation, "image_size": size, "seed": seed})
 
 
 @app.command(cls=Command)
@@ -123,7 +132,7 @@ def convert(
     source: Source,
     output_dir: OutputOption,
     format: Annotated[Literal["coco", "voc", "yolo"], typer.Option(help=_FORMAT_HELP)],
-) -> None:
+) -> Facts:
     """Convert a dataset to another format.
 
     Image files are copied byte by byte; a warning names information that the format cannot store. Give either DATASET,
@@ -138,6 +147,8 @@ def convert(
         warnings = convert_data(splits, output_dir, format, on_image=advance)
     _print_messages("warning", "yellow", warnings)
     print(f"data: {output_dir}")
+    images = {name: len(data.images) for name, data in splits.items()}
+    return Facts({"data": output_dir, "format": format, "images": images, "warnings": warnings})
 
 
 @app.command(cls=Command)
@@ -166,7 +177,7 @@ def split(
             help="Least similarity of images that are near-duplicates, and kept in one split; 1 for equal ones only.",
         ),
     ] = 0.9,
-) -> None:
+) -> Facts:
     """Split the training images of a dataset into train, validation and test.
 
     DATASET is not changed; image files are copied byte by byte. Each class gets the same share of its images, and
@@ -196,6 +207,28 @@ def split(
             "MODEL: a model directory or Hub id; `hf-dino checkpoints` lists official ones. From random weights: "
             "--config_name FILE instead. RUN: a new directory"
         )
+    return Facts(
+        {
+            "data": output_dir,
+            "format": format,
+            "splits": {name: _part_facts(data) for name, data in parts.splits.items()},
+            "near_duplicates": [[image.path for image in group] for group in parts.near_duplicates],
+            "warnings": [*parts.warnings, *warnings, *filter(None, [missing])],
+        }
+    )
+
+
+def _split_facts(counts: "SplitCounts") -> dict[str, Any]:
+    numbers = {"images": counts.num_images, "images_without_objects": counts.num_empty_images}
+    numbers |= {"objects": counts.num_objects, "crowds": counts.num_crowds}
+    return {**numbers, "objects_by_size": counts.sizes, "objects_by_class": counts.classes}
+
+
+def _part_facts(data: "DetectionSplit") -> dict[str, Any]:
+    from ..data.split import count_classes
+
+    classes = {name: {"images": images, "objects": objects} for name, (images, objects) in count_classes(data).items()}
+    return {"images": len(data.images), "classes": classes}
 
 
 def _print_format(source: Source, splits: Mapping[str, "DetectionSplit"]) -> None:
@@ -246,7 +279,8 @@ def print_report(report: "DataReport") -> None:
     console.print(_table(("class", *report.counts), objects))
     _print_messages("warning", "yellow", report.warnings)
     _print_messages("error", "red", report.errors)
-    console.print(f"{len(report.errors)} errors, {len(report.warnings)} warnings", highlight=False)
+    totals = f"{count('error', len(report.errors))}, {count('warning', len(report.warnings))}"
+    console.print(totals, highlight=False)
 
 
 def _print_parts(parts: "DataParts") -> None:
@@ -267,8 +301,8 @@ def _print_parts(parts: "DataParts") -> None:
     Console().print(_table(header, rows))
     if groups := parts.near_duplicates:
         names = [" = ".join(short_path(image.path) for image in group[:2]) for group in groups]
-        num_images = sum(map(len, groups))
-        print(f"kept together: {num_images} near-duplicates in {len(groups)} groups: {summarize_list(names, 3)}")
+        duplicates = count("near-duplicate", sum(map(len, groups)))
+        print(f"kept together: {duplicates} in {count('group', len(groups))}: {summarize_list(names, 3)}")
 
 
 def _print_messages(kind: str, style: str, messages: Sequence[str]) -> None:
@@ -278,7 +312,7 @@ def _print_messages(kind: str, style: str, messages: Sequence[str]) -> None:
     for message in messages[:_MAX_MESSAGES]:
         console.print(f"{kind}: {message}", style=style, markup=False, emoji=False, highlight=False, soft_wrap=True)
     if len(messages) > _MAX_MESSAGES:
-        console.print(f"… and {len(messages) - _MAX_MESSAGES} more {kind}s", style=style)
+        console.print(f"… and {count(f'more {kind}', len(messages) - _MAX_MESSAGES)}", style=style)
 
 
 def _table(header: Sequence[str], rows: Mapping[str, Sequence[object]]) -> "Table":

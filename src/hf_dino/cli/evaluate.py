@@ -7,12 +7,14 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from ..training_arguments import DATASET_HELP
-from ..utils.errors import import_extra
+from ..utils.errors import count, import_extra
 from .options import (
     AnnotationsOption,
     BoxFormatOption,
     ColumnsOption,
+    Facts,
     ImagesOption,
+    JsonOption,
     MaxImagePixelsOption,
     ModelOption,
     RotatedBoxesOption,
@@ -86,7 +88,8 @@ def evaluate(
         Literal["no", "fp16", "bf16"] | None,
         typer.Option(help="Precision of the computations.", show_default="that of `accelerate config`"),
     ] = None,
-) -> None:
+    json: JsonOption = False,
+) -> Facts | None:
     """Evaluate a model on a dataset with the COCO metrics.
 
     Give either --dataset, or --images and --annotations. Classes are matched with those of the model by name. The
@@ -126,16 +129,30 @@ def evaluate(
             engine=coco_backend,
             max_detections=max_detections,
         )
+    facts = None
     if accelerator.is_main_process:
-        print(f"{split if dataset else data.name}, {len(data.images)} images:\n{scores.table}")
+        name = split if dataset else data.name
+        print(f"{name}, {count('image', len(data.images))}:\n{scores.table}")
         details = {
             "model": model_name_or_path,
             "data": str(data.source),
             "scored by": coco_backend,
             "command": command_line(context),
         }
-        _write(data, scores, detections, details, metrics_json, results_json, report_html)
+        written = _write(data, scores, detections, details, metrics_json, results_json, report_html)
+        facts = Facts(
+            {
+                "model": model_name_or_path,
+                "data": str(data.source),
+                "split": name,
+                "images": len(data.images),
+                "coco_backend": coco_backend,
+                "metrics": scores.to_dict(),
+                "written": written,
+            }
+        )
     accelerator.end_training()
+    return facts
 
 
 def _check_dependencies(coco_backend: str, report_html: Path | None) -> None:
@@ -171,8 +188,8 @@ def _write(
     metrics_json: Path | None,
     results_json: Path | None,
     report_html: Path | None,
-) -> None:
-    """Write the files that are not None."""
+) -> dict[str, Path]:
+    """Write the files that are not None, and return them by the name of their option."""
     from ..evaluation import analyze_errors, write_coco_results
     from ..utils.io import write_json
 
@@ -185,5 +202,8 @@ def _write(
 
         title = f"{details['model']} on {data.name}"
         write_report(report_html, data, scores, analyze_errors(data, detections), title=title, details=details)
-    for path in filter(None, (metrics_json, results_json, report_html)):
+    files = {"metrics_json": metrics_json, "results_json": results_json, "report_html": report_html}
+    written = {option: path for option, path in files.items() if path is not None}
+    for path in written.values():
         print(f"written: {path}")
+    return written

@@ -1,14 +1,11 @@
 """`hf-dino export`."""
 
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 
-from .options import log_to_terminal
+from .options import Facts, JsonOption, log_to_terminal
 
 
 def export(
@@ -34,12 +31,13 @@ def export(
             "reported to compute wrongly; it is slower in ONNX Runtime."
         ),
     ] = "grid_sample",
-) -> None:
+    json: JsonOption = False,
+) -> Facts:
     """Export a model to one file that other programs run, and verify it.
 
     The file takes batches of any number of images of any size, with their padding masks, and contains class names and
     the settings of the image processor. It is compared with the model on five batches. If it differs, it is deleted
-    and the exit status is 1; a wrong argument or a missing package gives 2.
+    and the exit status is 1.
     """
     log_to_terminal()
 
@@ -48,9 +46,8 @@ def export(
     from ..model_info import read_origin
     from .checkpoints import format_size, print_columns
 
-    with _wrong_use():
-        check_output(output, format)
-        detector, processor = load_model_and_processor(model)
+    check_output(output, format)
+    detector, processor = load_model_and_processor(model)
     origin = read_origin(model) if Path(model).exists() else model
     comparisons = export_model(detector, processor, output, format=format, attention=attention, origin=origin)
     print("largest differences from the model, all queries of batches of padded noise:")
@@ -58,14 +55,20 @@ def export(
     rows = [(*each.shape, f"{each.boxes:.1e}", f"{each.logits:.1e}", each.ranks) for each in comparisons]
     print_columns([header, *(tuple(map(str, row)) for row in rows)])
     files = [path for path in (output, *output.rglob("*")) if path.is_file()]
-    print(f"wrote {output}, {format_size(sum(path.stat().st_size for path in files))}")
-
-
-@contextmanager
-def _wrong_use() -> Iterator[None]:
-    """End with the status of wrong arguments; status 1 is that of a file that differs from its model."""
-    try:
-        yield
-    except (ValueError, ImportError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise typer.Exit(2) from None
+    size = sum(path.stat().st_size for path in files)
+    print(f"wrote {output}, {format_size(size)}")
+    return Facts(
+        {
+            "model": model,
+            "output": output,
+            "format": format,
+            "attention": attention,
+            "size": size,
+            "differences": [
+                {"images": images, "height": height, "width": width, "boxes": each.boxes, "logits": each.logits}
+                | {"changed_ranks": each.ranks}
+                for each in comparisons
+                for images, height, width in [each.shape]
+            ],
+        }
+    )

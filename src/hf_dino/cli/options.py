@@ -1,18 +1,21 @@
 """Command-line options: their spelling, those that several commands share, and checks of how they are combined."""
 
 import inspect
+import json
 import logging
+import math
 import shlex
 import sys
 from collections import defaultdict
-from collections.abc import Callable, Collection, Container, Iterator, Sequence
+from collections.abc import Callable, Collection, Container, Iterator, Mapping, Sequence
+from contextlib import redirect_stdout
 from dataclasses import dataclass
 from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
 import typer
-from typer.core import TyperCommand
+from typer.core import TyperCommand, TyperGroup
 
 from ..training_arguments import (
     BOX_FORMAT_HELP,
@@ -71,6 +74,39 @@ MaxImagePixelsOption = Annotated[
 ]
 
 
+# takes effect in `Command.invoke`: a command declares it, need not read it, and returns its `Facts`
+JsonOption = Annotated[
+    bool,
+    typer.Option("--json", help="Print only the result to the standard output, in JSON; the rest to standard error."),
+]
+
+
+class Facts(dict[str, Any]):
+    """What a command found or did, by name, as `--json` prints it; docs/cli.md lists the names.
+
+    Args:
+        facts (`Mapping[str, Any]`): Numbers, text, paths, and lists and mappings of them.
+        status (`int`, *optional*, defaults to 0): Exit status: 1 if the command found something wanting.
+    """
+
+    def __init__(self, facts: Mapping[str, Any], status: int = 0):
+        super().__init__(facts)
+        self.status = status
+
+
+def print_json(content: Any) -> None:
+    """Print one JSON document, in which a number that is NaN or infinite is null."""
+    print(json.dumps(_finite(content), indent=2, ensure_ascii=False, allow_nan=False, default=str))
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _finite(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 class Command(TyperCommand):
     """A command with the conventions of transformers' scripts.
 
@@ -96,6 +132,17 @@ class Command(TyperCommand):
         lists = {option for each in self.params if getattr(each, "multiple", False) for option in each.opts}
         return super().parse_args(ctx, list(_repeat_options(args, lists)))
 
+    def invoke(self, ctx: Any) -> None:
+        """Run the command. With `--json`, print the facts that it returns to stdout, and all else to stderr."""
+        wants_json = ctx.params.get("json", False)
+        with redirect_stdout(sys.stderr if wants_json else sys.stdout):
+            facts = super().invoke(ctx)
+        if not isinstance(facts, Facts):
+            return  # of a process that is not the main one, or of a command that prints its own
+        if wants_json:
+            print_json(facts)
+        raise typer.Exit(facts.status)
+
     def format_options(self, ctx: Any, formatter: Any) -> None:
         """Write the help of each group of options."""
         groups: dict[str, list[tuple[str, str]]] = defaultdict(list)
@@ -105,6 +152,37 @@ class Command(TyperCommand):
         for group, records in groups.items():
             with formatter.section(group):
                 formatter.write_dl(records)
+
+
+class Group(TyperGroup):
+    """A group of commands. Without arguments it prints its help; a wrong argument is an error of one line."""
+
+    def get_params(self, ctx: Any) -> list[Any]:
+        """Return the options. Those of shell completion are added after the group is made."""
+        for parameter in self.params:
+            parameter.opts = [_underscored(option) for option in parameter.opts]
+        return super().get_params(ctx)
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Parse the arguments up to the name of a command."""
+        return super().parse_args(ctx, args or ["--help"])
+
+    def main(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Run a command and end the process."""
+        try:
+            status = super().main(*args, **{**kwargs, "standalone_mode": False})
+        except typer.Abort:
+            print("error: aborted", file=sys.stderr)
+            status = 1
+        except UsageError as error:
+            message = " ".join(error.format_message().split())
+            command = error.ctx.command_path if error.ctx else self.name
+            print(f"error: {message} ({command} --help)", file=sys.stderr)
+            status = error.exit_code
+        sys.exit(status)
+
+
+UsageError: Any = typer.BadParameter.__base__  # of click or, in later releases, typer's own
 
 
 def _help_record(parameter: Any, ctx: Any) -> tuple[str, str] | None:
@@ -149,10 +227,10 @@ def command_line(context: typer.Context) -> str:
 def make_app(help: str) -> typer.Typer:
     """Make a group of commands, whose options and choices may be typed with dashes or with underscores."""
     return typer.Typer(
+        cls=Group,
         help=help,
-        no_args_is_help=True,
         rich_markup_mode=None,  # its tables cut off long names of options in narrow terminals
-        add_completion=False,
+        add_completion=True,
         pretty_exceptions_enable=False,
         context_settings={
             "help_option_names": ["--help", "-h"],
@@ -203,6 +281,7 @@ class Source:
     rotated_boxes: RotatedBoxesOption = "enclose"
     columns: ColumnsOption = None
     max_image_pixels: MaxImagePixelsOption = None
+    json: JsonOption = False
 
     def check(self, context: typer.Context) -> None:
         """End the command if the options exclude each other."""
@@ -232,15 +311,15 @@ class Source:
         return {split: read_coco_file([self.images], self.annotations, options)}
 
 
-def reads_dataset(command: Callable[..., None]) -> Callable[..., None]:
+def reads_dataset(command: Callable[..., Facts]) -> Callable[..., Facts]:
     """Add the options of [`Source`] to a command, whose first argument is one."""
 
     @wraps(command)
-    def run(context: typer.Context, **options: Any) -> None:
+    def run(context: typer.Context, **options: Any) -> Facts:
         source = Source(**{name: options.pop(name) for name in inspect.signature(Source).parameters})
         source.check(context)
         log_to_terminal(hide=["hf_dino.data.dataset"])  # the reader, whose messages are repeated in reports
-        command(source, **options)
+        return command(source, **options)
 
     own = list(inspect.signature(command).parameters.values())[1:]
     context = inspect.Parameter("context", inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context)

@@ -10,7 +10,7 @@ import typer
 
 from ..training_arguments import OPTIONS, FineTuningArguments, parse_option, read_recipe
 from ..utils.errors import InputError, import_extra
-from .options import log_to_terminal
+from .options import Facts, JsonOption, log_to_terminal
 
 
 FIRST_OF_GROUP = {
@@ -27,21 +27,24 @@ SECOND_SPELLINGS = {"dataset": ("--data",)}
 """What users of other tools type."""
 
 
-def train(recipe: Path | None = None, **options: Any) -> None:
+def train(recipe: Path | None = None, json: bool = False, **options: Any) -> Facts | None:
     """Fine-tune DINO on a dataset, or train it from scratch.
 
     The dataset is a directory in the format of COCO, Pascal VOC, YOLO or Hugging Face datasets, or on the Hub, with a
     train and a validation split. The defaults are the official recipe for COCO. `accelerate launch -m hf_dino train`
     runs it on several GPUs. Ctrl-C, SIGTERM and SIGUSR1 stop it after the current step, with a checkpoint.
     """
-    run(make_arguments(recipe, options))
+    return run(make_arguments(recipe, options))
 
 
-def run(arguments: FineTuningArguments) -> None:
+def run(arguments: FineTuningArguments) -> Facts | None:
     """Train, with warnings and errors on the terminal.
 
     Args:
         arguments (`FineTuningArguments`): The options of the run.
+
+    Returns:
+        `Facts` or `None`: The metrics of the best model by split; `None` in a process that is not the main one.
     """
     import_extra("accelerate", "train", "training")
     import transformers
@@ -51,7 +54,18 @@ def run(arguments: FineTuningArguments) -> None:
     accelerator = make_accelerator(arguments)
     log_to_terminal(logging.WARNING if accelerator.is_main_process else logging.ERROR)
     transformers.utils.logging.disable_progress_bar()  # FineTuner has its own
-    FineTuner(arguments, accelerator).train()
+    tuner = FineTuner(arguments, accelerator)
+    scores = tuner.train()
+    if not accelerator.is_main_process:
+        return None
+    return Facts(
+        {
+            "output_dir": arguments.output_dir,
+            "steps": tuner.state.step,
+            "best_step": tuner.state.best_step,
+            "metrics": {split: each.to_dict() for split, each in scores.items()},
+        }
+    )
 
 
 def make_arguments(recipe: Path | None, options: dict[str, Any]) -> FineTuningArguments:
@@ -128,6 +142,7 @@ _RECIPE = inspect.Parameter(
         ),
     ],
 )
-_PARAMETERS = [_RECIPE, *map(_parameter, OPTIONS.values())]
+_JSON = inspect.Parameter("json", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=JsonOption)
+_PARAMETERS = [_RECIPE, _JSON, *map(_parameter, OPTIONS.values())]
 train.__signature__ = inspect.Signature(_PARAMETERS)  # type: ignore[attr-defined]
 train.__annotations__ = {each.name: each.annotation for each in _PARAMETERS}

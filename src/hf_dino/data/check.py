@@ -12,7 +12,7 @@ import numpy as np
 
 from ..configuration_dino_detr import DinoDetrConfig
 from ..model_card import COCO_MAX_DETECTIONS
-from ..utils.errors import InputError, summarize_list
+from ..utils.errors import BrokenInputError, InputError, summarize_list
 from ..utils.names import match_names, normalize_name, similar_names
 from .dataset import AnnotatedImage, DetectionSplit, to_annotation_array, xyxy_to_xywh
 from .images import ImageSource, get_image_size, short_path
@@ -97,12 +97,12 @@ class DataReport:
         """Raise the first few errors.
 
         Raises:
-            InputError: If there are errors.
+            BrokenInputError: If there are errors.
         """
         if self.errors:
             num_more = len(self.errors) - _NUM_ERRORS_RAISED
             more = f" ... and {num_more} more, which `hf-dino data check` lists" if num_more > 0 else ""
-            raise InputError("\n".join(["the dataset has errors:", *self.errors[:_NUM_ERRORS_RAISED]]) + more)
+            raise BrokenInputError("\n".join(["the dataset has errors:", *self.errors[:_NUM_ERRORS_RAISED]]) + more)
 
 
 def check_data(

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from torch.utils.data import Dataset
 
-from ..utils.errors import InputError, summarize_list
+from ..utils.errors import BrokenInputError, InputError, summarize_list
 from ..utils.names import match_names, named_classes
 from .augmentation import Augmentation, NoAugmentation, seed_per_image
 from .images import ImageSource, get_image_size, is_image_file, read_image
@@ -54,7 +54,7 @@ ErrorHandler = Callable[[str], None]
 
 def raise_input_error(message: str) -> NoReturn:
     """Stop at the first error: the default [`ErrorHandler`]."""
-    raise InputError(message)
+    raise BrokenInputError(message)
 
 
 @dataclass(frozen=True)

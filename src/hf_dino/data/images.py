@@ -14,7 +14,7 @@ import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
 
 from ..image_processing_dino_detr import DARK_ADVICE, DARK_LIMIT, convert_to_rgb
-from ..utils.errors import InputError, summarize_list
+from ..utils.errors import BrokenInputError, InputError, summarize_list
 
 
 logger = logging.getLogger(__name__)
@@ -96,7 +96,7 @@ def read_image(source: str | ImageSource, annotated_size: tuple[int, int] | None
     try:
         converted = convert_to_rgb(upright)
     except ValueError as error:
-        raise InputError(f"{source}: {error}") from None
+        raise BrokenInputError(f"{source}: {error}") from None
     if has_16_bits:
         _warn_about_16_bits(converted, source)
     if num_frames > 1 and image.format not in _MANY_IMAGES:
@@ -233,9 +233,9 @@ def _open_image(source: ImageSource) -> Iterator[Image.Image]:
     except InputError:  # of a source that is not a file
         raise
     except FileNotFoundError:
-        raise InputError(f"{source}: image file not found") from None
+        raise BrokenInputError(f"{source}: image file not found") from None
     except Image.DecompressionBombError as error:
-        raise InputError(
+        raise BrokenInputError(
             f"{source}: is larger than Pillow reads ({error}). Cut it into tiles, or raise PIL.Image.MAX_IMAGE_PIXELS "
             "(--max_image_pixels)"
         ) from None
@@ -244,7 +244,7 @@ def _open_image(source: ImageSource) -> Iterator[Image.Image]:
             raise InputError(f"{source}: {plugin} is needed to read this image: pip install {plugin}") from None
         # Pillow's own message would name a file object
         reason = "not a known image format" if isinstance(error, UnidentifiedImageError) else error
-        raise InputError(f"{source}: cannot be read as an image ({reason}). Repair or remove the file") from None
+        raise BrokenInputError(f"{source}: cannot be read as an image ({reason}). Repair or remove the file") from None
 
 
 def _missing_plugin(source: ImageSource) -> str:
@@ -284,7 +284,7 @@ def _orientation_to_apply(
         f"{image.width} x {image.height} (EXIF orientation {orientation})"
     )
     if distances[closest] > 1:
-        raise InputError(f"{source}: {text}. Annotate this file, or restore the one that was annotated")
+        raise BrokenInputError(f"{source}: {text}. Annotate this file, or restore the one that was annotated")
     if distances[closest]:
         _warn_once("size", f"{source} {text}: cut or extended by a pixel, boxes are kept")
     if closest != orientation:

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..utils.errors import InputError
+from ..utils.errors import BrokenInputError
 from ..visualization import save_image
 from .detector import Detector, ImageResult, map_ahead, worker_threads
 from .results import ResultsDirectory, draw_rows, to_record
@@ -97,7 +97,7 @@ class PredictionRun:
         """Print the summary.
 
         Raises:
-            InputError: If an image could not be read.
+            BrokenInputError: If an image could not be read.
         """
         seconds = time.monotonic() - self.start
         if self.quiet:
@@ -114,7 +114,7 @@ class PredictionRun:
                 print(f"not read: {error}")
             more = f" ... and {count - MAX_RAISED} more; --json lists all" * (count > MAX_RAISED)
             listed = "\n".join(errors[:MAX_RAISED])
-            raise InputError(f"{count} of {self.total} images cannot be read:\n{listed}{more}")
+            raise BrokenInputError(f"{count} of {self.total} images cannot be read:\n{listed}{more}")
 
     def _summary(self, num_skipped: int, seconds: float) -> dict[str, Any]:
         return {

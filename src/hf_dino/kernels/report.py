@@ -1,6 +1,7 @@
 """Report which kernels are used on this machine and why: `hf-dino kernels`."""
 
 import shlex
+from typing import Any
 
 import torch
 
@@ -9,11 +10,15 @@ from .build import is_complete
 from .compilers import KernelError, find_cpp_compiler, find_nvcc
 
 
-def report_kernels(build: bool = False) -> int:
+_REFERENCE = "the reference implementation in PyTorch"
+
+
+def report_kernels(build: bool = False, facts: dict[str, Any] | None = None) -> int:
     """Print which kernels are used on this machine and why.
 
     Args:
         build (`bool`, *optional*, defaults to `False`): Compile what is not compiled yet, and load it.
+        facts (`dict[str, Any]`, *optional*): Receives what is printed.
 
     Returns:
         `int`: 1 if a kernel that is required or was to be compiled is missing, otherwise 0.
@@ -21,12 +26,18 @@ def report_kernels(build: bool = False) -> int:
     Raises:
         ValueError: If `HF_DINO_KERNELS` is not auto, off or require.
     """
-    print_line("HF_DINO_KERNELS", get_mode())
+    facts = {} if facts is None else facts
+    mode, builder = get_mode(), get_builder()
+    facts |= {"mode": mode, "torch": torch.__version__, "cuda": torch.version.cuda}
+    facts |= {"sources": str(builder.sources), "cache": str(builder.cache), "devices": {}}
+    print_line("HF_DINO_KERNELS", mode)
     print_line("PyTorch", f"{torch.__version__}, {f'CUDA {torch.version.cuda}' if torch.version.cuda else 'no CUDA'}")
-    print_line("sources", get_builder().sources)
-    print_line("cache", get_builder().cache)
-    usable = [report_device(device_type, build) for device_type in device_types()]
-    return 0 if all(usable) or not (build or get_mode() == "require") else 1
+    print_line("sources", builder.sources)
+    print_line("cache", builder.cache)
+    for device_type in device_types():
+        facts["devices"][device_type] = report_device(device_type, build)
+    usable = [device["is_usable"] for device in facts["devices"].values()]
+    return 0 if all(usable) or not (build or mode == "require") else 1
 
 
 def device_types() -> list[str]:
@@ -39,24 +50,30 @@ def device_types() -> list[str]:
     return ["cpu", "cuda"]
 
 
-def report_device(device_type: str, build: bool) -> bool:
-    """Print what is used on one type of device; return whether that can be the kernel."""
+def report_device(device_type: str, build: bool) -> dict[str, Any]:
+    """Print what is used on one type of device, and return it."""
     print(f"\n{device_type}")
     builder = get_builder()
+    facts: dict[str, Any] = {"is_usable": False, "is_compiled": False, "entry": None, "compiler": None, "used": ""}
     try:
         if reason := unsupported_reason(device_type):
             raise KernelError(reason)
         entry = builder.get_or_build(device_type) if build else builder.entry(device_type)
         if build:
             load(entry)
+        facts |= {"entry": str(entry), "is_compiled": is_complete(entry)}
         if not is_complete(entry):
-            print_line("compiler", find_nvcc() if device_type == "cuda" else shlex.join(find_cpp_compiler()))
+            facts["compiler"] = str(find_nvcc()) if device_type == "cuda" else shlex.join(find_cpp_compiler())
+            print_line("compiler", facts["compiler"])
+        used = (
+            f"the kernel in {entry}" if is_complete(entry) else "the kernel, compiled at its first use or by --build"
+        )
+        is_off = get_mode() == "off"
+        facts |= {"is_usable": True, "used": f"{_REFERENCE}: HF_DINO_KERNELS=off" if is_off else used}
     except KernelError as error:
-        print_line("used", f"the reference implementation in PyTorch: {error}")
-        return False
-    used = f"the kernel in {entry}" if is_complete(entry) else "the kernel, compiled at its first use or by --build"
-    print_line("used", "the reference implementation in PyTorch: HF_DINO_KERNELS=off" if get_mode() == "off" else used)
-    return True
+        facts["used"] = f"{_REFERENCE}: {error}"
+    print_line("used", facts["used"])
+    return facts
 
 
 def print_line(name: str, text: object) -> None:

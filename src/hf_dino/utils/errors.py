@@ -1,6 +1,8 @@
 """User errors: the exception, helpers for its message, and how a command reports it."""
 
+import errno
 import importlib
+import sys
 import traceback
 import warnings
 from collections.abc import Callable, Iterable
@@ -16,7 +18,49 @@ class InputError(ValueError):
 
     def __str__(self) -> str:
         """Return the message alone: an error raised in a DataLoader worker arrives with its traceback in front."""
-        return super().__str__().rpartition(f"{__name__}.{type(self).__name__}: ")[-1].strip()
+        return super().__str__().rpartition(f"{type(self).__module__}.{type(self).__name__}: ")[-1].strip()
+
+
+class BrokenInputError(InputError):
+    """Raised where a command did its work and the data or the file is not as it should be, such as a broken image."""
+
+
+_WRONG_PATH = (
+    errno.EACCES, errno.EEXIST, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.ENOENT, errno.ENOTDIR,
+    errno.EPERM, errno.EROFS,
+)  # fmt: skip
+"""Errors of the system that another path or other permissions mend, unlike those of a full or failing disk."""
+
+
+def exit_status(error: Exception) -> int:
+    """Return the status with which an error ends a command: 2 for wrong use, 1 for everything found during the work.
+
+    Example:
+
+    ```python
+    >>> exit_status(InputError()), exit_status(ImportError()), exit_status(FileNotFoundError(errno.ENOENT, "gone"))
+    (2, 2, 2)
+    >>> exit_status(BrokenInputError()), exit_status(OSError(errno.ENOSPC, "full")), exit_status(FloatingPointError())
+    (1, 1, 1)
+
+    ```
+    """
+    wrong_use = isinstance(error, InputError | ImportError) and not isinstance(error, BrokenInputError)
+    return 2 if wrong_use or getattr(error, "errno", None) in _WRONG_PATH else 1
+
+
+def count(noun: str, number: int) -> str:
+    """Return a number and its noun, whose plural ends in s.
+
+    Example:
+
+    ```python
+    >>> count("image", 1), count("error", 0), count("near-duplicate", 1200)
+    ('1 image', '0 errors', '1,200 near-duplicates')
+
+    ```
+    """
+    return f"{number:,} {noun}{'s' * (number != 1)}"
 
 
 def summarize_list(items: Iterable[object], limit: int = 5) -> str:
@@ -38,13 +82,14 @@ def summarize_list(items: Iterable[object], limit: int = 5) -> str:
 def run_cli(main: Callable[[], int | None]) -> NoReturn:
     """Run a command and exit with the status that `main` returns; report errors that are not bugs as one line.
 
-    These are user errors, missing packages, I/O errors and non-finite losses.
+    These are user errors, missing packages, I/O errors and non-finite losses; [`exit_status`] tells their status.
     """
     try:
         status = main()
     except (InputError, ImportError, OSError, FloatingPointError) as error:
         traceback.clear_frames(error.__traceback__)  # frees DataLoaders, whose workers would delay the exit
-        raise SystemExit(f"error: {error}") from None
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(exit_status(error)) from None
     raise SystemExit(status)
 
 
