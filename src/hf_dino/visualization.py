@@ -52,7 +52,7 @@ def check_drawing_dependencies(*paths: Path) -> None:
         except (KeyError, ValueError, OSError):
             raise InputError(f"{path}: images of kind {path.suffix!r} cannot be written; use .png or .jpg") from None
     _supervision()
-    _font_path()
+    font_path()
 
 
 def save_image(image: Image.Image, path: Path) -> None:
@@ -123,7 +123,7 @@ def _annotate(image: Image.Image, boxes: np.ndarray, labels: Sequence[str], colo
     box_annotator = supervision.BoxAnnotator(color=palette, thickness=max(2, round(longest_edge / 400)))
     label_annotator = supervision.RichLabelAnnotator(
         color=palette,
-        font_path=_font_path(),
+        font_path=font_path(),
         font_size=font_size,
         text_padding=max(2, font_size // 5),
         smart_position=len(boxes) <= 100,  # moves labels apart, in time quadratic in their number
@@ -145,7 +145,7 @@ def hstack_images(left: Image.Image, right: Image.Image, captions: tuple[str, st
     if right.height != left.height:
         width = max(1, round(right.width * left.height / right.height))
         right = right.resize((width, left.height), Image.Resampling.BICUBIC)
-    font = ImageFont.truetype(_font_path(), max(14, round(max(left.size) / 36)))
+    font = ImageFont.truetype(font_path(), max(14, round(max(left.size) / 36)))
     gap = max(8, left.width // 60)
     widths = [max(image.width, round(font.getlength(caption))) for image, caption in zip((left, right), captions)]
     caption_height = round(2 * font.size)
@@ -207,7 +207,7 @@ def _supervision() -> ModuleType:
     return import_extra("supervision", "train", "drawing")
 
 
-def _font_path() -> str:
+def font_path() -> str:
     """Return matplotlib's font, which has more characters than Pillow's: Greek, Cyrillic, symbols such as ≥."""
     matplotlib = import_extra("matplotlib", "train", "drawing text")
     return str(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf")
