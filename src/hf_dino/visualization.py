@@ -113,6 +113,11 @@ def draw_detections(
     return _annotate(resized, boxes[order] * scale, labels, colors)
 
 
+def class_colors(names: Iterable[str]) -> dict[str, str]:
+    """Return the color of each of all possible names in [`draw_detections`], such as `"#c1121f"`."""
+    return {name: _COLORS[number % len(_COLORS)] for number, name in enumerate(names)}
+
+
 def _annotate(image: Image.Image, boxes: np.ndarray, labels: Sequence[str], colors: Sequence[int]) -> Image.Image:
     """Draw boxes (x0, y0, x1, y1) with their labels in the given indices of `_COLORS`, in this order."""
     supervision = _supervision()

@@ -9,10 +9,10 @@ from ..visualization import font_path
 from .recorder import Inspection
 
 
-LONGEST_EDGE = 800  # pixels to which images are enlarged; larger ones keep their size
+LONGEST_EDGE, LARGEST_EDGE = 800, 1280  # pixels; smaller images are enlarged, larger ones reduced
 SMOOTHING = 2  # drawn so much larger, since Pillow's lines and circles have jagged edges
 MARGIN = 0.03  # part of the longest edge around the image, for what lies on or beyond its border
-GRAY, FADED = 0.6, 0.35  # parts of gray and then of white in the image, from which the drawing stands out
+GRAY, FADED = 0.4, 0.35  # parts of gray and then of white in the image, from which the drawing stands out
 MIN_VIEW = 48  # pixels of the image that a close-up shows at least
 INK, HALO = "#1b1f24", (255, 255, 255, 210)
 
@@ -148,7 +148,8 @@ class _Canvas:
         if image.size != inspection.image_size:
             raise ValueError(f"the image has {image.size} pixels, but the inspected one had {inspection.image_size}")
         x0, y0, x1, y1 = (0, 0, *image.size) if part is None else part.tolist()
-        self.origin, self.scale = np.array([x0, y0]), max(1.0, LONGEST_EDGE / max(x1 - x0, y1 - y0))
+        self.origin, edge = np.array([x0, y0]), max(x1 - x0, y1 - y0)
+        self.scale = min(max(1.0, LONGEST_EDGE / edge), LARGEST_EDGE / edge)
         size = round((x1 - x0) * self.scale), round((y1 - y0) * self.scale)
         shown = image.convert("RGB").resize(size, Image.Resampling.BICUBIC, box=(x0, y0, x1, y1))
         shown = Image.blend(shown, shown.convert("L").convert("RGB"), GRAY)
