@@ -52,7 +52,7 @@ def check_drawing_dependencies(*paths: Path) -> None:
         except (KeyError, ValueError, OSError):
             raise InputError(f"{path}: images of kind {path.suffix!r} cannot be written; use .png or .jpg") from None
     _supervision()
-    _font_path()
+    font_path()
 
 
 def save_image(image: Image.Image, path: Path) -> None:
@@ -113,6 +113,11 @@ def draw_detections(
     return _annotate(resized, boxes[order] * scale, labels, colors)
 
 
+def class_colors(names: Iterable[str]) -> dict[str, str]:
+    """Return the color of each of all possible names in [`draw_detections`], such as `"#c1121f"`."""
+    return {name: _COLORS[number % len(_COLORS)] for number, name in enumerate(names)}
+
+
 def _annotate(image: Image.Image, boxes: np.ndarray, labels: Sequence[str], colors: Sequence[int]) -> Image.Image:
     """Draw boxes (x0, y0, x1, y1) with their labels in the given indices of `_COLORS`, in this order."""
     supervision = _supervision()
@@ -123,7 +128,7 @@ def _annotate(image: Image.Image, boxes: np.ndarray, labels: Sequence[str], colo
     box_annotator = supervision.BoxAnnotator(color=palette, thickness=max(2, round(longest_edge / 400)))
     label_annotator = supervision.RichLabelAnnotator(
         color=palette,
-        font_path=_font_path(),
+        font_path=font_path(),
         font_size=font_size,
         text_padding=max(2, font_size // 5),
         smart_position=len(boxes) <= 100,  # moves labels apart, in time quadratic in their number
@@ -145,7 +150,7 @@ def hstack_images(left: Image.Image, right: Image.Image, captions: tuple[str, st
     if right.height != left.height:
         width = max(1, round(right.width * left.height / right.height))
         right = right.resize((width, left.height), Image.Resampling.BICUBIC)
-    font = ImageFont.truetype(_font_path(), max(14, round(max(left.size) / 36)))
+    font = ImageFont.truetype(font_path(), max(14, round(max(left.size) / 36)))
     gap = max(8, left.width // 60)
     widths = [max(image.width, round(font.getlength(caption))) for image, caption in zip((left, right), captions)]
     caption_height = round(2 * font.size)
@@ -207,7 +212,7 @@ def _supervision() -> ModuleType:
     return import_extra("supervision", "train", "drawing")
 
 
-def _font_path() -> str:
+def font_path() -> str:
     """Return matplotlib's font, which has more characters than Pillow's: Greek, Cyrillic, symbols such as ≥."""
     matplotlib = import_extra("matplotlib", "train", "drawing text")
     return str(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf")
