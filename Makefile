@@ -8,10 +8,10 @@ PYTEST_ARGS ?= -n 2 --dist loadfile --no-loadscope-reorder
 PYTEST = OMP_NUM_THREADS=1 $(1)/bin/python -m pytest -q $(PYTEST_ARGS)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-floor demo test test-core test-all test-floor gpu gpu-wheels lint format
+.PHONY: help setup setup-floor demo test test-core test-all test-floor gpu gpu-wheels docs docs-serve docs-pages docs-figures lint format
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-12s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-13s %s\n", $$1, $$2}' Makefile
 
 setup: ## make .venv and install everything; nothing to do when it is up to date
 	@PYTHON='$(PYTHON)' sh tools/setup.sh $(VENV)
@@ -40,6 +40,19 @@ gpu: ## build, test and measure the CUDA code on this machine's GPU, in 8 minute
 
 gpu-wheels: ## fetch what a GPU machine without network may lack, into wheels/
 	$(or $(PYTHON),python3) benchmarks/gpu_stages/wheels.py wheels
+
+docs: setup ## build the site of the docs into site/, without a warning
+	$(VENV)/bin/python tools/docs_site.py
+
+docs-serve: docs ## build the site and show it at http://localhost:8000
+	$(VENV)/bin/python -m http.server --bind localhost --directory site
+
+docs-pages: setup ## write what the docs take from the code: the table of options and the notebooks
+	$(VENV)/bin/python tools/docs_site.py --pages
+	$(VENV)/bin/python tools/notebooks.py
+
+docs-figures: setup ## draw the images of the docs from the model and the dataset of `make demo`
+	$(VENV)/bin/python docs/figures.py
 
 lint: setup ## formatting, style and types; changes nothing
 	$(VENV)/bin/python -m ruff check

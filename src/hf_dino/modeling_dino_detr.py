@@ -154,6 +154,8 @@ class DinoDetrModelOutput(ModelOutput):
 @dataclass
 class DinoDetrObjectDetectionOutput(ModelOutput):
     r"""
+    Detections before post-processing. Fields that are not listed here are those of [`DinoDetrModelOutput`].
+
     Args:
         loss (`torch.Tensor`, *optional*): The weighted sum of `loss_dict`, if labels were given.
         loss_dict (`dict[str, torch.Tensor]`, *optional*): The unweighted terms; see `dino_detr_loss`.
@@ -166,9 +168,6 @@ class DinoDetrObjectDetectionOutput(ModelOutput):
             `logits` and `pred_boxes` of every decoder layer but the last, if `config.auxiliary_loss`. Computed only
             with labels or in training mode.
         last_hidden_state (`torch.Tensor` of shape `(batch_size, num_queries, d_model)`): Decoder output.
-        intermediate_hidden_states, init_reference_points, intermediate_reference_points, encoder_last_hidden_state,
-            enc_outputs_class, enc_outputs_coord_logits, decoder_hidden_states, decoder_attentions, cross_attentions,
-            encoder_hidden_states, encoder_attentions: As in [`DinoDetrModelOutput`].
     """
 
     loss: torch.Tensor | None = None
