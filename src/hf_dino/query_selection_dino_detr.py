@@ -19,10 +19,13 @@ from .reference_points_dino_detr import normalized_cell_centers
 
 PROPOSAL_BASE_SIZE = 0.05  # fraction of the image on the finest level; doubled on each coarser level
 
-# A proposal in the padding, or with a coordinate closer than this to 0 or 1, is invalid. As in the official
+# A proposal in the padding, or with a coordinate not farther than 0.01 from 0 or 1, is invalid. As in the official
 # implementation it is still scored, but its memory is zeroed, and its box is (1, 1, 1, 1): its logits are infinite, so
 # no output of the box head changes them.
-PROPOSAL_MARGIN = 0.01
+# Of 50 cells, the centers of the first and the last are exactly 0.01 and 0.99. The millionth decides for every runtime
+# what would depend on the rounding of a division, which OpenVINO computes as 49.5 * (1 / 50) < 0.99. It changes no
+# other proposal of maps of up to 9,000 cells.
+PROPOSAL_MARGIN = 0.01 + 1e-6
 
 
 class DinoDetrObjectQueries(NamedTuple):

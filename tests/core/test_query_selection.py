@@ -3,7 +3,7 @@ import torch
 
 from helpers.models import tiny_config
 from hf_dino.backbone_dino_detr import DinoDetrFeatureLevels
-from hf_dino.query_selection_dino_detr import QUERY_SELECTIONS, gen_encoder_output_proposals
+from hf_dino.query_selection_dino_detr import PROPOSAL_MARGIN, QUERY_SELECTIONS, gen_encoder_output_proposals
 from hf_dino.reference_points_dino_detr import get_reference_points
 
 
@@ -61,6 +61,18 @@ def test_whole_cells_decide_what_is_at_the_border_in_a_padded_image_too():
     for width in range(51, 90):
         padded = gen_encoder_output_proposals(make_levels((1, width), valid=(50 / width, 1.0)))[1][0]
         assert torch.equal(padded[:50], alone)
+
+
+@pytest.mark.parametrize("reciprocal", [False, True])
+def test_no_rounding_decides_what_is_at_the_border(reciprocal):
+    """Cell i of n is inside if 0.01 < (i + 0.5) / n < 0.99, for any runtime's way to divide and for any size."""
+    for size in [*range(1, 1500), *range(1550, 9000, 100)]:
+        cell = torch.arange(size)
+        inside = (50 * (2 * cell + 1) > size) & (50 * (2 * (size - cell) - 1) > size)
+        edge, length = cell.float() + 0.5, torch.tensor(float(size))
+        center = edge * (1 / length) if reciprocal else edge / length
+        assert torch.equal((center > PROPOSAL_MARGIN) & (center < 1 - PROPOSAL_MARGIN), inside)
+        assert reciprocal or torch.equal((center > 0.01) & (center < 1 - 0.01), inside)  # the official implementation
 
 
 def make_selection(strategy, num_queries=6, **overrides):
