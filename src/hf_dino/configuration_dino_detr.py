@@ -12,10 +12,11 @@ from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 from transformers.activations import ACT2FN
 
 
-# The three contributions of the paper, DINO's strategy first, then those of the models that it is compared with.
+# The three contributions of the paper, and the positional query; DINO's strategy first, then those of its ancestors.
 DENOISING_NAMES = ("contrastive", "plain", "none")
 QUERY_SELECTION_NAMES = ("mixed", "pure", "static")
 BOX_REFINEMENT_NAMES = ("look_forward_twice", "look_forward_once")
+POSITIONAL_QUERY_NAMES = ("anchor", "conditional")
 
 UNUSED_LABEL = "N/A"  # name of labels without a category, such as the gaps in COCO's category ids
 
@@ -67,7 +68,8 @@ class DinoDetrConfig(PreTrainedConfig):
             and mmdetection's checkpoints.
         denoising (`str`, *optional*, defaults to `"contrastive"`):
             `"contrastive"` (DINO: positive and negative noisy copies of the objects), `"plain"` (DN-DETR: positive
-            copies only) or `"none"`.
+            copies in a fixed number of groups; the last number of a query's content tells, in inference too, if it is
+            a denoising query) or `"none"`.
         query_selection (`str`, *optional*, defaults to `"mixed"`):
             Source of the object queries: `"mixed"` (DINO: positions from the best encoder tokens, contents learned),
             `"pure"` (pure query selection of the DINO paper's comparison: both from the tokens) or `"static"`
@@ -76,6 +78,12 @@ class DinoDetrConfig(PreTrainedConfig):
         box_refinement (`str`, *optional*, defaults to `"look_forward_twice"`):
             `"look_forward_twice"` (DINO: the box loss of a layer also reaches the layer before) or
             `"look_forward_once"` (Deformable DETR).
+        positional_query (`str`, *optional*, defaults to `"anchor"`):
+            `"anchor"` (DINO: the embedded box of the query) or `"conditional"` (DAB-DETR: after the first layer, that
+            embedding times a scale which an MLP makes of the content).
+        decoder_norm (`bool`, *optional*, defaults to `True`):
+            Normalize the output of each decoder layer once more before the heads read it. Deformable DETR and the
+            models built on it, DAB-Deformable-DETR and DN-Deformable-DETR, do not.
         box_prediction_epsilon (`float`, *optional*, defaults to 0.001):
             Lower bound of p and 1 - p in the logit log(p / (1 - p)) of the box that a decoder layer's prediction
             starts from. mmdetection uses 1e-5. In the logits of reference points, from layer to layer, the bound is
@@ -85,9 +93,11 @@ class DinoDetrConfig(PreTrainedConfig):
             predicted. `hf-dino convert` keeps the classes that it removes here, so that the detections of the others
             do not change.
         num_denoising (`int`, *optional*, defaults to 100):
-            Maximum number of denoising queries per image (of pairs, if contrastive). The number of groups is
-            `num_denoising` divided by the largest object count of any image, rounded down, but at least 1. An image
-            with more than `num_denoising` objects uses a random subset of them in each step.
+            Maximum number of denoising queries per image (of pairs, if `"contrastive"`; per group, if `"plain"`). The
+            number of contrastive groups is `num_denoising` divided by the largest object count of any image, rounded
+            down, but at least 1. An image with more than `num_denoising` objects uses a random subset of them in each
+            step.
+        num_denoising_groups (`int`, *optional*, defaults to 5): Groups of `"plain"` denoising.
         label_noise_ratio (`float`, *optional*, defaults to 0.5):
             Noise of the classes of denoising queries, in [0, 1]. `"plain"` samples a new class with this probability,
             `"contrastive"` with half of it, each as in the code of its paper.
@@ -163,9 +173,12 @@ class DinoDetrConfig(PreTrainedConfig):
     denoising: str = "contrastive"
     query_selection: str = "mixed"
     box_refinement: str = "look_forward_twice"
+    positional_query: str = "anchor"
+    decoder_norm: bool = True
     box_prediction_epsilon: float = 1e-3
     num_ranking_labels: int = 0
     num_denoising: int = 100
+    num_denoising_groups: int = 5
     label_noise_ratio: float | int = 0.5
     box_noise_scale: float | int = 0.4
     auxiliary_loss: bool = True
@@ -197,6 +210,7 @@ class DinoDetrConfig(PreTrainedConfig):
             "denoising": DENOISING_NAMES,
             "query_selection": QUERY_SELECTION_NAMES,
             "box_refinement": BOX_REFINEMENT_NAMES,
+            "positional_query": POSITIONAL_QUERY_NAMES,
             "activation_function": tuple(ACT2FN),
         }.items():
             if getattr(self, field) not in allowed:
@@ -214,6 +228,11 @@ class DinoDetrConfig(PreTrainedConfig):
             raise ValueError(
                 f"num_denoising must be at least 1 with denoising={self.denoising!r}, got {self.num_denoising}; "
                 f"to train without denoising use denoising='none'"
+            )
+        if self.positional_query == "conditional" and self.decoder_layers < 2:
+            raise ValueError(
+                f"decoder_layers must be at least 2 with positional_query='conditional', which changes the layers "
+                f"after the first, got {self.decoder_layers}"
             )
         if not (self.auxiliary_loss or self.share_decoder_heads):
             raise ValueError(
@@ -294,6 +313,7 @@ _RANGES = (
     ("box_prediction_epsilon", 1e-12, 0.5),
     ("num_ranking_labels", 0, math.inf),
     ("num_denoising", 0, math.inf),
+    ("num_denoising_groups", 1, math.inf),
     ("label_noise_ratio", 0, 1),
     ("box_noise_scale", 0, math.inf),
     ("class_cost", 0, math.inf),

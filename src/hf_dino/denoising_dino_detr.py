@@ -16,6 +16,7 @@ from .initialization_dino_detr import init_as, normal_embedding
 
 
 NO_OBJECT = -1  # index of the object of a query that is matched to none
+NOT_SUPERVISED = -2  # of a query that no loss reads
 
 
 class DinoDetrDenoisingQueries(NamedTuple):
@@ -30,16 +31,20 @@ class DinoDetrDenoisingQueries(NamedTuple):
         reference_points (`torch.Tensor` of shape `(batch_size, num_denoising_queries, 4)`):
             Noisy boxes: center x, center y, width, height, fractions of the unpadded image.
         object_index (`torch.Tensor` of shape `(batch_size, num_denoising_queries)` and dtype int64):
-            Index of the object that a positive query is a copy of; -1 for negative and for empty queries.
+            Index of the object that a positive query is a copy of; -1 for negative and, if contrastive, for empty
+            queries; -2 for the empty queries of `denoising="plain"`, which no loss reads.
         num_groups (`int`):
             Number of groups, each with a positive and, if contrastive, a negative copy of every object; at least 1,
             even if the groups are empty.
+        matching_queries (`torch.Tensor` of shape `(batch_size, num_matching_queries, d_model)`):
+            Contents of the matching queries; if `denoising="plain"`, told apart by their last number.
     """
 
     inputs_embeds: torch.Tensor
     reference_points: torch.Tensor
     object_index: torch.Tensor
     num_groups: int
+    matching_queries: torch.Tensor
 
 
 def denoising_attention_mask(
@@ -144,6 +149,7 @@ def empty_denoising_queries(matching_queries: torch.Tensor) -> DinoDetrDenoising
         reference_points=empty.new_zeros(empty.shape[0], 0, 4, dtype=torch.float32),
         object_index=empty.new_zeros(empty.shape[0], 0, dtype=torch.int64),
         num_groups=1,
+        matching_queries=matching_queries,
     )
 
 
@@ -163,18 +169,17 @@ class DinoDetrNoDenoising(nn.Module):
 
 
 class DinoDetrDenoising(nn.Module):
-    """Make groups of noisy queries, each with a positive and, if contrastive, a negative copy of every object.
-
-    The number of groups follows from `num_denoising`; see [`DinoDetrConfig`].
-    """
+    """Make groups of noisy queries, each with a positive and, if contrastive, a negative copy of every object."""
 
     copies_per_object: int  # within a group; the first copy is the positive one
+    empty_slot: int  # object index of a query without an object
     label_noise_factor: float  # fraction of `label_noise_ratio` that is the probability of replacing a class
     add_box_noise: Callable[[torch.Tensor, float], torch.Tensor]
 
     def __init__(self, config: DinoDetrConfig):
         super().__init__()
         self.num_denoising = config.num_denoising
+        self.num_denoising_groups = config.num_denoising_groups
         self.num_labels = config.num_labels
         self.label_noise_probability = config.label_noise_ratio * self.label_noise_factor
         self.box_noise_scale = config.box_noise_scale
@@ -183,6 +188,14 @@ class DinoDetrDenoising(nn.Module):
     def class_specific_layers(self) -> list[nn.Module]:
         """Return the layers with a row of weights per class."""
         return [self.label_embed]
+
+    def get_num_groups(self, max_objects: int) -> int:
+        """Return the number of groups, given the largest number of objects of an image."""
+        raise NotImplementedError
+
+    def indicate(self, contents: torch.Tensor, indicator: float) -> torch.Tensor:
+        """Return contents that tell denoising queries, 1, from matching queries, 0, if the strategy does so."""
+        raise NotImplementedError
 
     def forward(
         self, labels: list[dict[str, torch.Tensor]] | None, matching_queries: torch.Tensor, max_num_objects: int = 0
@@ -195,29 +208,30 @@ class DinoDetrDenoising(nn.Module):
                 positive; the label embedding is called all the same, so that it gets a gradient of zero, which
                 data-parallel training needs.
             matching_queries (`torch.Tensor` of shape `(batch_size, num_matching_queries, d_model)`):
-                The content queries that follow the denoising queries; only their shape and device matter.
+                The content queries that follow the denoising queries.
             max_num_objects (`int`, *optional*, defaults to 0):
                 Make as many queries as for an image with this number of objects, even if no image of the batch has
                 that many; see [`DinoDetrEffectiveBatch`].
         """
+        matching_queries = self.indicate(matching_queries, 0.0)
         if not labels:
             return empty_denoising_queries(matching_queries)
         device = matching_queries.device
         sampled = [sample_objects(len(label["boxes"]), self.num_denoising, device) for label in labels]
         min_slots = min(max_num_objects, self.num_denoising)
-        object_index = pad_and_stack(sampled, min_slots, NO_OBJECT)
+        object_index = pad_and_stack(sampled, min_slots, self.empty_slot)
         boxes = pad_and_stack([label["boxes"][index] for label, index in zip(labels, sampled)], min_slots)
         classes = pad_and_stack([label["class_labels"][index] for label, index in zip(labels, sampled)], min_slots)
 
         batch_size, max_objects = object_index.shape
-        num_groups = max(1, self.num_denoising // max(1, max_objects))
+        num_groups = self.get_num_groups(max_objects)
         slots = (batch_size, num_groups, self.copies_per_object, max_objects)
         object_index, classes = object_index[:, None, None].expand(slots), classes[:, None, None].expand(slots)
         boxes = at_least_float32(boxes)[:, None, None].expand(*slots, 4)
-        is_object = (object_index != NO_OBJECT)[..., None]
+        is_object = (object_index > NO_OBJECT)[..., None]
         is_positive = torch.arange(self.copies_per_object, device=device)[:, None] == 0
 
-        contents = self.label_embed(self.add_label_noise(classes)) * is_object
+        contents = self.indicate(self.label_embed(self.add_label_noise(classes)), 1.0) * is_object
         # An empty slot has logits of zero, which is the box (0.5, 0.5, 0.5, 0.5).
         box_logits = inverse_sigmoid(self.add_box_noise(boxes, self.box_noise_scale)) * is_object
         return DinoDetrDenoisingQueries(
@@ -225,6 +239,7 @@ class DinoDetrDenoising(nn.Module):
             reference_points=box_logits.sigmoid().flatten(1, 3),
             object_index=object_index.masked_fill(~is_positive, NO_OBJECT).flatten(1),
             num_groups=num_groups,
+            matching_queries=matching_queries,
         )
 
     def add_label_noise(self, classes: torch.Tensor) -> torch.Tensor:
@@ -237,16 +252,31 @@ class DinoDetrContrastiveDenoising(DinoDetrDenoising):
     """DINO: for each positive query a negative one with more noise, which is trained to predict "no object"."""
 
     copies_per_object = 2
+    empty_slot = NO_OBJECT
     label_noise_factor = 0.5
     add_box_noise = staticmethod(contrastive_box_noise)
 
+    def get_num_groups(self, max_objects: int) -> int:
+        return max(1, self.num_denoising // max(1, max_objects))
+
+    def indicate(self, contents: torch.Tensor, indicator: float) -> torch.Tensor:
+        return contents
+
 
 class DinoDetrPlainDenoising(DinoDetrDenoising):
-    """DN-DETR: positive queries only."""
+    """DN-DETR: positive queries only, in a fixed number of groups, told from matching queries by an indicator."""
 
     copies_per_object = 1
+    empty_slot = NOT_SUPERVISED
     label_noise_factor = 1.0
     add_box_noise = staticmethod(plain_box_noise)
+
+    def get_num_groups(self, max_objects: int) -> int:
+        return self.num_denoising_groups
+
+    def indicate(self, contents: torch.Tensor, indicator: float) -> torch.Tensor:
+        """Replace the last number of contents by the indicator (DN-DETR, section 4, label embedding)."""
+        return nn.functional.pad(contents[..., :-1], (0, 1), value=indicator)
 
 
 def pad_and_stack(tensors: list[torch.Tensor], min_length: int, padding_value: int = 0) -> torch.Tensor:

@@ -19,7 +19,7 @@ from torchvision.ops import sigmoid_focal_loss
 
 from .boxes_dino_detr import at_least_float32, generalized_box_iou
 from .configuration_dino_detr import DinoDetrConfig
-from .denoising_dino_detr import NO_OBJECT
+from .denoising_dino_detr import NO_OBJECT, NOT_SUPERVISED
 
 
 # How far a coordinate of a box may lie outside [0, 1]: enough for rounding errors, too little for pixels.
@@ -84,7 +84,7 @@ def dino_detr_loss(
         denoising_boxes (`torch.Tensor` of shape `(batch_size, num_decoder_layers, num_denoising_queries, 4)`):
             Boxes of the same queries and layers, units as in `pred_boxes`.
         denoising_object_index (`torch.Tensor` of shape `(batch_size, num_denoising_queries)`):
-            Index of the object of each denoising query, -1 for none.
+            Index of the object of each denoising query, -1 for none, -2 for a query that has no loss.
         num_denoising_groups (`int`):
             Number of denoising groups, each with a positive and, if contrastive, a negative copy of every object.
         labels (`list[dict[str, torch.Tensor]]`): Per image `class_labels` `(num_objects,)` and `boxes`
@@ -139,7 +139,8 @@ def compute_losses(
     Args:
         logits (`torch.Tensor` of shape `(batch_size, num_layers, num_queries, num_labels)`)
         pred_boxes (`torch.Tensor` of shape `(batch_size, num_layers, num_queries, 4)`)
-        object_index (`torch.Tensor` of shape `(batch_size, num_layers, num_queries)`): -1 for none.
+        object_index (`torch.Tensor` of shape `(batch_size, num_layers, num_queries)`): -1 for none, -2 for a query
+            that has no loss.
         targets ([`DinoDetrTargets`]): The objects.
         num_boxes (`torch.Tensor` or `float`): The normalizer.
         config ([`DinoDetrConfig`]): α and γ.
@@ -148,6 +149,7 @@ def compute_losses(
         `loss_ce`, `loss_bbox`, `loss_giou`, each a `torch.Tensor` of shape `(num_layers,)`.
     """
     logits = at_least_float32(logits)
+    is_supervised, object_index = object_index != NOT_SUPERVISED, object_index.clamp(min=NO_OBJECT)
     batch_index = torch.arange(len(object_index), device=object_index.device)[:, None, None]
     target_classes = targets.classes[batch_index, object_index]
     target_boxes = targets.boxes[batch_index, object_index].to(pred_boxes.dtype)
@@ -156,6 +158,7 @@ def compute_losses(
     one_hot = logits.new_zeros(*logits.shape[:-1], logits.shape[-1] + 1)  # the last column is "no object"
     one_hot = one_hot.scatter_(-1, target_classes[..., None], 1.0)[..., :-1]
     focal = sigmoid_focal_loss(logits, one_hot, alpha=config.focal_alpha, gamma=config.focal_gamma)
+    focal = focal * is_supervised[..., None]
     distance = (pred_boxes - target_boxes).abs().sum(dim=-1)
     giou = generalized_box_iou(pred_boxes, target_boxes)
     return {

@@ -27,7 +27,7 @@ from .deformable_attention_dino_detr import DinoDetrMultiscaleDeformableAttentio
 from .denoising_dino_detr import DENOISING_STRATEGIES, DinoDetrDenoisingQueries, make_decoder_attention_mask
 from .initialization_dino_detr import init_as, initialize, xavier, xavier_zero_bias
 from .loss_dino_detr import DinoDetrEffectiveBatch, check_labels, dino_detr_loss, get_num_boxes
-from .position_embeddings_dino_detr import sine_box_embedding
+from .position_embeddings_dino_detr import POSITIONAL_QUERIES, sine_box_embedding
 from .prediction_heads_dino_detr import (
     DinoDetrMLPPredictionHead,
     get_layer_head,
@@ -67,10 +67,10 @@ class DinoDetrDecoderOutput(ModelOutput):
 
     Args:
         last_hidden_state (`torch.Tensor` of shape `(batch_size, num_total_queries, d_model)`):
-            Normalized output of the last layer.
+            Output of the last layer, normalized if `config.decoder_norm`.
         intermediate_hidden_states
             (`torch.Tensor` of shape `(batch_size, decoder_layers, num_total_queries, d_model)`):
-            Normalized output of each layer.
+            The same of each layer.
         intermediate_boxes (`torch.Tensor` of shape `(batch_size, decoder_layers, num_total_queries, 4)`):
             Boxes predicted by each layer: center x, center y, width, height, fractions of the unpadded image.
         intermediate_reference_points (`torch.Tensor` of shape `(batch_size, decoder_layers, num_total_queries, 4)`):
@@ -421,6 +421,8 @@ BOX_REFINEMENTS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "look_forward_once": torch.Tensor.detach,
 }
 
+DECODER_NORMS: dict[bool, type[nn.Module]] = {True: nn.LayerNorm, False: nn.Identity}
+
 
 class DinoDetrDecoder(DinoDetrPreTrainedModel):
     """Decode object queries layer by layer; each layer refines the boxes of the layer before."""
@@ -435,9 +437,10 @@ class DinoDetrDecoder(DinoDetrPreTrainedModel):
         super().__init__(config)
         d_model = config.d_model
         self.layers = nn.ModuleList(DinoDetrDecoderLayer(config) for _ in range(config.decoder_layers))
-        self.layer_norm = nn.LayerNorm(d_model)
+        self.layer_norm = DECODER_NORMS[config.decoder_norm](d_model)
         self.ref_point_head = DinoDetrMLPPredictionHead([2 * d_model, d_model, d_model], rule=xavier, last_rule=xavier)
         self.bbox_embed = nn.ModuleList(make_bbox_head(d_model) for _ in range(num_prediction_heads(config)))
+        self.positional_query = POSITIONAL_QUERIES[config.positional_query](config)
         self.look_forward = BOX_REFINEMENTS[config.box_refinement]
         self.post_init()
 
@@ -470,7 +473,8 @@ class DinoDetrDecoder(DinoDetrPreTrainedModel):
             level_boxes = reference_points[:, :, None] * valid_ratios  # (batch, queries, levels, 4)
             # As in the official implementation, positional queries embed boxes as fractions of the padded finest map.
             sines = sine_box_embedding(level_boxes[:, :, 0], self.config.d_model // 2)
-            positions = self.ref_point_head(sines.to(inputs_embeds.dtype))
+            embedded_anchors = self.ref_point_head(sines.to(inputs_embeds.dtype))
+            positions = self.positional_query(embedded_anchors, hidden_states, index)
             hidden_states = layer(hidden_states, positions, level_boxes, memory, attention_mask, levels)
 
             # The box head is applied twice, as in IDEA-Research/DINO. Its output for the states before the norm gives
@@ -570,7 +574,7 @@ class DinoDetrModel(DinoDetrPreTrainedModel):
         selected = self.query_selection(memory, levels)
         denoising = self.denoising(labels if self.training else None, selected.inputs_embeds, max_num_objects)
         decoded = self.decoder(
-            inputs_embeds=torch.cat([denoising.inputs_embeds, selected.inputs_embeds], dim=1),
+            inputs_embeds=torch.cat([denoising.inputs_embeds, denoising.matching_queries], dim=1),
             reference_points=torch.cat([denoising.reference_points, selected.reference_points], dim=1),
             attention_mask=make_decoder_attention_mask(denoising, selected.inputs_embeds.shape[1], self.dtype),
             memory=memory,

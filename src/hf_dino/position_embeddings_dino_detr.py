@@ -1,4 +1,4 @@
-"""Sine embeddings of positions: of the cells of feature maps, and of the boxes (anchors) of queries.
+"""Embeddings of positions: of the cells of feature maps, and of the boxes (anchors) of queries.
 
 Papers: Attention Is All You Need, https://arxiv.org/abs/1706.03762, section 3.5; DETR,
 https://arxiv.org/abs/2005.12872; DAB-DETR, https://arxiv.org/abs/2201.12329.
@@ -7,6 +7,11 @@ https://arxiv.org/abs/2005.12872; DAB-DETR, https://arxiv.org/abs/2201.12329.
 import math
 
 import torch
+from torch import nn
+
+from .configuration_dino_detr import DinoDetrConfig
+from .initialization_dino_detr import xavier
+from .prediction_heads_dino_detr import DinoDetrMLPPredictionHead
 
 
 # Temperature of the decoder's box embedding; that of the cells is a field of the config.
@@ -69,3 +74,37 @@ def sine_box_embedding(boxes: torch.Tensor, dim: int) -> torch.Tensor:
     y_x_width_height = torch.stack([boxes[..., 1], boxes[..., 0], boxes[..., 2], boxes[..., 3]], dim=-1)
     angle = 2 * math.pi * y_x_width_height[..., None] / sine_wavelengths(dim, BOX_TEMPERATURE, boxes.device)
     return torch.stack([angle[..., 0::2].sin(), angle[..., 1::2].cos()], dim=-1).flatten(-3)
+
+
+class DinoDetrAnchorQuery(nn.Module):
+    """DINO: the positional query is the embedded anchor."""
+
+    def __init__(self, config: DinoDetrConfig):
+        super().__init__()
+
+    def forward(self, embedded_anchors: torch.Tensor, contents: torch.Tensor, layer: int) -> torch.Tensor:
+        return embedded_anchors
+
+
+class DinoDetrConditionalQuery(nn.Module):
+    """DAB-DETR, section 4.2: the embedded anchor is scaled by an MLP of the content, as in Conditional DETR."""
+
+    def __init__(self, config: DinoDetrConfig):
+        super().__init__()
+        self.query_scale = DinoDetrMLPPredictionHead([config.d_model] * 3, rule=xavier, last_rule=xavier)
+
+    def forward(self, embedded_anchors: torch.Tensor, contents: torch.Tensor, layer: int) -> torch.Tensor:
+        """
+        Args:
+            embedded_anchors (`torch.Tensor` of shape `(batch_size, num_queries, d_model)`): Embedded boxes.
+            contents (`torch.Tensor` of shape `(batch_size, num_queries, d_model)`): Input of the decoder layer.
+            layer (`int`): Index of the decoder layer. Before the first, contents do not depend on the image yet, and
+                nothing is scaled.
+        """
+        return embedded_anchors * self.query_scale(contents) if layer else embedded_anchors
+
+
+POSITIONAL_QUERIES: dict[str, type[DinoDetrAnchorQuery] | type[DinoDetrConditionalQuery]] = {
+    "anchor": DinoDetrAnchorQuery,
+    "conditional": DinoDetrConditionalQuery,
+}

@@ -4,9 +4,15 @@ import pytest
 
 from helpers.models import TINY_RESNET, make_labels, tiny_config, tiny_model
 from hf_dino import DinoDetrConfig
-from hf_dino.configuration_dino_detr import BOX_REFINEMENT_NAMES, DENOISING_NAMES, QUERY_SELECTION_NAMES
+from hf_dino.configuration_dino_detr import (
+    BOX_REFINEMENT_NAMES,
+    DENOISING_NAMES,
+    POSITIONAL_QUERY_NAMES,
+    QUERY_SELECTION_NAMES,
+)
 from hf_dino.denoising_dino_detr import DENOISING_STRATEGIES
 from hf_dino.modeling_dino_detr import BOX_REFINEMENTS
+from hf_dino.position_embeddings_dino_detr import POSITIONAL_QUERIES
 from hf_dino.query_selection_dino_detr import QUERY_SELECTIONS
 
 
@@ -39,6 +45,7 @@ def test_every_named_strategy_has_an_implementation():
     assert tuple(DENOISING_STRATEGIES) == DENOISING_NAMES
     assert tuple(QUERY_SELECTIONS) == QUERY_SELECTION_NAMES
     assert tuple(BOX_REFINEMENTS) == BOX_REFINEMENT_NAMES
+    assert tuple(POSITIONAL_QUERIES) == POSITIONAL_QUERY_NAMES
 
 
 def test_json_round_trip(tmp_path):
@@ -54,6 +61,12 @@ def test_json_round_trip(tmp_path):
         ({"denoising": "dn"}, "denoising must be one of 'contrastive', 'plain', 'none', got 'dn'"),
         ({"query_selection": "two_stage"}, "query_selection must be one of 'mixed', 'pure', 'static'"),
         ({"box_refinement": "none"}, "box_refinement must be one of 'look_forward_twice', 'look_forward_once'"),
+        ({"positional_query": "modulated"}, "positional_query must be one of 'anchor', 'conditional', got 'modulated'"),
+        (
+            {"positional_query": "conditional", "decoder_layers": 1},
+            "decoder_layers must be at least 2 with positional_query='conditional'",
+        ),
+        ({"num_denoising_groups": 0}, "num_denoising_groups must be between 1 and inf, got 0"),
         ({"num_denoising": 0}, "num_denoising must be at least 1 with denoising='contrastive', got 0"),
         ({"d_model": 40}, "d_model must be a multiple of 32"),
         ({"encoder_attention_heads": 5}, "which 5 does not divide"),
@@ -109,9 +122,12 @@ READ_IN_TRAINING = {
     "share_decoder_heads": False,
     "denoising": "plain",
     "query_selection": "pure",
+    "positional_query": "conditional",
+    "decoder_norm": False,
     "box_prediction_epsilon": 0.2,
     "num_ranking_labels": 40,
     "num_denoising": 3,
+    "num_denoising_groups": 2,
     "label_noise_ratio": 1.0,
     "box_noise_scale": 1.0,
     "auxiliary_loss": False,
@@ -137,6 +153,8 @@ READ_IN_TRAINING = {
     "num_feature_levels": 2,
     "backbone_config": TINY_RESNET | {"hidden_sizes": [8, 8, 8, 8]},
 }
+# Fields that only some strategies read, with one of these.
+READ_BY = {"num_denoising_groups": {"denoising": "plain"}}
 READ_ELSEWHERE = {
     "box_refinement": "changes gradients only: test_modeling",
     "num_select": "read by the examples: test_examples",
@@ -157,4 +175,5 @@ def test_every_field_is_read(field, pixel_values):
         torch.manual_seed(1)
         return model(pixel_values, labels=make_labels(3, 4)).loss.item()
 
-    assert loss(**{field: READ_IN_TRAINING[field]}) != loss()
+    strategy = READ_BY.get(field, {})
+    assert loss(**strategy, **{field: READ_IN_TRAINING[field]}) != loss(**strategy)

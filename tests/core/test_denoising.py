@@ -5,6 +5,7 @@ from helpers.models import make_labels, tiny_config
 from hf_dino.denoising_dino_detr import (
     DENOISING_STRATEGIES,
     NO_OBJECT,
+    NOT_SUPERVISED,
     contrastive_box_noise,
     denoising_attention_mask,
     plain_box_noise,
@@ -85,26 +86,52 @@ def test_an_image_with_fewer_objects_is_filled_up_with_empty_queries():
     assert (queries.reference_points[0] == 0.5).all()
 
 
-@pytest.mark.parametrize("strategy", ["contrastive", "plain"])
-@pytest.mark.parametrize(
-    ("num_denoising", "counts"), [(100, (3, 7)), (10, (3, 7)), (10, (1,)), (7, (7,)), (3, (2, 0))]
-)
-def test_num_denoising_is_divided_into_groups(strategy, num_denoising, counts):
+COUNTS = [(100, (3, 7)), (10, (3, 7)), (10, (1,)), (7, (7,)), (3, (2, 0))]
+
+
+@pytest.mark.parametrize(("num_denoising", "counts"), COUNTS)
+def test_num_denoising_is_divided_into_groups(num_denoising, counts):
     """In the official implementation a dn_number below 50 is a number of groups, which gives thousands of queries."""
-    _, queries = make_queries(make_labels(*counts), strategy, num_denoising=num_denoising)
-    copies = 2 if strategy == "contrastive" else 1
+    _, queries = make_queries(make_labels(*counts), num_denoising=num_denoising)
     assert queries.num_groups == num_denoising // max(counts)
-    assert queries.inputs_embeds.shape[1] == queries.num_groups * max(counts) * copies <= num_denoising * copies
+    assert queries.inputs_embeds.shape[1] == queries.num_groups * max(counts) * 2 <= num_denoising * 2
 
 
-@pytest.mark.parametrize("strategy", ["contrastive", "plain"])
-def test_a_crowded_image_has_no_more_than_num_denoising(strategy):
+@pytest.mark.parametrize(("num_denoising", "counts"), COUNTS)
+def test_plain_groups_are_as_many_for_any_images(num_denoising, counts):
+    for given, groups in (({}, 5), ({"num_denoising_groups": 3}, 3)):
+        _, queries = make_queries(make_labels(*counts), "plain", num_denoising=num_denoising, **given)
+        assert queries.num_groups == groups
+        assert queries.inputs_embeds.shape[1] == groups * max(counts)
+
+
+@pytest.mark.parametrize(("strategy", "queries_per_object"), [("contrastive", 2), ("plain", 5)])
+def test_a_crowded_image_has_no_more_than_num_denoising(strategy, queries_per_object):
     torch.manual_seed(0)
     _, queries = make_queries(make_labels(500, 2), strategy, num_denoising=20)
-    copies = 2 if strategy == "contrastive" else 1
-    assert queries.inputs_embeds.shape[1] == 20 * copies
-    chosen = queries.object_index[0][queries.object_index[0] != NO_OBJECT]
+    assert queries.inputs_embeds.shape[1] == 20 * queries_per_object
+    chosen = queries.object_index[0][queries.object_index[0] > NO_OBJECT]
     assert len(chosen.unique()) == 20 and chosen.max() > 20  # a choice, not the first ones
+
+
+def test_plain_contents_end_with_what_they_are():
+    labels, config = make_labels(1, 3), tiny_config(denoising="plain")
+    module = DENOISING_STRATEGIES["plain"](config)
+    torch.nn.init.normal_(module.label_embed.weight)
+    matching = torch.randn(2, 12, config.d_model)
+    queries = module(labels, matching)
+    assert torch.equal(queries.inputs_embeds[..., -1], (queries.object_index > NO_OBJECT).float())
+    assert (queries.object_index[0] == NOT_SUPERVISED).sum() == 5 * 2
+    for given in (labels, None):  # None in inference
+        marked = module(given, matching).matching_queries
+        assert torch.equal(marked[..., :-1], matching[..., :-1]) and (marked[..., -1] == 0).all()
+
+
+@pytest.mark.parametrize("strategy", ["contrastive", "none"])
+def test_other_contents_are_all_content(strategy):
+    module, _ = make_queries(make_labels(1), strategy)
+    matching = torch.randn(1, 12, 32)
+    assert module(make_labels(3), matching).matching_queries is matching
 
 
 @pytest.mark.parametrize("strategy", list(DENOISING_STRATEGIES))

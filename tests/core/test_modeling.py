@@ -291,6 +291,24 @@ def test_denoising_changes_nothing_but_its_own_loss(pixel_values):
     assert ours.loss_dict["loss_bbox_denoising"] > 0
 
 
+def test_plain_denoising_has_no_loss_but_that_of_the_copies(pixel_values):
+    """An image costs the same alone and beside one with more objects, where it is filled up with empty queries."""
+    model = tiny_model(denoising="plain", label_noise_ratio=0.0, box_noise_scale=0.0)
+    # empty queries take part in self-attention, so that it must not mix queries
+    for layer in model.model.decoder.layers:
+        torch.nn.init.zeros_(layer.self_attn.o_proj.weight)
+    few, many = make_labels(1, 4)
+
+    def total(*images: int) -> dict[str, torch.Tensor]:
+        labels = [(few, many)[image] for image in images]
+        terms = train_step(model, pixel_values[list(images)], labels).loss_dict
+        count = sum(len(label["boxes"]) for label in labels)
+        return {name: term.detach() * count for name, term in terms.items() if "denoising" in name}
+
+    together, alone = total(0, 1), (total(0), total(1))
+    torch.testing.assert_close(together, {name: alone[0][name] + alone[1][name] for name in together})
+
+
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
 def test_denoising_queries_do_not_leak_the_ground_truth(pixel_values, implementation):
     """Gradients show which query attends to which: matching queries to no denoising query, a group only to itself."""
@@ -379,6 +397,42 @@ def test_static_queries_are_the_same_for_every_image(pixel_values):
     assert queries.enc_outputs_class is queries.enc_outputs_coord_logits is None
     outputs = train_step(model, pixel_values, make_labels(1, 2))
     assert not any("encoder" in name for name in outputs.loss_dict)
+
+
+def test_conditional_queries_are_anchors_scaled_by_the_content_after_the_first_layer(pixel_values):
+    model = tiny_model(positional_query="conditional")
+    unscaled = DinoDetrForObjectDetection(tiny_config()).eval()
+    missing = unscaled.load_state_dict(model.state_dict(), strict=False)
+    assert all("query_scale" in key for key in missing.unexpected_keys) and not missing.missing_keys
+    seen = []
+    for layer in model.model.decoder.layers:
+        layer.register_forward_pre_hook(lambda _, call: seen.append(call[:2]))
+    embedded = []
+    model.model.decoder.ref_point_head.register_forward_hook(lambda *call: embedded.append(call[-1]))
+    scale = model.model.decoder.positional_query.query_scale
+    with torch.no_grad():
+        assert not torch.allclose(model(pixel_values).pred_boxes, unscaled(pixel_values).pred_boxes, atol=1e-3)
+        factors = [torch.ones(()), *(scale(contents) for contents, _ in seen[1:])]
+        for factor, anchor, (_, positions) in zip(factors, embedded, seen, strict=True):
+            torch.testing.assert_close(positions, anchor * factor)
+        scale.layers[-1].weight.zero_()
+        scale.layers[-1].bias.fill_(1.0)
+        torch.testing.assert_close(model(pixel_values).pred_boxes, unscaled(pixel_values).pred_boxes)
+
+
+@pytest.mark.parametrize("decoder_norm", [True, False])
+def test_heads_read_states_with_or_without_a_norm(pixel_values, decoder_norm):
+    model = tiny_model(decoder_norm=decoder_norm)
+    made = []
+    model.model.decoder.layers[-1].register_forward_hook(lambda *call: made.append(call[-1]))
+    with torch.no_grad():
+        outputs = model(pixel_values)
+        assert torch.equal(model.model.decoder.layer_norm(made[0]), outputs.last_hidden_state)
+        torch.testing.assert_close(model.class_embed[0](outputs.last_hidden_state), outputs.logits)
+    assert torch.equal(made[0], outputs.last_hidden_state) is not decoder_norm
+    assert ("model.decoder.layer_norm.weight" in model.state_dict()) is decoder_norm
+    if not decoder_norm:  # then the box that is passed on is the predicted one
+        torch.testing.assert_close(outputs.pred_boxes, outputs.intermediate_reference_points[:, -1])
 
 
 # Precision

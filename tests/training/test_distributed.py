@@ -47,6 +47,7 @@ NOTHING_UNUSED = {
     "trained batch norm": {"freeze_backbone_batch_norms": False},
     "look forward once": {"box_refinement": "look_forward_once"},
     "separate heads": {"share_decoder_heads": False},
+    "conditional queries": {"positional_query": "conditional", "decoder_norm": False},
     "last layer only": {"auxiliary_loss": False},
 }
 # Objects of the images that a training of 20 steps goes through seven times, four images per step
