@@ -35,6 +35,20 @@ def summarize_list(items: Iterable[object], limit: int = 5) -> str:
     return ", ".join(texts[:limit]) + more
 
 
+def count_of(number: int, noun: str, plural: str = "") -> str:
+    """Join a number and a noun in singular or plural.
+
+    Example:
+
+    ```python
+    >>> count_of(1, "image"), count_of(2, "image"), count_of(3, "box", "boxes")
+    ('1 image', '2 images', '3 boxes')
+
+    ```
+    """
+    return f"{number} {noun if number == 1 else plural or noun + 's'}"
+
+
 def run_cli(main: Callable[[], int | None]) -> NoReturn:
     """Run a command and exit with the status that `main` returns; report errors that are not bugs as one line.
 
