@@ -10,6 +10,7 @@ import os
 import pickle
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from typing import Any
 
 from ..utils.errors import InputError, summarize_list
@@ -110,24 +111,27 @@ class SharedInputQueue(InputQueue):
                 finished, since = now_finished, time.monotonic()
             if time.monotonic() - since > STALL_SECONDS:
                 names = summarize_list(missing)
-                raise InputError(f"no answer from process {names} of {self.size} for {STALL_SECONDS:.0f} s")
+                raise InputError(
+                    f"no answer from process {names} of {self.size} for {STALL_SECONDS:.0f} s; --resume continues"
+                )
             on_wait(finished)
             time.sleep(POLL_SECONDS)
         summaries = [json.loads(self._ask("get", f"summary {rank}")) for rank in range(self.size)]
         if failures := [each["failure"] for each in summaries if "failure" in each]:
-            raise InputError(failures[0])
+            raise InputError(f"{failures[0]}; --resume continues")
         return summaries
 
     def fail(self, reason: str) -> None:
         failure = f"process {self.rank} of {self.size} failed ({reason})"
-        self._ask("set", f"summary {self.rank}", json.dumps({"failure": failure}))
+        with suppress(InputError):  # this may be the failure
+            self._ask("set", f"summary {self.rank}", json.dumps({"failure": failure}))
 
     def _ask(self, operation: str, *arguments: Any) -> Any:
         try:
             return getattr(self.store, operation)(*arguments)
         except RuntimeError as error:  # torch's errors of connections
             reason = str(error).partition("\n")[0]
-            raise InputError(f"the main process cannot be reached any more ({reason})") from None
+            raise InputError(f"the main process cannot be reached any more ({reason}); --resume continues") from None
 
 
 def join_processes() -> InputQueue:

@@ -74,13 +74,17 @@ class PredictionRun:
             try:
                 if self.queue.rank == 0:
                     self._prepare(inputs, resume, overwrite)
+                else:
+                    self.results.open()
                 self._save(inputs)
             except KeyboardInterrupt:
                 self._stop(inputs, *received)
-            except (OSError, InputError) as error:
+            except Exception as error:
                 self.results.close_journal()
                 self.queue.fail(str(error))
-                raise InputError(f"{error}; --resume continues") from None
+                if isinstance(error, OSError):
+                    raise InputError(f"{error}; --resume continues once this is mended") from error
+                raise
 
     def _prepare(self, inputs: Sequence[ImageInput], resume: bool, overwrite: bool) -> None:
         self.results.check_previous(inputs, resume=resume, overwrite=overwrite)  # a run may have come and gone
