@@ -34,7 +34,7 @@ from filelock import FileLock, Timeout
 from PIL import Image
 
 from ..data.readers.voc import VOC_SOURCE
-from ..utils.errors import InputError, import_extra, summarize_list
+from ..utils.errors import InputError, count_of, import_extra, summarize_list
 from ..utils.io import annotate_oserror, atomic_write, fsync, read_text, write_json
 from ..visualization import check_drawing_dependencies, draw_detections, save_image
 from .detector import ImageResult
@@ -432,7 +432,8 @@ def _whole_lines(path: Path) -> Iterator[tuple[str, int]]:
                 damaged += 1
             offset += len(line)
     if damaged:
-        logger.warning("%s: %d lines are damaged and left out; --resume detects in these images again", path, damaged)
+        lines = count_of(damaged, "line is", "lines are")
+        logger.warning("%s: %s damaged and left out; --resume detects in these images again", path, lines)
 
 
 def _csv_rows(record: Record) -> str:
