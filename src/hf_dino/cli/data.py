@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from ..training_arguments import AUGMENTATION_HELP
-from ..utils.errors import count
+from ..utils.errors import count_of
 from .options import Command, Facts, Source, make_app, reads_dataset
 
 
@@ -301,7 +301,7 @@ def _print_parts(parts: "DataParts") -> None:
     Console().print(_table(header, rows))
     if groups := parts.near_duplicates:
         names = [" = ".join(short_path(image.path) for image in group[:2]) for group in groups]
-        duplicates = count("near-duplicate", sum(map(len, groups)))
+        duplicates = count_of(sum(map(len, groups)), "near-duplicate")
         print(f"kept together: {duplicates} in {count('group', len(groups))}: {summarize_list(names, 3)}")
 
 

@@ -134,26 +134,33 @@ def predict(
 
     import torch
 
-    from ..inference import DetectionOptions, Detector, PredictionRun, ResultsDirectory, find_inputs
+    from ..inference import DetectionOptions, Detector, PredictionRun, ResultsDirectory, find_inputs, join_processes
     from ..utils.names import named_classes
 
-    inputs = find_inputs(images, recursive)
-    drawing = _single_drawing(output, images, inputs, formats)
-    if drawing and (formats != ["images"] or resume):
-        context.fail("--save and --resume need a directory as --output.")
+    queue, inputs, drawing = join_processes(), [], None
     settings = {"model": model_name_or_path, "threshold": threshold, "classes": _split(classes or []), "top_k": top_k}
     settings |= {"nms": nms, "dtype": dtype, "tile": tile, "tile_overlap": overlap}
-    results = ResultsDirectory(output, formats, settings)
-    inputs = inputs if drawing else _outside(output, inputs)
-    done = _check_outputs(results, inputs, drawing, resume, overwrite)
+    results = ResultsDirectory(output, formats, settings, rank=queue.rank)
+    if queue.rank == 0:
+        inputs = find_inputs(images, recursive)
+        drawing = _single_drawing(output, images, inputs, formats)
+        if drawing and (formats != ["images"] or resume):
+            context.fail("--save and --resume need a directory as --output.")
+        inputs = inputs if drawing else _outside(output, inputs)
+        _check_outputs(results, inputs, drawing, resume, overwrite)
+    else:
+        queue.wait()
     model, processor = _load_model(model_name_or_path, device, dtype, compile)
     results.classes = named_classes(model.config.id2label)
     options = DetectionOptions(threshold, _labels(classes, results.classes), top_k, nms, tile, overlap)
     detector = Detector(model, processor, options, batch_size=batch_size, dtype=getattr(torch, dtype))
-    remaining = [item for item in inputs if str(item.source) not in done]
-    run = PredictionRun(detector, results, num_workers, total=len(remaining), quiet=json_summary)
-    run.draw_one(remaining[0], drawing) if drawing else run.save_all(remaining, overwrite)
-    run.report(len(done))
+    run = PredictionRun(detector, results, queue, num_workers=num_workers, quiet=json_summary)
+    if drawing:
+        queue.put([], 1)
+        run.draw_one(inputs[0], drawing)
+    else:
+        run.save_all(inputs, resume=resume, overwrite=overwrite)
+    run.report()
 
 
 def _split(values: Sequence[str]) -> list[str]:
@@ -211,21 +218,17 @@ def _outside(output: Path, inputs: list["ImageInput"]) -> list["ImageInput"]:
 
 def _check_outputs(
     results: "ResultsDirectory", inputs: Sequence["ImageInput"], drawing: Path | None, resume: bool, overwrite: bool
-) -> set[str]:
-    """Check outputs before the model is loaded, and return the images that are saved already."""
+) -> None:
+    """Check outputs before the model is loaded."""
     from ..utils.io import ensure_new_files
     from ..visualization import check_drawing_dependencies
 
     if drawing:
         ensure_new_files(*() if overwrite else (drawing,))
         check_drawing_dependencies(drawing)
-        return set()
-    results.check_inputs(inputs)
-    if resume:
-        return results.check_resumed(inputs)
-    if not overwrite:
-        results.check_new(inputs)
-    return set()
+    else:
+        results.check_inputs(inputs)
+        results.check_previous(inputs, resume=resume, overwrite=overwrite)
 
 
 def _load_model(name: str, device: str | None, dtype: str, compile: bool) -> tuple[Any, Any]:
@@ -234,6 +237,7 @@ def _load_model(name: str, device: str | None, dtype: str, compile: bool) -> tup
 
     from ..exported import is_exported, load_exported
     from ..hub import load_model_and_processor
+    from ..inference.processes import local_device
 
     if is_exported(name):
         if device not in (None, "cpu") or dtype != "float32" or compile:
@@ -241,7 +245,7 @@ def _load_model(name: str, device: str | None, dtype: str, compile: bool) -> tup
                 f"{name}: is an exported model, which runs on the CPU only; leave out --device, --dtype, --compile"
             )
         return load_exported(name)
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = local_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if dtype == "float16" and device.partition(":")[0] == "cpu":
         raise InputError("--dtype float16 needs a GPU; use bfloat16 or float32")
     model, processor = load_model_and_processor(name)

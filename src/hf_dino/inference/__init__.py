@@ -1,6 +1,7 @@
 """Detect objects in images, in files of any number, and save the detections."""
 
 from .detector import DetectionOptions, Detector, ImageResult, detect_objects
+from .processes import join_processes
 from .results import SAVE_FORMATS, ResultsDirectory
 from .run import PredictionRun
 from .sources import ImageInput, find_inputs
@@ -16,4 +17,5 @@ __all__ = [
     "ResultsDirectory",
     "detect_objects",
     "find_inputs",
+    "join_processes",
 ]

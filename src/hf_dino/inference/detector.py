@@ -3,7 +3,7 @@
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor, ThreadPoolExecutor
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -280,9 +280,15 @@ def map_ahead(
         yield futures.popleft().result()
 
 
-def worker_threads(num_workers: int) -> Any:
-    """Return a context of a pool of threads, of `None` for none."""
-    return ThreadPoolExecutor(num_workers) if num_workers else nullcontext()
+@contextmanager
+def worker_threads(num_workers: int) -> Iterator[Executor | None]:
+    """Make a pool of threads for a context, `None` for none. At its end, also by an error, nothing more is begun."""
+    pool = ThreadPoolExecutor(num_workers) if num_workers else None
+    try:
+        yield pool
+    finally:
+        if pool:
+            pool.shutdown(cancel_futures=True)
 
 
 def _read(item: ImageInput) -> ImageResult:

@@ -17,21 +17,25 @@ cut at its border, and those without any area inside are left out, with a warnin
 """
 
 import csv
+import io
 import json
 import logging
+import os
 import re
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path, PurePosixPath
 from typing import Any, TextIO
 
 import numpy as np
+from filelock import FileLock, Timeout
 from PIL import Image
 
 from ..data.readers.voc import VOC_SOURCE
-from ..utils.errors import InputError, import_extra, summarize_list
-from ..utils.io import atomic_write, fsync, read_text, write_json
+from ..utils.errors import InputError, count_of, import_extra, summarize_list
+from ..utils.io import annotate_oserror, atomic_write, fsync, read_text, write_json
 from ..visualization import check_drawing_dependencies, draw_detections, save_image
 from .detector import ImageResult
 from .sources import ImageInput
@@ -45,6 +49,10 @@ Record = dict[str, Any]
 SETTINGS = ".predict.json"
 JOURNAL = "results.jsonl"
 HIDDEN_JOURNAL = ".results.jsonl"  # where it is not asked for
+OTHER_JOURNALS = ".results-*.jsonl"  # of processes beside the main process, until it merges them
+LOCK = ".predict.lock"
+
+_UTF8: Any = {"encoding": "utf-8", "errors": "surrogateescape", "newline": ""}  # file names may be any bytes
 
 
 def to_record(result: ImageResult) -> Record:
@@ -70,35 +78,62 @@ def _clip(record: Record) -> tuple[np.ndarray, list[Record]]:
     return clipped[kept], [record["detections"][index] for index in kept]
 
 
+class _Log:
+    """A text file that grows by whole texts: after a full disk or Ctrl-C, none is there in part."""
+
+    def __init__(self, path: Path, mode: str):
+        self.path, self.file = path, path.open(mode, buffering=0)
+
+    def append(self, text: str) -> None:
+        end, left = self.file.seek(0, os.SEEK_END), memoryview(text.encode(errors="surrogateescape"))
+        try:
+            with annotate_oserror(self.path):
+                while left:
+                    left = left[self.file.write(left) :]
+        except BaseException:
+            self.file.truncate(end)
+            raise
+
+
 class ResultsDirectory:
     """A directory of detections in several formats.
 
     Files of a single image are written before its line of the journal, and files of all images are made from the
     journal. So whenever the process ends, each image of the journal is complete, and the others are missing from it.
+    Several processes can write into one directory, each with a journal of its own; the main process, of rank 0, does
+    everything else: it prepares the directory before the others `open` it, and merges the journals.
 
     Args:
         folder (`Path`): The directory.
         formats (`Iterable[str]`): Some of [`SAVE_FORMATS`].
         settings (`Mapping[str, Any]`): What the detections depend on: a resumed run must have the same.
         classes (`Mapping[int, str]`, *optional*): Label to name, without unused labels; needed from `open` on.
+        rank (`int`, *optional*, defaults to 0): Number of this process among several.
     """
 
     def __init__(
-        self, folder: Path, formats: Iterable[str], settings: Mapping[str, Any], classes: Mapping[int, str] = {}
+        self,
+        folder: Path,
+        formats: Iterable[str],
+        settings: Mapping[str, Any],
+        classes: Mapping[int, str] = {},
+        *,
+        rank: int = 0,
     ):
-        self.folder, self.classes = folder, classes
+        self.folder, self.classes, self.rank = folder, classes, rank
         self.formats = [name for name in SAVE_FORMATS if name in set(formats)]
         self.settings = {**settings, "save": self.formats}
         self.journal = folder / (JOURNAL if "jsonl" in self.formats else HIDDEN_JOURNAL)
         self.changed_boxes: Counter[str] = Counter()
-        self._file: Any = None
-        self._rows: Any = None
+        self._own_journal = folder / OTHER_JOURNALS.replace("*", f"{rank:05}") if rank else self.journal
+        self._logs: dict[str, _Log] = {}
+        self._is_resumed = False
 
     def check_inputs(self, inputs: Sequence[ImageInput]) -> None:
         """Check that outputs can be written, and that no two of them have the same name.
 
         Raises:
-            InputError: If two images have the same name.
+            InputError: If two images have the same name, or an image is given twice.
             ImportError: If a library is missing.
         """
         per_image = [name for name in self.formats if name in _FILE_WRITERS]
@@ -107,13 +142,62 @@ class ResultsDirectory:
             check_drawing_dependencies(Path("drawn.png"))
         if "voc" in self.formats:
             import_extra("supervision", "train", "writing Pascal VOC")
+        sources = Counter(str(item.source) for item in inputs)
+        if twice := [source for source, count in sources.items() if count > 1]:
+            raise InputError(f"{summarize_list(twice)}: given more than once; give each image once")
         counts = Counter(names)
         for item, name in zip(inputs, names):
             if counts[name] > 1:
                 verb, target = ("drawn into", self._drawing(item.name)) if per_image else ("saved as", item.name)
                 raise InputError(f"several images would be {verb} {target}; rename one, or draw them one by one")
 
-    def check_new(self, inputs: Iterable[ImageInput]) -> None:
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold the directory, so that no other run writes into it. A process that dies holds it no longer.
+
+        Raises:
+            InputError: If another run holds it.
+        """
+        lock, settings = FileLock(self.folder / LOCK, timeout=0), self.folder / SETTINGS
+        is_ours = settings.exists() or not (self.folder / LOCK).exists()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            lock.acquire()
+        except Timeout:
+            raise InputError(
+                f"{self.folder}: used by another run; wait for it to finish, or use a different --output"
+            ) from None
+        try:
+            yield
+        finally:
+            if is_ours and not settings.exists():  # nothing is left to resume
+                with suppress(OSError):  # Windows deletes no open file
+                    (self.folder / LOCK).unlink()
+            lock.release()
+
+    def check_previous(self, inputs: Iterable[ImageInput], *, resume: bool, overwrite: bool) -> None:
+        """Check what an earlier run left, and change nothing.
+
+        Args:
+            inputs (`Iterable[ImageInput]`): The images.
+            resume (`bool`): Whether to continue the earlier run, if there was one.
+            overwrite (`bool`): Whether to replace its results.
+
+        Raises:
+            InputError: If something would be overwritten, or the run to resume had other settings.
+        """
+        previous = self._previous_settings() if resume else None
+        if previous is None and not overwrite:
+            self.check_new(inputs, resume)
+        differing = [name for name in self.settings if previous and previous.get(name) != self.settings[name]]
+        if previous and differing:
+            changes = [f"{name} {previous.get(name)!r} (now {self.settings[name]!r})" for name in differing]
+            raise InputError(
+                f"{self.folder}: cannot be resumed, it was made with {summarize_list(changes)}; use the same options, "
+                f"or --overwrite"
+            )
+
+    def check_new(self, inputs: Iterable[ImageInput], resume: bool = False) -> None:
         """Check that nothing would be overwritten.
 
         Raises:
@@ -122,12 +206,11 @@ class ResultsDirectory:
         targets = [self.folder / name for name in (SETTINGS, JOURNAL, HIDDEN_JOURNAL)]
         targets += [self.folder / name for format in self.formats for name in _OWN_PATHS.get(format, ())]
         targets += [self._drawing(item.name) for item in inputs] if "images" in self.formats else []
-        for target in targets:
-            if target.exists():
-                raise InputError(
-                    f"{target}: already exists; add --resume to continue that run, --overwrite to replace it, or use "
-                    f"a different path"
-                )
+        advice = "there is no unfinished run to resume" if resume else "add --resume to continue that run"
+        if existing := next((target for target in targets if target.exists()), None):
+            raise InputError(
+                f"{existing}: already exists; {advice}, --overwrite to replace it, or use a different path"
+            )
 
     def remove_previous(self) -> None:
         """Delete what an earlier run saved, apart from drawings, which are replaced.
@@ -143,27 +226,18 @@ class ResultsDirectory:
         for name in dict.fromkeys(name for format in saved for name in _OWN_PATHS.get(format, ())):
             path = self.folder / name
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-        for name in (HIDDEN_JOURNAL, JOURNAL, SETTINGS) if previous else ():
-            (self.folder / name).unlink(missing_ok=True)
+        journals = [*self.folder.glob(OTHER_JOURNALS), *(self.folder / name for name in (HIDDEN_JOURNAL, JOURNAL))]
+        for path in [*journals, self.folder / SETTINGS] if previous else ():
+            path.unlink(missing_ok=True)
 
-    def check_resumed(self, inputs: Iterable[ImageInput]) -> set[str]:
-        """Return the images that an earlier run has saved, and remove the line that it was writing when it ended.
+    def resume(self, inputs: Sequence[ImageInput]) -> set[str]:
+        """Return the images that an earlier run has saved, and merge its journals.
 
         Raises:
-            InputError: If the earlier run had other settings, or there was none but something would be overwritten.
+            InputError: If a new image has the name of a saved one.
         """
-        previous = self._previous_settings()
-        if previous is None:
-            self.check_new(inputs)
-            return set()
-        differing = [name for name in self.settings if previous.get(name) != self.settings[name]]
-        if differing:
-            changes = [f"{name} {previous.get(name)!r} (now {self.settings[name]!r})" for name in differing]
-            raise InputError(
-                f"{self.folder}: cannot be resumed, it was made with {summarize_list(changes)}; use the same options, "
-                f"or --overwrite"
-            )
-        self._drop_partial_line()
+        self._is_resumed = True
+        self._merge_journals(inputs)
         done = {record["file_name"]: record["image"] for record in self.records()}
         for item in inputs:
             if done.get(item.name, str(item.source)) != str(item.source):
@@ -180,15 +254,26 @@ class ResultsDirectory:
         except json.JSONDecodeError:
             raise InputError(f"{path}: is not valid JSON; use a different --output") from None
 
-    def _drop_partial_line(self) -> None:
-        """Remove a line that does not end, because the process was killed while it was written."""
-        if not self.journal.exists():
-            return
-        with self.journal.open("rb+") as file:
-            end = 0
-            for line in file:
-                end += len(line) * line.endswith(b"\n")
-            file.truncate(end)
+    def _merge_journals(self, inputs: Sequence[ImageInput]) -> None:
+        """Make one journal of those of all processes: each image once, whole lines only, in the order of the inputs.
+
+        Images that are not among the inputs come first. Killed at any moment, it leaves no image out.
+        """
+        paths = [path for path in (self.journal, *sorted(self.folder.glob(OTHER_JOURNALS))) if path.exists()]
+        positions = {str(item.source): number for number, item in enumerate(inputs)}
+        lines: dict[str, tuple[int, int, int]] = {}  # image → its position among the inputs, journal and offset in it
+        for number, path in enumerate(paths):
+            for image, offset in _whole_lines(path):
+                lines.setdefault(image, (positions.get(image, -1), number, offset))
+        with ExitStack() as stack:
+            files = [stack.enter_context(path.open("rb")) for path in paths]
+            with atomic_write(self.journal) as temporary, temporary.open("wb") as merged:
+                for _, number, offset in sorted(lines.values()):
+                    files[number].seek(offset)
+                    merged.write(files[number].readline())
+        for path in paths:
+            if path != self.journal:
+                path.unlink()
 
     def records(self) -> Iterator[Record]:
         """Read the journal, one record at a time."""
@@ -198,15 +283,17 @@ class ResultsDirectory:
 
     def open(self) -> None:
         """Begin to write, after what the journal contains already."""
-        write_json(self.folder / SETTINGS, self.settings)
-        self._file = self.journal.open("ab")
+        if not self.rank:
+            write_json(self.folder / SETTINGS, self.settings)
+            self._open_formats()
+        self._logs["journal"] = _Log(self._own_journal, "ab")
+
+    def _open_formats(self) -> None:
         if "yolo" in self.formats:
             _write_yolo_classes(self.folder / "yolo", self.classes)
         if "csv" in self.formats:
-            self._rows = (self.folder / "results.csv").open("w", encoding="utf-8", newline="")
-            csv.writer(self._rows).writerow(_CSV_COLUMNS)
-            for record in self.records():
-                self._append_rows(record)
+            self._write_document(_CSV, ResultsDirectory._write_csv)
+            self._logs["csv"] = _Log(self.folder / _CSV, "ab")
 
     def save_files(self, result: ImageResult) -> ImageResult:
         """Write the files of one image. May be called from any thread, and before or after other images."""
@@ -219,17 +306,10 @@ class ResultsDirectory:
 
     def append(self, record: Record) -> None:
         """Add an image, whose files are written, to the journal."""
-        self._file.write(json.dumps(record).encode() + b"\n")
-        self._file.flush()
+        self._logs["journal"].append(json.dumps(record) + "\n")
         self._count_changed_boxes(record)
-        if self._rows is not None:
-            self._append_rows(record)
-
-    def _append_rows(self, record: Record) -> None:
-        image = (record["image"], record["width"], record["height"])
-        rows = ((*image, each["label"], each["name"], each["score"], *each["box"]) for each in record["detections"])
-        csv.writer(self._rows).writerows(rows)
-        self._rows.flush()
+        if "csv" in self._logs:
+            self._logs["csv"].append(_csv_rows(record))
 
     def _count_changed_boxes(self, record: Record) -> None:
         if {"crops", "labelstudio", "yolo", "voc"}.isdisjoint(self.formats):
@@ -238,27 +318,38 @@ class ResultsDirectory:
         self.changed_boxes["left out"] += len(record["detections"]) - len(kept)
         self.changed_boxes["cut"] += sum(box.tolist() != each["box"] for box, each in zip(clipped, kept))
 
-    def close(self, complete: bool) -> None:
-        """Write the files of all images from the journal.
+    def close_journal(self) -> None:
+        """End what this process writes, which another run can resume then."""
+        for log in self._logs.values():
+            log.file.close()
+            fsync(log.path)
+        self._logs.clear()
+
+    def close(self, complete: bool, inputs: Sequence[ImageInput] = ()) -> None:
+        """Write the files of all images from the journals, once all other processes have closed theirs.
 
         Args:
             complete (`bool`): Whether the run came to its end, so that a journal that was not asked for can go.
+            inputs (`Sequence[ImageInput]`, *optional*): Images in the order in which they are written; by default, in
+                that of the journal.
         """
-        self._file.close()
-        fsync(self.journal)
-        if self._rows is not None:
-            self._rows.close()
+        self.close_journal()
+        if self._is_resumed or any(self.folder.glob(OTHER_JOURNALS)):  # otherwise it has this order already
+            self._merge_journals(inputs)
         for name in self.formats:
             if name in _DOCUMENT_WRITERS:
-                file_name, write = _DOCUMENT_WRITERS[name]
-                with atomic_write(self.folder / file_name) as temporary, temporary.open("w", encoding="utf-8") as file:
-                    write(self, file)
+                self._write_document(*_DOCUMENT_WRITERS[name])
         if complete and self.formats == ["images"]:
             self.journal.unlink()
             (self.folder / SETTINGS).unlink()
         if self.changed_boxes.total():
             cut = [f"{count} {what}" for what, count in self.changed_boxes.items() if count]
             logger.warning("boxes beyond their image in crops, labelstudio, yolo and voc: %s", " and ".join(cut))
+
+    def _write_document(self, file_name: str, write: "Callable[[ResultsDirectory, TextIO], None]") -> None:
+        path = self.folder / file_name
+        with atomic_write(path) as temporary, temporary.open("w", **_UTF8) as file:
+            write(self, file)
 
     def _drawing(self, name: str) -> Path:
         return self.folder / f"{_stem(name)}.png"
@@ -295,6 +386,10 @@ class ResultsDirectory:
         text = re.sub("(?<=<database>).*?(?=</database>)", VOC_SOURCE, text, count=1)  # it names Roboflow
         _write_text(self.folder / "voc" / "Annotations" / f"{_stem(record['file_name'])}.xml", text)
 
+    def _write_csv(self, file: TextIO) -> None:
+        csv.writer(file).writerow(_CSV_COLUMNS)
+        file.writelines(map(_csv_rows, self.records()))
+
     def _write_json(self, file: TextIO) -> None:
         items = (f"{json.dumps(each['image'])}: {json.dumps(each['detections'])}" for each in self.records())
         _write_items(file, "{", items, "}\n")
@@ -320,6 +415,33 @@ class ResultsDirectory:
 
     def _write_labelstudio(self, file: TextIO) -> None:
         _write_items(file, "[", (json.dumps(_to_task(record)) for record in self.records()), "]\n")
+
+
+def _whole_lines(path: Path) -> Iterator[tuple[str, int]]:
+    """Yield the image and the offset of each line of a journal.
+
+    A line that does not end was being written when the process was killed. Others that cannot be read are damaged.
+    """
+    offset, damaged = 0, 0
+    with path.open("rb") as file:
+        for line in file:
+            try:
+                if line.endswith(b"\n"):
+                    yield json.loads(line)["image"], offset
+            except (ValueError, KeyError, TypeError):
+                damaged += 1
+            offset += len(line)
+    if damaged:
+        lines = count_of(damaged, "line is", "lines are")
+        logger.warning("%s: %s damaged and left out; --resume detects in these images again", path, lines)
+
+
+def _csv_rows(record: Record) -> str:
+    rows, image = io.StringIO(newline=""), (record["image"], record["width"], record["height"])
+    csv.writer(rows).writerows(
+        (*image, each["label"], each["name"], each["score"], *each["box"]) for each in record["detections"]
+    )
+    return rows.getvalue()
 
 
 def draw_rows(image: Image.Image, detections: Sequence[Record], classes: Mapping[int, str]) -> Image.Image:
@@ -363,7 +485,7 @@ def _write_items(file: TextIO, start: str, items: Iterable[str], end: str) -> No
 def _write_text(path: Path, text: str) -> None:
     """Write a file of an image; it is replaced if the image is not in the journal, so it need not be flushed."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text, encoding="utf-8")
+    path.write_text(text, **_UTF8)
 
 
 def _write_yolo_classes(folder: Path, classes: Mapping[int, str]) -> None:
@@ -373,6 +495,7 @@ def _write_yolo_classes(folder: Path, classes: Mapping[int, str]) -> None:
     _write_text(folder / "data.yaml", "path: .\ntrain: images\nval: images\nnames:\n" + "".join(lines))
 
 
+_CSV = "results.csv"
 _CSV_COLUMNS = ("image", "width", "height", "label", "name", "score", "x0", "y0", "x1", "y1")
 
 _FILE_WRITERS: dict[str, Callable[[ResultsDirectory, Record, Image.Image], None]] = {
@@ -382,13 +505,13 @@ _FILE_WRITERS: dict[str, Callable[[ResultsDirectory, Record, Image.Image], None]
     "voc": ResultsDirectory._write_voc,
 }
 _DOCUMENT_WRITERS: dict[str, tuple[str, Callable[[ResultsDirectory, TextIO], None]]] = {
+    "csv": (_CSV, ResultsDirectory._write_csv),
     "json": ("results.json", ResultsDirectory._write_json),
     "coco": ("coco.json", ResultsDirectory._write_coco),
     "labelstudio": ("labelstudio.json", ResultsDirectory._write_labelstudio),
 }
 _OWN_PATHS = {
     "jsonl": [JOURNAL],
-    "csv": ["results.csv"],
     "crops": ["crops"],
     "yolo": ["yolo"],
     "voc": ["voc"],

@@ -1,16 +1,22 @@
 """One run of `hf-dino predict`: its loop, its counts, and what it prints."""
 
 import json
+import os
+import signal
 import sys
+import threading
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from types import FrameType
+from typing import Any, NoReturn
 
-from ..utils.errors import BrokenInputError
+from ..utils.errors import BrokenInputError, count_of
 from ..visualization import save_image
 from .detector import Detector, ImageResult, map_ahead, worker_threads
+from .processes import InputQueue
 from .results import ResultsDirectory, draw_rows, to_record
 from .sources import ImageInput
 
@@ -19,46 +25,99 @@ MAX_LINES = 100  # on the terminal: one per image, or only a summary
 MAX_ERRORS = 20  # on the terminal
 MAX_RAISED = 2  # of them in the last message, which has a line for each
 PROGRESS_DELAY = 2.0  # seconds
+DUPLICATE_SECONDS = 1.0  # one press of Ctrl-C arrives twice: from the terminal, and from a launcher
 
 
 class PredictionRun:
-    """One run of the command: its loop, its counts, and what it prints."""
+    """One run of the command.
 
-    def __init__(self, detector: Detector, results: ResultsDirectory, num_workers: int, total: int, quiet: bool):
-        self.detector, self.results, self.num_workers = detector, results, num_workers
-        self.total, self.quiet = total, quiet
+    Args:
+        detector (`Detector`): Of this process.
+        results (`ResultsDirectory`): Where the results are saved.
+        queue (`InputQueue`): The images of all processes.
+        num_workers (`int`): Threads that read and save images.
+        quiet (`bool`): Whether to print a summary in JSON alone.
+    """
+
+    def __init__(
+        self, detector: Detector, results: ResultsDirectory, queue: InputQueue, *, num_workers: int, quiet: bool
+    ):
+        self.detector, self.results, self.queue = detector, results, queue
+        self.num_workers, self.quiet = num_workers, quiet or queue.rank > 0
+        self.total = self.num_skipped = self.num_images = 0
         self.errors: dict[str, str] = {}
         self.objects: Counter[str] = Counter()
-        self.num_images = 0
         self.target = results.folder
         self.start = time.monotonic()
 
     def draw_one(self, item: ImageInput, target: Path) -> None:
         """Draw one image into a file."""
-        self.target = target
+        self.total, self.target = 1, target
         (result,) = self.detector.stream([item])
         if result.image is not None:
             save_image(draw_rows(result.image, result.detections, self.results.classes), target)
         self._count(result)
 
-    def save_all(self, inputs: Sequence[ImageInput], overwrite: bool) -> None:
-        """Save all images in a directory. After Ctrl-C, what was finished is saved."""
-        results = self.results
+    def save_all(self, inputs: Sequence[ImageInput], *, resume: bool, overwrite: bool) -> None:
+        """Save all images in the directory. After a signal to stop, or an error, what was finished is saved.
+
+        Args:
+            inputs (`Sequence[ImageInput]`): All images in the main process; the others get theirs from it.
+            resume (`bool`): Whether to continue an earlier run.
+            overwrite (`bool`): Whether to replace the results of an earlier run.
+
+        Raises:
+            InputError: If another run uses the directory, or another process failed.
+            SystemExit: After a signal.
+        """
+        with self.results.locked() if self.queue.rank == 0 else nullcontext(), stop_on_signals() as received:
+            try:
+                if self.queue.rank == 0:
+                    self._prepare(inputs, resume, overwrite)
+                else:
+                    self.results.open()
+                self._save(inputs)
+            except KeyboardInterrupt:
+                self._stop(inputs, *received)
+            except Exception as error:
+                self.results.close_journal()
+                self.queue.fail(str(error))
+                if isinstance(error, OSError):
+                    raise InputError(f"{error}; --resume continues once this is mended") from error
+                raise
+
+    def _prepare(self, inputs: Sequence[ImageInput], resume: bool, overwrite: bool) -> None:
+        self.results.check_previous(inputs, resume=resume, overwrite=overwrite)  # a run may have come and gone
         if overwrite:
-            results.remove_previous()
-        results.open()
-        try:
-            with worker_threads(self.num_workers) as pool:
-                ahead = 2 * self.num_workers
-                stream = map_ahead(results.save_files, self.detector.stream(inputs, pool, ahead), pool, ahead)
-                for result in self._with_progress(stream):
-                    if result.image is not None:
-                        results.append(to_record(result))
-                    self._count(result)
-        except KeyboardInterrupt:
-            results.close(complete=False)
-            raise
-        results.close(complete=True)
+            self.results.remove_previous()
+        done = self.results.resume(inputs) if resume else set()
+        remaining = [item for item in inputs if str(item.source) not in done]
+        self.total, self.num_skipped = len(remaining), len(done)
+        self.results.open()
+        self.queue.put(remaining, self.detector.batch_size)
+
+    def _save(self, inputs: Sequence[ImageInput]) -> None:
+        results, ahead = self.results, 2 * self.num_workers
+        with worker_threads(self.num_workers) as pool, self._progress() as show:
+            stream = self.detector.stream(self.queue.take(), pool, ahead)
+            for result in map_ahead(results.save_files, stream, pool, ahead):
+                if result.image is not None:
+                    results.append(to_record(result))
+                self._count(result)
+                show(self.queue.finish())
+            results.close_journal()
+            summaries = self.queue.gather(self._counts(), show)
+        if self.queue.rank == 0:
+            self._add_up(summaries, inputs)
+            results.close(complete=True, inputs=inputs)
+
+    def _stop(self, inputs: Sequence[ImageInput], number: int = signal.SIGINT) -> NoReturn:
+        self.results.close_journal()
+        if self.queue.size == 1:  # otherwise the other processes may still write
+            self.results.close(complete=False, inputs=inputs)
+        if self.queue.rank == 0:
+            print("interrupted; --resume continues", file=sys.stderr)
+        raise SystemExit(128 + number)
 
     def _count(self, result: ImageResult) -> None:
         if result.error:
@@ -67,13 +126,30 @@ class PredictionRun:
         self.num_images += 1
         names = Counter(each["name"] for each in result.detections)
         self.objects += names
-        if not self.quiet and self.total <= MAX_LINES:
+        if not self.quiet and self._has_lines:
             counts = ", ".join(f"{count} {name}" for name, count in names.most_common())
             nothing = f"nothing above {self.detector.options.threshold}"
             print(f"{result.input.source}: {counts or nothing} -> {self.target}")
 
-    def _with_progress(self, results: Iterator[ImageResult]) -> Iterator[ImageResult]:
-        """Show the progress of a run that takes longer than `PROGRESS_DELAY`."""
+    @property
+    def _has_lines(self) -> bool:
+        return self.total <= MAX_LINES and self.queue.size == 1
+
+    def _counts(self) -> dict[str, Any]:
+        boxes = self.results.changed_boxes
+        return {"images": self.num_images, "objects": self.objects, "errors": self.errors, "changed_boxes": boxes}
+
+    def _add_up(self, summaries: Sequence[dict[str, Any]], inputs: Sequence[ImageInput]) -> None:
+        errors = {source: error for each in summaries for source, error in each["errors"].items()}
+        sources = (str(item.source) for item in inputs)
+        self.errors = {source: errors[source] for source in sources if source in errors}
+        self.num_images = sum(each["images"] for each in summaries)
+        self.objects = sum((Counter(each["objects"]) for each in summaries), Counter())
+        self.results.changed_boxes = sum((Counter(each["changed_boxes"]) for each in summaries), Counter())
+
+    @contextmanager
+    def _progress(self) -> Iterator[Callable[[int], None]]:
+        """Yield a function that shows the number of finished images, once a run takes longer than `PROGRESS_DELAY`."""
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -82,47 +158,84 @@ class PredictionRun:
         redirect = sys.stdout.isatty()
         progress = Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True), redirect_stdout=redirect)
         task = progress.add_task("detecting", total=self.total, rate=0.0)
+
+        def show(finished: int) -> None:
+            seconds = time.monotonic() - self.start
+            if seconds > PROGRESS_DELAY and self.total > 1 and self.queue.rank == 0:
+                progress.start()  # does nothing if it has
+                progress.update(task, completed=finished, rate=finished / seconds)
+
         try:
-            for number, result in enumerate(results, start=1):
-                yield result
-                seconds = time.monotonic() - self.start
-                if seconds > PROGRESS_DELAY and self.total > 1:
-                    progress.start()  # does nothing if it has
-                    progress.update(task, completed=number, rate=number / seconds)
+            yield show
         finally:
             if progress.live.is_started:
                 progress.stop()
 
-    def report(self, num_skipped: int) -> None:
-        """Print the summary.
+    def report(self) -> None:
+        """Print the summary, in the main process.
 
         Raises:
             BrokenInputError: If an image could not be read.
         """
+        if self.queue.rank:
+            return
         seconds = time.monotonic() - self.start
         if self.quiet:
-            print(json.dumps(self._summary(num_skipped, seconds), indent=2))
-        elif self.total > MAX_LINES or num_skipped:
-            skipped = f", {num_skipped} were there already" if num_skipped else ""
+            print(json.dumps(self._summary(seconds), indent=2))
+        elif not self._has_lines or self.num_skipped:
+            skipped = f", {count_of(self.num_skipped, 'was', 'were')} there already" if self.num_skipped else ""
             print(
-                f"{self.num_images} images{skipped}, {self.objects.total()} objects, "
+                f"{count_of(self.num_images, 'image')}{skipped}, {count_of(self.objects.total(), 'object')}, "
                 f"{self.num_images / seconds:.1f} images/s -> {self.target}"
             )
         if self.errors:
-            errors, count = [*self.errors.values()], len(self.errors)
-            for error in [] if self.quiet else errors[MAX_RAISED:MAX_ERRORS]:
-                print(f"not read: {error}")
-            more = f" ... and {count - MAX_RAISED} more; --json lists all" * (count > MAX_RAISED)
-            listed = "\n".join(errors[:MAX_RAISED])
-            raise BrokenInputError(f"{count} of {self.total} images cannot be read:\n{listed}{more}")
+            self._raise_errors()
 
-    def _summary(self, num_skipped: int, seconds: float) -> dict[str, Any]:
+    def _raise_errors(self) -> NoReturn:
+        errors, count = [*self.errors.values()], len(self.errors)
+        for error in [] if self.quiet else errors[MAX_RAISED:MAX_ERRORS]:
+            print(f"not read: {error}")
+        more = f" ... and {count - MAX_RAISED} more; --json lists all" * (count > MAX_RAISED)
+        listed = "\n".join(errors[:MAX_RAISED])
+        raise BrokenInputError(f"{count} of {count_of(self.total, 'image')} cannot be read:\n{listed}{more}")
+
+    def _summary(self, seconds: float) -> dict[str, Any]:
         return {
             "output": str(self.target),
             "images": self.num_images,
-            "skipped": num_skipped,
+            "skipped": self.num_skipped,
             "objects": dict(self.objects.most_common()),
             "errors": self.errors,
             "seconds": round(seconds, 3),
             "images_per_second": round(self.num_images / seconds, 2),
         }
+
+
+@contextmanager
+def stop_on_signals() -> Iterator[list[int]]:
+    """Raise `KeyboardInterrupt` at the first SIGINT or SIGTERM, and let a later one end the process at once.
+
+    Yields:
+        `list[int]`: The number of the first signal, once there is one.
+    """
+    received: list[int] = []
+    since = time.monotonic()
+
+    def receive(number: int, frame: FrameType | None) -> None:
+        nonlocal since
+        if not received:
+            received.append(number)
+            since = time.monotonic()
+            raise KeyboardInterrupt
+        if time.monotonic() - since > DUPLICATE_SECONDS:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+
+    handlers = {}
+    if threading.current_thread() is threading.main_thread():  # no other thread may handle signals
+        handlers = {number: signal.signal(number, receive) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield received
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)

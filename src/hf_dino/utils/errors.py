@@ -49,20 +49,6 @@ def exit_status(error: Exception) -> int:
     return 2 if wrong_use or getattr(error, "errno", None) in _WRONG_PATH else 1
 
 
-def count(noun: str, number: int) -> str:
-    """Return a number and its noun, whose plural ends in s.
-
-    Example:
-
-    ```python
-    >>> count("image", 1), count("error", 0), count("near-duplicate", 1200)
-    ('1 image', '0 errors', '1,200 near-duplicates')
-
-    ```
-    """
-    return f"{number:,} {noun}{'s' * (number != 1)}"
-
-
 def summarize_list(items: Iterable[object], limit: int = 5) -> str:
     """Join the first items by commas and add how many more there are.
 
@@ -77,6 +63,22 @@ def summarize_list(items: Iterable[object], limit: int = 5) -> str:
     texts = [str(item) for item in items]
     more = f" and {len(texts) - limit} more" if len(texts) > limit else ""
     return ", ".join(texts[:limit]) + more
+
+
+def count_of(number: int, noun: str, plural: str = "") -> str:
+    """Join a number and a noun in singular or plural.
+
+    Example:
+
+    ```python
+    >>> count_of(1, "image"), count_of(2, "image"), count_of(3, "box", "boxes")
+    ('1 image', '2 images', '3 boxes')
+    >>> count_of(1200, "near-duplicate")
+    '1,200 near-duplicates'
+
+    ```
+    """
+    return f"{number:,} {noun if number == 1 else plural or noun + 's'}"
 
 
 def run_cli(main: Callable[[], int | None]) -> NoReturn:
