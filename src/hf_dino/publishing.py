@@ -205,7 +205,7 @@ def _local_paths() -> re.Pattern[bytes]:
 
 def _missing_metadata(card: Path) -> list[str]:
     """Return what a model card lacks for its readers, and for the search of the Hub."""
-    data = _read_card(card, ModelCard)
+    data = read_metadata(card, ModelCard)
     tested = {result.dataset_name for result in data.get("eval_results") or ()}
     missing = {
         "a license; add `license: apache-2.0` or that of your weights": data.get("license"),
@@ -217,10 +217,18 @@ def _missing_metadata(card: Path) -> list[str]:
 
 def space_sdk(upload: Upload) -> str:
     """Return the `sdk` of a Space, empty if its card does not tell."""
-    return str(_read_card(upload.files[CARD], RepoCard).get("sdk") or "")
+    return str(read_metadata(upload.files[CARD], RepoCard).get("sdk") or "")
 
 
-def _read_card(card: Path, kind: type[RepoCard]) -> Any:
+def read_metadata(card: Path, kind: type[RepoCard]) -> Any:
+    """Read the metadata of a card.
+
+    Raises:
+        InputError: If the file is not found.
+        BrokenInputError: If its metadata is not valid.
+    """
+    if not card.is_file():
+        raise InputError(f"{card}: file not found")
     try:
         return kind.load(card).data
     except (

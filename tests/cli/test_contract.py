@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import typer.main
+from huggingface_hub import ModelCard
 from PIL import Image
 
 from helpers.command_line import exit_status, hf_dino
@@ -113,6 +114,23 @@ def test_json_of_a_dataset_with_errors_is_printed_with_status_1(work, tmp_path, 
     assert exit_status(["data", "check", "broken", "--json"]) == 1
     (error,) = json.loads(capsys.readouterr().out)["errors"]
     assert image.name in error
+
+
+def test_an_evaluation_is_added_to_the_card(work, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(work)
+    shutil.copytree("model", tmp_path / "model")
+    card = tmp_path / "model" / "README.md"
+    arguments = ["evaluate", f"--model={tmp_path / 'model'}", "--dataset=shapes", "--dataloader_num_workers=0"]
+    assert exit_status([*arguments, "--update_card"]) == 2
+    assert f"error: {card}: file not found" in capsys.readouterr().err
+    card.write_text("---\nlicense: mit\n---\n\nBy hand.\n")
+    assert exit_status([*arguments, "--update_card", "--json"]) == 0
+    metrics = json.loads(capsys.readouterr().out)["metrics"]
+    data = ModelCard.load(card).data
+    assert data.license == "mit"
+    assert {each.metric_type: each.metric_value for each in data.eval_results} == {
+        name: round(value, 4) for name, value in metrics.items() if name != "ap_per_category" and value >= 0
+    }
 
 
 def test_an_error_prints_no_json(capsys):
