@@ -5,7 +5,7 @@ from huggingface_hub import ModelCard
 
 from helpers.models import tiny_config
 from hf_dino import DinoDetrConfig
-from hf_dino.model_card import converted_card, finetuned_card, training_command
+from hf_dino.model_card import add_results, converted_card, finetuned_card, training_command
 
 
 SIZE = {"shortest_edge": 800, "longest_edge": 1333}
@@ -179,3 +179,41 @@ def test_usage_is_python():
     assert "ImageOps.exif_transpose(" in code
     assert "import hf_dino" in text
     assert "trust_remote_code=True" in text
+
+
+# Results that are measured later
+
+
+@pytest.mark.parametrize(
+    "card",
+    [finetuned(DinoDetrConfig(), metrics={"ap": 0.5}, split="validation"), finetuned(DinoDetrConfig())]
+    + [converted(DinoDetrConfig(), published_ap=0.49), ModelCard("A card by hand.\n")],
+    ids=["measured", "not measured", "published", "by hand"],
+)
+def test_measured_results_are_added_to_any_card(card):
+    once = ModelCard(add_results(card.content, {"ap": 0.25, "ap_small": -1.0}, "Blood cells", "test"))
+    added = [each for each in once.data.eval_results if each.dataset_split == "test"]
+    assert [(each.metric_type, each.metric_value, each.dataset_name) for each in added] == [
+        ("ap", 0.25, "Blood cells")
+    ]
+    before = [each for each in card.data.eval_results or () if each.dataset_split != "test"]
+    assert [each for each in once.data.eval_results if each.dataset_split != "test"] == before
+    assert once.text.count("## Results on Blood cells, test\n") == 1
+    assert "| AP@[.50:.95] | 0.250 |" in once.text
+    assert "Nothing was measured" not in once.text
+    kept = [line for line in card.text.splitlines() if line not in ("## Results", "Nothing was measured.")]
+    assert set(kept) <= set(once.text.splitlines())
+
+
+def test_results_of_a_split_replace_earlier_ones():
+    card = finetuned(DinoDetrConfig()).content
+    once = add_results(card, {"ap": 0.25}, "Blood cells", "test")
+    assert add_results(once, {"ap": 0.25}, "Blood cells", "test") == once
+    assert (
+        add_results(add_results(once, {"ap": 0.5}, "Blood cells", "test"), {"ap": 0.25}, "Blood cells", "test") == once
+    )
+    both = ModelCard(add_results(once, {"ap": 0.5}, "Blood cells", "validation"))
+    assert {each.dataset_split: each.metric_value for each in both.data.eval_results} == {
+        "test": 0.25,
+        "validation": 0.5,
+    }

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import EvalResult, ModelCardData
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from .configuration_dino_detr import UNUSED_LABEL, DinoDetrConfig
 
@@ -246,8 +246,7 @@ def finetuned_card(
     Returns:
         `str`: Markdown with a metadata block, to be saved as `README.md`.
     """
-    limit = "" if max_detections == COCO_MAX_DETECTIONS else f" ({max_detections} detections per class and image)"
-    measured = {name: float(value) for name, value in metrics.items() if math.isfinite(value) and value >= 0}
+    measured = _measurable(metrics)
     name = f"dino-detr-{_slug(dataset)}"
     on_hub = base_model is not None and _is_hub_id(base_model)
     data = ModelCardData(
@@ -256,19 +255,7 @@ def finetuned_card(
         tags=TAGS,
         base_model=base_model if on_hub else None,
         model_name=name if measured else None,
-        eval_results=[
-            EvalResult(
-                task_type="object-detection",
-                dataset_type=_slug(dataset),
-                dataset_name=dataset,
-                dataset_split=split,
-                metric_type=metric,
-                metric_name=metric_name(metric) + limit,
-                metric_value=round(value, 4),
-            )
-            for metric, value in measured.items()
-        ]
-        or None,
+        eval_results=_eval_results(measured, dataset, split, max_detections) or None,
     )
     sections = [
         f"# DINO, {backbone_name(config)}, trained on {dataset}",
@@ -283,6 +270,66 @@ def finetuned_card(
         _CITATION,
     ]
     return _card(data, sections)
+
+
+def _measurable(metrics: Mapping[str, float]) -> dict[str, float]:
+    """Return the metrics that were measured: pycocotools returns -1 where there are no such objects."""
+    return {name: float(value) for name, value in metrics.items() if math.isfinite(value) and value >= 0}
+
+
+def _eval_results(
+    measured: Mapping[str, float], dataset: str, split: str | None, max_detections: int
+) -> list[EvalResult]:
+    limit = "" if max_detections == COCO_MAX_DETECTIONS else f" ({max_detections} detections per class and image)"
+    return [
+        EvalResult(
+            task_type="object-detection",
+            dataset_type=_slug(dataset),
+            dataset_name=dataset,
+            dataset_split=split,
+            metric_type=metric,
+            metric_name=metric_name(metric) + limit,
+            metric_value=round(value, 4),
+        )
+        for metric, value in measured.items()
+    ]
+
+
+def add_results(
+    card: str,
+    metrics: Mapping[str, float],
+    dataset: str,
+    split: str | None = None,
+    max_detections: int = COCO_MAX_DETECTIONS,
+) -> str:
+    """Add measured metrics to a model card: to its metadata, and as a section. Others of this split are replaced.
+
+    Args:
+        card (`str`): The card, of hf_dino or not.
+        metrics (`dict[str, float]`): As for [`finetuned_card`].
+        dataset (`str`): Display name of the dataset.
+        split (`str`, *optional*): Split of the dataset.
+        max_detections (`int`, *optional*, defaults to 100): Detections of a class in an image that the metrics count.
+
+    Returns:
+        `str`: The card with them.
+
+    Raises:
+        ValueError: If the metadata of the card cannot be read.
+    """
+    content = ModelCard(card)
+    measured = _measurable(metrics)
+    data, where = content.data, (dataset, split)
+    others = [each for each in data.eval_results or () if (each.dataset_name, each.dataset_split) != where]
+    data.eval_results = [*others, *_eval_results(measured, dataset, split, max_detections)]
+    data.model_name = data.model_name or f"dino-detr-{_slug(dataset)}"
+    section = _measured(measured, dataset, split, describe_max_detections(max_detections))
+    title = f"## Results on {dataset}, {split}" if split else f"## Results on {dataset}"
+    section = section.replace("## Results", title, 1) + "\n\n"
+    same = re.compile(rf"^{re.escape(title)}\n.*?(?=^## |\Z)", re.MULTILINE | re.DOTALL)
+    text = same.sub("", content.text).replace("## Results\n\nNothing was measured.\n\n", "")
+    before, limits, after = text.partition("## Limits")
+    return f"---\n{data.to_yaml()}\n---\n{before.rstrip()}\n\n{section}{limits}{after}".rstrip() + "\n"
 
 
 def _start(base_model: str | None, backbone: str | None) -> str:

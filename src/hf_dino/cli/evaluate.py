@@ -88,6 +88,10 @@ def evaluate(
         Literal["no", "fp16", "bf16"] | None,
         typer.Option(help="Precision of the computations.", show_default="that of `accelerate config`"),
     ] = None,
+    update_card: Annotated[
+        bool,
+        typer.Option("--update_card", help="Add the metrics to the model card, README.md in the model's directory."),
+    ] = False,
     json: JsonOption = False,
 ) -> Facts | None:
     """Evaluate a model on a dataset with the COCO metrics.
@@ -102,15 +106,21 @@ def evaluate(
     log_to_terminal()
     _check_dependencies(coco_backend, report_html)
 
+    from huggingface_hub import ModelCard
     from rich.progress import Progress
 
     from ..evaluation import evaluate_model
     from ..hub import load_model_and_processor
+    from ..model_card import add_results
+    from ..publishing import CARD, read_metadata
     from ..training import read_and_check
     from ..utils.distributed import create_accelerator
-    from ..utils.io import ensure_new_files
+    from ..utils.io import atomic_write, ensure_new_files, read_text
 
     ensure_new_files(metrics_json, results_json, report_html)
+    card = Path(model_name_or_path, CARD) if update_card else None
+    if card:
+        read_metadata(card, ModelCard)
     accelerator = create_accelerator(mixed_precision)
     options = read_options(box_format, rotated_boxes, columns)
     (data,) = read_and_check(partial(_read_split, dataset, split, images, annotations, options)).values()
@@ -140,6 +150,13 @@ def evaluate(
             "command": command_line(context),
         }
         written = _write(data, scores, detections, details, metrics_json, results_json, report_html)
+        if card:
+            where = data.name, split if dataset else None
+            text = add_results(read_text(card), scores.metrics, *where, max_detections)
+            with atomic_write(card) as temporary:
+                temporary.write_text(text, encoding="utf-8")
+            print(f"updated: {card}")
+            written["update_card"] = card
         facts = Facts(
             {
                 "model": model_name_or_path,

@@ -62,7 +62,7 @@ def run(arguments: FineTuningArguments) -> Facts | None:
         {
             "output_dir": arguments.output_dir,
             "steps": tuner.state.step,
-            "best_step": tuner.state.best_step,
+            "best_step": tuner.state.export_step,
             "metrics": {split: each.to_dict() for split, each in scores.items()},
         }
     )

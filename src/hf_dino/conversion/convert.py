@@ -25,7 +25,7 @@ from ..image_processing_dino_detr import DinoDetrImageProcessor
 from ..model_card import converted_card
 from ..modeling_dino_detr import DinoDetrForObjectDetection
 from ..utils.errors import InputError, summarize_list
-from ..utils.io import atomic_directory, fsync, sha256
+from ..utils.io import atomic_directory, ensure_new_directory, fsync, sha256
 from ..utils.names import match_names, named_classes
 from .checkpoint import Source, load_checkpoint, read_source
 from .key_tables import COCO_NAMES, COCO_NUM_LABELS, LABEL_EMBEDDING, Rule, fills_for, rules_for
@@ -145,6 +145,8 @@ def check_output(output_dir: Path, overwrite: bool) -> None:
     """Check that the output directory may be written, before any time is spent on reading the checkpoint."""
     if output_dir.exists() and not output_dir.is_dir():
         raise InputError(f"--output_dir {output_dir} is a file; give a directory")
+    if not output_dir.exists():
+        ensure_new_directory(output_dir)
     if output_dir.is_dir() and any(output_dir.iterdir()) and not overwrite:
         raise InputError(
             f"--output_dir {output_dir} is not empty; use a different one, or replace it with --overwrite_output_dir"

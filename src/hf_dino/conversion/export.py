@@ -19,7 +19,7 @@ from ..configuration_dino_detr import DinoDetrConfig
 from ..hub import fill_key, load_model_and_processor, match_key
 from ..image_processing_dino_detr import LONGEST_EDGE, SHORTEST_EDGE, DinoDetrImageProcessor
 from ..utils.errors import InputError, summarize_list
-from ..utils.io import atomic_write
+from ..utils.io import atomic_write, ensure_new_files
 from .checkpoint import Source
 from .convert import UNUSED_WEIGHTS, config_and_processor
 from .key_tables import CODE_BASES, FORMATS, LABEL_EMBEDDING, Fill, Rule, fills_for, rules_for
@@ -61,8 +61,7 @@ def export_checkpoint(model: str, output: Path, name: str) -> None:
     """
     if name not in FORMATS:
         raise InputError(f"--to {name}: must be {', '.join(FORMATS)}")
-    if output.exists():
-        raise InputError(f"{output}: already exists; use a different path or remove it")
+    ensure_new_files(output)
     detector, processor = load_model_and_processor(model)
     _check_normalization(processor)
     unused = Path(model) / UNUSED_WEIGHTS
