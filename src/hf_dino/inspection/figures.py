@@ -117,7 +117,7 @@ def _levels(inspection: Inspection) -> list[tuple[int, str, str]]:
 def _layer_colors(count: int) -> list[str]:
     places = np.linspace(0, len(_REFINEMENT) - 1, count)
     channels = (np.interp(places, range(len(_REFINEMENT)), values) for values in _REFINEMENT.T)
-    return ["#%02x%02x%02x" % tuple(map(round, color)) for color in zip(*channels)]
+    return ["#" + bytes(map(round, color)).hex() for color in zip(*channels)]
 
 
 def _relative(values: np.ndarray) -> np.ndarray:
@@ -187,7 +187,7 @@ class _Canvas:
     def finish(self, caption: str, entries: Sequence[tuple[str, str]]) -> Image.Image:
         """Return the drawing above its caption and legend."""
         drawn = Image.alpha_composite(self.image, self.layer.reduce(SMOOTHING)).convert("RGB")
-        legend = _legend(drawn.width, max(13, round(max(drawn.size) / 48)), caption, list(entries))
+        legend = _legend(drawn.width, max(13, round(max(drawn.size) / 36)), caption, list(entries))
         figure = Image.new("RGB", (drawn.width, drawn.height + legend.height), "white")
         figure.paste(drawn, (0, 0))
         figure.paste(legend, (0, drawn.height))

@@ -169,9 +169,7 @@ class Recorder:
         }
 
 
-def inspect_image(
-    model: DinoDetrForObjectDetection, processor: BaseImageProcessor, image: Image.Image
-) -> Inspection:
+def inspect_image(model: DinoDetrForObjectDetection, processor: BaseImageProcessor, image: Image.Image) -> Inspection:
     """Record what a model does with an image, in one forward pass.
 
     Args:
