@@ -8,7 +8,10 @@ from torchvision.ops import box_convert
 
 from helpers.models import tiny_model
 from hf_dino import DinoDetrImageProcessor
-from hf_dino.deformable_attention_dino_detr import multi_scale_deformable_attention
+from hf_dino.deformable_attention_dino_detr import (
+    MultiScaleDeformableAttention,
+    multi_scale_deformable_attention,
+)
 from hf_dino.exported import QuerySelectionMode
 from hf_dino.inference import detect_objects
 from hf_dino.inspection import (
@@ -65,14 +68,18 @@ def test_recording_changes_nothing_and_ends(selection, image):
     assert [len(module._forward_hooks) for module in model.modules()] == hooks
 
 
-@pytest.mark.parametrize("kernels", ["auto", "off"])
+class ReplacedOperator(MultiScaleDeformableAttention):
+    """Another class of the same computation, as from the Hub, instead of the fused operator."""
+
+
+@pytest.mark.parametrize("operator", [MultiScaleDeformableAttention, ReplacedOperator])
 @pytest.mark.parametrize("selection", SELECTIONS)
-def test_sampling_points_and_weights_give_what_each_layer_read(selection, kernels, image, monkeypatch):
-    monkeypatch.setenv("HF_DINO_KERNELS", kernels)
+def test_sampling_points_and_weights_give_what_each_layer_read(selection, operator, image):
     model = tiny_model(query_selection=selection)
     values, sampled, shapes = [], [], []
     for layer in model.model.decoder.layers:
         attention = layer.encoder_attn
+        attention.attn = operator()
         attention.register_forward_pre_hook(lambda _, args: shapes.append(args[4]))
         attention.value_proj.register_forward_hook(lambda _, args, output: values.append(output.clone()))
         attention.output_proj.register_forward_pre_hook(lambda _, args: sampled.append(args[0]))
@@ -189,7 +196,7 @@ def test_a_sampling_point_is_drawn_where_it_is(image):
     heaviest = np.unravel_index(inspection.attention_weights[0, 0].argmax(), inspection.attention_weights.shape[2:])
     scale = 800 / max(SIZE)
     x, y = np.rint(inspection.sampling_points[0, 0][heaviest] * scale + MARGIN * 800).astype(int)
-    color = np.array(bytes.fromhex(LEVEL_COLORS[heaviest[1]][1:]))
+    color = list(bytes.fromhex(LEVEL_COLORS[heaviest[1]][1:]))
     assert (np.abs(drawn[y, x].astype(int) - color) <= 2).all()
 
 
