@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from PIL import Image
 from torch import nn
 
@@ -129,8 +130,11 @@ def find_objects(model: Any, processor: Any, path: Path) -> Finding:
     start = time.perf_counter()
     recorder = Recorder(model) if isinstance(model, nn.Module) else nullcontext()
     detector = Detector(model, processor, DetectionOptions(LOWEST_SCORE))
-    with recorder:
-        (result,) = detector.stream([ImageInput(path, path.name)])
+    try:
+        with recorder:
+            (result,) = detector.stream([ImageInput(path, path.name)])
+    except (FloatingPointError, torch.OutOfMemoryError) as error:
+        return Finding(text=str(error).partition("\n")[0])
     if result.image is None:
         return Finding(text=result.error.replace(str(path), path.name))
     image, detections = result.image, result.detections
