@@ -21,7 +21,7 @@ from ..visualization import save_image
 
 
 LOWEST_SCORE = 0.05  # of the detections that are kept for the slider
-SHORTEST_PREVIEW, LONGEST_PREVIEW = 720, 1280  # pixels of the longest edge of an image that is shown
+SHORTEST_PREVIEW, LONGEST_PREVIEW = 480, 1280  # pixels of the longest edge of an image that is shown
 
 FILES = {"JSON": "results.json", "CSV": "results.csv", "COCO": "coco.json", "PNG": "drawn.png"}
 """What can be downloaded, and the end of the file's name; the others but PNG are formats of [`ResultsDirectory`]."""

@@ -30,8 +30,7 @@ CLICK_LINK = "() => setTimeout(() => document.querySelector('#download').click()
 STYLE = """
 #downloads {gap: 8px}
 #downloads button {min-width: 60px; flex: 1 1 60px}
-#drawing img {cursor: pointer}
-@media (min-width: 900px) {#points {max-width: calc(50% - 8px)}}
+@media (min-width: 900px) {#points {max-width: calc(50% - 8px); margin-right: auto}}
 footer {display: none !important}
 """
 
@@ -47,12 +46,18 @@ def redraw(finding: Finding, threshold: float, classes: Sequence[str], chosen: i
     if not finding.preview:
         return None, [], finding.text, gr.Dropdown(choices=[], value=None), gr.Row(visible=False)
     kept = finding.keep(threshold, classes)
-    rows = finding.rows(kept)
     count = f"{len(kept)} detection{'s' * (len(kept) != 1)}"
     text = f"**{count}** ({len(finding.detections)} above {LOWEST_SCORE}) · {finding.text}"
-    objects = [(f"{number} · {name} {score:.2f}", number - 1) for number, name, score, *_ in rows]
+    numbered = ((index, finding.detections[index]) for index in kept)
+    objects = [(f"{index + 1} · {each['name']} {each['score']:.2f}", index) for index, each in numbered]
     chosen = chosen if chosen in kept else next(iter(kept), None)
-    return finding.draw(kept), rows, text, gr.Dropdown(choices=objects, value=chosen), gr.Row(visible=True)
+    return (
+        finding.draw(kept),
+        finding.rows(kept),
+        text,
+        gr.Dropdown(choices=objects, value=chosen),
+        gr.Row(visible=True),
+    )
 
 
 def show_hover(tab: str, finding: Finding, threshold: float, classes: Sequence[str]) -> Any:
