@@ -11,12 +11,12 @@ from typing import Any
 
 import torch
 from PIL import Image
-from torch import nn
 
 from ..data.images import read_image
 from ..inference import DetectionOptions, Detector, ImageInput, ResultsDirectory
 from ..inference.results import draw_rows
 from ..inspection import Inspection, Recorder
+from ..registration import DinoDetrForObjectDetection
 from ..visualization import save_image
 
 
@@ -128,7 +128,7 @@ def find_objects(model: Any, processor: Any, path: Path) -> Finding:
         path (`Path`): The image file.
     """
     start = time.perf_counter()
-    recorder = Recorder(model) if isinstance(model, nn.Module) else nullcontext()
+    recorder = Recorder(model) if isinstance(model, DinoDetrForObjectDetection) else nullcontext()
     detector = Detector(model, processor, DetectionOptions(LOWEST_SCORE))
     try:
         with recorder:

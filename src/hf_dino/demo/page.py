@@ -37,7 +37,8 @@ footer {display: none !important}
 
 def detect(models: Mapping[str, Any], image: dict[str, Any] | None, name: str) -> tuple[Finding, Any]:
     """Run the model; return what it found, and the classes to choose from."""
-    finding = Finding(text=START) if image is None else find_objects(*models[name], Path(image["path"]))
+    detector, processor = models[name]
+    finding = Finding(text=START) if image is None else find_objects(detector, processor, Path(image["path"]))
     return finding, gr.Dropdown(choices=sorted({each["name"] for each in finding.detections}), value=[])
 
 
