@@ -73,7 +73,8 @@ RANKS = {
             ("data", "hub", "model_card", "publishing", "__init__"),
             ("conversion",),
             ("evaluation", "inference", "model_info", "exported"),
-            ("export",),
+            ("export", "inspection"),
+            ("demo",),
             ("training", "training_arguments"),
             ("cli", "__main__"),
         ]

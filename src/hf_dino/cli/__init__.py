@@ -13,7 +13,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from ..utils.errors import InputError, run_cli
-from . import checkpoints, data, evaluate, export, predict, push, train
+from . import checkpoints, data, demo, evaluate, export, predict, push, train
 from .options import Command, Facts, JsonOption, log_to_terminal, make_app
 
 
@@ -23,6 +23,7 @@ app.command(cls=Command)(evaluate.evaluate)
 app.command(cls=Command)(predict.predict)
 app.command(cls=Command)(export.export)
 app.command(cls=Command)(push.push)
+app.command(cls=Command)(demo.demo)
 app.command(cls=Command)(checkpoints.checkpoints)
 app.command(cls=Command)(checkpoints.info)
 app.add_typer(data.app, name="data")

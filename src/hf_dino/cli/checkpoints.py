@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..utils.errors import count
+from ..utils.errors import count_of
 from .options import DeviceOption, Facts, JsonOption, log_to_terminal
 
 
@@ -103,11 +103,11 @@ def _list_downloads(clear: bool, yes: bool) -> Facts:
     rows = [(str(file.relative_to(folder)), format_size(size)) for file, size in zip(files, sizes)]
     print_columns([*rows, ("total", format_size(sum(sizes)))])
     print(f"in {folder}")
-    question = f"Delete {'this' if len(files) == 1 else 'these'} {count('file', len(files))}?"
+    question = f"Delete {'this' if len(files) == 1 else 'these'} {count_of(len(files), 'file')}?"
     delete = bool(clear and files and (yes or typer.confirm(question, abort=True)))
     if delete:
         delete_downloads(files)
-        print(f"deleted {count('file', len(files))}, {format_size(sum(sizes))}")
+        print(f"deleted {count_of(len(files), 'file')}, {format_size(sum(sizes))}")
     listed = [{"path": file, "size": size} for file, size in zip(files, sizes)]
     return Facts({"directory": folder, "files": listed, "size": sum(sizes), "deleted": delete})
 

@@ -279,7 +279,7 @@ def print_report(report: "DataReport") -> None:
     console.print(_table(("class", *report.counts), objects))
     _print_messages("warning", "yellow", report.warnings)
     _print_messages("error", "red", report.errors)
-    totals = f"{count('error', len(report.errors))}, {count('warning', len(report.warnings))}"
+    totals = f"{count_of(len(report.errors), 'error')}, {count_of(len(report.warnings), 'warning')}"
     console.print(totals, highlight=False)
 
 
@@ -302,7 +302,7 @@ def _print_parts(parts: "DataParts") -> None:
     if groups := parts.near_duplicates:
         names = [" = ".join(short_path(image.path) for image in group[:2]) for group in groups]
         duplicates = count_of(sum(map(len, groups)), "near-duplicate")
-        print(f"kept together: {duplicates} in {count('group', len(groups))}: {summarize_list(names, 3)}")
+        print(f"kept together: {duplicates} in {count_of(len(groups), 'group')}: {summarize_list(names, 3)}")
 
 
 def _print_messages(kind: str, style: str, messages: Sequence[str]) -> None:
@@ -312,7 +312,7 @@ def _print_messages(kind: str, style: str, messages: Sequence[str]) -> None:
     for message in messages[:_MAX_MESSAGES]:
         console.print(f"{kind}: {message}", style=style, markup=False, emoji=False, highlight=False, soft_wrap=True)
     if len(messages) > _MAX_MESSAGES:
-        console.print(f"… and {count(f'more {kind}', len(messages) - _MAX_MESSAGES)}", style=style)
+        console.print(f"… and {count_of(len(messages) - _MAX_MESSAGES, f'more {kind}')}", style=style)
 
 
 def _table(header: Sequence[str], rows: Mapping[str, Sequence[object]]) -> "Table":

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from ..training_arguments import DATASET_HELP
-from ..utils.errors import count, import_extra
+from ..utils.errors import count_of, import_extra
 from .options import (
     AnnotationsOption,
     BoxFormatOption,
@@ -142,7 +142,7 @@ def evaluate(
     facts = None
     if accelerator.is_main_process:
         name = split if dataset else data.name
-        print(f"{name}, {count('image', len(data.images))}:\n{scores.table}")
+        print(f"{name}, {count_of(len(data.images), 'image')}:\n{scores.table}")
         details = {
             "model": model_name_or_path,
             "data": str(data.source),

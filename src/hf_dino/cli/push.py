@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..utils.errors import count, summarize_list
+from ..utils.errors import count_of, summarize_list
 from .checkpoints import format_size, print_columns
 from .options import Facts, JsonOption, log_to_terminal
 
@@ -97,7 +97,7 @@ def push(
     else:
         names = [name for plan in plans for name in plan.names]
         size = format_size(sum(plan.upload.files[name].stat().st_size for plan in plans for name in plan.names))
-        print(f"nothing was sent; --yes uploads {count('file', len(names))}, {size}")
+        print(f"nothing was sent; --yes uploads {count_of(len(names), 'file')}, {size}")
     return Facts({"uploaded": yes, "repositories": [plan.facts() for plan in plans], "warnings": warnings})
 
 
@@ -155,7 +155,7 @@ class _Plan:
             print(f"{self.upload.repo_id}: nothing to upload, all files are there")
             return
         self.url = push(api, self.upload, self.repository, self.names, revision=self.revision, **options)
-        print(f"uploaded {count('file', len(self.names))}: {self.url}")
+        print(f"uploaded {count_of(len(self.names), 'file')}: {self.url}")
 
     def facts(self) -> dict[str, Any]:
         """Return what was listed and done."""

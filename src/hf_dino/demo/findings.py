@@ -9,14 +9,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from PIL import Image
-from torch import nn
 
 from ..data.images import read_image
-from ..inference import ResultsDirectory, detect_objects
+from ..inference import DetectionOptions, Detector, ImageInput, ResultsDirectory
 from ..inference.results import draw_rows
 from ..inspection import Inspection, Recorder
-from ..utils.names import named_classes
+from ..registration import DinoDetrForObjectDetection
 from ..visualization import save_image
 
 
@@ -127,22 +127,24 @@ def find_objects(model: Any, processor: Any, path: Path) -> Finding:
         processor (`BaseImageProcessor`): The model's image processor.
         path (`Path`): The image file.
     """
+    start = time.perf_counter()
+    recorder = Recorder(model) if isinstance(model, DinoDetrForObjectDetection) else nullcontext()
+    detector = Detector(model, processor, DetectionOptions(LOWEST_SCORE))
     try:
-        image = read_image(path)
-        start = time.perf_counter()
-        recorder = Recorder(model) if isinstance(model, nn.Module) else nullcontext()
         with recorder:
-            detections = detect_objects(model, processor, image, LOWEST_SCORE)
-    except (ValueError, FloatingPointError) as error:
-        return Finding(text=str(error).replace(str(path), path.name))
+            (result,) = detector.stream([ImageInput(path, path.name)])
+    except (FloatingPointError, torch.OutOfMemoryError) as error:
+        return Finding(text=str(error).partition("\n")[0])
+    if result.image is None:
+        return Finding(text=result.error.replace(str(path), path.name))
+    image, detections = result.image, result.detections
     text = f"{time.perf_counter() - start:.2f} s on {model.device}, {image.width} x {image.height} pixels"
     inspection = None
     if isinstance(recorder, Recorder):
         inspection = recorder.inspection(image.size)
         queries = [inspection.find_query(each["box"], each["label"], each["score"]) for each in detections]
         inspection = inspection.keep_queries(queries)
-    preview = _make_preview(image)
-    return Finding(path, text, image.size, preview, named_classes(model.config.id2label), detections, inspection)
+    return Finding(path, text, image.size, _make_preview(image), detector.names, detections, inspection)
 
 
 def _make_preview(image: Image.Image) -> bytes:

@@ -22,6 +22,7 @@ HOVER_EDGE = 640  # pixels
 DRAWING, HOVER, TABLE, LOOKS = TABS = ("Drawing", "Hover", "Table", "How DINO looked")
 START = "Drop an image, take one with the camera, or choose an example."
 CHOOSE = "Click a box in the drawing or a row of the table, or choose an object here."
+LAYER = "Decoder layer (0: all)"
 NEEDS_PYTORCH = "This needs the PyTorch model; the one chosen is an exported file, which returns detections only."
 
 # a file is made when its button is clicked, then the hidden link to it is
@@ -29,14 +30,15 @@ CLICK_LINK = "() => setTimeout(() => document.querySelector('#download').click()
 STYLE = """
 #downloads {gap: 8px}
 #downloads button {min-width: 60px; flex: 1 1 60px}
-#drawing img {cursor: pointer}
+@media (min-width: 900px) {#points {max-width: calc(50% - 8px); margin-right: auto}}
 footer {display: none !important}
 """
 
 
 def detect(models: Mapping[str, Any], image: dict[str, Any] | None, name: str) -> tuple[Finding, Any]:
     """Run the model; return what it found, and the classes to choose from."""
-    finding = Finding(text=START) if image is None else find_objects(*models[name], Path(image["path"]))
+    detector, processor = models[name]
+    finding = Finding(text=START) if image is None else find_objects(detector, processor, Path(image["path"]))
     return finding, gr.Dropdown(choices=sorted({each["name"] for each in finding.detections}), value=[])
 
 
@@ -45,11 +47,18 @@ def redraw(finding: Finding, threshold: float, classes: Sequence[str], chosen: i
     if not finding.preview:
         return None, [], finding.text, gr.Dropdown(choices=[], value=None), gr.Row(visible=False)
     kept = finding.keep(threshold, classes)
-    rows = finding.rows(kept)
-    text = f"**{len(kept)} of {len(finding.detections)} detections** · {finding.text}"
-    objects = [(f"{number} · {name} {score:.2f}", number - 1) for number, name, score, *_ in rows]
+    count = f"{len(kept)} detection{'s' * (len(kept) != 1)}"
+    text = f"**{count}** ({len(finding.detections)} above {LOWEST_SCORE}) · {finding.text}"
+    numbered = ((index, finding.detections[index]) for index in kept)
+    objects = [(f"{index + 1} · {each['name']} {each['score']:.2f}", index) for index, each in numbered]
     chosen = chosen if chosen in kept else next(iter(kept), None)
-    return finding.draw(kept), rows, text, gr.Dropdown(choices=objects, value=chosen), gr.Row(visible=True)
+    return (
+        finding.draw(kept),
+        finding.rows(kept),
+        text,
+        gr.Dropdown(choices=objects, value=chosen),
+        gr.Row(visible=True),
+    )
 
 
 def show_hover(tab: str, finding: Finding, threshold: float, classes: Sequence[str]) -> Any:
@@ -103,6 +112,11 @@ def make_file(folder: str, kind: str, finding: Finding, threshold: float, classe
         raise gr.Error("The image is not there any more; drop it again.", print_exception=False) from None
 
 
+def wide(name: str) -> dict[str, Any]:
+    """Return the options of a component that fills the width of a phone."""
+    return {"elem_id": name, "min_width": 260}
+
+
 def make_page(models: Mapping[str, tuple[Any, Any]], examples: Path | None = None) -> gr.Blocks:
     """Make the page, which [`launch_page`] opens.
 
@@ -126,38 +140,39 @@ def make_page(models: Mapping[str, tuple[Any, Any]], examples: Path | None = Non
     num_layers = max(model.config.decoder_layers for model, _ in models.values())
     with gr.Blocks(title="DINO", analytics_enabled=False, delete_cache=(3600, 3600), fill_width=True) as page:
         finding, tab = gr.State(Finding(text=START), time_to_live=3600), gr.State(DRAWING)
+        shown = partial(gr.Image, show_label=False, interactive=False, buttons=["fullscreen", "download"])
         with gr.Row():
             with gr.Column(scale=2, min_width=300):
-                image = gr.Image(type="filepath", image_mode=None, label="Image", height=300, elem_id="image")
+                image = gr.Image(type="filepath", image_mode=None, label="Image", height=320, elem_id="image")
                 text = gr.Markdown(START, elem_id="text")
-                threshold = gr.Slider(LOWEST_SCORE, 1, 0.3, step=0.01, label="Lowest score", elem_id="threshold")
-                classes = gr.Dropdown([], multiselect=True, label="Classes (none: all)", elem_id="classes")
                 model = gr.Dropdown(list(models), label="Model", visible=len(models) > 1, elem_id="model")
+                if examples is not None:
+                    gr.Examples([[str(path)] for path in list_images([examples])], image, label="Examples")
+            with gr.Column(scale=3, min_width=300):
+                with gr.Row():
+                    threshold = gr.Slider(LOWEST_SCORE, 1, 0.3, step=0.01, label="Lowest score", **wide("threshold"))
+                    classes = gr.Dropdown([], multiselect=True, label="Classes (none: all)", **wide("classes"))
+                with gr.Tabs(selected=DRAWING, overflow_behavior="wrap") as tabs:
+                    with gr.Tab(DRAWING, id=DRAWING) as drawing_tab:
+                        drawing = shown(format="jpeg", elem_id="drawing")
+                    with gr.Tab(HOVER, id=HOVER) as hover_tab:
+                        hover = gr.AnnotatedImage(format="jpeg", show_label=False, elem_id="hover")
+                        gr.Markdown(f"Up to {MAX_HOVERED} detections, those with the highest scores.")
+                    with gr.Tab(TABLE, id=TABLE) as table_tab:
+                        table = gr.Dataframe(headers=COLUMNS, interactive=False, show_label=False, elem_id="table")
+                    with gr.Tab(LOOKS, id=LOOKS) as looks_tab:
+                        note = gr.Markdown(CHOOSE, elem_id="note")
+                        with gr.Row():
+                            chosen = gr.Dropdown([], label="Object", **wide("object"))
+                            layer = gr.Slider(0, num_layers, num_layers, step=1, label=LAYER, **wide("layer"))
+                        close_up = gr.Checkbox(label="Close-up", elem_id="close_up")
+                        with gr.Row():
+                            sampled = shown(format="webp", **wide("sampled"))
+                            refined = shown(format="webp", **wide("refined"))
+                            points = shown(format="webp", **wide("points"))
                 with gr.Row(visible=False, elem_id="downloads") as downloads:
                     buttons = [gr.Button(kind, size="sm") for kind in FILES]
                 download = gr.DownloadButton(visible="hidden", elem_id="download")
-                if examples is not None:
-                    gr.Examples([[str(path)] for path in list_images([examples])], image, label="Examples")
-            with gr.Column(scale=3, min_width=300), gr.Tabs(selected=DRAWING) as tabs:
-                with gr.Tab(DRAWING, id=DRAWING) as drawing_tab:
-                    drawing = gr.Image(format="jpeg", show_label=False, interactive=False, elem_id="drawing")
-                with gr.Tab(HOVER, id=HOVER) as hover_tab:
-                    hover = gr.AnnotatedImage(format="jpeg", show_label=False, elem_id="hover")
-                    gr.Markdown(f"Up to {MAX_HOVERED} detections, those with the highest scores.")
-                with gr.Tab(TABLE, id=TABLE) as table_tab:
-                    table = gr.Dataframe(headers=COLUMNS, interactive=False, show_label=False, elem_id="table")
-                with gr.Tab(LOOKS, id=LOOKS) as looks_tab:
-                    note = gr.Markdown(CHOOSE, elem_id="note")
-                    with gr.Row():
-                        chosen = gr.Dropdown([], label="Object", elem_id="object", min_width=160)
-                        layer = gr.Slider(
-                            0, num_layers, num_layers, step=1, label="Decoder layer (0: all)", elem_id="layer"
-                        )
-                    close_up = gr.Checkbox(label="Close-up")
-                    figure = partial(gr.Image, interactive=False, format="webp")
-                    sampled = figure(label="Where the decoder sampled for this object", elem_id="sampled")
-                    refined = figure(label="How its box moved", elem_id="refined")
-                    points = figure(label="Which tokens of the encoder became queries", elem_id="points")
 
         quick: dict[str, Any] = {"trigger_mode": "always_last", "show_progress": "hidden", "concurrency_limit": 4}
         kept = [finding, threshold, classes]
@@ -168,25 +183,28 @@ def make_page(models: Mapping[str, tuple[Any, Any]], examples: Path | None = Non
             [finding, classes],
             preprocess=False,  # so that a broken image is told here and not by gradio
             concurrency_limit=1,
+            show_progress_on=drawing,
         )
         redrawing = redraw, [*kept, chosen], [drawing, table, text, chosen, downloads]
         hovering = show_hover, [tab, *kept], hover
         looking = show_looks, [tab, finding, chosen, layer, close_up], [note, points, sampled, refined]
         for each, name in zip((drawing_tab, hover_tab, table_tab, looks_tab), TABS):
             opened = each.select(partial(str, name), None, tab, **quick)
-            for shown in (hovering, looking):
-                opened.then(*shown, **quick)
-        for shown, triggers in (
+            opened.then(*hovering, **quick)
+            opened.then(*looking, **quick)
+        for answer, triggers in (
             (redrawing, [threshold.input, classes.input]),
             (hovering, [threshold.release, classes.input]),
             (looking, [chosen.change, layer.input, close_up.input]),
         ):
-            detected.then(*shown, **quick)
-            gr.on(triggers, *shown, **quick)
+            detected.then(*answer, **quick)
+            gr.on(triggers, *answer, **quick)
         drawing.select(click_drawing, kept, [chosen, tabs], **quick)
         table.select(click_row, None, [chosen, tabs], **quick)
         for button, kind in zip(buttons, FILES):
-            made = button.click(partial(make_file, download.GRADIO_CACHE, kind), kept, download, show_progress="hidden")
+            made = button.click(
+                partial(make_file, download.GRADIO_CACHE, kind), kept, download, show_progress="hidden"
+            )
             made.success(None, js=CLICK_LINK)
     return page
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
-from ..utils.errors import BrokenInputError, count_of
+from ..utils.errors import BrokenInputError, InputError, count_of
 from ..visualization import save_image
 from .detector import Detector, ImageResult, map_ahead, worker_threads
 from .processes import InputQueue

@@ -101,7 +101,9 @@ def draw_refinement(
     for center, color in zip(centers, colors):
         canvas.dot(center, 3, color)
     names = ["anchor", *(f"layer {layer}: {score:.2f}" for layer, score in enumerate(scores, start=1))]
-    return canvas.finish("Box of the query after each decoder layer, and the score of its class", zip(colors, names))
+    return canvas.finish(
+        "Box of the query after each decoder layer, and the score of its class", list(zip(colors, names))
+    )
 
 
 def _levels(inspection: Inspection) -> list[tuple[int, str, str]]:
@@ -117,7 +119,7 @@ def _levels(inspection: Inspection) -> list[tuple[int, str, str]]:
 def _layer_colors(count: int) -> list[str]:
     places = np.linspace(0, len(_REFINEMENT) - 1, count)
     channels = (np.interp(places, range(len(_REFINEMENT)), values) for values in _REFINEMENT.T)
-    return ["#%02x%02x%02x" % tuple(map(round, color)) for color in zip(*channels)]
+    return ["#" + bytes(map(round, color)).hex() for color in zip(*channels)]
 
 
 def _relative(values: np.ndarray) -> np.ndarray:
@@ -150,7 +152,7 @@ class _Canvas:
         x0, y0, x1, y1 = (0, 0, *image.size) if part is None else part.tolist()
         self.origin, edge = np.array([x0, y0]), max(x1 - x0, y1 - y0)
         self.scale = min(max(1.0, LONGEST_EDGE / edge), LARGEST_EDGE / edge)
-        size = round((x1 - x0) * self.scale), round((y1 - y0) * self.scale)
+        size = max(1, round((x1 - x0) * self.scale)), max(1, round((y1 - y0) * self.scale))
         shown = image.convert("RGB").resize(size, Image.Resampling.BICUBIC, box=(x0, y0, x1, y1))
         shown = Image.blend(shown, shown.convert("L").convert("RGB"), GRAY)
         self.margin = round(MARGIN * max(size))
@@ -187,7 +189,7 @@ class _Canvas:
     def finish(self, caption: str, entries: Sequence[tuple[str, str]]) -> Image.Image:
         """Return the drawing above its caption and legend."""
         drawn = Image.alpha_composite(self.image, self.layer.reduce(SMOOTHING)).convert("RGB")
-        legend = _legend(drawn.width, max(13, round(max(drawn.size) / 48)), caption, list(entries))
+        legend = _legend(drawn.width, max(13, round(max(drawn.size) / 36)), caption, entries)
         figure = Image.new("RGB", (drawn.width, drawn.height + legend.height), "white")
         figure.paste(drawn, (0, 0))
         figure.paste(legend, (0, drawn.height))
@@ -195,19 +197,18 @@ class _Canvas:
 
 
 def _legend(width: int, size: int, caption: str, entries: Sequence[tuple[str, str]]) -> Image.Image:
-    """Draw a caption and names behind dots of their colors, in as many lines as they need."""
+    """Draw a caption, and names behind dots of their colors, in as many lines as they need."""
     font = ImageFont.truetype(font_path(), size)
-    items = [(INK, word) for word in caption.split()]
-    lines: list[list[tuple[float, str, str]]] = []
-    for group, gap, indent in ((items, 0.3, 0.0), (list(entries), 1.2, 1.2)):
+    lines: list[list[tuple[float, str, str]]] = []  # x, color and text of each item
+    for items, gap in (([("", word) for word in caption.split()], 0.3), (entries, 1.2)):
         x = float(width)
-        for color, text in group:
-            needed = font.getlength(text) + (indent + gap) * size
+        for color, text in items:
+            needed = font.getlength(text) + (1.2 * bool(color)) * size
             if x + needed > width - 0.4 * size:
                 x = 0.6 * size
                 lines.append([])
-            lines[-1].append((x, color * bool(indent), text))
-            x += needed
+            lines[-1].append((x, color, text))
+            x += needed + gap * size
     legend = Image.new("RGB", (width, round((1.6 * len(lines) + 0.6) * size)), "white")
     draw = ImageDraw.Draw(legend)
     for number, line in enumerate(lines):

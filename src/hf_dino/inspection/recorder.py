@@ -1,8 +1,9 @@
 """Record one forward pass by hooks: the tokens that become queries, their boxes and the points that they sample.
 
-The model is not changed, and computes nothing twice but the class scores of the decoder layers and a top-k.
+The model is not changed. Only the class scores of the decoder layers and a top-k are computed a second time.
 """
 
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any
@@ -92,18 +93,19 @@ class Recorder:
         self._hooks = ExitStack()
 
     def __enter__(self) -> "Recorder":
-        core = self.model.model
-        self._listen("backbone", core.backbone)
-        self._listen("token scores", *core.query_selection.class_specific_layers())
-        self._listen("sampling offsets", *(layer.encoder_attn.sampling_offsets for layer in core.decoder.layers))
-        self._listen("attention", *(layer.encoder_attn for layer in core.decoder.layers))
-        self._listen("model", core)
+        core: Any = self.model.model
+        attentions = [layer.encoder_attn for layer in core.decoder.layers]
+        self._listen("backbone", [core.backbone])
+        self._listen("token scores", core.query_selection.class_specific_layers())
+        self._listen("sampling offsets", [attention.sampling_offsets for attention in attentions])
+        self._listen("attention", attentions)
+        self._listen("model", [core])
         return self
 
     def __exit__(self, *error: object) -> None:
         self._hooks.close()
 
-    def _listen(self, name: str, *modules: nn.Module) -> None:
+    def _listen(self, name: str, modules: Sequence[nn.Module]) -> None:
         calls: Calls = []
         self.calls[name] = calls
         for module in modules:
@@ -125,19 +127,17 @@ class Recorder:
             raise ValueError(f"record one call of the model with one image, got calls with {num_images} images")
         (((_, mask), levels),), ((_, output),) = self.calls["backbone"], self.calls["model"]
         size = mask.new_tensor(image_size, dtype=torch.float32)
-        # resizing and padding are undone: a point of a map is at the same fraction of the padded image
-        padded, unpadded = (mask.new_tensor(edges, dtype=torch.float32) for edges in _edges(mask[0]))
-        to_pixels = size * padded / unpadded
-        boxes = {"reference_boxes": _reference_boxes(output), "boxes": output.intermediate_boxes[0]}
+        padded_size = size * _padding_factor(mask[0])
         states = output.intermediate_hidden_states.to(self.model.dtype)
-        sampled = {
-            "sampling_points": torch.cat(self._sampling_locations()) * to_pixels,
-            "attention_weights": torch.cat([weights for _, (_, weights) in self.calls["attention"]]),
+        references = torch.cat([output.init_reference_points, output.intermediate_reference_points[0]])
+        fields = {
+            **self._tokens(levels, size, padded_size, output.enc_outputs_class),
+            "reference_boxes": _to_corners(references, size),
+            "boxes": _to_corners(output.intermediate_boxes[0], size),
             "scores": self.model.predict_classes(states, range(states.shape[1]))[0].sigmoid(),
+            "sampling_points": torch.cat(self._sampling_locations()) * padded_size,
+            "attention_weights": torch.cat([weights for _, (_, weights) in self.calls["attention"]]),
         }
-        fields = {**self._tokens(levels, to_pixels, output), **sampled}
-        fields |= {"proposals": _corners(fields["proposals"], size)}
-        fields |= {name: _corners(each, size) for name, each in boxes.items()}
         return Inspection(image_size, **{name: _to_numpy(each) for name, each in fields.items()})
 
     def _sampling_locations(self) -> list[torch.Tensor]:
@@ -147,31 +147,28 @@ class Recorder:
             for (_, offsets), (args, (_, weights)) in zip(self.calls["sampling offsets"], self.calls["attention"])
         ]
 
-    def _tokens(self, levels: Any, to_pixels: torch.Tensor, output: Any) -> dict[str, torch.Tensor]:
-        """Return what is recorded of the selected tokens, with proposals as the model has them."""
-        num_queries = output.init_reference_points.shape[1]
+    def _tokens(
+        self, levels: Any, size: torch.Tensor, padded_size: torch.Tensor, class_logits: torch.Tensor | None
+    ) -> dict[str, torch.Tensor]:
+        """Return what is recorded of the selected tokens; sizes are (width, height) in pixels of the image."""
+        none = size.new_zeros(0)
         proposals, _ = gen_encoder_output_proposals(levels)
         ranking = [logits[0].amax(dim=-1) for _, logits in self.calls["token scores"]]  # none if static
-        chosen = [each.topk(num_queries).indices for each in ranking]
-        tokens = torch.cat([*chosen, proposals.new_zeros(0, dtype=torch.int64)])
-        scores = torch.cat([*ranking, proposals.new_zeros(0)])[tokens].sigmoid()
-        logits = scores.new_zeros(0, 1) if output.enc_outputs_class is None else output.enc_outputs_class[0]
+        tokens = torch.cat([none.long(), *(each.topk(self.model.config.num_queries).indices for each in ranking)])
         centers = [
-            cell_centers(height, width, proposals.device) / proposals.new_tensor([width, height])
+            cell_centers(height, width, size.device) / size.new_tensor([width, height])
             for height, width in levels.spatial_shapes_list
         ]
         return {
-            "token_points": torch.cat(centers)[tokens] * to_pixels,
+            "token_points": torch.cat(centers)[tokens] * padded_size,
             "token_levels": torch.bucketize(tokens, levels.level_start_index, right=True) - 1,
-            "token_scores": scores,
-            "token_labels": logits.argmax(dim=-1),
-            "proposals": proposals[0, tokens],
+            "token_scores": torch.cat([none, *ranking])[tokens].sigmoid(),
+            "token_labels": none.long() if class_logits is None else class_logits[0].argmax(dim=-1),
+            "proposals": _to_corners(proposals[0, tokens], size),
         }
 
 
-def inspect_image(
-    model: DinoDetrForObjectDetection, processor: BaseImageProcessor, image: Image.Image
-) -> Inspection:
+def inspect_image(model: DinoDetrForObjectDetection, processor: BaseImageProcessor, image: Image.Image) -> Inspection:
     """Record what a model does with an image, in one forward pass.
 
     Args:
@@ -193,17 +190,14 @@ def inspect_image(
     return recorder.inspection(image.size)
 
 
-def _edges(mask: torch.Tensor) -> tuple[list[int], list[int]]:
-    """Return (width, height) of a mask `(height, width)`, and of the image in its top left corner."""
+def _padding_factor(mask: torch.Tensor) -> torch.Tensor:
+    """Return by what padding multiplied the (width, height) of an image, given its mask `(height, width)`."""
     height, width = mask.shape
-    return [width, height], [int(mask.any(dim=0).sum()), int(mask.any(dim=1).sum())]
+    unpadded = torch.stack([mask.any(dim=0).sum(), mask.any(dim=1).sum()])
+    return mask.new_tensor([width, height], dtype=torch.float32) / unpadded
 
 
-def _reference_boxes(output: Any) -> torch.Tensor:
-    return torch.cat([output.init_reference_points, output.intermediate_reference_points[0]])
-
-
-def _corners(boxes: torch.Tensor, size: torch.Tensor) -> torch.Tensor:
+def _to_corners(boxes: torch.Tensor, size: torch.Tensor) -> torch.Tensor:
     """Turn center x, center y, width, height, fractions of an image of `size`, into corners in pixels."""
     return box_convert(boxes, "cxcywh", "xyxy") * size.repeat(2)
 
