@@ -18,6 +18,7 @@ from hf_dino.cli import app
 
 ROOT = Path(__file__).parents[1]
 IMAGES = ROOT / "docs" / "images"
+DEMO = ROOT / "runs" / "demo"
 MAX_WIDTH, COLORS = 960, 64
 
 

@@ -1,10 +1,11 @@
-"""README and docs are run: their Python as it stands, their commands by the real parser and, where it is cheap, for real.
+"""README and docs are run: their Python, and their commands, by the real parser and where it is cheap for real.
 
 Each block and each command gets a directory of its own with what the reader has: models, datasets and images.
 """
 
 import os
 import re
+import runpy
 import shlex
 import shutil
 import subprocess
@@ -29,6 +30,7 @@ from hf_dino.data import convert_data, read_data
 from hf_dino.data.shapes import OUTLINES, generate_shapes
 
 
+NOTEBOOKS = runpy.run_path(str(ROOT / "tools" / "notebooks.py"))
 PAGES = [ROOT / "README.md", ROOT / "conversion" / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 # Commands that do not run here, by a pattern and the reason. Their options are checked all the same.
@@ -186,6 +188,21 @@ def test_command_runs(words, enter):
 def test_reasons_for_commands_that_do_not_run_are_needed():
     lines = [" ".join(words) for words in COMMANDS]
     assert not [pattern for pattern in NOT_RUN if not any(re.search(pattern, line) for line in lines)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", NOTEBOOKS["PAGES"], ids=lambda page: page.stem)
+def test_notebook_runs(page, enter, tmp_path, monkeypatch):
+    nbclient = pytest.importorskip("nbclient")
+    notebook = NOTEBOOKS["make_notebook"](page)
+    enter("--output_dir runs/ " if "hf-dino train" in page.read_text(encoding="utf-8") else "")
+    program = tmp_path / "bin" / "hf-dino"  # of this checkout, wherever the installed one comes from
+    program.parent.mkdir()
+    program.write_text(f"#!{sys.executable}\nfrom hf_dino.cli import main\n\nmain()\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{program.parent}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setenv("PYTHONPATH", str(ROOT / "src"))
+    nbclient.NotebookClient(notebook, timeout=300, kernel_name="python3").execute()
 
 
 def parse(arguments: Sequence[str]) -> None:

@@ -12,11 +12,10 @@ import nbformat
 import pytest
 
 from helpers.paths import ROOT
-from test_docs import PAGES, enter, exported, reader  # noqa: F401  # fixtures
+from test_docs import NOTEBOOKS, PAGES
 
 
 SITE = runpy.run_path(str(ROOT / "tools" / "docs_site.py"))
-NOTEBOOKS = runpy.run_path(str(ROOT / "tools" / "notebooks.py"))
 LINKING = [*PAGES, *(ROOT / name for name in ("CONTRIBUTING.md", "CHANGELOG.md", "kernels/README.md", "llms.txt"))]
 
 
@@ -30,21 +29,6 @@ def test_notebook_is_what_its_page_says(page):
     path = NOTEBOOKS["NOTEBOOKS"] / f"{page.stem}.ipynb"
     assert path.read_text(encoding="utf-8") == NOTEBOOKS["notebook_text"](page), "run `make docs-pages`"
     nbformat.validate(nbformat.read(path, as_version=4))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("page", NOTEBOOKS["PAGES"], ids=lambda page: page.stem)
-def test_notebook_runs(page, enter, tmp_path, monkeypatch):  # noqa: F811
-    nbclient = pytest.importorskip("nbclient")
-    notebook = NOTEBOOKS["make_notebook"](page)
-    enter(" ".join(cell.source for cell in notebook.cells).replace("$OUTPUT", "runs/"))
-    program = tmp_path / "bin" / "hf-dino"  # of this checkout, wherever the installed one comes from
-    program.parent.mkdir()
-    program.write_text(f"#!{sys.executable}\nfrom hf_dino.cli import main\n\nmain()\n")
-    program.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{program.parent}{os.pathsep}{os.environ['PATH']}")
-    monkeypatch.setenv("PYTHONPATH", str(ROOT / "src"))
-    nbclient.NotebookClient(notebook, timeout=300, kernel_name="python3").execute()
 
 
 def slugs(page: Path) -> set[str]:
