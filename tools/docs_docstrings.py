@@ -1,7 +1,7 @@
 """Show transformers' docstrings in the API reference: an extension of griffe, which mkdocstrings reads them with.
 
-transformers writes types as Markdown, "(`int`, *optional*)", and links as "[`DinoDetrConfig`]"; griffe expects types as
-plain text and links with a target.
+transformers writes types as Markdown, "(`int`, *optional*)", and links as "[`DinoDetrConfig`]"; griffe expects types
+as plain text and links with a target.
 """
 
 import re

@@ -1,7 +1,7 @@
 """Write the pages of the docs: `make docs` builds the site, `make docs-pages` the page of the command line.
 
-On GitHub, README.md and docs/ are read as they are. The site has the same pages: they are copied to build/docs, with the
-files that they link to, and the API reference is added. Zensical builds the site from there, as mkdocs.yml says.
+On GitHub, README.md and docs/ are read as they are. The site has the same pages: they are copied to build/docs, with
+the files that they link to, and the API reference is added. Zensical builds the site from there, as mkdocs.yml says.
 """
 
 import inspect
@@ -124,8 +124,8 @@ def command_line_page() -> str:
     sections = [_command_section(name, command) for name, command in _commands(group, "hf-dino")]
     head = (
         "# Command line\n\n<!-- written by `make docs-pages`; do not edit -->\n\n"
-        "`hf-dino COMMAND --help` prints the same. `--a-b` and `--a_b` are the same option, and a list takes its values "
-        "after one another: `--classes person car`. `python -m hf_dino` is the same command.\n\n"
+        "`hf-dino COMMAND --help` prints the same, and `python -m hf_dino` is the same command. `--a-b` and `--a_b`\n"
+        "are the same option; a list takes its values after one another, as in `--classes person car`.\n\n"
     )
     return head + "\n".join(sections)
 
