@@ -357,11 +357,11 @@ def _load_model(name: str, device: str | None, dtype: str, compile: bool) -> tup
     from ..hub import load_model_and_processor
 
     if is_exported(name):
-        if device not in (None, "cpu") or dtype != "float32" or compile:
-            raise InputError(
-                f"{name}: is an exported model, which runs on the CPU only; leave out --device, --dtype, --compile"
-            )
-        return load_exported(name)
+        if dtype != "float32" or compile:
+            raise InputError(f"{name}: is an exported model; leave out --dtype and --compile")
+        model, processor = load_exported(name, device=device or "cpu")
+        print(f"{name}: runs in {model.session.runtime}", file=sys.stderr)
+        return model, processor
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if dtype == "float16" and device.partition(":")[0] == "cpu":
         raise InputError("--dtype float16 needs a GPU; use bfloat16 or float32")
