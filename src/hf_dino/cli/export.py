@@ -25,7 +25,6 @@ SourceOption = Annotated[
 
 
 def export(
-    context: typer.Context,
     model: Annotated[str, typer.Argument(metavar="MODEL", help="Directory or Hub id (OWNER/NAME) of the model.")],
     output: Annotated[
         Path,
@@ -77,8 +76,6 @@ def export(
     and the exit status is 1; a wrong argument or a missing package gives 2.
     """
     log_to_terminal()
-    if (precision != "float32") != (data is not None):
-        context.fail("Give --precision float16, int8 or int8_dynamic and --data, or neither of them.")
 
     from ..export import check_output, export_model, read_precision_data
     from ..exported import open_session
@@ -87,6 +84,12 @@ def export(
     from .checkpoints import format_size
 
     with _wrong_use():
+        if precision != "float32" and data is None:
+            raise ValueError(
+                f"--precision {precision}: needs --data DATASET, images that its loss of AP is measured on"
+            )
+        if precision == "float32" and data is not None:
+            raise ValueError("--data: is read only with --precision float16, int8 or int8_dynamic; remove it")
         check_output(output, format, precision, attention)
         judge = None if data is None else read_precision_data(data, precision)
         detector, processor = load_model_and_processor(model)
@@ -168,7 +171,8 @@ def benchmark(
     if json_output:
         print(json.dumps(measured, indent=2))
         return
-    print(f"{measured['machine']}, {threads} threads, median of {rounds} rounds (90th percentile) in ms")
+    count = f"{threads} thread{'s' * (threads > 1)}"
+    print(f"{measured['machine']}, {count}, median of {rounds} rounds (90th percentile) in ms")
     _print_measurements(measured["candidates"])
 
 

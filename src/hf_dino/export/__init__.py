@@ -34,6 +34,7 @@ __all__ = [
     "Format",
     "PrecisionData",
     "PrecisionError",
+    "calibration_inputs",
     "check_output",
     "compare",
     "describe",
