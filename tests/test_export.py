@@ -1,6 +1,7 @@
 """Exported files compute what their model computes; a file that does not is found and never gets its name."""
 
 import copy
+import dataclasses
 import json
 import os
 import shutil
@@ -14,11 +15,14 @@ from huggingface_hub import constants
 from PIL import Image
 
 from helpers.command_line import exit_status, hf_dino
+from helpers.data_formats import write_shapes
 from helpers.models import tiny_model
 from hf_dino import DinoDetrImageProcessor, export
-from hf_dino.export import FORMATS, QuerySelectionMode, compare, describe, export_model, make_inputs, make_program
-from hf_dino.exported import ExportedDetector, load_exported
+from hf_dino.export import FORMATS, compare, describe, export_model, make_inputs, make_program, verification
+from hf_dino.export.program import digest, model_digest
+from hf_dino.exported import ExportedDetector, QuerySelectionMode, load_exported
 from hf_dino.inference import detect_objects
+from hf_dino.kernels import operators
 
 
 onnx = pytest.importorskip("onnx", reason="needs the extra `export`")
@@ -28,7 +32,8 @@ pytest.importorskip("onnxruntime", reason="needs the extra `export`")
 
 @pytest.fixture(scope="module")
 def model():
-    return tiny_model(encoder_layers=1, decoder_layers=1, num_feature_levels=2)
+    names = dict(enumerate(("circle", "cross", "square", "star", "triangle")))  # of the shapes dataset
+    return tiny_model(encoder_layers=1, decoder_layers=1, num_feature_levels=2, id2label=names)
 
 
 @pytest.fixture(scope="module")
@@ -42,12 +47,7 @@ def program(model):
 
 
 @pytest.fixture(scope="module")
-def metadata(model, processor, program):
-    return json.dumps(describe(model, processor, program, "OWNER/NAME"))
-
-
-@pytest.fixture(scope="module")
-def written(program, metadata, tmp_path_factory):
+def written(model, processor, program, tmp_path_factory):
     """Return a function that writes the model in a format, once."""
     paths = {}
 
@@ -56,10 +56,16 @@ def written(program, metadata, tmp_path_factory):
             paths[name] = tmp_path_factory.mktemp(name) / f"model{FORMATS[name].suffix}"
             if not FORMATS[name].suffix:
                 paths[name].mkdir()
-            FORMATS[name].write(program, paths[name], metadata)
+            exported = make_program(model, compiled_or_not(), with_selection=True) if name == "aoti" else program
+            facts = describe(model, processor, exported, "OWNER/NAME", compiled_or_not())
+            FORMATS[name].write(FORMATS[name].convert(exported), paths[name], facts)
         return paths[name]
 
     return write
+
+
+def compiled_or_not() -> str:
+    return "compiled" if operators("cpu") else "grid_sample"
 
 
 def slow(format: str):
@@ -71,7 +77,7 @@ def require(format: str) -> None:
         pytest.importorskip(package, reason=f"needs the extra `{FORMATS[format].extra}`")
 
 
-@pytest.mark.parametrize("format", ["onnx", slow("pt2"), slow("openvino")])
+@pytest.mark.parametrize("format", ["onnx", slow("pt2"), slow("openvino"), slow("aoti")])
 def test_all_raw_outputs_equal_those_of_the_model(format, written, model):
     require(format)
     comparisons = export.verify(written(format), model)
@@ -86,7 +92,7 @@ def test_all_raw_outputs_equal_those_of_the_model(format, written, model):
     torch.testing.assert_close(found.logits, expected.logits, atol=2e-4, rtol=0)
 
 
-@pytest.mark.parametrize("format", ["onnx", slow("pt2"), slow("openvino")])
+@pytest.mark.parametrize("format", ["onnx", slow("pt2"), slow("openvino"), slow("aoti")])
 def test_an_exported_model_detects_what_the_model_detects(format, written, model, processor):
     require(format)
     detector, own_processor = load_exported(written(format))
@@ -128,7 +134,7 @@ def test_an_onnx_file_states_its_inputs_and_where_its_model_came_from(written, m
 @pytest.mark.parametrize("format", ["onnx", slow("pt2"), slow("openvino")])
 def test_a_file_names_no_local_path(format, written):
     require(format)
-    here = {str(Path(export.__file__).parents[1]), str(Path.home()), str(Path(torch.__file__).parent), sys.prefix}
+    here = {str(Path(export.__file__).parents[2]), str(Path.home()), str(Path(torch.__file__).parent), sys.prefix}
     for path in (written(format), *written(format).rglob("*")):
         content = path.read_bytes() if path.is_file() else b""
         assert not [name for name in here if len(name) > 1 and name.encode() in content]
@@ -153,13 +159,61 @@ def test_a_weight_that_changed_by_1_percent_is_found(index, written, model, tmp_
 
 
 def test_a_file_that_differs_never_gets_its_name(written, model, processor, tmp_path, monkeypatch):
-    monkeypatch.setattr(export, "make_program", lambda *_: None)
-    monkeypatch.setattr(export, "describe", lambda *_: {})
-    wrong = export.Format(".onnx", "export", (), lambda _, path, __: sabotaged(written("onnx"), path, 1))
-    monkeypatch.setitem(FORMATS, "onnx", wrong)
+    convert_to(sabotaged(written("onnx"), tmp_path / "wrong.onnx", 1), model, processor, monkeypatch)
+    (tmp_path / "wrong.onnx").unlink()
     with pytest.raises(export.DifferenceError):
         export_model(model, processor, tmp_path / "model.onnx")
     assert list(tmp_path.iterdir()) == []
+
+
+def convert_to(file: Path, model, processor, monkeypatch) -> None:
+    """Let the export to ONNX, which takes a while, make what is in a file."""
+    proto = onnx.load(file)
+    facts = json.loads(proto.metadata_props[0].value)
+    monkeypatch.setattr(export, "make_program", lambda *_, **__: None)
+    monkeypatch.setattr(export, "describe", lambda *_: facts)
+    made = dataclasses.replace(FORMATS["onnx"], convert=lambda _: proto)
+    monkeypatch.setitem(FORMATS, "onnx", made)
+
+
+def test_verification_finds_a_change_of_any_weight_of_the_file(written, model, tmp_path, monkeypatch):
+    """Outputs do not show all: scaling a whole convolution in front of a group norm changes none."""
+    file, contents = onnx.load(written("onnx")), FORMATS["onnx"].contents
+    stated = json.loads(file.metadata_props[0].value)["content_sha256"]
+    assert digest(contents(file)) == stated
+    weights = [(each, onnx.numpy_helper.to_array(each)) for each in file.graph.initializer if each.data_type == 1]
+    weights = [(weight, array) for weight, array in weights if (array * 1.01 != array).any()]  # not zeros and infinities
+    assert len(weights) > 60
+    for weight, array in weights:
+        weight.CopyFrom(onnx.numpy_helper.from_array(array * array.dtype.type(1.01), weight.name))
+        assert digest(contents(file)) != stated
+        weight.CopyFrom(onnx.numpy_helper.from_array(array, weight.name))
+    (convolution,) = (pair for pair in weights if pair[0].name.endswith("input_proj.0.0.weight"))
+    convolution[0].CopyFrom(onnx.numpy_helper.from_array(convolution[1] * 2, convolution[0].name))
+    onnx.save(file, tmp_path / "model.onnx")
+    monkeypatch.setattr(verification, "SHAPES", ())
+    with pytest.raises(export.DifferenceError, match="its weights were changed after the export"):
+        export.verify(tmp_path / "model.onnx", model)
+
+
+def test_verification_finds_a_change_of_any_weight_of_the_model(written, model):
+    """Also of the label embedding, which only training reads, and of a norm that is folded into a convolution."""
+    stated = ExportedDetector(written("onnx")).session.facts["model_sha256"]
+    other = copy.deepcopy(model)
+    assert model_digest(other) == stated
+    weights = other.state_dict()
+    for weight in [each for each in weights.values() if each.is_floating_point() and each.any()]:
+        before = weight.clone()
+        weight *= 1.01
+        assert model_digest(other) != stated
+        weight.copy_(before)
+    weights["model.denoising.label_embed.weight"] *= 1.01
+    with pytest.raises(export.DifferenceError, match="was exported from a model with other weights"):
+        export.verify(written("onnx"), other)
+
+
+def test_a_digest_depends_on_values_and_not_on_their_order():
+    assert digest([b"a", b"b"]) == digest([b"b", b"a"]) != digest([b"a", b"a"]) != digest([b"a"])
 
 
 def run_with_swapped_ranks(model, inputs, rank: int):
@@ -201,7 +255,7 @@ def test_outputs_that_are_not_finite_are_not_equal(model):
     assert not compare(lambda *_: [nan, expected.pred_boxes, *own.selected], model, inputs).is_equal
 
 
-@pytest.mark.parametrize("format", ["onnx", slow("pt2"), slow("openvino")])
+@pytest.mark.parametrize("format", ["onnx", slow("pt2"), slow("openvino"), slow("aoti")])
 def test_images_that_are_too_small_are_refused_with_the_least_size(format, written):
     require(format)
     detector = ExportedDetector(written(format))
@@ -240,10 +294,8 @@ def folder(model, processor, tmp_path):
     return tmp_path
 
 
-def test_the_command_writes_a_verified_file(folder, written, program, model, monkeypatch, capsys):
-    monkeypatch.setattr(export, "make_program", lambda *_: program)
-    copy_file = export.Format(".onnx", "export", (), lambda _, path, __: shutil.copy(written("onnx"), path))
-    monkeypatch.setitem(FORMATS, "onnx", copy_file)
+def test_the_command_writes_a_verified_file(folder, written, model, processor, monkeypatch, capsys):
+    convert_to(written("onnx"), model, processor, monkeypatch)
     target = folder / "new" / "model.onnx"
     assert hf_dino(["export", folder / "tiny", "--output", target]) == 0
     printed = capsys.readouterr().out
@@ -261,6 +313,16 @@ def test_the_command_writes_a_verified_file(folder, written, program, model, mon
         (["tiny", "--output=there.onnx/model.onnx"], "there.onnx"),
         (["tny", "--output=model.onnx"], "tny: is neither a directory nor a model on the Hub"),
         (["OWNER/nmae", "--output=model.onnx"], "is neither a directory nor a model on the Hub"),
+        (["OWNER/nmae", "--output=new/model.onnx"], "is neither a directory nor a model on the Hub"),
+        (["OWNER/nmae", "--output=ov", "--format=openvino"], "is neither a directory nor a model on the Hub"),
+        (["OWNER/nmae", "--output=new/ov", "--format=openvino"], "is neither a directory nor a model on the Hub"),
+        (["tiny", "--output=new/a.onnx", "--precision=float16"], "--precision float16: needs --data"),
+        (["tiny", "--output=new/a.onnx", "--data=tiny"], "--data: is read only with --precision"),
+        (
+            ["tiny", "--output=a.pt2", "--format=pt2", "--precision=int8", "--data=d"],
+            "not available with --format pt2",
+        ),
+        (["tiny", "--output=a.onnx", "--attention=compiled"], "only PyTorch has it"),
     ],
 )
 def test_wrong_use_is_one_line_and_status_2(arguments, message, folder, monkeypatch, capsys):
@@ -277,7 +339,7 @@ def test_wrong_use_is_one_line_and_status_2(arguments, message, folder, monkeypa
 
 def test_an_unknown_format_lists_the_known_ones(folder, capsys):
     assert hf_dino(["export", folder / "tiny", "--output=a.tflite", "--format=tflite"]) == 2
-    assert "'onnx', 'openvino', 'pt2'" in capsys.readouterr().err
+    assert "'onnx', 'openvino', 'pt2', 'aoti'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("format", "package"), [("onnx", "onnxscript"), ("openvino", "openvino")])
@@ -289,7 +351,10 @@ def test_a_missing_package_is_named_with_its_extra(format, package, folder, monk
     assert line in capsys.readouterr().err
 
 
-def test_gathering_computes_what_the_reference_implementation_computes():
+@pytest.mark.parametrize("name", [each for each in export.ATTENTIONS if each != "grid_sample"])
+def test_each_form_computes_what_the_reference_implementation_computes(name):
+    if name == "compiled" and operators("cpu") is None:
+        pytest.skip("needs the compiled kernel")
     generator = torch.Generator().manual_seed(0)
     shapes = [(5, 7), (3, 4), (1, 2)]
     value = torch.randn(2, 49, 4, 8, generator=generator, dtype=torch.float64)
@@ -297,8 +362,181 @@ def test_gathering_computes_what_the_reference_implementation_computes():
     locations[0, 0, 0, 0] = torch.tensor([[0.0, 1.0], [float("nan"), 0.5]])
     locations[0, 1, 0, 0] = torch.tensor([[float("inf"), 0.5], [0.5, -1e9]])
     weights = torch.rand(2, 6, 4, 3, 2, generator=generator, dtype=torch.float64)
-    expected, found = (attend(value, shapes, locations, weights) for attend in export.ATTENTIONS.values())
+    forms = (export.ATTENTIONS["grid_sample"], export.ATTENTIONS[name])
+    expected, found = (attend(value, shapes, locations, weights) for attend in forms)
     torch.testing.assert_close(found, expected, atol=1e-12, rtol=0)
+
+
+@pytest.fixture(scope="module")
+def shapes(tmp_path_factory):
+    return write_shapes(tmp_path_factory.mktemp("shapes"))
+
+
+@pytest.fixture
+def detectors(folder, written, shapes, monkeypatch):
+    """A directory with the model, `tiny`, its file, `model.onnx`, and images."""
+    monkeypatch.chdir(folder)
+    shutil.copy(written("onnx"), "model.onnx")
+    Path("shapes").symlink_to(shapes)
+    return folder
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--threshold=0.2"],
+        ["--classes=star,circle"],
+        ["--top_k=3"],
+        ["--nms=0.3"],
+        ["--tile=64", "--tile_overlap=0.3"],
+        ["--batch_size=1"],
+    ],
+    ids=lambda options: options[0],
+)
+def test_predict_with_a_file_finds_what_the_model_finds(options, detectors, capsys):
+    results = []
+    for model in ("tiny", "model.onnx"):
+        common = [f"--model={model}", f"--output=of-{model}", "--save=json", "--threshold=0", "--num_workers=0"]
+        assert hf_dino(["predict", "shapes/val", *common, *options]) == 0
+        results.append(json.loads(Path(f"of-{model}", "results.json").read_text()))
+    assert "model.onnx: runs in ONNX Runtime" in capsys.readouterr().err
+    expected, found = results
+    assert expected.keys() == found.keys() and len(expected) == 3 and any(expected.values())
+    for ours, theirs in zip(expected.values(), found.values(), strict=True):
+        assert [each["name"] for each in ours] == [each["name"] for each in theirs]
+        for one, other in zip(ours, theirs, strict=True):
+            assert other["box"] == pytest.approx(one["box"], abs=0.01)
+            assert other["score"] == pytest.approx(one["score"], abs=1e-4)
+
+
+def test_evaluate_runs_a_file(detectors):
+    for model in ("tiny", "model.onnx"):
+        options = [f"--metrics_json={model}.json", "--split=validation", "--dataloader_num_workers=0"]
+        assert hf_dino(["evaluate", f"--model={model}", "--data=shapes", *options]) == 0
+    expected, found = (json.loads(Path(f"{name}.json").read_text()) for name in ("tiny", "model.onnx"))
+    assert found["ap"] == pytest.approx(expected["ap"], abs=1e-6)
+    with pytest.raises(ValueError, match="is an exported model; leave out --mixed_precision"):
+        hf_dino(["evaluate", "--model=model.onnx", "--data=shapes", "--mixed_precision=bf16"])
+
+
+@pytest.mark.parametrize("device", ["cuda", "mps"])
+def test_a_device_that_the_installed_runtime_lacks_is_one_line(device, detectors):
+    with pytest.raises(ValueError, match=f"--device {device}: the installed onnxruntime has only .*CPU") as raised:
+        hf_dino(["predict", "shapes/val", "--model=model.onnx", "--output=out", f"--device={device}"])
+    assert "\n" not in str(raised.value)
+
+
+def test_a_runtime_that_falls_back_to_the_cpu_is_refused(written, monkeypatch):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CUDAExecutionProvider"])
+    session = onnxruntime.InferenceSession
+    monkeypatch.setattr(onnxruntime, "InferenceSession", lambda source, options, providers: session(source, options))
+    with pytest.raises(ValueError, match="--device cuda:0: the installed onnxruntime has only CPUExecutionProvider"):
+        load_exported(written("onnx"), device="cuda:0")
+
+
+def test_verify_is_a_command(detectors, model, processor, capsys):
+    assert hf_dino(["verify", "model.onnx", "--model=tiny"]) == 0
+    printed = capsys.readouterr().out
+    assert "changed ranks" in printed and "model.onnx: was exported from these weights and is unchanged" in printed
+    other = copy.deepcopy(model)
+    other.class_embed[0].bias.data += 0.1
+    other.save_pretrained("other")
+    processor.save_pretrained("other")
+    with pytest.raises(export.DifferenceError, match="was exported from a model with other weights"):
+        hf_dino(["verify", "model.onnx", "--model=other"])
+    assert hf_dino(["verify", "gone.onnx", "--model=tiny"]) == 2
+
+
+def test_benchmark_is_a_table_of_this_machine(detectors, capsys):
+    arguments = ["benchmark", "--model=tiny", "model.onnx", "--sizes", "96x128", "64x96", "--rounds=2"]
+    assert hf_dino(arguments) == 0
+    header, columns, ours, file = capsys.readouterr().out.splitlines()
+    assert "1 thread, median of 2 rounds" in header
+    assert columns.split() == ["runtime", "MB", "load", "s", "96x128", "64x96", "AP"]
+    assert "PyTorch" in ours and "ONNX Runtime" in file and "float32" in file
+    assert hf_dino([*arguments, "--json", "--data=shapes"]) == 0
+    measured = json.loads(capsys.readouterr().out)
+    for each in measured["candidates"]:
+        assert each["milliseconds"].keys() == {"96x128", "64x96"} and each["load_seconds"] > 0
+        assert all(0 < time["median"] <= time["p90"] for time in each["milliseconds"].values())
+    first, second = measured["candidates"]
+    assert second["ap"] == pytest.approx(first["ap"], abs=1e-6)
+    assert second["megabytes"] == pytest.approx(Path("model.onnx").stat().st_size / 1e6, abs=0.1)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--sizes=640"], "--sizes 640: expected HEIGHTxWIDTH"),
+        (["--sizes=8x8"], "8 x 8"),
+        (["gone.onnx"], "gone.onnx: is not an exported model"),
+        (["--data=gone"], "gone"),
+    ],
+)
+def test_wrong_use_of_benchmark_is_one_line_and_status_2(arguments, message, detectors, capsys):
+    assert hf_dino(["benchmark", "--model=tiny", *arguments]) == 2
+    (line,) = [each for each in capsys.readouterr().err.splitlines() if each.startswith("error: ")]
+    assert message in line
+
+
+@pytest.mark.parametrize("precision", ["float16", "int8", "int8_dynamic"])
+def test_a_lower_precision_is_judged_by_ap_and_refused_above_the_loss(
+    precision, detectors, model, processor, monkeypatch, capsys
+):
+    convert_to(Path("model.onnx"), model, processor, monkeypatch)
+    scores = iter([0.5, 0.496, 0.5, 0.494, 0.5, float("nan")])
+    judged = []
+    monkeypatch.setattr(export, "average_precision", lambda *each: (judged.append(each), next(scores))[1])
+    arguments = ["export", "tiny", f"--precision={precision}", "--data=shapes"]
+    assert hf_dino([*arguments, "--output=small.onnx"]) == 0
+    assert f"{precision}: AP 0.5000 before, 0.4960 after, on shapes" in capsys.readouterr().out
+    detector, _ = load_exported("small.onnx")
+    facts = detector.session.facts
+    assert (facts["precision"], facts["ap_before"], facts["ap_after"], facts["data"]) == (
+        precision,
+        0.5,
+        0.496,
+        "shapes",
+    )
+    assert str(detectors) not in json.dumps(facts)
+    assert (detector(torch.zeros(1, 3, 96, 96)).pred_boxes != judged[0][0](torch.zeros(1, 3, 96, 96)).pred_boxes).any()
+    assert [each.image_id for each in judged[0][2].images] == [1, 2, 3]  # of validation, not of training
+    before = sorted(Path().iterdir())
+    for _ in range(2):
+        with pytest.raises(export.PrecisionError, match=f"--precision {precision}: AP fell from 0.5000 to"):
+            hf_dino([*arguments, "--output=refused.onnx"])
+    assert sorted(Path().iterdir()) == before
+    assert hf_dino(["verify", "small.onnx", "--model=tiny"]) == 0
+
+
+def test_a_dataset_without_a_split_to_judge_on_is_status_2(detectors, shapes, capsys):
+    for split in ("train", "val"):
+        Path(split).mkdir()
+        (Path(split) / split).symlink_to(shapes / split)
+        (Path(split) / f"{split}.json").symlink_to(shapes / f"{split}.json")
+    arguments = ["export", "tiny", "--output=a.onnx", "--precision=int8"]
+    assert hf_dino([*arguments, "--data=train"]) == 2
+    assert "needs the splits train and validation (or test), it has train" in capsys.readouterr().err
+    assert hf_dino([*arguments, "--data=val"]) == 2
+    assert "it has validation; make them with hf-dino data split" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["float16", "int8"])
+def test_openvino_reduces_its_precision(precision, detectors, written):
+    require("openvino")
+    pytest.importorskip("nncf", reason="needs the extra `openvino`")
+    data = export.read_precision_data("shapes", precision)
+    wanted = FORMATS["openvino"]
+    detector, processor = load_exported(written("openvino"))
+    reduced = wanted.reduce[precision](wanted.load(written("openvino")), export.calibration_inputs(data, processor))
+    Path("reduced").mkdir()
+    wanted.write(reduced, Path("reduced"), detector.session.facts | {"precision": precision})
+    assert Path("reduced/model.bin").stat().st_size < Path(written("openvino"), "model.bin").stat().st_size
+    image = torch.rand(1, 3, 96, 128)
+    found, expected = load_exported("reduced")[0](image), detector(image)
+    assert 0 < (found.logits - expected.logits).abs().max() < 1
 
 
 @pytest.mark.slow
@@ -319,15 +557,19 @@ model = DinoDetrForObjectDetection(DinoDetrConfig()).eval()
 for each in export_model(model, DinoDetrImageProcessor(), sys.argv[1], format=sys.argv[2]):
     print(each)
     assert each.boxes <= 1e-5 and each.logits <= 2e-4
+print(sum(each.nbytes for each in model.state_dict().values()))
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
 """
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("format", ["onnx"])
+@pytest.mark.parametrize("format", ["onnx", "openvino"])
 def test_a_resnet_50_is_exported_in_4_gib(format, tmp_path):
     require(format)
     command = [sys.executable, "-c", RESNET, str(tmp_path / f"model{FORMATS[format].suffix}"), format]
     done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert float(done.stdout.split()[-1]) < 4
+    *_, weights, peak = done.stdout.split()
+    assert float(peak) < 4
+    files = [each for each in (tmp_path, *tmp_path.rglob("*")) if each.is_file()]
+    assert sum(each.stat().st_size for each in files) <= 1.05 * int(weights)

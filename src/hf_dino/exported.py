@@ -1,16 +1,19 @@
 """Run exported models: files that `hf-dino export` wrote, called as the model is."""
 
 import json
-from collections.abc import Callable
+import zipfile
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import BaseImageProcessor
 
 from .configuration_dino_detr import DinoDetrConfig
-from .image_processing_dino_detr import DinoDetrImageProcessor
+from .image_processing_dino_detr import DinoDetrImageProcessor, DinoDetrImageProcessorPil
+from .kernels import operators
 from .modeling_dino_detr import DinoDetrObjectDetectionOutput
 from .utils.errors import InputError, import_extra
 
@@ -27,10 +30,12 @@ class Session(NamedTuple):
     Args:
         run (`Callable`): Maps `pixel_values` and `pixel_mask` to the outputs.
         facts (`dict[str, Any]`): What the file states about its model: `config`, `processor`, `least_edge` and more.
+        runtime (`str`): Name and version of the program, and where it runs.
     """
 
     run: Callable[..., list[Any]]
     facts: dict[str, Any]
+    runtime: str
 
 
 class QuerySelectionMode(TorchDispatchMode):
@@ -57,16 +62,30 @@ class QuerySelectionMode(TorchDispatchMode):
         return result
 
 
-def open_onnx(path: Path, *, with_selection: bool = False) -> Session:
-    """Open an ONNX file in ONNX Runtime, on the CPU."""
+def open_onnx(path: Path, device: str, threads: int, *, with_selection: bool = False) -> Session:
+    """Open an ONNX file in ONNX Runtime, on the CPU or a CUDA device."""
     onnxruntime = import_extra("onnxruntime", "export", "running an ONNX file")
+    kind, _, index = device.partition(":")
+    provider = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}.get(kind, kind)
+    if provider not in onnxruntime.get_available_providers():
+        raise _not_available(device, "onnxruntime", onnxruntime.get_available_providers(), "onnxruntime-gpu has cuda")
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
     source = _add_selection(path) if with_selection else str(path)
-    session = onnxruntime.InferenceSession(source, providers=["CPUExecutionProvider"])
+    providers = [(provider, {"device_id": index} if index else {}), "CPUExecutionProvider"][: 2 - (kind == "cpu")]
+    session = onnxruntime.InferenceSession(source, options, providers=providers)
+    if session.get_providers()[0] != provider:  # it falls back to the CPU where a library of CUDA is missing
+        raise _not_available(device, "onnxruntime", session.get_providers(), "it could not load the others")
 
     def run(*inputs: torch.Tensor) -> list[Any]:
         return session.run(None, {name: each.numpy() for name, each in zip(INPUTS, inputs, strict=True)})
 
-    return Session(run, json.loads(session.get_modelmeta().custom_metadata_map[METADATA_KEY]))
+    facts = json.loads(session.get_modelmeta().custom_metadata_map[METADATA_KEY])
+    return Session(run, facts, f"ONNX Runtime {onnxruntime.__version__}, {provider}")
+
+
+def _not_available(device: str, package: str, available: Iterable[str], hint: str) -> InputError:
+    return InputError(f"--device {device}: the installed {package} has only {', '.join(available)}; {hint}")
 
 
 def _add_selection(path: Path) -> bytes:
@@ -79,35 +98,79 @@ def _add_selection(path: Path) -> bytes:
     return model.SerializeToString()
 
 
-def open_openvino(path: Path, *, with_selection: bool = False) -> Session:
-    """Open a directory with an OpenVINO model, on the CPU, in float32."""
+def open_openvino(path: Path, device: str, threads: int, *, with_selection: bool = False) -> Session:
+    """Open a directory with an OpenVINO model, in float32, on the CPU or another device of OpenVINO."""
     openvino = import_extra("openvino", "openvino", "running an OpenVINO model")
     core = openvino.Core()
+    if device.upper() not in core.available_devices:
+        raise _not_available(device, "openvino", [each.lower() for each in core.available_devices], "choose one")
+    core.set_property({"ENABLE_MMAP": False})  # the file may be replaced while it is open
     model = core.read_model(path / OPENVINO_FILE)
     if with_selection:
         model.add_outputs([each.output(1) for each in model.get_ops() if each.get_type_name() == "TopK"])
-    compiled = core.compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    settings = {"INFERENCE_PRECISION_HINT": "f32"} | ({"INFERENCE_NUM_THREADS": threads} if threads else {})
+    compiled = core.compile_model(model, device.upper(), settings)
 
     def run(*inputs: torch.Tensor) -> list[Any]:
         return list(compiled([each.numpy() for each in inputs]).to_tuple())
 
-    return Session(run, json.loads(model.get_rt_info([METADATA_KEY]).astype(str)))
+    facts = json.loads(model.get_rt_info([METADATA_KEY]).astype(str))
+    return Session(run, facts, f"OpenVINO {openvino.__version__.partition('-')[0]}, {device.upper()}")
 
 
-def open_program(path: Path, *, with_selection: bool = False) -> Session:
-    """Open a program of `torch.export`, on the CPU."""
-    files = {METADATA_KEY: ""}
-    module = torch.export.load(path, extra_files=files).module()
+def open_archive(path: Path, device: str, threads: int, *, with_selection: bool = False) -> Session:
+    """Open a program of `torch.export`, or one that AOTInductor compiled for this machine, on the CPU."""
+    if device != "cpu":
+        raise _not_available(device, "hf_dino runs .pt2 files and", ["cpu"], "leave it out")
+    with zipfile.ZipFile(path) as file:
+        facts = json.loads(file.read(in_archive(file, f"extra/{METADATA_KEY}")))
+        is_compiled = any("/data/aotinductor/" in name for name in file.namelist())
+    if facts["attention"] == "compiled" and operators("cpu") is None:
+        raise InputError(f"{path}: needs the compiled kernel, see hf-dino kernels")
+    load = torch._inductor.aoti_load_package if is_compiled else lambda path: torch.export.load(path).module()
+    module: Callable[..., Any] = load(str(path))
 
     def run(*inputs: torch.Tensor) -> list[Any]:
         with torch.no_grad(), QuerySelectionMode() as mode:
-            return [*module(*inputs), *(mode.selected if with_selection else [])]
+            outputs = [*module(*inputs), *mode.selected]
+        return outputs if with_selection else outputs[: len(OUTPUTS)]
 
-    return Session(run, json.loads(files[METADATA_KEY]))
+    name = "AOTInductor" if is_compiled else "torch.export"
+    return Session(run, facts, f"PyTorch {torch.__version__.partition('+')[0]}, {name}, CPU")
 
 
-READERS: dict[str, Callable[..., Session]] = {".onnx": open_onnx, ".pt2": open_program, "": open_openvino}
+def in_archive(file: zipfile.ZipFile, name: str) -> str:
+    """Return the full name of a file in an archive of PyTorch, which has one directory."""
+    return f"{file.namelist()[0].partition('/')[0]}/{name}"
+
+
+READERS: dict[str, Callable[..., Session]] = {".onnx": open_onnx, ".pt2": open_archive, "": open_openvino}
 """Functions that open exported models by suffix; a directory has none."""
+
+
+def open_session(path: Path, device: str = "cpu", threads: int = 0, *, with_selection: bool = False) -> Session:
+    """Open an exported model.
+
+    Args:
+        path (`Path`): A `.onnx` or `.pt2` file, or a directory with an OpenVINO model.
+        device (`str`, *optional*, defaults to `"cpu"`): `cuda` for ONNX Runtime, or a device of OpenVINO.
+        threads (`int`, *optional*, defaults to 0): Threads of the program, 0 for its default; that of PyTorch is
+            `torch.set_num_threads`.
+        with_selection (`bool`, *optional*, defaults to `False`): Return the selected encoder tokens as a third output.
+
+    Raises:
+        InputError: If there is no file, one that `hf-dino export` did not write, or no such device.
+    """
+    if not path.exists() or not is_exported(path):
+        raise InputError(f"{path}: is not an exported model, a .onnx or .pt2 file or a directory of OpenVINO")
+    try:
+        reader = READERS["" if path.is_dir() else path.suffix]
+        return reader(path, device, threads, with_selection=with_selection)
+    except (ImportError, InputError):
+        raise
+    except Exception as error:  # each library has errors of its own
+        reason = str(error).strip().partition("\n")[0]
+        raise InputError(f"{path}: is damaged, or was not written by `hf-dino export` ({reason})") from error
 
 
 def is_exported(path: str | Path) -> bool:
@@ -115,47 +178,42 @@ def is_exported(path: str | Path) -> bool:
     return Path(path, OPENVINO_FILE).is_file() or Path(path).suffix in READERS.keys() - {""}
 
 
-class ExportedDetector:
-    """An exported model with the call of [`DinoDetrForObjectDetection`]; it runs on the CPU.
+class ExportedDetector(nn.Module):
+    """An exported model with the call of [`DinoDetrForObjectDetection`]. Its inputs and outputs are on the CPU.
 
     Args:
         path (`str` or `Path`): A `.onnx` or `.pt2` file, or a directory with an OpenVINO model.
+        device (`str`, *optional*, defaults to `"cpu"`): As in [`open_session`].
+        threads (`int`, *optional*, defaults to 0): As in [`open_session`].
 
     Attributes:
         config ([`DinoDetrConfig`]): Of the exported model.
-        processor ([`DinoDetrImageProcessor`]): Its image processor.
+        session ([`Session`]): The program, with what the file states.
 
     Raises:
-        InputError: If there is no file, or one that `hf-dino export` did not write.
+        InputError: If there is no file, one that `hf-dino export` did not write, or no such device.
     """
 
     device = torch.device("cpu")
 
-    def __init__(self, path: str | Path):
+    def __init__(self, path: str | Path, device: str = "cpu", threads: int = 0):
+        super().__init__()
         self.path = Path(path)
-        if not self.path.exists() or not is_exported(self.path):
-            raise InputError(f"{path}: is not an exported model, a .onnx or .pt2 file or a directory of OpenVINO")
-        try:
-            self.session = READERS["" if self.path.is_dir() else self.path.suffix](self.path)
-        except ImportError:
-            raise
-        except Exception as error:  # each library has errors of its own
-            reason = str(error).strip().partition("\n")[0]
-            raise InputError(f"{path}: is damaged, or was not written by `hf-dino export` ({reason})") from error
+        self.session = open_session(self.path, device, threads)
         self.config = DinoDetrConfig(**self.session.facts["config"])
-        self.processor = DinoDetrImageProcessor(**self.session.facts["processor"])
+        self.eval()
 
-    def to(self, device: str | torch.device) -> "ExportedDetector":
+    def to(self, device: str | torch.device) -> "ExportedDetector":  # type: ignore[override]
         """Return the model itself for the CPU.
 
         Raises:
             RuntimeError: For any other device.
         """
         if torch.device(device).type != "cpu":
-            raise RuntimeError("exported models run on the CPU here")
+            raise RuntimeError("exported models run on the CPU, or on the device that they were loaded for")
         return self
 
-    def __call__(
+    def forward(
         self, pixel_values: torch.Tensor, pixel_mask: torch.Tensor | None = None
     ) -> DinoDetrObjectDetectionOutput:
         """Return `logits` and `pred_boxes`.
@@ -174,7 +232,7 @@ class ExportedDetector:
         outputs: list[Any] = []
         if min(height, width) >= facts["least_edge"]:
             try:
-                outputs = self.session.run(pixel_values.float().contiguous(), mask.long().contiguous())
+                outputs = self.session.run(pixel_values.cpu().float().contiguous(), mask.cpu().long().contiguous())
             except Exception as error:  # each library has errors of its own
                 problem = str(error).strip().partition("\n")[0]
         if not outputs or outputs[0].shape[1] != self.config.num_queries:
@@ -186,14 +244,20 @@ class ExportedDetector:
         return DinoDetrObjectDetectionOutput(logits=logits, pred_boxes=boxes)
 
 
-def load_exported(path: str | Path) -> tuple[ExportedDetector, BaseImageProcessor]:
+def load_exported(
+    path: str | Path, backend: str | None = None, device: str = "cpu", threads: int = 0
+) -> tuple[ExportedDetector, BaseImageProcessor]:
     """Load an exported model and its image processor, as `load_model_and_processor` loads others.
 
     Args:
         path (`str` or `Path`): A `.onnx` or `.pt2` file, or a directory with an OpenVINO model.
+        backend (`str`, *optional*): Backend of the image processor, `"torchvision"` or `"pil"`.
+        device (`str`, *optional*, defaults to `"cpu"`): As in [`open_session`].
+        threads (`int`, *optional*, defaults to 0): As in [`open_session`].
 
     Raises:
-        InputError: If there is no file, or one that `hf-dino export` did not write.
+        InputError: If there is no file, one that `hf-dino export` did not write, or no such device.
     """
-    model = ExportedDetector(path)
-    return model, model.processor
+    model = ExportedDetector(path, device, threads)
+    processor = DinoDetrImageProcessorPil if backend == "pil" else DinoDetrImageProcessor
+    return model, processor(**model.session.facts["processor"])

@@ -5,7 +5,6 @@ from typing import Annotated
 
 import typer
 
-from .export import _wrong_use
 from .options import DeviceOption, MaxImagePixelsOption, log_to_terminal
 from .predict import _load_model
 
@@ -51,15 +50,14 @@ def demo(
     log_to_terminal()
     if space is not None and (port or share or device):
         context.fail("--port, --share and --device are not read with --space; remove them.")
-    with _wrong_use():
-        if space is not None:
-            from ..demo.space import write_space
+    if space is not None:
+        from ..demo.space import write_space
 
-            write_space(space, model, examples)
-            print(f"wrote {space}; try it: cd {space} && python app.py")
-            return
+        write_space(space, model, examples)
+        print(f"wrote {space}; try it: cd {space} && python app.py")
+        return
 
-        from ..demo.page import launch_page, make_page
+    from ..demo.page import launch_page, make_page
 
-        models = {name: _load_model(name, device, "float32", False) for name in model}
-        launch_page(make_page(models, examples), server_port=port, share=share)
+    models = {name: _load_model(name, device, "float32", False) for name in model}
+    launch_page(make_page(models, examples), server_port=port, share=share)

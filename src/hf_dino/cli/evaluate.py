@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from ..training_arguments import DATASET_HELP
-from ..utils.errors import count_of, import_extra
+from ..utils.errors import InputError, count_of, import_extra
 from .options import (
     AnnotationsOption,
     BoxFormatOption,
@@ -110,6 +110,7 @@ def evaluate(
     from rich.progress import Progress
 
     from ..evaluation import evaluate_model
+    from ..exported import is_exported, load_exported
     from ..hub import load_model_and_processor
     from ..model_card import add_results
     from ..publishing import CARD, read_metadata
@@ -124,12 +125,16 @@ def evaluate(
     accelerator = create_accelerator(mixed_precision)
     options = read_options(box_format, rotated_boxes, columns)
     (data,) = read_and_check(partial(_read_split, dataset, split, images, annotations, options)).values()
-    model, processor = load_model_and_processor(model_name_or_path, backend=image_processor_backend)
+    exported = is_exported(model_name_or_path)
+    if exported and accelerator.mixed_precision != "no":
+        raise InputError(f"{model_name_or_path}: is an exported model; leave out --mixed_precision")
+    load = load_exported if exported else load_model_and_processor
+    model, processor = load(model_name_or_path, backend=image_processor_backend)
 
     with Progress(disable=not accelerator.is_main_process) as progress:
         task = progress.add_task("evaluating", total=len(data.images) / accelerator.num_processes)
         scores, detections = evaluate_model(
-            accelerator.prepare(model),
+            model if exported else accelerator.prepare(model),
             processor,
             data,
             accelerator,

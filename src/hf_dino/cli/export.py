@@ -1,11 +1,25 @@
-"""`hf-dino export`."""
+"""`hf-dino export`, `hf-dino verify` and `hf-dino benchmark`."""
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from ..training_arguments import DATASET_HELP
+from ..utils.errors import InputError, count_of
 from .options import Facts, JsonOption, log_to_terminal
+
+
+if TYPE_CHECKING:
+    from ..export import Comparison
+
+SourceOption = Annotated[
+    str,
+    typer.Option(
+        "--model_name_or_path", "--model", metavar="NAME", help="Directory or Hub id (OWNER/NAME) of the model."
+    ),
+]
 
 
 def export(
@@ -18,57 +32,200 @@ def export(
         ),
     ],
     format: Annotated[
-        Literal["onnx", "openvino", "pt2"],
+        Literal["onnx", "openvino", "pt2", "aoti"],
         typer.Option(
-            help="Format to write: ONNX, OpenVINO, or pt2 of torch.export. onnx needs the extra `export`, openvino "
-            "the extra `openvino`."
+            help="Format to write: ONNX, OpenVINO, pt2 of torch.export, or aoti, which AOTInductor compiles for this "
+            "machine only. onnx needs the extra `export`, openvino the extra `openvino`, aoti a C++ compiler."
         ),
     ] = "onnx",
     attention: Annotated[
-        Literal["grid_sample", "gather"],
+        Literal["grid_sample", "gather", "compiled"] | None,
         typer.Option(
             help="Operators that deformable attention consists of. gather avoids GridSample, which TensorRT is "
-            "reported to compute wrongly; it is slower in ONNX Runtime."
+            "reported to compute wrongly; it is slower in ONNX Runtime. compiled is the kernel of this package, for "
+            "pt2 and aoti.",
+            show_default="compiled for aoti if available, otherwise grid_sample",
         ),
-    ] = "grid_sample",
+    ] = None,
+    precision: Annotated[
+        Literal["float32", "float16", "int8", "int8_dynamic"],
+        typer.Option(
+            help="Precision of the weights, of onnx and openvino; others than float32 need --data. int8 quantizes "
+            "convolutions, calibrated on images, int8_dynamic the matrix products of onnx."
+        ),
+    ] = "float32",
+    data: Annotated[
+        str | None,
+        typer.Option(
+            metavar="DATASET",
+            help=f"Dataset for --precision: calibrates on its training split, measures AP on its validation split, or "
+            f"on test if there is none. {DATASET_HELP}",
+        ),
+    ] = None,
+    max_ap_loss: Annotated[
+        float,
+        typer.Option(metavar="NUMBER", min=0, max=1, help="Loss of AP above which --precision writes no file."),
+    ] = 0.005,
     json: JsonOption = False,
 ) -> Facts:
     """Export a model to one file that other programs run, and verify it.
 
     The file takes batches of any number of images of any size, with their padding masks, and contains class names and
     the settings of the image processor. It is compared with the model on five batches. If it differs, it is deleted
-    and the exit status is 1.
+    and the exit status is 1; a wrong argument or a missing package gives 2.
     """
     log_to_terminal()
 
-    from ..export import check_output, export_model
+    from ..export import check_output, export_model, read_precision_data
+    from ..exported import open_session
     from ..hub import load_model_and_processor
     from ..model_info import read_origin
-    from .checkpoints import format_size, print_columns
+    from .checkpoints import format_size
 
-    check_output(output, format)
+    if precision != "float32" and data is None:
+        raise InputError(f"--precision {precision}: needs --data DATASET, images that its loss of AP is measured on")
+    if precision == "float32" and data is not None:
+        raise InputError("--data: is read only with --precision float16, int8 or int8_dynamic; remove it")
+    check_output(output, format, precision, attention)
+    judge = None if data is None else read_precision_data(data, precision)
     detector, processor = load_model_and_processor(model)
     origin = read_origin(model) if Path(model).exists() else model
-    comparisons = export_model(detector, processor, output, format=format, attention=attention, origin=origin)
-    print("largest differences from the model, all queries of batches of padded noise:")
-    header = ("images", "height", "width", "boxes", "logits", "changed ranks")
-    rows = [(*each.shape, f"{each.boxes:.1e}", f"{each.logits:.1e}", each.ranks) for each in comparisons]
-    print_columns([header, *(tuple(map(str, row)) for row in rows)])
+    settings: dict[str, Any] = {"precision": precision, "data": judge, "max_ap_loss": max_ap_loss}
+    comparisons = export_model(
+        detector, processor, output, format=format, attention=attention, origin=origin, **settings
+    )
+    stated = open_session(output).facts
+    _print_comparisons(comparisons)
+    _print_precision(stated)
     files = [path for path in (output, *output.rglob("*")) if path.is_file()]
     size = sum(path.stat().st_size for path in files)
     print(f"wrote {output}, {format_size(size)}")
-    return Facts(
-        {
-            "model": model,
-            "output": output,
-            "format": format,
-            "attention": attention,
-            "size": size,
-            "differences": [
-                {"images": images, "height": height, "width": width, "boxes": each.boxes, "logits": each.logits}
-                | {"changed_ranks": each.ranks}
-                for each in comparisons
-                for images, height, width in [each.shape]
-            ],
-        }
+    written = {"model": model, "output": output, "format": format, "attention": attention, "size": size}
+    return Facts({**written, **_precision_facts(stated), "differences": _difference_facts(comparisons)})
+
+
+def verify(
+    file: Annotated[
+        Path, typer.Argument(metavar="FILE", help="Exported model: a .onnx or .pt2 file, or a directory of OpenVINO.")
+    ],
+    model_name_or_path: SourceOption,
+    json: JsonOption = False,
+) -> Facts:
+    """Verify an exported file against its model again.
+
+    All raw outputs on five batches are compared, then the digests of the model's weights and of the file's contents
+    with those of the export. Of a file of lower precision only the digests are compared. The exit status is 1 if
+    anything differs.
+    """
+    log_to_terminal()
+
+    from ..export import verify
+    from ..exported import open_session
+    from ..hub import load_model_and_processor
+
+    stated = open_session(file).facts
+    detector, _ = load_model_and_processor(model_name_or_path)
+    comparisons = verify(file, detector)
+    _print_comparisons(comparisons)
+    _print_precision(stated)
+    print(f"{file}: was exported from these weights and is unchanged")
+    verified = {"model": model_name_or_path, "file": file}
+    return Facts({**verified, **_precision_facts(stated), "differences": _difference_facts(comparisons)})
+
+
+def benchmark(
+    model_name_or_path: SourceOption,
+    files: Annotated[
+        list[Path] | None,
+        typer.Argument(
+            metavar="FILE",
+            help="Exported models: .onnx or .pt2 files, or directories of OpenVINO.",
+            show_default=False,
+        ),
+    ] = None,
+    sizes: Annotated[
+        list[str], typer.Option(metavar="HEIGHTxWIDTH", help="Sizes in pixels of the images that are timed.")
+    ] = ["640x640", "800x1066"],  # noqa: B006, typer copies it
+    rounds: Annotated[
+        int, typer.Option(metavar="INTEGER", min=1, help="Rounds of each size; in each, every candidate runs once.")
+    ] = 10,
+    threads: Annotated[int, typer.Option(metavar="INTEGER", min=1, help="Threads of each candidate on the CPU.")] = 1,
+    data: Annotated[
+        str | None,
+        typer.Option(metavar="DATASET", help=f"Measure AP on its validation split, or else on test. {DATASET_HELP}"),
+    ] = None,
+    json: JsonOption = False,
+) -> Facts:
+    """Measure a model and its exported files on the CPU of this machine: size, load time, time per image, AP.
+
+    The candidates take turns in one process, so that other work on the machine slows all of them alike.
+    """
+    log_to_terminal()
+
+    from ..export import measure
+    from ..hub import parse_image_size
+
+    parsed = [parse_image_size([size]) for text in sizes for size in text.split(",")]
+    if wrong := [size for size in parsed if "height" not in size]:
+        raise InputError(f"--sizes {wrong[0]['shortest_edge']}: expected HEIGHTxWIDTH")
+    shapes = [(size["height"], size["width"]) for size in parsed]
+    measured = measure(model_name_or_path, files or [], shapes, rounds, threads, data)
+    print(
+        f"{measured['machine']}, {count_of(threads, 'thread')}, median of {count_of(rounds, 'round')} "
+        f"(90th percentile) in ms"
     )
+    _print_measurements(measured["candidates"])
+    return Facts(measured)
+
+
+def _print_measurements(rows: Sequence[dict[str, Any]]) -> None:
+    from .checkpoints import print_columns
+
+    header = ("", "runtime", "MB", "load s", *rows[0]["milliseconds"], "AP")
+    table = [
+        (
+            each["name"],
+            each["runtime"],
+            f"{each['megabytes']:.1f}",
+            f"{each['load_seconds']:.1f}",
+            *(f"{time['median']:.0f} ({time['p90']:.0f})" for time in each["milliseconds"].values()),
+            "" if each["ap"] is None else f"{each['ap']:.4f}",
+        )
+        for each in rows
+    ]
+    print_columns([header, *table])
+
+
+def _print_comparisons(comparisons: Sequence["Comparison"]) -> None:
+    from .checkpoints import print_columns
+
+    if comparisons:
+        print("largest differences from the model, all queries of batches of padded noise:")
+        header = ("images", "height", "width", "boxes", "logits", "changed ranks")
+        rows = [(*each.shape, f"{each.boxes:.1e}", f"{each.logits:.1e}", each.ranks) for each in comparisons]
+        print_columns([header, *(tuple(map(str, row)) for row in rows)])
+
+
+def _print_precision(facts: dict[str, Any]) -> None:
+    if facts["precision"] != "float32":
+        print(
+            f"{facts['precision']}: AP {facts['ap_before']:.4f} before, {facts['ap_after']:.4f} after, on "
+            f"{facts['data']}; verified in float32 before"
+        )
+
+
+def _precision_facts(stated: dict[str, Any]) -> dict[str, Any]:
+    names = ("precision", "ap_before", "ap_after", "data")
+    return {name: stated[name] for name in names if name in stated}
+
+
+def _difference_facts(comparisons: Sequence["Comparison"]) -> list[dict[str, Any]]:
+    return [
+        {
+            **dict(zip(("images", "height", "width"), each.shape)),
+            "boxes": each.boxes,
+            "logits": each.logits,
+            "changed_ranks": each.ranks,
+        }
+        for each in comparisons
+    ]

@@ -35,7 +35,10 @@ if TYPE_CHECKING:
 ModelOption = Annotated[
     str,
     typer.Option(
-        "--model_name_or_path", "--model", metavar="NAME", help="Directory or Hub id (OWNER/NAME) of the model."
+        "--model_name_or_path",
+        "--model",
+        metavar="NAME",
+        help="Directory or Hub id (OWNER/NAME) of the model, or an exported file.",
     ),
 ]
 DeviceOption = Annotated[

@@ -1,6 +1,7 @@
 """`hf-dino predict`."""
 
 import logging
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -240,11 +241,11 @@ def _load_model(name: str, device: str | None, dtype: str, compile: bool) -> tup
     from ..inference.processes import local_device
 
     if is_exported(name):
-        if device not in (None, "cpu") or dtype != "float32" or compile:
-            raise InputError(
-                f"{name}: is an exported model, which runs on the CPU only; leave out --device, --dtype, --compile"
-            )
-        return load_exported(name)
+        if dtype != "float32" or compile:
+            raise InputError(f"{name}: is an exported model; leave out --dtype and --compile")
+        model, processor = load_exported(name, device=device or "cpu")
+        print(f"{name}: runs in {model.session.runtime}", file=sys.stderr)
+        return model, processor
     device = local_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if dtype == "float16" and device.partition(":")[0] == "cpu":
         raise InputError("--dtype float16 needs a GPU; use bfloat16 or float32")
