@@ -118,7 +118,7 @@ def test_outputs_of_ancestors(formats, shared, name):
 
 
 def training_outputs(formats, shared, name: str, num_labels: int):
-    """Return the recorded losses and the outputs in training mode without noise, both of the recorded objects."""
+    """Return recorded losses, and model and outputs in training mode without noise, for the recorded objects."""
     recorded = json.loads((shared / "formats" / name / "reference.loss.json").read_text())
     arrays = dict(np.load(shared / "formats" / name / "reference.npz"))
     labels = [
@@ -126,13 +126,13 @@ def training_outputs(formats, shared, name: str, num_labels: int):
         for each in formats.targets(recorded["target_seed"], recorded["counts"], num_labels)
     ]
     model = convert(formats, name, without_noise=True).train()
-    with torch.no_grad():
-        return recorded, model(*inputs(formats, arrays), labels=labels)
+    return recorded, model, model(*inputs(formats, arrays), labels=labels)
 
 
 @pytest.mark.parametrize("name", POSITIONAL_ENCODING)
 def test_loss(formats, shared, name):
-    recorded, outputs = training_outputs(formats, shared, name, 80)
+    with torch.no_grad():
+        recorded, _, outputs = training_outputs(formats, shared, name, 80)
     assert outputs.loss.item() == pytest.approx(recorded["total"], rel=1e-5)
     if name.startswith("detrex"):
         ours = {key: term.item() for key, term in outputs.loss_dict.items()}
@@ -145,8 +145,8 @@ def test_loss(formats, shared, name):
 
 
 @pytest.mark.parametrize("name", ANCESTORS)
-def test_loss_of_ancestors(formats, shared, name):
-    recorded, outputs = training_outputs(formats, shared, name, 91)
+def test_loss_and_gradients_of_ancestors(formats, shared, name):
+    recorded, model, outputs = training_outputs(formats, shared, name, 91)
     weights = recorded["weights"]  # the terms without one are only logged
     theirs = {denoising_name(key): term for key, term in recorded["losses"].items() if key in weights}
     ours = {key: term.item() for key, term in outputs.loss_dict.items()}
@@ -154,6 +154,28 @@ def test_loss_of_ancestors(formats, shared, name):
     assert {key: ours[key] for key in theirs} == pytest.approx(theirs, rel=1e-5)
     assert all(ours[key] == 0 for key in ours.keys() - theirs.keys())
     assert outputs.loss.item() == pytest.approx(recorded["total"], rel=1e-5)
+
+    outputs.loss.backward()
+    squares = dict.fromkeys(recorded["gradient_norms"], 0.0)  # one of theirs can be several of ours: q, k and v
+    source_of = sources(formats, name)
+    for key, parameter in model.named_parameters():
+        if source_of[key] in squares:  # theirs does not train the stem and the first stage
+            squares[source_of[key]] += parameter.grad.square().sum().item()
+    norms = {key: square**0.5 for key, square in squares.items()}
+    assert norms == pytest.approx(recorded["gradient_norms"], rel=1e-5)
+
+
+def sources(formats, name: str) -> dict[str, str]:
+    """Return their parameter that each of ours comes from: number theirs, and convert the numbers."""
+    content = formats.checkpoint(name)
+    source = read_source(content)
+    first = {key: key.replace("transformer.decoder.bbox_embed", "bbox_embed") for key in source.tensors}
+    number = {key: float(index) for index, key in enumerate(dict.fromkeys(first.values()), start=1)}
+    numbered = {key: torch.tensor(number[first[key]]).expand(each.shape) for key, each in source.tensors.items()}
+    # a shared parameter goes by its first name, which is the decoder's
+    key_of = {value: f"transformer.decoder.{key}" if "bbox" in key else key for key, value in number.items()}
+    converted = convert_state_dict(numbered, config_and_processor(source)[0], source.format)
+    return {key: key_of[each.flatten()[0].item()] for key, each in converted.items() if "num_batches" not in key}
 
 
 def denoising_name(key: str) -> str:
