@@ -63,6 +63,9 @@ class CodeBase:
         owner (`str`): Who releases its checkpoints.
         settings (`str`): Source of the converted model's settings.
         differences (`str`): Differences that its users may notice.
+        model (`str`): Name of the model.
+        num_labels (`int`): Number of labels of its models of COCO.
+        paper (`str`): The model's paper, unless that is DINO's.
     """
 
     name: str
@@ -70,6 +73,9 @@ class CodeBase:
     owner: str
     settings: str
     differences: str = ""
+    model: str = "DINO"
+    num_labels: int = 80
+    paper: str = ""
 
 
 CODE_BASES = {
@@ -78,6 +84,25 @@ CODE_BASES = {
         url="https://github.com/IDEA-Research/DINO",
         owner="IDEA-Research",
         settings="All settings were read from the file.",
+        num_labels=91,
+    ),
+    "dab_deformable": CodeBase(
+        name="IDEA-Research/DAB-DETR",
+        url="https://github.com/IDEA-Research/DAB-DETR",
+        owner="IDEA-Research",
+        settings="All settings were read from the file, or are fixed in its code.",
+        model="DAB-Deformable-DETR",
+        num_labels=91,
+        paper="[DAB-DETR: Dynamic Anchor Boxes are Better Queries for DETR](https://arxiv.org/abs/2201.12329)",
+    ),
+    "dn_deformable": CodeBase(
+        name="IDEA-Research/DN-DETR",
+        url="https://github.com/IDEA-Research/DN-DETR",
+        owner="IDEA-Research",
+        settings="All settings were read from the file, or are fixed in its code.",
+        model="DN-Deformable-DETR",
+        num_labels=91,
+        paper="[DN-DETR: Accelerate DETR Training by Introducing Query DeNoising](https://arxiv.org/abs/2203.01305)",
     ),
     "detrex": CodeBase(
         name="detrex",
@@ -154,7 +179,7 @@ def converted_card(
         tags=TAGS,
         datasets=["detection-datasets/coco"] if published else None,
     )
-    title = f"DINO, {backbone_name(config)}, {config.num_feature_levels} feature levels"
+    title = f"{code_base.model}, {backbone_name(config)}, {config.num_feature_levels} feature levels"
     official = "official" if source_format == "official" else "published"
     name = f"[`{checkpoint}`]({source_url})" if source_url else f"`{checkpoint}`"
     origin = f"the {official} checkpoint {name}" if published else name
@@ -164,6 +189,7 @@ def converted_card(
     sections = [
         f"# {title}",
         _DESCRIPTION,
+        f"This is {code_base.model}, an ancestor of DINO: {code_base.paper}." if code_base.paper else "",
         f"Converted from {origin}{ema}{kind}[{code_base.name}]({code_base.url}), "
         f"SHA-256 `{sha256}`.{trained} {code_base.settings} The conversion renames, splits and reorders "
         f"tensors and does not change their values. {changes}",
@@ -454,9 +480,8 @@ be detected."""
 
 
 def _names_of_coco(source_format: str) -> str:
-    number = 91 if source_format == "official" else 80
     return (
-        f" The checkpoint does not contain their names: {number} classes are assumed to be COCO's. If they are "
+        f" The checkpoint does not contain their names: {CODE_BASES[source_format].num_labels} classes are assumed to be COCO's. If they are "
         f"others, pass their names as `id2label` to `from_pretrained`."
     )
 

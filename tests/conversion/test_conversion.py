@@ -346,11 +346,9 @@ def test_image_size_follows_the_settings():
 # Files that are something else
 
 FORMATS = {
-    "dab_deformable_detr_r50": "a DAB-DETR or DN-DETR checkpoint",
     "deformable_detr": "a Deformable DETR checkpoint",
     "deformable_detr_refine": "a Deformable DETR checkpoint",
     "deformable_detr_two_stage": "a Deformable DETR checkpoint",
-    "dn_deformable_detr_r50": "a DAB-DETR or DN-DETR checkpoint",
 }
 
 
@@ -377,6 +375,7 @@ def test_files_of_other_code_are_recognized(shared, name, monkeypatch, tmp_path)
         ({"state_dict": {"bbox_head.transformer.level_embeds": 0}}, "MMDetection 2"),
         ({"model": {"query_embed.weight": 0, "input_proj.weight": 0}}, "a DETR"),
         ({"model": {"query_embed.weight": 0, "transformer.reference_points.weight": 0}}, "Deformable DETR"),
+        ({"model": {"refpoint_embed.weight": 0, "tgt_embed.weight": 0}}, "a DAB-DETR or DN-DETR checkpoint"),
         ({"student": {}, "teacher": {}}, "self-supervised"),
         ({"model.encoder.layers.0.fc1.weight": 0}, "transformers"),
         ({"weights": {}}, "should contain 'model' and 'args'"),

@@ -47,7 +47,9 @@ def convert(
     to: Annotated[
         str | None,
         typer.Option(
-            metavar="FORMAT", help="Write a model as a checkpoint of another code base: official, detrex or mmdet."
+            metavar="FORMAT",
+            help="Write a model as a checkpoint of another code base: official, detrex, mmdet, dab_deformable "
+            "(DAB-DETR's) or dn_deformable (DN-DETR's).",
         ),
     ] = None,
     output: Annotated[Path | None, typer.Option(metavar="FILE", help="Checkpoint to write with --to.")] = None,
@@ -90,7 +92,10 @@ def convert(
     ] = False,
     json: JsonOption = False,
 ) -> Facts:
-    """Convert a checkpoint of the official implementation, detrex or mmdetection to a model directory, or back.
+    """Convert a checkpoint of DINO, DAB-Deformable-DETR or DN-Deformable-DETR to a model directory, or back.
+
+    Checkpoints are read and written in the formats of the official implementation, detrex and mmdetection, DAB-DETR
+    and DN-DETR.
 
     The format is told by the keys in the file. The directory contains the model, its image processor, a model card
     and the code of the model. With --to and --output, a model is written as a checkpoint of another code base.

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from ..utils.errors import InputError, summarize_list
-from .key_tables import OTHER_DETECTORS, OTHER_MODELS, REPLACED_PACKAGES, SIGNATURES
+from .key_tables import ANCESTORS, OTHER_DETECTORS, OTHER_MODELS, REPLACED_PACKAGES, SIGNATURES
 from .settings import read_python
 
 
@@ -40,7 +40,7 @@ class Source:
     """The content of a checkpoint that matters to the conversion.
 
     Args:
-        format (`str`): One of `key_tables.FORMATS`.
+        format (`str`): One of `key_tables.FORMATS` or `ANCESTORS`.
         weights (`str`): Key of the weights in the file; empty if the file is nothing but the weights.
         tensors (`dict[str, torch.Tensor]`): The weights by their keys in the file, without the prefix that
             DistributedDataParallel adds to each.
@@ -221,9 +221,18 @@ def _refuse(models: tuple[tuple[str, str], ...], keys: list[str]) -> None:
             raise InputError(f"not a DINO checkpoint: the key {found} shows that this is {description}")
 
 
+_WEIGHTS = {
+    "official": ("model", "ema_model"),
+    "detrex": ("model", "ema_state"),
+    "mmdet": ("state_dict", ""),
+    **dict.fromkeys(ANCESTORS, ("model", "ema_model")),
+}
+"""Names of the weights and of the EMA weights in a file."""
+
+
 def _weights(content: Mapping[str, Any], name: str, use_ema: bool) -> tuple[str, Mapping[str, Any]]:
     """Return the name of the weights in the file, and the weights."""
-    raw, ema = {"official": ("model", "ema_model"), "detrex": ("model", "ema_state")}.get(name, ("state_dict", ""))
+    raw, ema = _WEIGHTS[name]
     if name == "mmdet" and "ema_state_dict" in content:  # its EMAHook swaps the two when it saves
         raw, ema = "ema_state_dict", "state_dict"
     if not any(part in content for part in _PARTS) and any(isinstance(v, torch.Tensor) for v in content.values()):
@@ -306,7 +315,11 @@ def _mmdet_settings(content: Mapping[str, Any]) -> dict[str, Any]:
         ) from None
 
 
-_SETTINGS_READERS = {"official": official_settings, "detrex": _detrex_settings, "mmdet": _mmdet_settings}
+_SETTINGS_READERS = {
+    **dict.fromkeys(("official", *ANCESTORS), official_settings),
+    "detrex": _detrex_settings,
+    "mmdet": _mmdet_settings,
+}
 
 
 def _meta(content: Mapping[str, Any]) -> Mapping[str, Any]:

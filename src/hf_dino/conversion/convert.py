@@ -28,13 +28,15 @@ from ..utils.errors import InputError, summarize_list
 from ..utils.io import atomic_directory, ensure_new_directory, fsync, sha256
 from ..utils.names import match_names, named_classes
 from .checkpoint import Source, load_checkpoint, read_source
-from .key_tables import COCO_NAMES, COCO_NUM_LABELS, LABEL_EMBEDDING, Rule, fills_for, rules_for
+from .key_tables import ANCESTORS, COCO_NAMES, COCO_NUM_LABELS, LABEL_EMBEDDING, Rule, fills_for, rules_for
 from .known import KnownCheckpoint, find_known
 from .settings import (
+    FIXED_FIELDS,
     SETTING_OF_FIELD,
     complete,
     config_from_args,
     config_from_tensors,
+    config_of_ancestor,
     evaluation_size,
     read_settings_file,
 )
@@ -60,7 +62,7 @@ def convert_checkpoint(
     coco80: bool = False,
     num_labels: int | None = None,
 ) -> None:
-    """Convert a checkpoint of the official implementation, detrex or mmdetection to a model directory.
+    """Convert a checkpoint of the official implementation, detrex, mmdetection, DAB-DETR or DN-DETR to a directory.
 
     Args:
         checkpoint (`Path`): A file that the training code wrote.
@@ -137,7 +139,7 @@ def convert_checkpoint(
 
 
 def _is_assumed_to_be_coco(source: Source, config: DinoDetrConfig) -> bool:
-    number = COCO_NUM_LABELS if source.format == "official" else len(COCO_NAMES)
+    number = COCO_NUM_LABELS if source.format in ("official", *ANCESTORS) else len(COCO_NAMES)
     return source.class_names is None and config.num_labels == number
 
 
@@ -176,15 +178,19 @@ def _positional_encoding(
     fields = ("positional_encoding_temperature", "positional_encoding_offset")
     paths = [path for field in fields if (path := SETTING_OF_FIELD[source.format].get(field))]
     settings = complete(source.settings, source.format)
-    in_file = tuple(settings[path] for path in paths if path in settings)
+    fixed = tuple(FIXED_FIELDS[source.format][field] for field in fields if field in FIXED_FIELDS[source.format])
+    in_file = fixed or tuple(settings[path] for path in paths if path in settings)
     if given:
         if in_file and (*in_file, 0.0)[:2] != tuple(given):
             logger.warning(
-                "--positional_encoding %s: replaces %s of the settings",
+                "--positional_encoding %s: replaces %s of the %s",
                 _comma(given),
                 _comma((*in_file, 0.0)[:2]),
+                "code that wrote the file" if fixed else "settings",
             )
         return given, "given with `--positional_encoding`"
+    if fixed:
+        return None, "fixed in the code that wrote the file"
     if in_file or source.format == "official":  # whose settings are all required
         return None, "read from the file's settings"
     if known:
@@ -222,6 +228,8 @@ def config_and_processor(
 def _config(source: Source) -> DinoDetrConfig:
     if source.format == "official":
         return config_from_args(source.settings)
+    if source.format in ANCESTORS:
+        return config_of_ancestor(source.settings, source.format, source.tensors)
     return config_from_tensors(source.tensors, source.format, source.settings, source.class_names)
 
 
@@ -237,7 +245,8 @@ def convert_state_dict(
     Args:
         source (`dict[str, torch.Tensor]`): The tensors by their keys in the file.
         config (`DinoDetrConfig`): Configuration of the model.
-        name (`str`, *optional*, defaults to `"official"`): Format of the file, one of `key_tables.FORMATS`.
+        name (`str`, *optional*, defaults to `"official"`): Format of the file, one of `key_tables.FORMATS` or
+            `ANCESTORS`.
 
     Returns:
         `dict[str, torch.Tensor]`: The state dict of `DinoDetrForObjectDetection(config)`, in the dtypes of `source`.

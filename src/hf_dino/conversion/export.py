@@ -1,4 +1,4 @@
-"""Write a model as a checkpoint that the official code, detrex or mmdetection loads strictly.
+"""Write a model as a checkpoint that the official code, detrex, mmdetection or code of an ancestor loads strictly.
 
 The tables of the conversion are read backwards. Before anything is written, the new file is read as the conversion
 would read it: what the model has and the format does not say is an error.
@@ -22,7 +22,7 @@ from ..utils.errors import InputError, summarize_list
 from ..utils.io import atomic_write, ensure_new_files
 from .checkpoint import Source
 from .convert import UNUSED_WEIGHTS, config_and_processor
-from .key_tables import CODE_BASES, FORMATS, LABEL_EMBEDDING, Fill, Rule, fills_for, rules_for
+from .key_tables import ANCESTORS, CODE_BASES, DENOISING, LABEL_EMBEDDING, Fill, Rule, fills_for, rules_for
 from .settings import BACKBONES, LOSSES, OFFICIAL_STRATEGIES, SETTING_OF_FIELD, SUPPORTED_VALUES, flatten
 
 
@@ -30,7 +30,8 @@ logger = logging.getLogger(__name__)
 
 # Fields that change only the training. Some formats do not store them, so they may differ from the model's.
 TRAINING_FIELDS = (
-    *("freeze_backbone_batch_norms", "dropout", "num_denoising", "label_noise_ratio", "box_noise_scale"),
+    *("freeze_backbone_batch_norms", "dropout", "num_denoising", "num_denoising_groups", "label_noise_ratio"),
+    "box_noise_scale",
     *("auxiliary_loss", "class_cost", "bbox_cost", "giou_cost", "cls_loss_coefficient", "bbox_loss_coefficient"),
     *("giou_loss_coefficient", "focal_alpha", "focal_gamma", "num_select"),
     "share_decoder_heads",  # formats that cannot share have copies of the heads
@@ -45,7 +46,7 @@ def export_checkpoint(model: str, output: Path, name: str) -> None:
     Args:
         model (`str`): Directory or Hub name of the model.
         output (`Path`): The file to write, which must not exist. It appears complete or not at all.
-        name (`str`): The format: `"official"`, `"detrex"` or `"mmdet"`.
+        name (`str`): The format: `"official"`, `"detrex"`, `"mmdet"`, `"dab_deformable"` or `"dn_deformable"`.
 
     Raises:
         InputError: If the model cannot be expressed in the format, or the file exists.
@@ -59,8 +60,8 @@ def export_checkpoint(model: str, output: Path, name: str) -> None:
 
     ```
     """
-    if name not in FORMATS:
-        raise InputError(f"--to {name}: must be {', '.join(FORMATS)}")
+    if name not in CODE_BASES:
+        raise InputError(f"--to {name}: must be {', '.join(CODE_BASES)}")
     ensure_new_files(output)
     detector, processor = load_model_and_processor(model)
     _check_normalization(processor)
@@ -82,7 +83,7 @@ def export_checkpoint(model: str, output: Path, name: str) -> None:
 
 
 def _check_normalization(processor: Any) -> None:
-    """Check that images are normalized as all three code bases do."""
+    """Check that images are normalized as all code bases do."""
     usual = DinoDetrImageProcessor()
     for field in ("image_mean", "image_std", "do_rescale", "do_normalize"):
         ours, theirs = _as_list(getattr(processor, field)), _as_list(getattr(usual, field))
@@ -102,7 +103,7 @@ def checkpoint_content(
     Args:
         state_dict (`dict[str, torch.Tensor]`): The weights.
         config (`DinoDetrConfig`): The configuration.
-        name (`str`): One of `key_tables.FORMATS`.
+        name (`str`): One of `key_tables.FORMATS` or `ANCESTORS`.
         size (`dict[str, int]`): Size of the image processor, in pixels.
         unused (`dict[str, torch.Tensor]`): Rows of the label embedding that the model never reads, by their key in the
             file that it was converted from.
@@ -114,7 +115,7 @@ def checkpoint_content(
     tensors = export_state_dict(state_dict, config, name, unused.get(LABEL_EMBEDDING[name]))
     settings = settings_of(config, name, size)
     class_names = [config.id2label[label] for label in range(config.num_labels)]
-    source = Source(name, "", dict(tensors), nest(settings) if name != "official" else settings, class_names)
+    source = Source(name, "", dict(tensors), settings if name in _STORES_ARGS else nest(settings), class_names)
     rebuilt, processor = config_and_processor(source)
     _check_same(config, rebuilt, name)
     if dict(processor.size) != dict(size):
@@ -146,7 +147,12 @@ def _mmdet_content(
     return {"meta": {"cfg": text, "dataset_meta": {"classes": tuple(class_names)}}, "state_dict": tensors}
 
 
-_CONTENTS = {"official": _official_content, "detrex": _detrex_content, "mmdet": _mmdet_content}
+_STORES_ARGS = ("official", *ANCESTORS)
+_CONTENTS = {
+    **dict.fromkeys(_STORES_ARGS, _official_content),
+    "detrex": _detrex_content,
+    "mmdet": _mmdet_content,
+}
 
 
 def _mmdet_nested(settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -172,10 +178,10 @@ def _check_expressible(config: DinoDetrConfig, name: str) -> None:
             f"num_ranking_labels={config.num_ranking_labels} (classes were removed with --coco80 or --keep_classes; "
             f"export a model with all its classes)"
         )
-    if name == "official" and official_backbone(config) is None:
+    if name in _STORES_ARGS and official_backbone(config) is None:
         backbone: Any = config.backbone_config
         problems.append(f"a {backbone.model_type} backbone that the official code does not have")
-    if (name != "official" and config.denoising != "contrastive") or config.denoising == "plain":
+    if config.denoising not in DENOISING[name]:
         problems.append(f"denoising={config.denoising!r}")
     if problems:
         raise InputError(f"{CODE_BASES[name]} cannot express {'; '.join(problems)}")
@@ -218,7 +224,7 @@ def export_state_dict(
     Args:
         state_dict (`dict[str, torch.Tensor]`): The weights.
         config (`DinoDetrConfig`): The configuration.
-        name (`str`): One of `key_tables.FORMATS`.
+        name (`str`): One of `key_tables.FORMATS` or `ANCESTORS`.
         unused_rows (`torch.Tensor`, *optional*): Rows of the label embedding that no class uses, which the official
             code has one of; by default zeros.
 
@@ -279,13 +285,13 @@ def _without_fills(
 def _add_label_rows(
     exported: dict[str, torch.Tensor], config: DinoDetrConfig, name: str, unused_rows: torch.Tensor | None
 ) -> None:
-    """Add the row of the label embedding that the official code has for no class."""
-    if name != "official":
+    """Add the row of the label embedding that the official code and DN-DETR's have for no class."""
+    if name not in ("official", "dn_deformable"):
         return
     key = LABEL_EMBEDDING[name]
     rows = exported.get(key, torch.empty(0, config.d_model))
     if unused_rows is None or len(rows) + len(unused_rows) <= config.num_labels:
-        unused_rows = rows.new_zeros(config.num_labels + 1 - len(rows), config.d_model)
+        unused_rows = rows.new_zeros(config.num_labels + 1 - len(rows), rows.shape[1])
     exported[key] = torch.cat([rows, unused_rows])
 
 
@@ -348,13 +354,15 @@ def settings_of(config: DinoDetrConfig, name: str, size: Mapping[str, int]) -> d
 
     Args:
         config (`DinoDetrConfig`): The model's configuration.
-        name (`str`): One of `FORMATS`.
+        name (`str`): One of `key_tables.FORMATS` or `ANCESTORS`.
         size (`dict[str, int]`): Size of the image processor, in pixels.
     """
     settings = {setting: values[0] for setting, values in SUPPORTED_VALUES[name].items()}
     settings |= {setting: getattr(config, field) for field, setting in SETTING_OF_FIELD[name].items()}
     if name == "detrex":
         return {**settings, "model.num_classes": config.num_labels}
+    if name in ANCESTORS:
+        return {**settings, "backbone": official_backbone(config)}
     if name == "mmdet":
         del settings["model.backbone.style"]
         pipeline = {"test_pipeline": [{"type": "LoadImageFromFile"}, _resize(size), {"type": "PackDetInputs"}]}

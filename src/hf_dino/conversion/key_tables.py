@@ -1,8 +1,9 @@
 """Keys of DINO's tensors in each format, side by side, as data; conversion reads the tables in both directions.
 
 Sources: IDEA-Research/DINO, commit faa8520 ("official"); IDEA-Research/detrex, commit e244e6c, `projects/dino`, with
-detectron2's backbones; mmdetection 3.3.0, `configs/dino` ("mmdet"). Every line that does more than rename gives a
-reason.
+detectron2's backbones; mmdetection 3.3.0, `configs/dino` ("mmdet"); IDEA-Research/DAB-DETR, commit 723ddb8,
+`models/dab_deformable_detr`; IDEA-Research/DN-DETR, commit ff3902a, `models/dn_dab_deformable_detr`. Every line that
+does more than rename gives a reason.
 """
 
 from collections.abc import Callable, Sequence
@@ -10,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 
 from ..configuration_dino_detr import DinoDetrConfig
 from ..hub import TORCHVISION_RESNET_KEYS
@@ -18,7 +20,16 @@ from ..utils.errors import InputError
 
 FORMATS = ("official", "detrex", "mmdet")
 
-CODE_BASES = {"official": "IDEA-Research/DINO", "detrex": "detrex", "mmdet": "MMDetection 3"}
+# Formats of DINO's ancestors, of which DINO's official code is a descendant: most keys are the same.
+ANCESTORS = ("dab_deformable", "dn_deformable")
+
+CODE_BASES = {
+    "official": "IDEA-Research/DINO",
+    "detrex": "detrex",
+    "mmdet": "MMDetection 3",
+    "dab_deformable": "IDEA-Research/DAB-DETR",
+    "dn_deformable": "IDEA-Research/DN-DETR",
+}
 
 
 @dataclass(frozen=True)
@@ -96,7 +107,7 @@ def _backbone(prefix: str, pairs: tuple[tuple[str, str], ...]) -> tuple[Rule, ..
 
 
 RESNET = {
-    "official": _backbone("backbone.0.body", TORCHVISION_RESNET_KEYS),
+    **dict.fromkeys(("official", *ANCESTORS), _backbone("backbone.0.body", TORCHVISION_RESNET_KEYS)),
     "detrex": _backbone("backbone", _DETECTRON_RESNET_KEYS),
     "mmdet": _backbone("backbone", TORCHVISION_RESNET_KEYS),
 }
@@ -329,10 +340,33 @@ def _heads_per_layer(
 def _heads(name: str, config: DinoDetrConfig) -> tuple[Rule, ...]:
     if name == "official":
         return _official_heads(config)
+    if name in ANCESTORS:
+        return _ANCESTOR_HEADS
     if name == "detrex":
         layers = ("layers.0", "layers.1", "layers.2")
         return (*_heads_per_layer(config, "class_embed", "bbox_embed", layers), *_SECOND_REFERENCES)
     return _heads_per_layer(config, "bbox_head.cls_branches", "bbox_head.reg_branches", ("0", "2", "4"))
+
+
+_ANCESTOR_HEADS = (
+    *_renamed(("class_embed.*.@", "class_embed.*.@"), ("bbox_embed.*.layers.*.@", f"{_OUR_BOX_HEAD}.*.layers.*.@")),
+    _SECOND_REFERENCES[1],
+)
+
+
+def append_one(rows: torch.Tensor) -> torch.Tensor:
+    """Append the indicator of denoising queries to contents."""
+    return nn.functional.pad(rows, (0, 1), value=1.0)
+
+
+def append_zero(rows: torch.Tensor) -> torch.Tensor:
+    """Append the indicator of matching queries to contents."""
+    return nn.functional.pad(rows, (0, 1))
+
+
+def drop_indicator(rows: torch.Tensor) -> torch.Tensor:
+    """Invert [`append_one`] and [`append_zero`]."""
+    return rows[:, :-1].contiguous()
 
 
 _FROM_TOKENS = _rows(
@@ -349,6 +383,8 @@ _CONTENTS = _rows(
     ("content_queries.@", "transformer.tgt_embed.@", "transformer.tgt_embed.@", "query_embedding.@"),
 )
 _ANCHORS = _renamed(("transformer.refpoint_embed.@", "model.query_selection.anchors.@"))
+_ANCESTOR_ANCHORS = _renamed(("refpoint_embed.@", "model.query_selection.anchors.@"))
+_INDICATOR = "DN-DETR stores contents without their last number, which tells denoising queries, 1, from others, 0"
 QUERY_SELECTION = {
     "official": {
         "mixed": (*_FROM_TOKENS["official"], *_OFFICIAL_ENCODER_HEADS, *_CONTENTS["official"]),
@@ -359,16 +395,55 @@ QUERY_SELECTION = {
         name: {"mixed": (*_FROM_TOKENS[name], *_CONTENTS[name]), "pure": _FROM_TOKENS[name]}
         for name in ("detrex", "mmdet")
     },
+    "dab_deformable": {
+        "static": (*_renamed(("tgt_embed.@", "model.query_selection.content_queries.@")), *_ANCESTOR_ANCHORS)
+    },
+    "dn_deformable": {
+        "static": (
+            Rule(
+                "tgt_embed.@",
+                ("model.query_selection.content_queries.@",),
+                reason=_INDICATOR,
+                reorder=(append_zero, drop_indicator),
+            ),
+            *_ANCESTOR_ANCHORS,
+        )
+    },
+}
+
+# Denoising of the models that each format can express
+DENOISING = {
+    "official": ("contrastive", "none"),
+    "detrex": ("contrastive",),
+    "mmdet": ("contrastive",),
+    "dab_deformable": ("none",),
+    "dn_deformable": ("plain",),
 }
 
 LABEL_EMBEDDING = {
     "official": "label_enc.weight",
     "detrex": "label_enc.weight",
     "mmdet": "dn_query_generator.label_embedding.weight",
+    "dab_deformable": "",
+    "dn_deformable": "label_enc.weight",
+}
+_ANCESTOR_LABELS = {
+    "dab_deformable": (),
+    "dn_deformable": (
+        Rule(
+            LABEL_EMBEDDING["dn_deformable"],
+            ("model.denoising.label_embed.weight",),
+            reason=f"only one row per class is ever used, of num_classes + 1; {_INDICATOR}",
+            first_rows=True,
+            reorder=(append_one, drop_indicator),
+        ),
+    ),
 }
 
 
 def _denoising(name: str, config: DinoDetrConfig) -> tuple[Rule, ...]:
+    if name in ANCESTORS:
+        return _ANCESTOR_LABELS[name]
     if config.denoising == "none":
         return (Rule(LABEL_EMBEDDING[name], reason="labels are embedded only for denoising"),)
     reason = "only one row per class is ever used; the official implementation has dn_labelbook_size + 1"
@@ -402,7 +477,7 @@ def rules_for(config: DinoDetrConfig, name: str = "official") -> tuple[Rule, ...
 
     Args:
         config (`DinoDetrConfig`): Decides on backbone, levels, layers, heads, query selection and denoising.
-        name (`str`, *optional*, defaults to `"official"`): One of `FORMATS`.
+        name (`str`, *optional*, defaults to `"official"`): One of `FORMATS` or `ANCESTORS`.
 
     Raises:
         InputError: If the format has no table for the backbone or the query selection.
@@ -414,12 +489,13 @@ def rules_for(config: DinoDetrConfig, name: str = "official") -> tuple[Rule, ...
     if config.query_selection not in QUERY_SELECTION[name]:
         known = " or ".join(map(repr, QUERY_SELECTION[name]))
         raise InputError(f"{name} checkpoints have query_selection {known}, not {config.query_selection!r}")
+    alike = "official" if name in ANCESTORS else name
     return (
         *BACKBONE_RULES[backbone][name],
-        *LEVEL_EMBEDDING[name],
-        *_neck(name, config),
-        *ENCODER[name],
-        *DECODER[name],
+        *LEVEL_EMBEDDING[alike],
+        *_neck(alike, config),
+        *ENCODER[alike],
+        *DECODER[alike],
         *_heads(name, config),
         *QUERY_SELECTION[name][config.query_selection],
         *_denoising(name, config),
@@ -427,8 +503,10 @@ def rules_for(config: DinoDetrConfig, name: str = "official") -> tuple[Rule, ...
     )
 
 
+_QUERY_SCALE = ("transformer.decoder.query_scale.layers.*.@", "model.decoder.positional_query.query_scale.layers.*.@")
 EXTRA_RULES = {
     "official": (),
+    **dict.fromkeys(ANCESTORS, _renamed(_QUERY_SCALE)),
     "detrex": (),
     "mmdet": (Rule("steps", reason="counts the updates of the EMA weights"),),
 }
@@ -444,8 +522,14 @@ def fills_for(config: DinoDetrConfig, name: str = "official") -> tuple[Fill, ...
 
 _MMDETECTION_2 = "an MMDetection 2, EasyCV or Co-DETR checkpoint; use it with the code that wrote it"
 
-# Keys that a file of a format must have to be taken for a DINO; without them it may be another model of the code base.
+_DAB_DEFORMABLE = (
+    *("refpoint_embed.weight", "tgt_embed.weight", "transformer.level_embed"),
+    "transformer.decoder.query_scale.layers.0.weight",
+)
+# Keys that a file of a format must have to be taken for one; without them it may be another model of the code base.
 SIGNATURES = {
+    "dn_deformable": (*_DAB_DEFORMABLE, "label_enc.weight"),
+    "dab_deformable": _DAB_DEFORMABLE,
     "mmdet": (
         "bbox_head.cls_branches.0.weight",
         "memory_trans_fc.weight",
@@ -473,7 +557,6 @@ OTHER_MODELS = (
         r"transformer\.(reference_points|pos_trans)\..+",
         "a Deformable DETR checkpoint; use DeformableDetrForObjectDetection of transformers",
     ),
-    (r"refpoint_embed\.weight", "a DAB-DETR or DN-DETR checkpoint; use it with the code that wrote it"),
     (
         r"query_embed\.weight",
         "a DETR or Conditional DETR checkpoint; use DetrForObjectDetection or ConditionalDetrForObjectDetection of "
@@ -491,6 +574,11 @@ OTHER_MODELS = (
 )
 # The same, if the file lacks a key of the signatures.
 OTHER_DETECTORS = (
+    (
+        r"refpoint_embed\.weight",
+        "a DAB-DETR or DN-DETR checkpoint; use DabDetrForObjectDetection of transformers or the code that wrote it, "
+        "since only those with deformable attention can be converted",
+    ),
     (
         r"(bbox_head|roi_head|rpn_head|memory_trans_fc|dn_query_generator)\..+",
         "an MMDetection 3 checkpoint of a detector other than DINO; use it with MMDetection",

@@ -1,7 +1,7 @@
-"""Settings of the three code bases side by side, as data, and the configurations that they describe.
+"""Settings of the code bases side by side, as data, and the configurations that they describe.
 
-The official code stores its settings in its files, mmdetection the text of its configuration, detrex nothing: sizes
-are then read from the shapes of the tensors. No configuration is executed: Python is parsed, and only literals and
+The official code and those of DINO's ancestors store their settings in their files, mmdetection the text of its
+configuration, detrex nothing: sizes are then read from the shapes of the tensors. No configuration is executed: Python is parsed, and only literals and
 calls of `dict` are evaluated.
 """
 
@@ -20,7 +20,16 @@ from ..hub import fill_key, match_key
 from ..image_processing_dino_detr import LONGEST_EDGE, SHORTEST_EDGE
 from ..utils.errors import InputError, import_extra, summarize_list
 from ..utils.io import read_text
-from .key_tables import BACKBONE_RULES, COCO_NAMES, COCO_NUM_LABELS, CODE_BASES, FORMATS, LEVEL_EMBEDDING, rules_for
+from .key_tables import (
+    ANCESTORS,
+    BACKBONE_RULES,
+    COCO_NAMES,
+    COCO_NUM_LABELS,
+    CODE_BASES,
+    FORMATS,
+    LEVEL_EMBEDDING,
+    rules_for,
+)
 
 
 logger = logging.getLogger(__name__)
@@ -86,6 +95,36 @@ SETTING_OF_FIELD: dict[str, dict[str, str]] = {
 }
 """For each format: field of DinoDetrConfig -> name of the setting."""
 
+# Settings that the ancestors' deformable models do not read, although their files have them: these are for another
+# model of the repository (DAB-DETR, models/dab_deformable_detr/{position_encoding,deformable_transformer}.py).
+_NOT_READ = ("positional_encoding_temperature", "activation_function", "num_select")
+_NOT_STORED = ("share_decoder_heads", "num_denoising", "label_noise_ratio", "box_noise_scale")
+_OF_ANCESTORS = {
+    field: setting
+    for field, setting in SETTING_OF_FIELD["official"].items()
+    if field not in (*_NOT_READ, *_NOT_STORED)
+}
+SETTING_OF_FIELD |= {
+    "dab_deformable": _OF_ANCESTORS,
+    "dn_deformable": {
+        **_OF_ANCESTORS,
+        "num_denoising_groups": "scalar",
+        "label_noise_ratio": "label_noise_scale",
+        "box_noise_scale": "box_noise_scale",
+    },
+}
+
+_DAB_DEFORMABLE = {
+    "share_decoder_heads": False,
+    "denoising": "none",
+    "query_selection": "static",
+    "box_refinement": "look_forward_once",
+    "positional_query": "conditional",
+    "decoder_norm": False,
+    "num_select": 100,
+    "positional_encoding_temperature": 10000,
+    "positional_encoding_offset": -0.5,
+}
 # Fields that no setting of the code base changes, where they differ from the defaults of DinoDetrConfig.
 FIXED_FIELDS: dict[str, dict[str, Any]] = {
     "official": {},
@@ -93,6 +132,8 @@ FIXED_FIELDS: dict[str, dict[str, Any]] = {
     # the decoder moves its reference points with 1e-3 (dino_layers.py:102), the head predicts with the default of
     # 1e-5 (deformable_detr_head.py:119)
     "mmdet": {"share_decoder_heads": False, "box_noise_scale": 1.0, "box_prediction_epsilon": 1e-5},
+    "dab_deformable": _DAB_DEFORMABLE,
+    "dn_deformable": {**_DAB_DEFORMABLE, "denoising": "plain"},
 }
 
 # Values that the code assumes for settings that a file lacks: for the official code, its `try: args.x except:` blocks,
@@ -112,8 +153,16 @@ DEFAULT_OF_SETTING: dict[str, dict[str, Any]] = {
         "model.positional_encoding.normalize": False,
         "model.data_preprocessor.bgr_to_rgb": False,
     },
+    "dab_deformable": {},
+    "dn_deformable": {"contrastive": False, "use_mqs": False, "use_lft": False},
 }
 
+_OF_DAB_DEFORMABLE: dict[str, tuple[Any, ...]] = {
+    "backbone": ("resnet50", "resnet101"),
+    "position_embedding": ("sine", "v2"),
+    "num_patterns": (0,),
+    **dict.fromkeys(("two_stage", "dilation", "masks"), (False,)),
+}
 _MEAN, _STD = [123.675, 116.28, 103.53], [58.395, 57.12, 57.375]  # of ImageNet, for pixels from 0 to 255
 # Settings that change what the network computes or how it is trained, and the values that this model can express.
 SUPPORTED_VALUES: dict[str, dict[str, tuple[Any, ...]]] = {
@@ -162,6 +211,13 @@ SUPPORTED_VALUES: dict[str, dict[str, tuple[Any, ...]]] = {
         "model.data_preprocessor.bgr_to_rgb": (True,),
         "model.data_preprocessor.mean": (_MEAN,),
         "model.data_preprocessor.std": (_STD,),
+    },
+    "dab_deformable": {**_OF_DAB_DEFORMABLE, "modelname": ("dab_deformable_detr",)},
+    "dn_deformable": {
+        **_OF_DAB_DEFORMABLE,
+        "modelname": ("dn_dab_deformable_detr",),
+        "use_dn": (True,),
+        **dict.fromkeys(("contrastive", "use_mqs", "use_lft"), (False,)),
     },
 }
 
@@ -365,11 +421,11 @@ def _type_name(value: Any) -> str:
 
 
 def check_settings(settings: Mapping[str, Any], name: str = "official") -> None:
-    """Check that the model can express the settings and, for the official code, which stores all, that none lacks."""
-    if missing := sorted(REQUIRED_SETTINGS - settings.keys() if name == "official" else ()):
-        raise InputError(
-            f"the file's settings lack {summarize_list(map(repr, missing))}, which every official configuration sets"
-        )
+    """Check that the model can express the settings and, for code that stores all, that none lacks."""
+    required = {"official": REQUIRED_SETTINGS}.get(name, SETTINGS_OF_ANCESTORS.get(name, set()))
+    if missing := sorted(required - settings.keys()):
+        whose = "official configuration" if name == "official" else f"file of {CODE_BASES[name]}"
+        raise InputError(f"the file's settings lack {summarize_list(map(repr, missing))}, which every {whose} sets")
     backbones = {"backbone": tuple(BACKBONES)} if name == "official" else {}
     for setting, supported in (SUPPORTED_VALUES[name] | backbones).items():
         if setting in settings and settings[setting] not in supported:
@@ -391,6 +447,8 @@ REQUIRED_SETTINGS = {
     *(name for pair in EQUAL_SETTINGS for name in pair),
     *("backbone", "use_dn", "embed_init_tgt", "use_detached_boxes_dec_out", "num_classes"),
 }
+
+SETTINGS_OF_ANCESTORS = {name: {*SETTING_OF_FIELD[name].values(), *SUPPORTED_VALUES[name]} for name in ANCESTORS}
 
 
 def config_from_args(args: Mapping[str, Any]) -> DinoDetrConfig:
@@ -416,6 +474,30 @@ def config_from_args(args: Mapping[str, Any]) -> DinoDetrConfig:
         id2label=make_id2label(settings["num_classes"]),
         **strategies,
         **{field: settings[name] for field, name in SETTING_OF_FIELD["official"].items()},
+    )
+
+
+def config_of_ancestor(args: Mapping[str, Any], name: str, source: Mapping[str, torch.Tensor]) -> DinoDetrConfig:
+    """Translate the settings of DAB-DETR's or DN-DETR's code.
+
+    Args:
+        args (`dict`): The settings, with their names.
+        name (`str`): One of `key_tables.ANCESTORS`.
+        source (`dict[str, torch.Tensor]`): The tensors, which tell the number of classes.
+
+    Raises:
+        InputError: If a setting is missing, or has a value that the model cannot express.
+    """
+    settings = complete(args, name)
+    check_settings(settings, name)
+    if "class_embed.0.bias" not in source:
+        raise InputError(f"the file is not a complete model of {CODE_BASES[name]}: it has no class_embed.0.bias")
+    fields = {field: settings[setting] for field, setting in SETTING_OF_FIELD[name].items()}
+    stages = [2, 3, 4] if fields["num_feature_levels"] > 1 else [4]
+    return DinoDetrConfig(
+        backbone_config={**BACKBONES[settings["backbone"]], "out_indices": stages},
+        id2label=make_id2label(len(source["class_embed.0.bias"])),
+        **FIXED_FIELDS[name] | fields,
     )
 
 
