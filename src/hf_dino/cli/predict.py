@@ -98,7 +98,7 @@ def predict(
             min=0,
             max=0.9,
             help="Smallest part of its side that a tile has in common with the next one; should exceed the objects.",
-            show_default="0.2",
+            show_default="0.5",
         ),
     ] = None,
     batch_size: Annotated[
@@ -138,13 +138,12 @@ def predict(
         context.fail("Give either --resume or --overwrite.")
     if tile_overlap is not None and tile is None:
         context.fail("--tile_overlap needs --tile.")
-    overlap = 0.2 if tile_overlap is None else tile_overlap
-
     import torch
 
-    from ..inference import DetectionOptions, Detector, ResultsDirectory, find_inputs
+    from ..inference import TILE_OVERLAP, DetectionOptions, Detector, ResultsDirectory, find_inputs
     from ..utils.names import named_classes
 
+    overlap = TILE_OVERLAP if tile_overlap is None else tile_overlap
     inputs = find_inputs(images, recursive)
     drawing = _single_drawing(output, images, inputs, formats)
     if drawing and (formats != ["images"] or resume):
@@ -182,9 +181,10 @@ class _Run:
         from ..visualization import save_image
 
         self.target = target
-        (result,) = self.detector.stream([item])
+        (result,) = self._with_progress(self.detector.stream([item]))
         if result.image is not None:
-            save_image(draw_rows(result.image, result.detections, self.results.classes), target)
+            with result.image:
+                save_image(draw_rows(result.image, result.detections, self.results.classes), target)
         self._count(result)
 
     def save_all(self, inputs: Sequence["ImageInput"], overwrite: bool) -> None:
@@ -226,18 +226,27 @@ class _Run:
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-        columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]:.1f} images/s"))
+        columns = (
+            BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]:.1f} images/s{task.fields[tiles]}")
+        )  # fmt: skip
         # lines for a file are not to be printed above the bar
         redirect = sys.stdout.isatty()
         progress = Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True), redirect_stdout=redirect)
-        task = progress.add_task("detecting", total=self.total, rate=0.0)
+        task = progress.add_task("detecting", total=self.total, rate=0.0, tiles="")
+
+        def show(num_parts: int, **fields: Any) -> None:
+            if num_parts > 1 and time.monotonic() - self.start > PROGRESS_DELAY:
+                progress.start()  # does nothing if it has
+            progress.update(task, **fields)
+
+        def show_tiles(done: int, num_tiles: int) -> None:
+            show(num_tiles, tiles=f", tile {done} of {num_tiles}" * (num_tiles > 1))
+
+        self.detector.on_tiles = show_tiles
         try:
             for number, result in enumerate(results, start=1):
                 yield result
-                seconds = time.monotonic() - self.start
-                if seconds > PROGRESS_DELAY and self.total > 1:
-                    progress.start()  # does nothing if it has
-                    progress.update(task, completed=number, rate=number / seconds)
+                show(self.total, completed=number, rate=number / (time.monotonic() - self.start))
         finally:
             if progress.live.is_started:
                 progress.stop()
