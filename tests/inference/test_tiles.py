@@ -73,7 +73,7 @@ def detector():
 
 def test_tiles_are_detected_in_as_images_of_their_own(detector, monkeypatch):
     image = Image.effect_noise((150, 100), 80).convert("RGB")
-    monkeypatch.setattr("hf_dino.inference.detector.read_image", lambda source: image)
+    monkeypatch.setattr("hf_dino.inference.detector.open_image", lambda source: image)
     options = DetectionOptions(0.002, tile=80, tile_overlap=0.25)
     for batch_size in (1, 3, 8):
         stream = Detector(*detector, options, batch_size=batch_size).stream([ImageInput(image, "a")] * 2)
@@ -93,10 +93,12 @@ def test_tiles_are_detected_in_as_images_of_their_own(detector, monkeypatch):
             )
 
 
-def test_an_image_smaller_than_a_tile_is_not_cut(detector, monkeypatch):
+@pytest.mark.parametrize("nms_iou", [None, 0.5])
+def test_an_image_smaller_than_a_tile_is_not_cut(detector, monkeypatch, nms_iou):
     image = Image.effect_noise((60, 40), 80).convert("RGB")
-    monkeypatch.setattr("hf_dino.inference.detector.read_image", lambda source: image)
+    monkeypatch.setattr("hf_dino.inference.detector.open_image", lambda source: image)
     item = ImageInput(image, "a")
-    (tiled,) = Detector(*detector, DetectionOptions(0.005, tile=100)).stream([item])
-    (whole,) = Detector(*detector, DetectionOptions(0.005, nms_iou=0.5)).stream([item])
+    (tiled,) = Detector(*detector, DetectionOptions(0.005, tile=100, nms_iou=nms_iou)).stream([item])
+    monkeypatch.setattr("hf_dino.inference.detector.read_image", lambda source: image)
+    (whole,) = Detector(*detector, DetectionOptions(0.005, nms_iou=nms_iou)).stream([item])
     assert tiled.detections == whole.detections

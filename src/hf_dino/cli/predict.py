@@ -91,7 +91,7 @@ def predict(
             min=0,
             max=0.9,
             help="Smallest part of its side that a tile has in common with the next one; should exceed the objects.",
-            show_default="0.2",
+            show_default="0.5",
         ),
     ] = None,
     batch_size: Annotated[
@@ -131,13 +131,21 @@ def predict(
         context.fail("Give either --resume or --overwrite.")
     if tile_overlap is not None and tile is None:
         context.fail("--tile_overlap needs --tile.")
-    overlap = 0.2 if tile_overlap is None else tile_overlap
 
     import torch
 
-    from ..inference import DetectionOptions, Detector, PredictionRun, ResultsDirectory, find_inputs, join_processes
+    from ..inference import (
+        TILE_OVERLAP,
+        DetectionOptions,
+        Detector,
+        PredictionRun,
+        ResultsDirectory,
+        find_inputs,
+        join_processes,
+    )
     from ..utils.names import named_classes
 
+    overlap = TILE_OVERLAP if tile_overlap is None else tile_overlap
     queue, inputs, drawing = join_processes(), [], None
     settings = {"model": model_name_or_path, "threshold": threshold, "classes": _split(classes or []), "top_k": top_k}
     settings |= {"nms": nms, "dtype": dtype, "tile": tile, "tile_overlap": overlap}

@@ -87,23 +87,30 @@ def read_image(source: str | ImageSource, annotated_size: tuple[int, int] | None
     """
     source = Path(source) if isinstance(source, str) else source
     with _open_image(source) as image:
-        num_frames = getattr(image, "n_frames", 1)
-        has_16_bits = ";16" in str(getattr(image, "tile", "")) or image.mode.startswith("I")
+        warn_about_frames(image, source)
+        is_16_bits = has_16_bits(image)
         image.load()
-        orientation = _exif_orientation(image)
+        orientation = exif_orientation(image)
     transpose = EXIF_TRANSPOSES.get(_orientation_to_apply(image, orientation, annotated_size, source))
-    upright = image if transpose is None else image.transpose(transpose)
+    converted = to_rgb(image if transpose is None else image.transpose(transpose), source)
+    if is_16_bits:
+        warn_about_16_bits(int(np.max(converted.getextrema())), source)
+    return _cut_or_extend(converted, annotated_size)
+
+
+def to_rgb(image: Image.Image, source: ImageSource) -> Image.Image:
+    """Convert an image, or a part of one, to 8-bit RGB. The first one with transparency is logged.
+
+    Raises:
+        InputError: If its values have no known range.
+    """
     try:
-        converted = convert_to_rgb(upright)
+        converted = convert_to_rgb(image)
     except ValueError as error:
         raise BrokenInputError(f"{source}: {error}") from None
-    if has_16_bits:
-        _warn_about_16_bits(converted, source)
-    if num_frames > 1 and image.format not in _MANY_IMAGES:
-        _warn_once("frames", f"{source} has {num_frames} frames or pages: only the first is read")
-    if upright.has_transparency_data and np.min(upright.convert("RGBA").getchannel("A").getextrema()) < 255:
-        _warn_once("transparency", f"{source} has transparent parts: blended with white")
-    return _cut_or_extend(converted, annotated_size)
+    if image.has_transparency_data and np.min(image.convert("RGBA").getchannel("A").getextrema()) < 255:
+        warn_once("transparency", f"{source} has transparent parts: blended with white")
+    return converted
 
 
 def get_image_size(source: ImageSource, annotated_size: tuple[int, int] | None = None) -> tuple[int, int]:
@@ -113,11 +120,11 @@ def get_image_size(source: ImageSource, annotated_size: tuple[int, int] | None =
         InputError: If the header is missing, broken, of an unsupported kind, or does not match the annotated size.
     """
     with _open_image(source) as image:
-        orientation = _exif_orientation(image)
+        orientation = exif_orientation(image)
         # Pillow transposes a TIFF on loading; before that, later versions report the new size with the old orientation
         if image.format == "TIFF" and orientation in EXIF_SWAPS_SIDES:
             image.load()
-            orientation = _exif_orientation(image)
+            orientation = exif_orientation(image)
     swapped = _orientation_to_apply(image, orientation, annotated_size, source) in EXIF_SWAPS_SIDES
     return annotated_size or ((image.width, image.height) if swapped else (image.height, image.width))
 
@@ -226,10 +233,16 @@ def set_max_image_pixels(limit: int | None) -> None:
 @contextmanager
 def _open_image(source: ImageSource) -> Iterator[Image.Image]:
     """Open an image and report any error as a fault of the file. Call only Pillow inside the context."""
+    with report_decoder_errors(source), source.open("rb") as file, Image.open(file) as image:
+        yield image
+
+
+@contextmanager
+def report_decoder_errors(source: ImageSource) -> Iterator[None]:
+    """Report any error of Pillow as a fault of the file."""
     plugin = _missing_plugin(source)
     try:
-        with source.open("rb") as file, Image.open(file) as image:
-            yield image
+        yield
     except InputError:  # of a source that is not a file
         raise
     except FileNotFoundError:
@@ -237,7 +250,7 @@ def _open_image(source: ImageSource) -> Iterator[Image.Image]:
     except Image.DecompressionBombError as error:
         raise BrokenInputError(
             f"{source}: is larger than Pillow reads ({error}). Cut it into tiles, or raise PIL.Image.MAX_IMAGE_PIXELS "
-            "(--max_image_pixels)"
+            "(--max_image_pixels); hf-dino predict --tile needs neither"
         ) from None
     except _DECODER_ERRORS as error:
         if plugin:
@@ -259,7 +272,8 @@ def _missing_plugin(source: ImageSource) -> str:
     return "" if extension in Image.registered_extensions() else PLUGINS[extension]
 
 
-def _exif_orientation(image: Image.Image) -> int:
+def exif_orientation(image: Image.Image) -> int:
+    """Return the orientation of an open image, 1 if it has none."""
     # Pillow's PNG class overrides `getexif` to decode the whole image, in case EXIF data follows the pixels. The base
     # class reads only what precedes them, which is where it is in practice.
     return Image.Image.getexif(image).get(ExifTags.Base.Orientation, 1)
@@ -286,9 +300,9 @@ def _orientation_to_apply(
     if distances[closest] > 1:
         raise BrokenInputError(f"{source}: {text}. Annotate this file, or restore the one that was annotated")
     if distances[closest]:
-        _warn_once("size", f"{source} {text}: cut or extended by a pixel, boxes are kept")
+        warn_once("size", f"{source} {text}: cut or extended by a pixel, boxes are kept")
     if closest != orientation:
-        _warn_once(
+        warn_once(
             "EXIF orientation", f"{source} is annotated without its EXIF orientation, which is therefore not applied"
         )
     return closest
@@ -303,21 +317,33 @@ def _cut_or_extend(image: Image.Image, size: tuple[int, int] | None) -> Image.Im
     return Image.fromarray(np.pad(np.asarray(image), missing, mode="edge")[:height, :width])
 
 
-def _warn_about_16_bits(converted: Image.Image, source: ImageSource) -> None:
-    brightest = np.max(converted.getextrema())
+def has_16_bits(image: Image.Image) -> bool:
+    """Return whether an open image, of which nothing is decoded, has more than 8 bits per channel."""
+    return ";16" in str(getattr(image, "tile", "")) or image.mode.startswith("I")
+
+
+def warn_about_frames(image: Image.Image, source: ImageSource) -> None:
+    """Warn if an open image is one of several in its file."""
+    num_frames = getattr(image, "n_frames", 1)
+    if num_frames > 1 and image.format not in _MANY_IMAGES:
+        warn_once("frames", f"{source} has {num_frames} frames or pages: only the first is read")
+
+
+def warn_about_16_bits(brightest: int, source: ImageSource) -> None:
+    """Warn that 16 bits were reduced to 8, given the largest value that came out."""
     if 0 < brightest <= DARK_LIMIT // 257:
-        _warn_once(
+        warn_once(
             "dark",
             f"{source} has 16-bit values, but is nearly black: {brightest} of 255 at most. If so, {DARK_ADVICE}",
         )
     else:
-        _warn_once("16-bit", f"{source} has 16-bit values: divided by 257 to get 8 bits")
+        warn_once("16-bit", f"{source} has 16-bit values: divided by 257 to get 8 bits")
 
 
 _warned: set[str] = set()
 
 
-def _warn_once(kind: str, message: str) -> None:
+def warn_once(kind: str, message: str) -> None:
     """Warn about the first image of a kind only: a dataset may contain thousands."""
     if kind not in _warned:
         _warned.add(kind)

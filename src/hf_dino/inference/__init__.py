@@ -5,10 +5,12 @@ from .processes import join_processes
 from .results import SAVE_FORMATS, ResultsDirectory
 from .run import PredictionRun
 from .sources import ImageInput, find_inputs
+from .tiles import TILE_OVERLAP
 
 
 __all__ = [
     "SAVE_FORMATS",
+    "TILE_OVERLAP",
     "DetectionOptions",
     "Detector",
     "ImageInput",

@@ -5,19 +5,19 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import torch
 from PIL import Image
 from transformers import BaseImageProcessor
 
-from ..data.images import read_image
+from ..data.images import ImageSource, read_image, warn_once
+from ..data.large_images import LargeImage, open_image
 from ..registration import DinoDetrForObjectDetection
 from ..utils.errors import InputError
 from ..utils.names import named_classes
 from .sources import ImageInput
-from .tiles import Box, Detections, merge_tiles, tile_boxes
+from .tiles import TILE_OVERLAP, Box, Detections, merge_tiles, tile_boxes
 
 
 Item = TypeVar("Item")
@@ -38,7 +38,8 @@ class DetectionOptions:
         nms_iou (`float`, *optional*): IoU above which the detection with the lower score of two of a class is dropped;
             by default none is, and DINO needs no non-maximum suppression. With tiles, by default 0.5.
         tile (`int`, *optional*): Side in pixels of the tiles that images are cut into; by default they are not cut.
-        tile_overlap (`float`): Smallest part of its side that a tile has in common with the next one.
+        tile_overlap (`float`): Smallest part of its side that a tile has in common with the next one; should exceed the
+            objects.
     """
 
     threshold: float = 0.3
@@ -46,7 +47,7 @@ class DetectionOptions:
     top_k: int | None = None
     nms_iou: float | None = None
     tile: int | None = None
-    tile_overlap: float = 0.2
+    tile_overlap: float = TILE_OVERLAP
 
 
 @dataclass
@@ -55,14 +56,16 @@ class ImageResult:
 
     Attributes:
         input (`ImageInput`): The image's source and name.
-        image (`PIL.Image.Image`, *optional*): The pixels; `None` if they cannot be read.
+        image (`PIL.Image.Image` or `LargeImage`, *optional*): The pixels; `None` if they cannot be read. A large image
+            that was cut into tiles is a [`LargeImage`](../data/large_images.py), which has the methods `crop` and
+            `reduce` of Pillow's.
         error (`str`): Why they cannot be read.
         detections (`list[dict[str, Any]]`): `label`, `name`, `score` and `box` (x0, y0, x1, y1 in pixels) of each,
             sorted by descending score.
     """
 
     input: ImageInput
-    image: Image.Image | None = None
+    image: Image.Image | LargeImage | None = None
     error: str = ""
     detections: list[dict[str, Any]] = field(default_factory=list)
 
@@ -81,11 +84,15 @@ class View(NamedTuple):
     inputs: dict[str, torch.Tensor]
 
 
+Part = tuple[int, Box, Image.Image | None]  # of an image: its number in the stream, where, and its pixels
+
+
 @dataclass
 class _Pending:
-    """An image that was read, of which `num_waiting` views have not been detected in."""
+    """An image that was read, of which `num_waiting` views of `num_views` have not been detected in."""
 
     result: ImageResult
+    num_views: int
     num_waiting: int
     found: list[tuple[Box, Detections]] = field(default_factory=list)
 
@@ -103,6 +110,8 @@ class Detector:
         batch_size (`int`, *optional*, defaults to 1): Maximum number of images in a batch.
         dtype (`torch.dtype`, *optional*, defaults to `torch.float32`): Precision of the computations; the weights stay
             as they are.
+        on_tiles (`Callable[[int, int], None]`, *optional*): Called after each batch with the tiles of the first
+            unfinished image that are done, and their number.
 
     Example:
 
@@ -121,9 +130,10 @@ class Detector:
         *,
         batch_size: int = 1,
         dtype: torch.dtype = torch.float32,
+        on_tiles: Callable[[int, int], None] = lambda num_done, num_tiles: None,
     ):
         self.model, self.processor, self.options = model, processor, options
-        self.batch_size, self.dtype = batch_size, dtype
+        self.batch_size, self.dtype, self.on_tiles = batch_size, dtype, on_tiles
         self.names = named_classes(model.config.id2label)
         wanted = self.names.keys() if options.labels is None else options.labels
         unwanted = [label not in wanted for label in range(model.config.num_labels)]
@@ -142,13 +152,15 @@ class Detector:
         pending: dict[int, _Pending] = {}  # from the first image that waits to the last that was read
         groups: dict[Any, list[View]] = defaultdict(list)
 
-        def parts() -> Iterator[tuple[int, ImageResult, Box]]:
-            for number, result in enumerate(map_ahead(_read, inputs, pool, ahead)):
+        def parts() -> Iterator[Part]:
+            for number, result in enumerate(map_ahead(self._read, inputs, pool, ahead)):
                 size = result.image.size if result.image else (0, 0)
                 boxes = tile_boxes(size, self.options.tile, self.options.tile_overlap)
-                pending[number] = _Pending(result, len(boxes))
-                for box in boxes:
-                    yield number, result, box
+                pending[number] = _Pending(result, len(boxes), len(boxes))
+                # in this thread, because a large image has to be read from top to bottom
+                yield from ((number, box, _crop(result, box)) for box in boxes)
+                if isinstance(result.image, LargeImage):
+                    result.image.release()
 
         for view in map_ahead(self._preprocess, parts(), pool, ahead):
             shape = view.inputs["pixel_values"].shape if view.inputs else None
@@ -170,18 +182,25 @@ class Detector:
             len(sizes) > 1 and num_pixels > MAX_PENDING_PIXELS
         )
 
-    def _preprocess(self, part: tuple[int, ImageResult, Box]) -> View:
-        number, result, box = part
-        if result.image is None:
-            return View(number, box, {})
-        image = result.image if box == (0, 0, *result.image.size) else result.image.crop(box)
-        return View(number, box, dict(self.processor(images=image, return_tensors="pt")))
+    def _read(self, item: ImageInput) -> ImageResult:
+        read = read_image if self.options.tile is None else open_image
+        try:
+            return ImageResult(item, read(item.source))
+        except InputError as error:
+            return ImageResult(item, error=str(error))
+
+    def _preprocess(self, part: Part) -> View:
+        number, box, image = part
+        inputs = {} if image is None else dict(self.processor(images=image, return_tensors="pt"))
+        return View(number, box, inputs)
 
     def _finish(self, views: list[View], pending: dict[int, _Pending]) -> None:
         """Detect in views of one size, and add what is found to their images."""
         images = [pending[view.number] for view in views]
         for image in images:
             image.num_waiting -= 1
+        first = next(iter(pending.values()))
+        self.on_tiles(first.num_views - first.num_waiting, first.num_views)
         if not views[0].inputs:
             return
         try:
@@ -193,7 +212,7 @@ class Detector:
                 image.result.error = f"{image.result.input.source}: {reason}"
             return
         for view, image, detections in zip(views, images, found, strict=True):
-            image.found.append((view.box, detections))
+            image.found.append((view.box, {name: values.cpu() for name, values in detections.items()}))
 
     def _finished(self, pending: dict[int, _Pending]) -> Iterator[ImageResult]:
         """Remove and yield the first images, as far as none of them waits."""
@@ -206,11 +225,22 @@ class Detector:
 
     def _merge(self, image: _Pending) -> Detections:
         (tiles, found), options = zip(*image.found), self.options
-        if options.tile is None:
+        if len(tiles) == 1:
             return found[0]
         assert image.result.image is not None
         merged = merge_tiles(tiles, found, image.result.image.size, options.threshold, options.nms_iou)
+        self._warn_about_long_objects(merged, image.result.input.source)
         return {name: values[: self._top_k] for name, values in merged.items()}
+
+    def _warn_about_long_objects(self, detections: Detections, source: ImageSource) -> None:
+        overlap = self.options.tile * self.options.tile_overlap if self.options.tile else 0
+        sides = (detections["boxes"][:, 2:] - detections["boxes"][:, :2]).amax(dim=1)
+        if (sides > overlap).any():
+            warn_once(
+                "overlap",
+                f"{source}: {int((sides > overlap).sum())} detections are longer than the {overlap:.0f} pixels that "
+                f"tiles overlap, up to {sides.max():.0f}: others may be cut in every tile; raise --tile or --tile_overlap",
+            )
 
     @property
     def _top_k(self) -> int:
@@ -233,7 +263,7 @@ class Detector:
             threshold=self.options.threshold,
             target_sizes=[(y1 - y0, x1 - x0) for x0, y0, x1, y1 in (view.box for view in views)],
             top_k=self._top_k,
-            nms_iou_threshold=None if self.options.tile else self.options.nms_iou,
+            nms_iou_threshold=self.options.nms_iou,
         )
 
     def _to_rows(self, result: Detections) -> list[dict[str, Any]]:
@@ -259,8 +289,7 @@ def detect_objects(
         `list[dict[str, Any]]`: As `detections` of [`ImageResult`].
     """
     detector = Detector(model, processor, DetectionOptions(threshold))
-    item = ImageResult(ImageInput(Path(), ""), image)
-    (detections,) = detector._detect([detector._preprocess((0, item, (0, 0, *image.size)))])
+    (detections,) = detector._detect([detector._preprocess((0, (0, 0, *image.size), image))])
     return detector._to_rows(detections)
 
 
@@ -291,8 +320,15 @@ def worker_threads(num_workers: int) -> Iterator[Executor | None]:
             pool.shutdown(cancel_futures=True)
 
 
-def _read(item: ImageInput) -> ImageResult:
+
+def _crop(result: ImageResult, box: Box) -> Image.Image | None:
+    """Return a part of an image, `None` if it cannot be read."""
+    if result.image is None or result.error:
+        return None
+    if isinstance(result.image, Image.Image) and box == (0, 0, *result.image.size):
+        return result.image
     try:
-        return ImageResult(item, read_image(item.source))
+        return result.image.crop(box)
     except InputError as error:
-        return ImageResult(item, error=str(error))
+        result.error = str(error)
+        return None

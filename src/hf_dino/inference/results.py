@@ -20,6 +20,7 @@ import csv
 import io
 import json
 import logging
+import math
 import os
 import re
 import shutil
@@ -33,6 +34,8 @@ import numpy as np
 from filelock import FileLock, Timeout
 from PIL import Image
 
+from ..data.images import warn_once
+from ..data.large_images import LargeImage
 from ..data.readers.voc import VOC_SOURCE
 from ..utils.errors import InputError, count_of, import_extra, summarize_list
 from ..utils.io import annotate_oserror, atomic_write, fsync, read_text, write_json
@@ -43,6 +46,7 @@ from .sources import ImageInput
 
 logger = logging.getLogger(__name__)
 
+Pixels = Image.Image | LargeImage
 Record = dict[str, Any]
 """What the journal has of an image: `image`, `file_name`, `width`, `height`, `detections`."""
 
@@ -53,6 +57,7 @@ OTHER_JOURNALS = ".results-*.jsonl"  # of processes beside the main process, unt
 LOCK = ".predict.lock"
 
 _UTF8: Any = {"encoding": "utf-8", "errors": "surrogateescape", "newline": ""}  # file names may be any bytes
+MAX_DRAWN_PIXELS = 50_000_000  # of a drawing, which is copied several times
 
 
 def to_record(result: ImageResult) -> Record:
@@ -297,11 +302,12 @@ class ResultsDirectory:
 
     def save_files(self, result: ImageResult) -> ImageResult:
         """Write the files of one image. May be called from any thread, and before or after other images."""
-        if result.image is not None:
+        writers = [_FILE_WRITERS[name] for name in self.formats if name in _FILE_WRITERS]
+        if result.image is not None and writers:
             record = to_record(result)
-            for name in self.formats:
-                if name in _FILE_WRITERS:
-                    _FILE_WRITERS[name](self, record, result.image)
+            with result.image:  # decodes a large one again, without others at the same time
+                for write in writers:
+                    write(self, record, result.image)
         return result
 
     def append(self, record: Record) -> None:
@@ -354,17 +360,18 @@ class ResultsDirectory:
     def _drawing(self, name: str) -> Path:
         return self.folder / f"{_stem(name)}.png"
 
-    def _draw(self, record: Record, image: Image.Image) -> None:
+    def _draw(self, record: Record, image: Pixels) -> None:
         save_image(draw_rows(image, record["detections"], self.classes), self._drawing(record["file_name"]))
 
-    def _crop(self, record: Record, image: Image.Image) -> None:
-        for number, (box, each) in enumerate(zip(*_clip(record)), start=1):
+    def _crop(self, record: Record, image: Pixels) -> None:
+        numbered = enumerate(zip(*_clip(record)), start=1)
+        for number, (box, each) in sorted(numbered, key=lambda item: item[1][0][1]):  # from top to bottom
             x0, y0 = np.floor(box[:2]).astype(int)
             x1, y1 = np.ceil(box[2:]).astype(int)
             folder = self.folder / "crops" / re.sub(r"[^\w .-]|^\.+", "_", each["name"])
             save_image(image.crop((x0, y0, x1, y1)), folder / f"{_stem(record['file_name'])}-{number}.png")
 
-    def _write_yolo(self, record: Record, image: Image.Image) -> None:
+    def _write_yolo(self, record: Record, image: Pixels) -> None:
         numbers = {label: number for number, label in enumerate(sorted(self.classes))}
         boxes, kept = _clip(record)
         fractions = np.hstack([(boxes[:, :2] + boxes[:, 2:]) / 2, boxes[:, 2:] - boxes[:, :2]])
@@ -375,7 +382,7 @@ class ResultsDirectory:
         )
         _write_text(self.folder / "yolo" / "labels" / f"{_stem(record['file_name'])}.txt", "".join(lines))
 
-    def _write_voc(self, record: Record, image: Image.Image) -> None:
+    def _write_voc(self, record: Record, image: Pixels) -> None:
         supervision = import_extra("supervision", "train", "writing Pascal VOC")
         to_xml = import_extra("supervision.dataset.formats.pascal_voc", "train", "writing Pascal VOC")
         boxes, kept = _clip(record)
@@ -444,10 +451,18 @@ def _csv_rows(record: Record) -> str:
     return rows.getvalue()
 
 
-def draw_rows(image: Image.Image, detections: Sequence[Record], classes: Mapping[int, str]) -> Image.Image:
-    """Draw the detections of an [`ImageResult`] into a copy of its image."""
+def draw_rows(image: Pixels, detections: Sequence[Record], classes: Mapping[int, str]) -> Image.Image:
+    """Draw the detections of an [`ImageResult`] into a copy of its image, which is reduced if it is very large."""
     boxes, names, scores = ([each[key] for each in detections] for key in ("box", "name", "score"))
-    return draw_detections(image, boxes, names, scores, classes.values())
+    factor = math.ceil(math.sqrt(image.size[0] * image.size[1] / MAX_DRAWN_PIXELS))
+    if factor > 1:
+        warn_once(
+            "reduced",
+            f"an image of {image.size[0]} x {image.size[1]} pixels is drawn at 1/{factor} of its size; crops, and boxes "
+            f"in other formats, are of full size",
+        )
+    drawn = image if isinstance(image, Image.Image) and factor == 1 else image.reduce(factor)
+    return draw_detections(drawn, np.array(boxes).reshape(-1, 4) / factor, names, scores, classes.values())
 
 
 def _to_task(record: Record) -> Record:
@@ -498,7 +513,7 @@ def _write_yolo_classes(folder: Path, classes: Mapping[int, str]) -> None:
 _CSV = "results.csv"
 _CSV_COLUMNS = ("image", "width", "height", "label", "name", "score", "x0", "y0", "x1", "y1")
 
-_FILE_WRITERS: dict[str, Callable[[ResultsDirectory, Record, Image.Image], None]] = {
+_FILE_WRITERS: dict[str, Callable[[ResultsDirectory, Record, Pixels], None]] = {
     "images": ResultsDirectory._draw,
     "crops": ResultsDirectory._crop,
     "yolo": ResultsDirectory._write_yolo,

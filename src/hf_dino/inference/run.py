@@ -53,9 +53,11 @@ class PredictionRun:
     def draw_one(self, item: ImageInput, target: Path) -> None:
         """Draw one image into a file."""
         self.total, self.target = 1, target
-        (result,) = self.detector.stream([item])
+        with self._progress():
+            (result,) = self.detector.stream([item])
         if result.image is not None:
-            save_image(draw_rows(result.image, result.detections, self.results.classes), target)
+            with result.image:
+                save_image(draw_rows(result.image, result.detections, self.results.classes), target)
         self._count(result)
 
     def save_all(self, inputs: Sequence[ImageInput], *, resume: bool, overwrite: bool) -> None:
@@ -153,18 +155,26 @@ class PredictionRun:
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-        columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]:.1f} images/s"))
+        columns = (
+            BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]:.1f} images/s{task.fields[tiles]}")
+        )  # fmt: skip
         # lines for a file are not to be printed above the bar
         redirect = sys.stdout.isatty()
         progress = Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True), redirect_stdout=redirect)
-        task = progress.add_task("detecting", total=self.total, rate=0.0)
+        task = progress.add_task("detecting", total=self.total, rate=0.0, tiles="")
+
+        def update(num_parts: int, **fields: Any) -> None:
+            if time.monotonic() - self.start > PROGRESS_DELAY and num_parts > 1 and self.queue.rank == 0:
+                progress.start()  # does nothing if it has
+                progress.update(task, **fields)
 
         def show(finished: int) -> None:
-            seconds = time.monotonic() - self.start
-            if seconds > PROGRESS_DELAY and self.total > 1 and self.queue.rank == 0:
-                progress.start()  # does nothing if it has
-                progress.update(task, completed=finished, rate=finished / seconds)
+            update(self.total, completed=finished, rate=finished / (time.monotonic() - self.start))
 
+        def show_tiles(done: int, num_tiles: int) -> None:
+            update(num_tiles, tiles=f", tile {done} of {num_tiles}" * (num_tiles > 1))
+
+        self.detector.on_tiles = show_tiles
         try:
             yield show
         finally:
