@@ -16,7 +16,7 @@ from ..data.images import read_image
 from ..registration import DinoDetrForObjectDetection
 from ..utils.errors import InputError
 from ..utils.names import named_classes
-from .sources import ImageInput
+from .sources import DecodedImage, ImageInput, Video
 from .tiles import Box, Detections, merge_tiles, tile_boxes
 
 
@@ -286,7 +286,10 @@ def worker_threads(num_workers: int) -> Any:
 
 
 def _read(item: ImageInput) -> ImageResult:
+    source = item.source
+    if isinstance(source, Video):
+        return ImageResult(item, error=f"{source}: is a video; its frames are the inputs that read_video yields")
     try:
-        return ImageResult(item, read_image(item.source))
+        return ImageResult(item, source.to_image() if isinstance(source, DecodedImage) else read_image(source))
     except InputError as error:
         return ImageResult(item, error=str(error))

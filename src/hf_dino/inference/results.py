@@ -12,6 +12,9 @@
 | `yolo` | `yolo/data.yaml`, `yolo/labels/NAME.txt` | classes from 0; center and size as fractions; no scores |
 | `voc` | `voc/Annotations/NAME.xml` | Pascal VOC, whole pixels; no scores |
 
+Of a video, `images` is `NAME.mp4`, and `mot` is `NAME.mot.txt`; in the files of all images, its frames have the names
+`NAME/000000`, `NAME/000001` and so on.
+
 Boxes are those of the model, which may extend beyond the image. In `crops`, `labelstudio`, `yolo` and `voc` they are
 cut at its border, and those without any area inside are left out, with a warning that counts both.
 """
@@ -34,13 +37,14 @@ from ..utils.errors import InputError, import_extra, summarize_list
 from ..utils.io import atomic_write, fsync, read_text, write_json
 from ..visualization import check_drawing_dependencies, draw_detections, save_image
 from .detector import ImageResult
-from .sources import ImageInput
+from .sources import ImageInput, Video
 
 
 logger = logging.getLogger(__name__)
 
 Record = dict[str, Any]
-"""What the journal has of an image: `image`, `file_name`, `width`, `height`, `detections`."""
+"""What the journal has of an image: `image`, `file_name`, `width`, `height`, `detections`. A frame of a video also has
+`frame` and `seconds`, the last one of a complete video `last`, and its detections have `track` if objects are tracked."""
 
 SETTINGS = ".predict.json"
 JOURNAL = "results.jsonl"
@@ -87,12 +91,14 @@ class ResultsDirectory:
         self, folder: Path, formats: Iterable[str], settings: Mapping[str, Any], classes: Mapping[int, str] = {}
     ):
         self.folder, self.classes = folder, classes
-        self.formats = [name for name in SAVE_FORMATS if name in set(formats)]
+        self.formats = [name for name in (*SAVE_FORMATS, "mot") if name in set(formats)]
         self.settings = {**settings, "save": self.formats}
         self.journal = folder / (JOURNAL if "jsonl" in self.formats else HIDDEN_JOURNAL)
         self.changed_boxes: Counter[str] = Counter()
         self._file: Any = None
         self._rows: Any = None
+        self._csv: Any = None
+        self.has_videos = False  # so that tables get columns for them
 
     def check_inputs(self, inputs: Sequence[ImageInput]) -> None:
         """Check that outputs can be written, and that no two of them have the same name.
@@ -102,7 +108,7 @@ class ResultsDirectory:
             ImportError: If a library is missing.
         """
         per_image = [name for name in self.formats if name in _FILE_WRITERS]
-        names = [_stem(item.name).casefold() if per_image else item.name for item in inputs]
+        names = [str(self.path_of(item)).casefold() if per_image or _is_video(item) else item.name for item in inputs]
         if "images" in self.formats:
             check_drawing_dependencies(Path("drawn.png"))
         if "voc" in self.formats:
@@ -110,7 +116,7 @@ class ResultsDirectory:
         counts = Counter(names)
         for item, name in zip(inputs, names):
             if counts[name] > 1:
-                verb, target = ("drawn into", self._drawing(item.name)) if per_image else ("saved as", item.name)
+                verb, target = ("drawn into", self.path_of(item)) if per_image else ("saved as", item.name)
                 raise InputError(f"several images would be {verb} {target}; rename one, or draw them one by one")
 
     def check_new(self, inputs: Iterable[ImageInput]) -> None:
@@ -121,7 +127,8 @@ class ResultsDirectory:
         """
         targets = [self.folder / name for name in (SETTINGS, JOURNAL, HIDDEN_JOURNAL)]
         targets += [self.folder / name for format in self.formats for name in _OWN_PATHS.get(format, ())]
-        targets += [self._drawing(item.name) for item in inputs] if "images" in self.formats else []
+        targets += [self.path_of(item) for item in inputs] if "images" in self.formats else []
+        targets += [self.path_of(item, ".mot.txt") for item in inputs if _is_video(item)]
         for target in targets:
             if target.exists():
                 raise InputError(
@@ -164,11 +171,13 @@ class ResultsDirectory:
                 f"or --overwrite"
             )
         self._drop_partial_line()
-        done = {record["file_name"]: record["image"] for record in self.records()}
+        self._drop_partial_videos()
+        done = {_name_of_input(record): record["image"] for record in self.records()}
         for item in inputs:
-            if done.get(item.name, str(item.source)) != str(item.source):
+            name = _stem(item.name) if _is_video(item) else item.name
+            if done.get(name, str(item.source)) != str(item.source):
                 raise InputError(
-                    f"{item.source}: has the same name as {done[item.name]}, which is saved in {self.folder}; give "
+                    f"{item.source}: has the same name as {done[name]}, which is saved in {self.folder}; give "
                     f"images by the same paths as before, or use a different --output"
                 )
         return {*done.values()}
@@ -190,6 +199,14 @@ class ResultsDirectory:
                 end += len(line) * line.endswith(b"\n")
             file.truncate(end)
 
+    def _drop_partial_videos(self) -> None:
+        """Remove the frames of videos whose last frame is not in the journal: a video starts again from its beginning."""
+        complete = {each["image"] for each in self.records() if each.get("last", "frame" not in each)}
+        if all(each["image"] in complete for each in self.records()):
+            return
+        with atomic_write(self.journal) as temporary, temporary.open("w", encoding="utf-8") as file:
+            file.writelines(json.dumps(each) + "\n" for each in self.records() if each["image"] in complete)
+
     def records(self) -> Iterator[Record]:
         """Read the journal, one record at a time."""
         if self.journal.exists():
@@ -204,7 +221,10 @@ class ResultsDirectory:
             _write_yolo_classes(self.folder / "yolo", self.classes)
         if "csv" in self.formats:
             self._rows = (self.folder / "results.csv").open("w", encoding="utf-8", newline="")
-            csv.writer(self._rows).writerow(_CSV_COLUMNS)
+            has_frames = self.has_videos or any("frame" in record for record in self.records())
+            columns = _CSV_COLUMNS + _VIDEO_COLUMNS * has_frames
+            self._csv = csv.DictWriter(self._rows, columns, extrasaction="ignore")
+            self._csv.writeheader()
             for record in self.records():
                 self._append_rows(record)
 
@@ -226,9 +246,8 @@ class ResultsDirectory:
             self._append_rows(record)
 
     def _append_rows(self, record: Record) -> None:
-        image = (record["image"], record["width"], record["height"])
-        rows = ((*image, each["label"], each["name"], each["score"], *each["box"]) for each in record["detections"])
-        csv.writer(self._rows).writerows(rows)
+        boxes = (zip(("x0", "y0", "x1", "y1"), each["box"]) for each in record["detections"])
+        self._csv.writerows({**record, **each, **dict(box)} for each, box in zip(record["detections"], boxes))
         self._rows.flush()
 
     def _count_changed_boxes(self, record: Record) -> None:
@@ -260,11 +279,13 @@ class ResultsDirectory:
             cut = [f"{count} {what}" for what, count in self.changed_boxes.items() if count]
             logger.warning("boxes beyond their image in crops, labelstudio, yolo and voc: %s", " and ".join(cut))
 
-    def _drawing(self, name: str) -> Path:
-        return self.folder / f"{_stem(name)}.png"
+    def path_of(self, item: ImageInput, suffix: str = "") -> Path:
+        """Return the file of an image or a video with a suffix; by default, that of its drawing."""
+        return self.folder / (_stem(item.name) + (suffix or (".mp4" if _is_video(item) else ".png")))
 
     def _draw(self, record: Record, image: Image.Image) -> None:
-        save_image(draw_rows(image, record["detections"], self.classes), self._drawing(record["file_name"]))
+        path = self.folder / f"{_stem(record['file_name'])}.png"
+        save_image(draw_rows(image, record["detections"], self.classes), path)
 
     def _crop(self, record: Record, image: Image.Image) -> None:
         for number, (box, each) in enumerate(zip(*_clip(record)), start=1):
@@ -296,12 +317,15 @@ class ResultsDirectory:
         _write_text(self.folder / "voc" / "Annotations" / f"{_stem(record['file_name'])}.xml", text)
 
     def _write_json(self, file: TextIO) -> None:
-        items = (f"{json.dumps(each['image'])}: {json.dumps(each['detections'])}" for each in self.records())
+        items = (
+            f"{json.dumps(each['file_name' if 'frame' in each else 'image'])}: {json.dumps(each['detections'])}"
+            for each in self.records()
+        )
         _write_items(file, "{", items, "}\n")
 
     def _write_coco(self, file: TextIO) -> None:
         images = (
-            {"id": number, **{name: record[name] for name in ("file_name", "width", "height")}}
+            {"id": number, **{name: record[name] for name in _COCO_IMAGE if name in record}}
             for number, record in enumerate(self.records(), start=1)
         )
         categories = [{"id": label, "name": name} for label, name in sorted(self.classes.items())]
@@ -316,16 +340,20 @@ class ResultsDirectory:
             yield {
                 "id": id_, "image_id": number, "category_id": each["label"], "bbox": [x0, y0, x1 - x0, y1 - y0],
                 "area": (x1 - x0) * (y1 - y0), "iscrowd": 0, "score": each["score"],
+                **({"track_id": each["track"]} if "track" in each else {}),
             }  # fmt: skip
 
     def _write_labelstudio(self, file: TextIO) -> None:
         _write_items(file, "[", (json.dumps(_to_task(record)) for record in self.records()), "]\n")
 
 
-def draw_rows(image: Image.Image, detections: Sequence[Record], classes: Mapping[int, str]) -> Image.Image:
-    """Draw the detections of an [`ImageResult`] into a copy of its image."""
+def draw_rows(
+    image: Image.Image, detections: Sequence[Record], classes: Mapping[int, str], **options: Any
+) -> Image.Image:
+    """Draw the detections of an [`ImageResult`] into a copy of its image, with options of [`draw_detections`]."""
     boxes, names, scores = ([each[key] for each in detections] for key in ("box", "name", "score"))
-    return draw_detections(image, boxes, names, scores, classes.values())
+    tracks = [each.get("track") for each in detections]
+    return draw_detections(image, boxes, names, scores, classes.values(), tracks, **options)
 
 
 def _to_task(record: Record) -> Record:
@@ -345,6 +373,16 @@ def _to_task(record: Record) -> Record:
     scores = [each["score"] for each in record["detections"]]
     prediction = {"model_version": "hf-dino", "score": min(scores, default=0.0), "result": regions}
     return {"data": {"image": record["image"]}, "predictions": [prediction]}
+
+
+def _is_video(item: ImageInput) -> bool:
+    return isinstance(item.source, Video)
+
+
+def _name_of_input(record: Record) -> str:
+    """Return what distinguishes the image, or the video of a frame, from other inputs."""
+    name = PurePosixPath(record["file_name"])
+    return str(name.parent if "frame" in record else name)
 
 
 def _stem(name: str) -> str:
@@ -374,6 +412,8 @@ def _write_yolo_classes(folder: Path, classes: Mapping[int, str]) -> None:
 
 
 _CSV_COLUMNS = ("image", "width", "height", "label", "name", "score", "x0", "y0", "x1", "y1")
+_COCO_IMAGE = ("file_name", "width", "height", "frame", "seconds")
+_VIDEO_COLUMNS = ("frame", "seconds", "track")
 
 _FILE_WRITERS: dict[str, Callable[[ResultsDirectory, Record, Image.Image], None]] = {
     "images": ResultsDirectory._draw,
@@ -394,6 +434,9 @@ _OWN_PATHS = {
     "voc": ["voc"],
     **{name: [file] for name, (file, _) in _DOCUMENT_WRITERS.items()},
 }
+
+VIDEO_FORMATS = ("images", "json", "jsonl", "csv", "coco", "mot")
+"""What can be saved of a video."""
 
 SAVE_FORMATS = ("images", "json", "jsonl", "csv", "coco", "yolo", "voc", "labelstudio", "crops")
 """What can be saved, in the order in which it is listed."""
