@@ -7,12 +7,13 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 import typer
 
 from ..utils.errors import InputError, summarize_list
 from .options import DeviceOption, MaxImagePixelsOption, ModelOption, log_to_terminal
+from .predict_video import VIDEO_FORMATS, EndOption, EveryOption, StartOption, TrackOption, VideoOptions, detect_in_video
 
 
 if TYPE_CHECKING:
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 FORMATS = ("images", "json", "jsonl", "csv", "coco", "yolo", "voc", "labelstudio", "crops")
+Item = TypeVar("Item")
+
 MAX_LINES = 100  # on the terminal: one per image, or only a summary
 MAX_ERRORS = 20  # on the terminal
 MAX_RAISED = 2  # of them in the last message, which has a line for each
@@ -34,8 +37,8 @@ def predict(
         list[str],
         typer.Argument(
             metavar="IMAGE",
-            help="Images: files, directories, quoted glob patterns, http(s) URLs, or @FILE for a text file with one "
-            "of these per line.",
+            help="Images and videos: files, directories, quoted glob patterns, URLs, camera:0, or @FILE for a text file "
+            "with one of these per line.",
         ),
     ],
     model_name_or_path: ModelOption,
@@ -43,13 +46,15 @@ def predict(
         Path,
         typer.Option(
             metavar="PATH",
-            help="Where to save the results: a directory, or an image file to draw one image.",
+            help="Where to save the results: a directory, or a file to draw one image or, as .mp4, one video.",
         ),
     ],
     save: Annotated[
         list[str],
         typer.Option(
-            metavar="FORMAT", help=f"What to save in the directory, one or several of: {', '.join(FORMATS)}."
+            metavar="FORMAT",
+            help=f"What to save in the directory, one or several of: {', '.join(FORMATS)}; of videos, one or several "
+            f"of: {', '.join(VIDEO_FORMATS)}.",
         ),
     ] = ["images"],  # noqa: B006, typer copies it
     recursive: Annotated[
@@ -101,6 +106,10 @@ def predict(
             show_default="0.2",
         ),
     ] = None,
+    every: EveryOption = None,
+    start: StartOption = None,
+    end: EndOption = None,
+    track: TrackOption = False,
     batch_size: Annotated[
         int, typer.Option(metavar="INTEGER", min=1, help="Images per batch, all of the same resized size.")
     ] = 8,
@@ -123,7 +132,7 @@ def predict(
     ] = False,
     max_image_pixels: MaxImagePixelsOption = None,
 ) -> None:
-    """Detect objects in images, and save drawings or detections.
+    """Detect objects in images and videos, and save drawings or detections.
 
     With `--output drawn.png`, one image is drawn into that file. Otherwise --output is a directory, in which --save
     chooses the formats: a drawing of each image is a PNG file with its name, and `results.jsonl` has a line per image,
@@ -132,8 +141,8 @@ def predict(
     """
     log_to_terminal()
     formats = _split(save)
-    if unknown := [name for name in formats or [""] if name not in FORMATS]:
-        raise typer.BadParameter(f"{unknown[0]!r} is not one of {', '.join(FORMATS)}.", param_hint="'--save'")
+    if unknown := [name for name in formats or [""] if name not in (*FORMATS, "mot")]:
+        raise typer.BadParameter(f"{unknown[0]!r} is not one of {', '.join(FORMATS)}, mot.", param_hint="'--save'")
     if resume and overwrite:
         context.fail("Give either --resume or --overwrite.")
     if tile_overlap is not None and tile is None:
@@ -142,15 +151,17 @@ def predict(
 
     import torch
 
-    from ..inference import DetectionOptions, Detector, ResultsDirectory, find_inputs
+    from ..inference import DetectionOptions, Detector, ResultsDirectory, Video, find_inputs
     from ..utils.names import named_classes
 
     inputs = find_inputs(images, recursive)
+    videos = VideoOptions(every, start, end, track)
+    videos.check(context, sum(isinstance(item.source, Video) for item in inputs), formats)
     drawing = _single_drawing(output, images, inputs, formats)
     if drawing and (formats != ["images"] or resume):
         context.fail("--save and --resume need a directory as --output.")
     settings = {"model": model_name_or_path, "threshold": threshold, "classes": _split(classes or []), "top_k": top_k}
-    settings |= {"nms": nms, "dtype": dtype, "tile": tile, "tile_overlap": overlap}
+    settings |= videos.settings() | {"nms": nms, "dtype": dtype, "tile": tile, "tile_overlap": overlap}
     results = ResultsDirectory(output, formats, settings)
     inputs = inputs if drawing else _outside(output, inputs)
     done = _check_outputs(results, inputs, drawing, resume, overwrite)
@@ -159,7 +170,7 @@ def predict(
     options = DetectionOptions(threshold, _labels(classes, results.classes), top_k, nms, tile, overlap)
     detector = Detector(model, processor, options, batch_size=batch_size, dtype=getattr(torch, dtype))
     remaining = [item for item in inputs if str(item.source) not in done]
-    run = _Run(detector, results, num_workers, total=len(remaining), quiet=json_summary)
+    run = _Run(detector, results, num_workers, total=len(remaining), quiet=json_summary, video_options=videos)
     run.draw_one(remaining[0], drawing) if drawing else run.save_all(remaining, overwrite)
     run.report(len(done))
 
@@ -167,43 +178,65 @@ def predict(
 class _Run:
     """One run of the command: its loop, its counts, and what it prints."""
 
-    def __init__(self, detector: "Detector", results: "ResultsDirectory", num_workers: int, total: int, quiet: bool):
+    def __init__(
+        self,
+        detector: "Detector",
+        results: "ResultsDirectory",
+        num_workers: int,
+        total: int,
+        quiet: bool,
+        video_options: VideoOptions,
+    ):
         self.detector, self.results, self.num_workers = detector, results, num_workers
-        self.total, self.quiet = total, quiet
+        self.total, self.quiet, self.video_options = total, quiet, video_options
         self.errors: dict[str, str] = {}
         self.objects: Counter[str] = Counter()
-        self.num_images = 0
+        self.num_images = self.num_videos = self.num_frames = 0
         self.target = results.folder
         self.start = time.monotonic()
 
     def draw_one(self, item: "ImageInput", target: Path) -> None:
-        """Draw one image into a file."""
+        """Draw one image or video into a file."""
+        from ..inference import Video
         from ..inference.results import draw_rows
         from ..visualization import save_image
 
         self.target = target
+        if isinstance(item.source, Video):
+            detect_in_video(self, item, target)
+            return
         (result,) = self.detector.stream([item])
         if result.image is not None:
             save_image(draw_rows(result.image, result.detections, self.results.classes), target)
         self._count(result)
 
     def save_all(self, inputs: Sequence["ImageInput"], overwrite: bool) -> None:
-        """Save all images in a directory. After Ctrl-C, what was finished is saved."""
+        """Save all images, then all videos, in a directory. After Ctrl-C, what was finished is saved."""
+        from ..inference import Video
         from ..inference.detector import map_ahead, worker_threads
         from ..inference.results import to_record
 
         results = self.results
+        videos = [item for item in inputs if isinstance(item.source, Video)]
+        images = [item for item in inputs if not isinstance(item.source, Video)]
         if overwrite:
             results.remove_previous()
+        results.has_videos = bool(videos)
         results.open()
         try:
             with worker_threads(self.num_workers) as pool:
                 ahead = 2 * self.num_workers
-                stream = map_ahead(results.save_files, self.detector.stream(inputs, pool, ahead), pool, ahead)
-                for result in self._with_progress(stream):
+                stream = map_ahead(results.save_files, self.detector.stream(images, pool, ahead), pool, ahead)
+                for result in self.show_progress(stream, len(images), "images"):
                     if result.image is not None:
                         results.append(to_record(result))
                     self._count(result)
+            for item in videos:
+                drawing, mot = (
+                    results.path_of(item, suffix) if name in results.formats else None
+                    for name, suffix in (("images", ".mp4"), ("mot", ".mot.txt"))
+                )
+                detect_in_video(self, item, drawing, mot, results.append)
         except KeyboardInterrupt:
             results.close(complete=False)
             raise
@@ -221,21 +254,22 @@ class _Run:
             nothing = f"nothing above {self.detector.options.threshold}"
             print(f"{result.input.source}: {counts or nothing} -> {self.target}")
 
-    def _with_progress(self, results: Iterator["ImageResult"]) -> Iterator["ImageResult"]:
+    def show_progress(self, results: Iterator[Item], total: int | None, unit: str) -> Iterator[Item]:
         """Show the progress of a run that takes longer than `PROGRESS_DELAY`."""
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-        columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]:.1f} images/s"))
+        columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]:.1f} {task.fields[unit]}/s"))
         # lines for a file are not to be printed above the bar
         redirect = sys.stdout.isatty()
         progress = Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True), redirect_stdout=redirect)
-        task = progress.add_task("detecting", total=self.total, rate=0.0)
+        task = progress.add_task("detecting", total=total, rate=0.0, unit=unit)
+        start = time.monotonic()
         try:
             for number, result in enumerate(results, start=1):
                 yield result
-                seconds = time.monotonic() - self.start
-                if seconds > PROGRESS_DELAY and self.total > 1:
+                seconds = time.monotonic() - start
+                if seconds > PROGRESS_DELAY and total != 1:
                     progress.start()  # does nothing if it has
                     progress.update(task, completed=number, rate=number / seconds)
         finally:
@@ -263,9 +297,13 @@ class _Run:
                 print(f"not read: {error}")
             more = f" ... and {count - MAX_RAISED} more; --json lists all" * (count > MAX_RAISED)
             listed = "\n".join(errors[:MAX_RAISED])
-            raise InputError(f"{count} of {self.total} images cannot be read:\n{listed}{more}")
+            kinds = "images and videos" if self.num_videos else "images"
+            raise InputError(f"{count} of {self.total} {kinds} cannot be read:\n{listed}{more}")
 
     def _summary(self, num_skipped: int, seconds: float) -> dict[str, Any]:
+        videos = {
+            "videos": self.num_videos, "frames": self.num_frames, "fps": round(self.num_frames / seconds, 2)
+        }  # fmt: skip
         return {
             "output": str(self.target),
             "images": self.num_images,
@@ -274,6 +312,7 @@ class _Run:
             "errors": self.errors,
             "seconds": round(seconds, 3),
             "images_per_second": round(self.num_images / seconds, 2),
+            **videos,
         }
 
 
@@ -305,16 +344,19 @@ def _labels(names: Sequence[str] | None, classes: Mapping[int, str]) -> frozense
 def _single_drawing(
     output: Path, arguments: Sequence[str], inputs: Sequence["ImageInput"], formats: Sequence[str]
 ) -> Path | None:
-    """Return the image file to draw into, `None` if the output is a directory."""
+    """Return the image or video file to draw into, `None` if the output is a directory."""
     from PIL import Image
 
-    is_image = output.suffix.lower() in Image.registered_extensions()
-    if output.is_dir() or not (is_image or (output.suffix and formats == ["images"])):
+    from ..inference.sources import is_video
+
+    kind = "video" if is_video(output.name) else "image"
+    is_file = kind == "video" or output.suffix.lower() in Image.registered_extensions()
+    if output.is_dir() or not (is_file or (output.suffix and formats == ["images"])):
         return None
     if len(arguments) == len(inputs) == 1 and not Path(arguments[0]).is_dir():
         return output
-    if is_image:
-        raise InputError(f"{output}: is the name of one image, but {len(inputs)} are to be drawn; name a directory")
+    if is_file:
+        raise InputError(f"{output}: is the name of one {kind}, but {len(inputs)} are to be drawn; name a directory")
     return None
 
 
@@ -323,10 +365,13 @@ def _outside(output: Path, inputs: list["ImageInput"]) -> list["ImageInput"]:
     if not output.exists():
         return inputs
     folder = output.resolve()
-    inside = {item for item in inputs if isinstance(item.source, Path) and folder in item.source.resolve().parents}
+    paths = {item: getattr(item.source, "path", item.source) for item in inputs}  # of a video or of an image
+    inside = {item for item, path in paths.items() if isinstance(path, Path) and folder in path.resolve().parents}
     if inside:
         names = summarize_list(sorted(item.name for item in inside))
         logger.warning("%s: %d images in the output directory are not used; %s", output, len(inside), names)
+    if len(inside) == len(inputs):
+        raise InputError(f"{output}: contains all images, so that none is left; use a different --output")
     return [item for item in inputs if item not in inside]
 
 
@@ -334,12 +379,16 @@ def _check_outputs(
     results: "ResultsDirectory", inputs: Sequence["ImageInput"], drawing: Path | None, resume: bool, overwrite: bool
 ) -> set[str]:
     """Check outputs before the model is loaded, and return the images that are saved already."""
+    from ..inference import Video
     from ..utils.io import ensure_new_files
     from ..visualization import check_drawing_dependencies
 
+    if drawing and isinstance(video := inputs[0].source, Video):
+        if drawing.suffix.lower() != ".mp4" or (video.path and drawing.resolve() == video.path.resolve()):
+            raise InputError(f"{drawing}: a video is drawn into a new MP4 file; use another name, with .mp4")
     if drawing:
         ensure_new_files(*() if overwrite else (drawing,))
-        check_drawing_dependencies(drawing)
+        check_drawing_dependencies(*() if isinstance(inputs[0].source, Video) else (drawing,))
         return set()
     results.check_inputs(inputs)
     if resume:

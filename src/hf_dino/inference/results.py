@@ -128,7 +128,7 @@ class ResultsDirectory:
         targets = [self.folder / name for name in (SETTINGS, JOURNAL, HIDDEN_JOURNAL)]
         targets += [self.folder / name for format in self.formats for name in _OWN_PATHS.get(format, ())]
         targets += [self.path_of(item) for item in inputs] if "images" in self.formats else []
-        targets += [self.path_of(item, ".mot.txt") for item in inputs if _is_video(item)]
+        targets += [self.path_of(item, ".mot.txt") for item in inputs] if "mot" in self.formats else []
         for target in targets:
             if target.exists():
                 raise InputError(
@@ -381,8 +381,8 @@ def _is_video(item: ImageInput) -> bool:
 
 def _name_of_input(record: Record) -> str:
     """Return what distinguishes the image, or the video of a frame, from other inputs."""
-    name = PurePosixPath(record["file_name"])
-    return str(name.parent if "frame" in record else name)
+    name = record["file_name"]
+    return name.rpartition("/")[0] if "frame" in record else name
 
 
 def _stem(name: str) -> str:

@@ -64,8 +64,8 @@ class ObjectTracker:
 
     def _extend_trails(self, rows: Sequence[Mapping[str, Any]], seconds: float) -> None:
         for each in rows:
-            x0, _, x1, y1 = each["box"]
-            self._points[each["track"] or 0].append((seconds, ((x0 + x1) / 2, y1)))
+            x0, y0, x1, y1 = each["box"]
+            self._points[each["track"] or 0].append((seconds, ((x0 + x1) / 2, (y0 + y1) / 2)))
         self._points.pop(0, None)
         for track, points in [*self._points.items()]:
             while points and points[0][0] < seconds - TRAIL_SECONDS:
@@ -74,7 +74,7 @@ class ObjectTracker:
                 del self._points[track]
 
     def trails(self) -> dict[int, list[Point]]:
-        """Return where the bottom centers of the objects were in the last second, by id."""
+        """Return where the centers of the objects were in the last second, by id."""
         return {track: [point for _, point in points] for track, points in self._points.items()}
 
 

@@ -223,7 +223,7 @@ class VideoReader:
     def _decode(self) -> Iterator[Any]:
         packets = self.container.demux()
         while packet := self._next_packet(packets):
-            if packet.stream_index == self.stream.index:
+            if packet.stream.index == self.stream.index:
                 yield from self._decode_packet(packet)
 
     def _next_packet(self, packets: Iterator[Any]) -> Any:
@@ -424,7 +424,7 @@ class _AudioCopy:
         shift = _seek(container, self.origin) + self.origin
         try:
             for packet in container.demux(*container.streams.audio):
-                target = targets[packet.stream_index]
+                target = targets[packet.stream.index]
                 if target.codec_context.is_encoder:
                     yield from self._encode(packet, target, shift)
                 elif packet.dts is not None and _move(packet, shift):
