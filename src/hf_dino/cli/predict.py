@@ -191,6 +191,7 @@ class _Run:
         self.total, self.quiet, self.video_options = total, quiet, video_options
         self.errors: dict[str, str] = {}
         self.objects: Counter[str] = Counter()
+        self.kinds = "images"
         self.num_images = self.num_videos = self.num_frames = 0
         self.target = results.folder
         self.start = time.monotonic()
@@ -203,6 +204,7 @@ class _Run:
 
         self.target = target
         if isinstance(item.source, Video):
+            self.kinds = "videos"
             detect_in_video(self, item, target)
             return
         (result,) = self.detector.stream([item])
@@ -222,6 +224,7 @@ class _Run:
         if overwrite:
             results.remove_previous()
         results.has_videos = bool(videos)
+        self.kinds = " and ".join(["images"] * bool(images) + ["videos"] * bool(videos))
         results.open()
         try:
             with worker_threads(self.num_workers) as pool:
@@ -291,14 +294,15 @@ class _Run:
                 f"{self.num_images} images{skipped}, {self.objects.total()} objects, "
                 f"{self.num_images / seconds:.1f} images/s -> {self.target}"
             )
+        if self.errors and self.kinds == "videos" and self.total == 1:
+            raise InputError(*self.errors.values())
         if self.errors:
             errors, count = [*self.errors.values()], len(self.errors)
             for error in [] if self.quiet else errors[MAX_RAISED:MAX_ERRORS]:
                 print(f"not read: {error}")
             more = f" ... and {count - MAX_RAISED} more; --json lists all" * (count > MAX_RAISED)
             listed = "\n".join(errors[:MAX_RAISED])
-            kinds = "images and videos" if self.num_videos else "images"
-            raise InputError(f"{count} of {self.total} {kinds} cannot be read:\n{listed}{more}")
+            raise InputError(f"{count} of {self.total} {self.kinds} cannot be read:\n{listed}{more}")
 
     def _summary(self, num_skipped: int, seconds: float) -> dict[str, Any]:
         videos = {

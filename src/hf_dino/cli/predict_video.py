@@ -1,5 +1,6 @@
 """The part of `hf-dino predict` that detects objects in videos: its options, and the run through one video."""
 
+import logging
 import re
 import time
 from collections import Counter
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
 
     from ..inference import Detector, ImageInput, ImageResult, VideoFrame, VideoWriter
     from .predict import _Run
+
+logger = logging.getLogger(__name__)
 
 VIDEO_FORMATS = ("images", "json", "jsonl", "csv", "coco", "mot")
 
@@ -146,7 +149,7 @@ def detect_in_video(
     except InputError as error:
         run.errors[str(item.source)] = str(error)
         return
-    video.report(drawing)
+    video.report(drawing, mot)
     if video.is_interrupted and not video.is_live:
         raise KeyboardInterrupt
 
@@ -276,7 +279,7 @@ class _VideoRun:
         record = to_record(replace(shown.result, detections=shown.rows))
         return {**record, "frame": shown.frame.index, "seconds": shown.frame.seconds}
 
-    def report(self, drawing: Path | None) -> None:
+    def report(self, drawing: Path | None, mot: Path | None) -> None:
         """Add the counts to those of the run, and print them."""
         run, name = self.run, str(self.video)
         run.num_frames += self.num_frames
@@ -284,6 +287,8 @@ class _VideoRun:
         run.objects += self.objects
         if self.reader.faults:
             run.errors[name] = f"{name}: {'; '.join(self.reader.faults)}; {self.num_frames} frames were used"
+        if mot and self.num_without_track:
+            logger.warning("%s: without %d detections of objects not seen before", mot, self.num_without_track)
         if run.quiet:
             return
         counts = ", ".join(f"{count} {name}" for name, count in self.objects.most_common())
