@@ -67,6 +67,9 @@ def draw_detections(
     names: Sequence[str],
     scores: Sequence[float] | None = None,
     classes: Iterable[str] = (),
+    tracks: Sequence[int | None] = (),
+    trails: Mapping[int, Sequence[tuple[float, float]]] = {},
+    enlarge: bool = True,
 ) -> Image.Image:
     """Draw labeled boxes on a copy of an image.
 
@@ -80,6 +83,10 @@ def draw_detections(
             drawn over those with lower scores.
         classes (`Iterable[str]`, *optional*): All possible names. The first twelve get different colors; other names
             may share one.
+        tracks (`list[int]`, *optional*): Ids of the objects, put before the labels; `None` for an object without one.
+        trails (`dict[int, list[tuple[float, float]]]`, *optional*): By the ids of objects, the points (x, y) in pixels
+            of lines to draw.
+        enlarge (`bool`, *optional*, defaults to `True`): Whether a small image is enlarged.
 
     Returns:
         `PIL.Image.Image`: An RGB image, enlarged by a factor of `ceil(480 / longest edge)` if that is more than 1.
@@ -104,12 +111,20 @@ def draw_detections(
         counts = f"{len(boxes)} boxes, {len(names)} names" + ("" if scores is None else f", {len(scores)} scores")
         raise ValueError(f"boxes, names and scores must have the same length, got {counts}")
 
-    scale = max(1, -(-MIN_LONGEST_EDGE // max(image.size)))
+    scale = max(1, -(-MIN_LONGEST_EDGE // max(image.size))) if enlarge else 1
     resized = image.convert("RGB").resize((image.width * scale, image.height * scale), Image.Resampling.BICUBIC)
     order = np.arange(len(boxes)) if scores is None else np.argsort([float(score) for score in scores])
-    labels = [names[index] if scores is None else f"{names[index]} {float(scores[index]):.2f}" for index in order]
+    ids = [*tracks, *[None] * (len(boxes) - len(tracks))]
+    prefixes = ["" if track is None else f"#{track} " for track in ids]
+    suffixes = [""] * len(boxes) if scores is None else [f" {float(score):.2f}" for score in scores]
+    labels = [prefixes[index] + names[index] + suffixes[index] for index in order]
     numbers = {name: number for number, name in enumerate(classes)}
     colors = [numbers.get(names[index], zlib.crc32(names[index].encode())) % len(_COLORS) for index in order]
+    pen = ImageDraw.Draw(resized)
+    for index, color in zip(order, colors):
+        trail = [(x * scale, y * scale) for x, y in trails.get(ids[index] or 0, ())]
+        if trail:  # Pillow fails otherwise
+            pen.line(trail, fill=_COLORS[color], width=_line_width(resized), joint="curve")
     return _annotate(resized, boxes[order] * scale, labels, colors)
 
 
@@ -125,7 +140,7 @@ def _annotate(image: Image.Image, boxes: np.ndarray, labels: Sequence[str], colo
     palette = supervision.ColorPalette.from_hex(list(_COLORS))
     longest_edge = max(image.size)
     font_size = max(12, round(longest_edge / 50))
-    box_annotator = supervision.BoxAnnotator(color=palette, thickness=max(2, round(longest_edge / 400)))
+    box_annotator = supervision.BoxAnnotator(color=palette, thickness=_line_width(image))
     label_annotator = supervision.RichLabelAnnotator(
         color=palette,
         font_path=font_path(),
@@ -134,6 +149,10 @@ def _annotate(image: Image.Image, boxes: np.ndarray, labels: Sequence[str], colo
         smart_position=len(boxes) <= 100,  # moves labels apart, in time quadratic in their number
     )
     return label_annotator.annotate(box_annotator.annotate(image, detections), detections, labels=list(labels))
+
+
+def _line_width(image: Image.Image) -> int:
+    return max(2, round(max(image.size) / 400))
 
 
 def hstack_images(left: Image.Image, right: Image.Image, captions: tuple[str, str]) -> Image.Image:

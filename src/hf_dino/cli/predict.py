@@ -10,6 +10,7 @@ import typer
 
 from ..utils.errors import InputError, summarize_list
 from .options import DeviceOption, MaxImagePixelsOption, ModelOption, log_to_terminal
+from .predict_video import EndOption, EveryOption, StartOption, TrackOption, check_video_options
 
 
 if TYPE_CHECKING:
@@ -27,8 +28,8 @@ def predict(
         list[str],
         typer.Argument(
             metavar="IMAGE",
-            help="Images: files, directories, quoted glob patterns, http(s) URLs, or @FILE for a text file with one "
-            "of these per line.",
+            help="Images and videos: files, directories, quoted glob patterns, URLs, camera:0, or @FILE for a text "
+            "file with one of these per line.",
         ),
     ],
     model_name_or_path: ModelOption,
@@ -36,13 +37,15 @@ def predict(
         Path,
         typer.Option(
             metavar="PATH",
-            help="Where to save the results: a directory, or an image file to draw one image.",
+            help="Where to save the results: a directory, or a file to draw one image or, as .mp4, one video.",
         ),
     ],
     save: Annotated[
         list[str],
         typer.Option(
-            metavar="FORMAT", help=f"What to save in the directory, one or several of: {', '.join(FORMATS)}."
+            metavar="FORMAT",
+            help=f"What to save in the directory, one or several of: {', '.join(FORMATS)}; of videos, one or several "
+            f"of: {', '.join(VIDEO_FORMATS)}.",
         ),
     ] = ["images"],  # noqa: B006, typer copies it
     recursive: Annotated[
@@ -94,6 +97,10 @@ def predict(
             show_default="0.5",
         ),
     ] = None,
+    every: EveryOption = None,
+    start: StartOption = None,
+    end: EndOption = None,
+    track: TrackOption = False,
     batch_size: Annotated[
         int, typer.Option(metavar="INTEGER", min=1, help="Images per batch, all of the same resized size.")
     ] = 8,
@@ -116,7 +123,7 @@ def predict(
     ] = False,
     max_image_pixels: MaxImagePixelsOption = None,
 ) -> None:
-    """Detect objects in images, and save drawings or detections.
+    """Detect objects in images and videos, and save drawings or detections.
 
     With `--output drawn.png`, one image is drawn into that file. Otherwise --output is a directory, in which --save
     chooses the formats: a drawing of each image is a PNG file with its name, and `results.jsonl` has a line per image,
@@ -125,8 +132,8 @@ def predict(
     """
     log_to_terminal()
     formats = _split(save)
-    if unknown := [name for name in formats or [""] if name not in FORMATS]:
-        raise typer.BadParameter(f"{unknown[0]!r} is not one of {', '.join(FORMATS)}.", param_hint="'--save'")
+    if unknown := [name for name in formats or [""] if name not in (*FORMATS, "mot")]:
+        raise typer.BadParameter(f"{unknown[0]!r} is not one of {', '.join(FORMATS)}, mot.", param_hint="'--save'")
     if resume and overwrite:
         context.fail("Give either --resume or --overwrite.")
     if tile_overlap is not None and tile is None:
@@ -140,6 +147,8 @@ def predict(
         Detector,
         PredictionRun,
         ResultsDirectory,
+        Video,
+        VideoOptions,
         find_inputs,
         join_processes,
     )
@@ -148,10 +157,12 @@ def predict(
     overlap = TILE_OVERLAP if tile_overlap is None else tile_overlap
     queue, inputs, drawing = join_processes(), [], None
     settings = {"model": model_name_or_path, "threshold": threshold, "classes": _split(classes or []), "top_k": top_k}
-    settings |= {"nms": nms, "dtype": dtype, "tile": tile, "tile_overlap": overlap}
+    videos = VideoOptions(every, start, end, track)
+    settings |= videos.settings() | {"nms": nms, "dtype": dtype, "tile": tile, "tile_overlap": overlap}
     results = ResultsDirectory(output, formats, settings, rank=queue.rank)
     if queue.rank == 0:
         inputs = find_inputs(images, recursive)
+        check_video_options(context, videos, sum(isinstance(item.source, Video) for item in inputs), formats)
         drawing = _single_drawing(output, images, inputs, formats)
         if drawing and (formats != ["images"] or resume):
             context.fail("--save and --resume need a directory as --output.")
@@ -163,7 +174,7 @@ def predict(
     results.classes = named_classes(model.config.id2label)
     options = DetectionOptions(threshold, _labels(classes, results.classes), top_k, nms, tile, overlap)
     detector = Detector(model, processor, options, batch_size=batch_size, dtype=getattr(torch, dtype))
-    run = PredictionRun(detector, results, queue, num_workers=num_workers, quiet=json_summary)
+    run = PredictionRun(detector, results, queue, videos, num_workers=num_workers, quiet=json_summary)
     if drawing:
         queue.put([], 1)
         run.draw_one(inputs[0], drawing)
@@ -200,16 +211,19 @@ def _labels(names: Sequence[str] | None, classes: Mapping[int, str]) -> frozense
 def _single_drawing(
     output: Path, arguments: Sequence[str], inputs: Sequence["ImageInput"], formats: Sequence[str]
 ) -> Path | None:
-    """Return the image file to draw into, `None` if the output is a directory."""
+    """Return the image or video file to draw into, `None` if the output is a directory."""
     from PIL import Image
 
-    is_image = output.suffix.lower() in Image.registered_extensions()
-    if output.is_dir() or not (is_image or (output.suffix and formats == ["images"])):
+    from ..inference.sources import is_video
+
+    kind = "video" if is_video(output.name) else "image"
+    is_file = kind == "video" or output.suffix.lower() in Image.registered_extensions()
+    if output.is_dir() or not (is_file or (output.suffix and formats == ["images"])):
         return None
     if len(arguments) == len(inputs) == 1 and not Path(arguments[0]).is_dir():
         return output
-    if is_image:
-        raise InputError(f"{output}: is the name of one image, but {len(inputs)} are to be drawn; name a directory")
+    if is_file:
+        raise InputError(f"{output}: is the name of one {kind}, but {len(inputs)} are to be drawn; name a directory")
     return None
 
 
@@ -218,10 +232,13 @@ def _outside(output: Path, inputs: list["ImageInput"]) -> list["ImageInput"]:
     if not output.exists():
         return inputs
     folder = output.resolve()
-    inside = {item for item in inputs if isinstance(item.source, Path) and folder in item.source.resolve().parents}
+    paths = {item: getattr(item.source, "path", item.source) for item in inputs}  # of a video or of an image
+    inside = {item for item, path in paths.items() if isinstance(path, Path) and folder in path.resolve().parents}
     if inside:
         names = summarize_list(sorted(item.name for item in inside))
         logger.warning("%s: %d images in the output directory are not used; %s", output, len(inside), names)
+    if len(inside) == len(inputs):
+        raise InputError(f"{output}: contains all images, so that none is left; use a different --output")
     return [item for item in inputs if item not in inside]
 
 
@@ -229,15 +246,22 @@ def _check_outputs(
     results: "ResultsDirectory", inputs: Sequence["ImageInput"], drawing: Path | None, resume: bool, overwrite: bool
 ) -> None:
     """Check outputs before the model is loaded."""
+    from ..inference import Video
     from ..utils.io import ensure_new_files
     from ..visualization import check_drawing_dependencies
 
+    if drawing and isinstance(video := inputs[0].source, Video) and not _is_new_mp4(drawing, video.path):
+        raise InputError(f"{drawing}: a video is drawn into a new MP4 file; use another name, with .mp4")
     if drawing:
         ensure_new_files(*() if overwrite else (drawing,))
-        check_drawing_dependencies(drawing)
+        check_drawing_dependencies(*() if isinstance(inputs[0].source, Video) else (drawing,))
     else:
         results.check_inputs(inputs)
         results.check_previous(inputs, resume=resume, overwrite=overwrite)
+
+
+def _is_new_mp4(drawing: Path, video: Path | None) -> bool:
+    return drawing.suffix.lower() == ".mp4" and (video is None or drawing.resolve() != video.resolve())
 
 
 def _load_model(name: str, device: str | None, dtype: str, compile: bool) -> tuple[Any, Any]:

@@ -16,7 +16,7 @@ from ..data.large_images import LargeImage, open_image
 from ..registration import DinoDetrForObjectDetection
 from ..utils.errors import InputError
 from ..utils.names import named_classes
-from .sources import ImageInput
+from .sources import DecodedImage, ImageInput, Video
 from .tiles import TILE_OVERLAP, Box, Detections, merge_tiles, tile_boxes
 
 
@@ -183,9 +183,12 @@ class Detector:
         )
 
     def _read(self, item: ImageInput) -> ImageResult:
+        source = item.source
+        if isinstance(source, Video):
+            return ImageResult(item, error=f"{source}: is a video; its frames are the inputs that read_video yields")
         read = read_image if self.options.tile is None else open_image
         try:
-            return ImageResult(item, read(item.source))
+            return ImageResult(item, source.to_image() if isinstance(source, DecodedImage) else read(source))
         except InputError as error:
             return ImageResult(item, error=str(error))
 
@@ -318,7 +321,6 @@ def worker_threads(num_workers: int) -> Iterator[Executor | None]:
     finally:
         if pool:
             pool.shutdown(cancel_futures=True)
-
 
 
 def _crop(result: ImageResult, box: Box) -> Image.Image | None:

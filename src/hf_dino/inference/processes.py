@@ -14,7 +14,7 @@ from contextlib import suppress
 from typing import Any
 
 from ..utils.errors import InputError, summarize_list
-from .sources import ImageInput
+from .sources import ImageInput, Video
 
 
 STALL_SECONDS = 600.0  # without a finished image anywhere, after which the main process gives the others up
@@ -38,7 +38,7 @@ class InputQueue:
         self.num_finished = 0
 
     def put(self, inputs: Sequence[ImageInput], chunk_size: int) -> None:
-        """Fill the queue, which the main process does once.
+        """Fill the queue, which the main process does once. Images come before videos.
 
         Args:
             inputs (`Sequence[ImageInput]`): The images.
@@ -57,6 +57,9 @@ class InputQueue:
         """Count finished images, and return the number of all processes together."""
         self.num_finished += number
         return self.num_finished
+
+    def beat(self) -> None:
+        """Tell the main process that this one works, though it finishes no image for long."""
 
     def gather(self, summary: Summary, on_wait: Callable[[int], None]) -> list[Summary]:
         """Return the summaries of all processes, in the main process; it waits for the others.
@@ -84,7 +87,9 @@ class SharedInputQueue(InputQueue):
         self.store, self.rank, self.size = store, rank, size
 
     def put(self, inputs: Sequence[ImageInput], chunk_size: int) -> None:
-        chunks = [inputs[start : start + chunk_size] for start in range(0, len(inputs), chunk_size)]
+        images = [item for item in inputs if not isinstance(item.source, Video)]
+        chunks = [images[start : start + chunk_size] for start in range(0, len(images), chunk_size)]
+        chunks += [[item] for item in inputs if isinstance(item.source, Video)]
         for number, chunk in enumerate(chunks):
             self._ask("set", f"chunk {number}", pickle.dumps(chunk))
         self._ask("set", "chunks", str(len(chunks)))
@@ -99,22 +104,26 @@ class SharedInputQueue(InputQueue):
             yield from pickle.loads(self._ask("get", f"chunk {number}"))
 
     def finish(self, number: int = 1) -> int:
+        self.beat()
         return self._ask("add", "finished", number)
+
+    def beat(self) -> None:
+        self._ask("add", "beats", 1)
 
     def gather(self, summary: Summary, on_wait: Callable[[int], None]) -> list[Summary]:
         self._ask("set", f"summary {self.rank}", json.dumps(summary))
         if self.rank:
             return []
-        finished, since = -1, time.monotonic()
+        beats, since = -1, time.monotonic()
         while missing := [rank for rank in range(self.size) if not self._ask("check", [f"summary {rank}"])]:
-            if (now_finished := self.finish(0)) != finished:
-                finished, since = now_finished, time.monotonic()
+            if (beats_now := self._ask("add", "beats", 0)) != beats:
+                beats, since = beats_now, time.monotonic()
             if time.monotonic() - since > STALL_SECONDS:
                 names = summarize_list(missing)
                 raise InputError(
                     f"no answer from process {names} of {self.size} for {STALL_SECONDS:.0f} s; --resume continues"
                 )
-            on_wait(finished)
+            on_wait(self._ask("add", "finished", 0))
             time.sleep(POLL_SECONDS)
         summaries = [json.loads(self._ask("get", f"summary {rank}")) for rank in range(self.size)]
         if failures := [each["failure"] for each in summaries if "failure" in each]:

@@ -12,6 +12,9 @@
 | `yolo` | `yolo/data.yaml`, `yolo/labels/NAME.txt` | classes from 0; center and size as fractions; no scores |
 | `voc` | `voc/Annotations/NAME.xml` | Pascal VOC, whole pixels; no scores |
 
+Of a video, `images` is `NAME.mp4`, and `mot` is `NAME.mot.txt`; in the files of all images, its frames have the names
+`NAME/000000`, `NAME/000001` and so on.
+
 Boxes are those of the model, which may extend beyond the image. In `crops`, `labelstudio`, `yolo` and `voc` they are
 cut at its border, and those without any area inside are left out, with a warning that counts both.
 """
@@ -41,14 +44,15 @@ from ..utils.errors import InputError, count_of, import_extra, summarize_list
 from ..utils.io import annotate_oserror, atomic_write, fsync, read_text, write_json
 from ..visualization import check_drawing_dependencies, draw_detections, save_image
 from .detector import ImageResult
-from .sources import ImageInput
+from .sources import ImageInput, Video
 
 
 logger = logging.getLogger(__name__)
 
 Pixels = Image.Image | LargeImage
 Record = dict[str, Any]
-"""What the journal has of an image: `image`, `file_name`, `width`, `height`, `detections`."""
+"""What the journal has of an image: `image`, `file_name`, `width`, `height`, `detections`. A frame of a video also has
+`frame` and `seconds`, the last one of a complete video `last`, and its detections `track` if objects are tracked."""
 
 SETTINGS = ".predict.json"
 JOURNAL = "results.jsonl"
@@ -126,10 +130,11 @@ class ResultsDirectory:
         rank: int = 0,
     ):
         self.folder, self.classes, self.rank = folder, classes, rank
-        self.formats = [name for name in SAVE_FORMATS if name in set(formats)]
+        self.formats = [name for name in (*SAVE_FORMATS, "mot") if name in set(formats)]
         self.settings = {**settings, "save": self.formats}
         self.journal = folder / (JOURNAL if "jsonl" in self.formats else HIDDEN_JOURNAL)
         self.changed_boxes: Counter[str] = Counter()
+        self.has_videos = False  # so that tables get columns for them
         self._own_journal = folder / OTHER_JOURNALS.replace("*", f"{rank:05}") if rank else self.journal
         self._logs: dict[str, _Log] = {}
         self._is_resumed = False
@@ -142,7 +147,7 @@ class ResultsDirectory:
             ImportError: If a library is missing.
         """
         per_image = [name for name in self.formats if name in _FILE_WRITERS]
-        names = [_stem(item.name).casefold() if per_image else item.name for item in inputs]
+        names = [str(self.path_of(item)).casefold() if per_image or _is_video(item) else item.name for item in inputs]
         if "images" in self.formats:
             check_drawing_dependencies(Path("drawn.png"))
         if "voc" in self.formats:
@@ -153,7 +158,7 @@ class ResultsDirectory:
         counts = Counter(names)
         for item, name in zip(inputs, names):
             if counts[name] > 1:
-                verb, target = ("drawn into", self._drawing(item.name)) if per_image else ("saved as", item.name)
+                verb, target = ("drawn into", self.path_of(item)) if per_image else ("saved as", item.name)
                 raise InputError(f"several images would be {verb} {target}; rename one, or draw them one by one")
 
     @contextmanager
@@ -210,7 +215,8 @@ class ResultsDirectory:
         """
         targets = [self.folder / name for name in (SETTINGS, JOURNAL, HIDDEN_JOURNAL)]
         targets += [self.folder / name for format in self.formats for name in _OWN_PATHS.get(format, ())]
-        targets += [self._drawing(item.name) for item in inputs] if "images" in self.formats else []
+        targets += [self.path_of(item) for item in inputs] if "images" in self.formats else []
+        targets += [self.path_of(item, ".mot.txt") for item in inputs] if "mot" in self.formats else []
         advice = "there is no unfinished run to resume" if resume else "add --resume to continue that run"
         if existing := next((target for target in targets if target.exists()), None):
             raise InputError(
@@ -242,12 +248,13 @@ class ResultsDirectory:
             InputError: If a new image has the name of a saved one.
         """
         self._is_resumed = True
-        self._merge_journals(inputs)
-        done = {record["file_name"]: record["image"] for record in self.records()}
+        self._merge_journals(inputs, with_partial_videos=False)
+        done = {_name_of_input(record): record["image"] for record in self.records()}
         for item in inputs:
-            if done.get(item.name, str(item.source)) != str(item.source):
+            name = _stem(item.name) if _is_video(item) else item.name
+            if done.get(name, str(item.source)) != str(item.source):
                 raise InputError(
-                    f"{item.source}: has the same name as {done[item.name]}, which is saved in {self.folder}; give "
+                    f"{item.source}: has the same name as {done[name]}, which is saved in {self.folder}; give "
                     f"images by the same paths as before, or use a different --output"
                 )
         return {*done.values()}
@@ -259,21 +266,31 @@ class ResultsDirectory:
         except json.JSONDecodeError:
             raise InputError(f"{path}: is not valid JSON; use a different --output") from None
 
-    def _merge_journals(self, inputs: Sequence[ImageInput]) -> None:
+    def _merge_journals(self, inputs: Sequence[ImageInput], with_partial_videos: bool = True) -> None:
         """Make one journal of those of all processes: each image once, whole lines only, in the order of the inputs.
 
         Images that are not among the inputs come first. Killed at any moment, it leaves no image out.
+
+        Args:
+            inputs (`Sequence[ImageInput]`): Images and videos in order.
+            with_partial_videos (`bool`, *optional*, defaults to `True`): Whether to keep frames of a video whose last
+                frame is missing; a resumed run detects in it from its beginning.
         """
         paths = [path for path in (self.journal, *sorted(self.folder.glob(OTHER_JOURNALS))) if path.exists()]
         positions = {str(item.source): number for number, item in enumerate(inputs)}
-        lines: dict[str, tuple[int, int, int]] = {}  # image → its position among the inputs, journal and offset in it
+        lines: dict[tuple[str, int], tuple[int, int, int, int]] = {}  # where: input, frame, journal and offset in it
+        complete = set()
         for number, path in enumerate(paths):
-            for image, offset in _whole_lines(path):
-                lines.setdefault(image, (positions.get(image, -1), number, offset))
+            for record, offset in _whole_lines(path):
+                image, frame = record["image"], record["frame"]
+                lines.setdefault((image, frame), (positions.get(image, -1), frame, number, offset))
+                if with_partial_videos or record["last"]:
+                    complete.add(image)
+        kept = sorted(place for (image, _), place in lines.items() if image in complete)
         with ExitStack() as stack:
             files = [stack.enter_context(path.open("rb")) for path in paths]
             with atomic_write(self.journal) as temporary, temporary.open("wb") as merged:
-                for _, number, offset in sorted(lines.values()):
+                for _, _, number, offset in kept:
                     files[number].seek(offset)
                     merged.write(files[number].readline())
         for path in paths:
@@ -297,6 +314,7 @@ class ResultsDirectory:
         if "yolo" in self.formats:
             _write_yolo_classes(self.folder / "yolo", self.classes)
         if "csv" in self.formats:
+            self.has_videos = self.has_videos or any("frame" in record for record in self.records())
             self._write_document(_CSV, ResultsDirectory._write_csv)
             self._logs["csv"] = _Log(self.folder / _CSV, "ab")
 
@@ -315,7 +333,7 @@ class ResultsDirectory:
         self._logs["journal"].append(json.dumps(record) + "\n")
         self._count_changed_boxes(record)
         if "csv" in self._logs:
-            self._logs["csv"].append(_csv_rows(record))
+            self._logs["csv"].append(self._csv_rows(record))
 
     def _count_changed_boxes(self, record: Record) -> None:
         if {"crops", "labelstudio", "yolo", "voc"}.isdisjoint(self.formats):
@@ -357,11 +375,13 @@ class ResultsDirectory:
         with atomic_write(path) as temporary, temporary.open("w", **_UTF8) as file:
             write(self, file)
 
-    def _drawing(self, name: str) -> Path:
-        return self.folder / f"{_stem(name)}.png"
+    def path_of(self, item: ImageInput, suffix: str = "") -> Path:
+        """Return the file of an image or a video with a suffix; by default, that of its drawing."""
+        return self.folder / (_stem(item.name) + (suffix or (".mp4" if _is_video(item) else ".png")))
 
     def _draw(self, record: Record, image: Pixels) -> None:
-        save_image(draw_rows(image, record["detections"], self.classes), self._drawing(record["file_name"]))
+        path = self.folder / f"{_stem(record['file_name'])}.png"
+        save_image(draw_rows(image, record["detections"], self.classes), path)
 
     def _crop(self, record: Record, image: Pixels) -> None:
         numbered = enumerate(zip(*_clip(record)), start=1)
@@ -394,16 +414,30 @@ class ResultsDirectory:
         _write_text(self.folder / "voc" / "Annotations" / f"{_stem(record['file_name'])}.xml", text)
 
     def _write_csv(self, file: TextIO) -> None:
-        csv.writer(file).writerow(_CSV_COLUMNS)
-        file.writelines(map(_csv_rows, self.records()))
+        csv.writer(file).writerow(self._csv_columns)
+        file.writelines(map(self._csv_rows, self.records()))
+
+    def _csv_rows(self, record: Record) -> str:
+        text = io.StringIO(newline="")
+        boxes = (zip(("x0", "y0", "x1", "y1"), each["box"]) for each in record["detections"])
+        rows = ({**record, **each, **dict(box)} for each, box in zip(record["detections"], boxes))
+        csv.DictWriter(text, self._csv_columns, extrasaction="ignore").writerows(rows)
+        return text.getvalue()
+
+    @property
+    def _csv_columns(self) -> tuple[str, ...]:
+        return _CSV_COLUMNS + _VIDEO_COLUMNS * self.has_videos
 
     def _write_json(self, file: TextIO) -> None:
-        items = (f"{json.dumps(each['image'])}: {json.dumps(each['detections'])}" for each in self.records())
+        items = (
+            f"{json.dumps(each['file_name' if 'frame' in each else 'image'])}: {json.dumps(each['detections'])}"
+            for each in self.records()
+        )
         _write_items(file, "{", items, "}\n")
 
     def _write_coco(self, file: TextIO) -> None:
         images = (
-            {"id": number, **{name: record[name] for name in ("file_name", "width", "height")}}
+            {"id": number, **{name: record[name] for name in _COCO_IMAGE if name in record}}
             for number, record in enumerate(self.records(), start=1)
         )
         categories = [{"id": label, "name": name} for label, name in sorted(self.classes.items())]
@@ -418,14 +452,15 @@ class ResultsDirectory:
             yield {
                 "id": id_, "image_id": number, "category_id": each["label"], "bbox": [x0, y0, x1 - x0, y1 - y0],
                 "area": (x1 - x0) * (y1 - y0), "iscrowd": 0, "score": each["score"],
+                **({"track_id": each["track"]} if "track" in each else {}),
             }  # fmt: skip
 
     def _write_labelstudio(self, file: TextIO) -> None:
         _write_items(file, "[", (json.dumps(_to_task(record)) for record in self.records()), "]\n")
 
 
-def _whole_lines(path: Path) -> Iterator[tuple[str, int]]:
-    """Yield the image and the offset of each line of a journal.
+def _whole_lines(path: Path) -> Iterator[tuple[Record, int]]:
+    """Yield the record of each line of a journal, an image as the only frame of itself, and the offset of the line.
 
     A line that does not end was being written when the process was killed. Others that cannot be read are damaged.
     """
@@ -434,7 +469,8 @@ def _whole_lines(path: Path) -> Iterator[tuple[str, int]]:
         for line in file:
             try:
                 if line.endswith(b"\n"):
-                    yield json.loads(line)["image"], offset
+                    record = json.loads(line)
+                    yield {"frame": 0, "last": "frame" not in record, **record, "image": record["image"]}, offset
             except (ValueError, KeyError, TypeError):
                 damaged += 1
             offset += len(line)
@@ -443,26 +479,22 @@ def _whole_lines(path: Path) -> Iterator[tuple[str, int]]:
         logger.warning("%s: %s damaged and left out; --resume detects in these images again", path, lines)
 
 
-def _csv_rows(record: Record) -> str:
-    rows, image = io.StringIO(newline=""), (record["image"], record["width"], record["height"])
-    csv.writer(rows).writerows(
-        (*image, each["label"], each["name"], each["score"], *each["box"]) for each in record["detections"]
-    )
-    return rows.getvalue()
+def draw_rows(image: Pixels, detections: Sequence[Record], classes: Mapping[int, str], **options: Any) -> Image.Image:
+    """Draw the detections of an [`ImageResult`] into a copy of its image, which is reduced if it is very large.
 
-
-def draw_rows(image: Pixels, detections: Sequence[Record], classes: Mapping[int, str]) -> Image.Image:
-    """Draw the detections of an [`ImageResult`] into a copy of its image, which is reduced if it is very large."""
+    Further options are those of [`draw_detections`].
+    """
     boxes, names, scores = ([each[key] for each in detections] for key in ("box", "name", "score"))
     factor = math.ceil(math.sqrt(image.size[0] * image.size[1] / MAX_DRAWN_PIXELS))
     if factor > 1:
         warn_once(
             "reduced",
-            f"an image of {image.size[0]} x {image.size[1]} pixels is drawn at 1/{factor} of its size; crops, and boxes "
-            f"in other formats, are of full size",
+            f"an image of {image.size[0]} x {image.size[1]} pixels is drawn at 1/{factor} of its size; crops, and "
+            f"boxes in other formats, are of full size",
         )
     drawn = image if isinstance(image, Image.Image) and factor == 1 else image.reduce(factor)
-    return draw_detections(drawn, np.array(boxes).reshape(-1, 4) / factor, names, scores, classes.values())
+    boxes, tracks = np.array(boxes).reshape(-1, 4) / factor, [each.get("track") for each in detections]
+    return draw_detections(drawn, boxes, names, scores, classes.values(), tracks, **options)
 
 
 def _to_task(record: Record) -> Record:
@@ -482,6 +514,16 @@ def _to_task(record: Record) -> Record:
     scores = [each["score"] for each in record["detections"]]
     prediction = {"model_version": "hf-dino", "score": min(scores, default=0.0), "result": regions}
     return {"data": {"image": record["image"]}, "predictions": [prediction]}
+
+
+def _is_video(item: ImageInput) -> bool:
+    return isinstance(item.source, Video)
+
+
+def _name_of_input(record: Record) -> str:
+    """Return what distinguishes the image, or the video of a frame, from other inputs."""
+    name = record["file_name"]
+    return name.rpartition("/")[0] if "frame" in record else name
 
 
 def _stem(name: str) -> str:
@@ -512,6 +554,8 @@ def _write_yolo_classes(folder: Path, classes: Mapping[int, str]) -> None:
 
 _CSV = "results.csv"
 _CSV_COLUMNS = ("image", "width", "height", "label", "name", "score", "x0", "y0", "x1", "y1")
+_COCO_IMAGE = ("file_name", "width", "height", "frame", "seconds")
+_VIDEO_COLUMNS = ("frame", "seconds", "track")
 
 _FILE_WRITERS: dict[str, Callable[[ResultsDirectory, Record, Pixels], None]] = {
     "images": ResultsDirectory._draw,
@@ -532,6 +576,9 @@ _OWN_PATHS = {
     "voc": ["voc"],
     **{name: [file] for name, (file, _) in _DOCUMENT_WRITERS.items()},
 }
+
+VIDEO_FORMATS = ("images", "json", "jsonl", "csv", "coco", "mot")
+"""What can be saved of a video."""
 
 SAVE_FORMATS = ("images", "json", "jsonl", "csv", "coco", "yolo", "voc", "labelstudio", "crops")
 """What can be saved, in the order in which it is listed."""

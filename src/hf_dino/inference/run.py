@@ -9,17 +9,21 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from itertools import groupby
 from pathlib import Path
 from types import FrameType
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
-from ..utils.errors import BrokenInputError, InputError, count_of
+from ..utils.errors import BrokenInputError, count_of
 from ..visualization import save_image
 from .detector import Detector, ImageResult, map_ahead, worker_threads
 from .processes import InputQueue
 from .results import ResultsDirectory, draw_rows, to_record
-from .sources import ImageInput
+from .sources import ImageInput, Video
+from .video_run import VideoOptions, detect_in_video
 
+
+Item = TypeVar("Item")
 
 MAX_LINES = 100  # on the terminal: one per image, or only a summary
 MAX_ERRORS = 20  # on the terminal
@@ -35,25 +39,39 @@ class PredictionRun:
         detector (`Detector`): Of this process.
         results (`ResultsDirectory`): Where the results are saved.
         queue (`InputQueue`): The images of all processes.
+        video_options (`VideoOptions`): What is detected in videos.
         num_workers (`int`): Threads that read and save images.
         quiet (`bool`): Whether to print a summary in JSON alone.
     """
 
     def __init__(
-        self, detector: Detector, results: ResultsDirectory, queue: InputQueue, *, num_workers: int, quiet: bool
+        self,
+        detector: Detector,
+        results: ResultsDirectory,
+        queue: InputQueue,
+        video_options: VideoOptions,
+        *,
+        num_workers: int,
+        quiet: bool,
     ):
-        self.detector, self.results, self.queue = detector, results, queue
+        self.detector, self.results, self.queue, self.video_options = detector, results, queue, video_options
         self.num_workers, self.quiet = num_workers, quiet or queue.rank > 0
-        self.total = self.num_skipped = self.num_images = 0
+        self.kinds = "image"
+        self.total = self.num_skipped = self.num_images = self.num_videos = self.num_frames = 0
         self.errors: dict[str, str] = {}
         self.objects: Counter[str] = Counter()
         self.target = results.folder
         self.start = time.monotonic()
 
     def draw_one(self, item: ImageInput, target: Path) -> None:
-        """Draw one image into a file."""
+        """Draw one image or video into a file."""
         self.total, self.target = 1, target
-        with self._progress():
+        if isinstance(item.source, Video):
+            self.kinds = "video"
+            with stop_on_signals():
+                detect_in_video(self, item, target)
+            return
+        with self._progress(self.total, "image"):
             (result,) = self.detector.stream([item])
         if result.image is not None:
             with result.image:
@@ -85,7 +103,7 @@ class PredictionRun:
                 self.results.close_journal()
                 self.queue.fail(str(error))
                 if isinstance(error, OSError):
-                    raise InputError(f"{error}; --resume continues once this is mended") from error
+                    raise BrokenInputError(f"{error}; --resume continues once this is mended") from error
                 raise
 
     def _prepare(self, inputs: Sequence[ImageInput], resume: bool, overwrite: bool) -> None:
@@ -93,25 +111,42 @@ class PredictionRun:
         if overwrite:
             self.results.remove_previous()
         done = self.results.resume(inputs) if resume else set()
-        remaining = [item for item in inputs if str(item.source) not in done]
+        remaining = sorted((item for item in inputs if str(item.source) not in done), key=_is_video)
         self.total, self.num_skipped = len(remaining), len(done)
+        self.results.has_videos = any(map(_is_video, inputs))
+        kinds = sorted({_is_video(item) for item in inputs})
+        self.kinds = " or ".join(("image", "video")[is_video] for is_video in kinds)
         self.results.open()
         self.queue.put(remaining, self.detector.batch_size)
 
     def _save(self, inputs: Sequence[ImageInput]) -> None:
+        for is_video, group in groupby(self.queue.take(), key=_is_video):  # images first
+            (self._save_videos if is_video else self._save_images)(group)
+        self.results.close_journal()
+        with self._progress(self.total, self.kinds, self.start) as show:
+            summaries = self.queue.gather(self._counts(), show)
+        if self.queue.rank == 0:
+            self._add_up(summaries, inputs)
+            self.results.close(complete=True, inputs=inputs)
+
+    def _save_images(self, inputs: Iterator[ImageInput]) -> None:
         results, ahead = self.results, 2 * self.num_workers
-        with worker_threads(self.num_workers) as pool, self._progress() as show:
-            stream = self.detector.stream(self.queue.take(), pool, ahead)
+        with worker_threads(self.num_workers) as pool, self._progress(self.total, self.kinds, self.start) as show:
+            stream = self.detector.stream(inputs, pool, ahead)
             for result in map_ahead(results.save_files, stream, pool, ahead):
                 if result.image is not None:
                     results.append(to_record(result))
                 self._count(result)
                 show(self.queue.finish())
-            results.close_journal()
-            summaries = self.queue.gather(self._counts(), show)
-        if self.queue.rank == 0:
-            self._add_up(summaries, inputs)
-            results.close(complete=True, inputs=inputs)
+
+    def _save_videos(self, inputs: Iterator[ImageInput]) -> None:
+        for item in inputs:
+            drawing, mot = (
+                self.results.path_of(item, suffix) if name in self.results.formats else None
+                for name, suffix in (("images", ".mp4"), ("mot", ".mot.txt"))
+            )
+            detect_in_video(self, item, drawing, mot, self.results.append)
+            self.queue.finish()
 
     def _stop(self, inputs: Sequence[ImageInput], number: int = signal.SIGINT) -> NoReturn:
         self.results.close_journal()
@@ -139,39 +174,63 @@ class PredictionRun:
 
     def _counts(self) -> dict[str, Any]:
         boxes = self.results.changed_boxes
-        return {"images": self.num_images, "objects": self.objects, "errors": self.errors, "changed_boxes": boxes}
+        videos = {"videos": self.num_videos, "frames": self.num_frames}
+        return {
+            "images": self.num_images,
+            **videos,
+            "objects": self.objects,
+            "errors": self.errors,
+            "changed_boxes": boxes,
+        }
 
     def _add_up(self, summaries: Sequence[dict[str, Any]], inputs: Sequence[ImageInput]) -> None:
         errors = {source: error for each in summaries for source, error in each["errors"].items()}
         sources = (str(item.source) for item in inputs)
         self.errors = {source: errors[source] for source in sources if source in errors}
-        self.num_images = sum(each["images"] for each in summaries)
+        self.num_images, self.num_videos, self.num_frames = (
+            sum(each[name] for each in summaries) for name in ("images", "videos", "frames")
+        )
         self.objects = sum((Counter(each["objects"]) for each in summaries), Counter())
         self.results.changed_boxes = sum((Counter(each["changed_boxes"]) for each in summaries), Counter())
 
+    def show_progress(self, results: Iterator[Item], total: int | None, unit: str) -> Iterator[Item]:
+        """Pass on results, and show how many of them there were."""
+        with self._progress(total, unit) as show:
+            for number, result in enumerate(results, start=1):
+                yield result
+                self.queue.beat()
+                show(number)
+
     @contextmanager
-    def _progress(self) -> Iterator[Callable[[int], None]]:
-        """Yield a function that shows the number of finished images, once a run takes longer than `PROGRESS_DELAY`."""
+    def _progress(self, total: int | None, unit: str, start: float | None = None) -> Iterator[Callable[[int], None]]:
+        """Yield a function that shows the number of finished images, once a run takes longer than `PROGRESS_DELAY`.
+
+        Args:
+            total (`int`, *optional*): Number of images, if it is known.
+            unit (`str`): What an image is called, in singular.
+            start (`float`, *optional*): Time of the monotonic clock at which the first image began; by default now.
+        """
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-        columns = (
-            BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]:.1f} images/s{task.fields[tiles]}")
-        )  # fmt: skip
+        since = time.monotonic() if start is None else start
+        rate = TextColumn("{task.fields[rate]:.1f} {task.fields[unit]}/s{task.fields[tiles]}")
+        columns = (BarColumn(), MofNCompleteColumn(), rate)
         # lines for a file are not to be printed above the bar
         redirect = sys.stdout.isatty()
         progress = Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True), redirect_stdout=redirect)
-        task = progress.add_task("detecting", total=self.total, rate=0.0, tiles="")
+        task = progress.add_task("detecting", total=total, rate=0.0, tiles="", unit=f"{unit}s")
 
-        def update(num_parts: int, **fields: Any) -> None:
-            if time.monotonic() - self.start > PROGRESS_DELAY and num_parts > 1 and self.queue.rank == 0:
+        def update(num_parts: int | None, **fields: Any) -> None:
+            if time.monotonic() - since > PROGRESS_DELAY and num_parts != 1 and self.queue.rank == 0:
                 progress.start()  # does nothing if it has
                 progress.update(task, **fields)
 
         def show(finished: int) -> None:
-            update(self.total, completed=finished, rate=finished / (time.monotonic() - self.start))
+            update(total, completed=finished, rate=finished / (time.monotonic() - since))
 
         def show_tiles(done: int, num_tiles: int) -> None:
+            self.queue.beat()
             update(num_tiles, tiles=f", tile {done} of {num_tiles}" * (num_tiles > 1))
 
         self.detector.on_tiles = show_tiles
@@ -198,6 +257,8 @@ class PredictionRun:
                 f"{count_of(self.num_images, 'image')}{skipped}, {count_of(self.objects.total(), 'object')}, "
                 f"{self.num_images / seconds:.1f} images/s -> {self.target}"
             )
+        if self.errors and self.kinds == "video" and self.total == 1:
+            raise BrokenInputError(*self.errors.values())
         if self.errors:
             self._raise_errors()
 
@@ -207,7 +268,7 @@ class PredictionRun:
             print(f"not read: {error}")
         more = f" ... and {count - MAX_RAISED} more; --json lists all" * (count > MAX_RAISED)
         listed = "\n".join(errors[:MAX_RAISED])
-        raise BrokenInputError(f"{count} of {count_of(self.total, 'image')} cannot be read:\n{listed}{more}")
+        raise BrokenInputError(f"{count} of {count_of(self.total, self.kinds)} cannot be read:\n{listed}{more}")
 
     def _summary(self, seconds: float) -> dict[str, Any]:
         return {
@@ -218,7 +279,14 @@ class PredictionRun:
             "errors": self.errors,
             "seconds": round(seconds, 3),
             "images_per_second": round(self.num_images / seconds, 2),
+            "videos": self.num_videos,
+            "frames": self.num_frames,
+            "fps": round(self.num_frames / seconds, 2),
         }
+
+
+def _is_video(item: ImageInput) -> bool:
+    return isinstance(item.source, Video)
 
 
 @contextmanager
