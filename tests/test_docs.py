@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 
 from helpers.models import tiny_model
+from helpers.videos import make_video
 from hf_dino import DinoDetrImageProcessor
 
 
@@ -31,12 +32,13 @@ def blocks(language: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def readers_directory(tmp_path_factory) -> Path:
-    """What the reader has: a converted model and an image."""
+    """What the reader has: a converted model, an image and a video."""
     directory = tmp_path_factory.mktemp("reader")
     model = directory / "dino-4scale-r50"
     tiny_model().save_pretrained(model)
     DinoDetrImageProcessor(size={"shortest_edge": 96, "longest_edge": 160}).save_pretrained(model)
     Image.new("RGB", (160, 120), "teal").save(directory / "image.jpg")
+    make_video(directory / "clip.mp4", 3)
     return directory
 
 

@@ -261,9 +261,9 @@ class _VideoRun:
             self.num_frames += 1
             if shown.result is None:
                 continue
-            if self.pending:  # one behind, since the last one is marked
-                save(self.pending)
-            self.pending = self._record(shown)
+            previous, self.pending = self.pending, self._record(shown)
+            if previous:  # one behind, since the last one is marked
+                save(previous)
             if mot_file:
                 mot_file.write(to_mot(shown.frame.index, shown.rows))
 

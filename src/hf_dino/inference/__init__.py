@@ -1,7 +1,7 @@
 """Detect objects in images and videos, of any number, and save the detections."""
 
 from .detector import DetectionOptions, Detector, ImageResult, detect_objects
-from .results import SAVE_FORMATS, VIDEO_FORMATS, ResultsDirectory
+from .results import SAVE_FORMATS, VIDEO_FORMATS, ResultsDirectory, draw_rows
 from .sources import ImageInput, Video, find_inputs
 from .tracking import ObjectTracker
 from .video import VideoFrame, VideoReader, VideoWriter, read_video, write_video
@@ -21,6 +21,7 @@ __all__ = [
     "VideoReader",
     "VideoWriter",
     "detect_objects",
+    "draw_rows",
     "find_inputs",
     "read_video",
     "write_video",
