@@ -24,6 +24,7 @@ from helpers.command_line import hf_dino, train_arguments
 from helpers.conversion_sources import checkpoint, narrow_config, save
 from helpers.models import tiny_model
 from helpers.paths import ROOT
+from helpers.videos import make_video
 from hf_dino import DinoDetrImageProcessor
 from hf_dino.cli import app
 from hf_dino.data import convert_data, read_data
@@ -95,6 +96,7 @@ def reader(tmp_path_factory) -> Path:
     shutil.copy(folder / "mine" / "val.json", folder / "annotations.json")
     Image.new("RGB", (160, 120), "teal").save(folder / "image.jpg")
     Image.new("RGB", (1000, 700), "teal").save(folder / "large.tif")
+    make_video(folder / "clip.mp4", 3)
     config = narrow_config(id2label={label: str(label) for label in range(91)})
     save(checkpoint("official", config), folder / "checkpoint0011_4scale.pth")
     save(checkpoint("mmdet"), folder / "epoch_12.pth", zipped=False)

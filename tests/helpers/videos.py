@@ -31,7 +31,10 @@ def make_video(
     times: Sequence[float] | None = None,
     last_duration: float = 1 / RATE,
     audio: str | None = None,
+    with_video: bool = True,
     rotation: int = 0,
+    mirrored: bool = False,
+    container_options: dict[str, str] | None = None,
     draw: Callable[[int, tuple[int, int]], np.ndarray] = numbered_frame,
     **options: str,
 ) -> Path:
@@ -41,21 +44,22 @@ def make_video(
         path: Its suffix chooses the container.
         num_frames: Ignored where there are `times`, in seconds.
         last_duration: Seconds for which the last frame is shown.
-        audio: Codec of a second of a tone, repeated for the length of the video.
-        rotation: Degrees, counterclockwise, that a player turns the frames by.
+        audio: Codec of a tone that is as long as the video, at least a tenth of a second.
+        rotation: Degrees, counterclockwise, that a player turns the frames by, before it mirrors them.
         draw: Returns the RGB or RGBA pixels of a frame.
         options: Of the codec.
     """
     times = [number / RATE for number in range(num_frames)] if times is None else list(times)
     ends = [*times[1:], times[-1] + last_duration] if times else []
-    base = Fraction(1, 1000)
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream(codec, rate=RATE, options=options)
-        stream.width, stream.height, stream.pix_fmt = *size, pixel_format
-        stream.codec_context.time_base = base
-        stream.codec_context.flags |= av.codec.context.Flags.frame_duration
-        if rotation:
-            stream.set_display_rotation(rotation)
+    base = Fraction(1, RATE) if path.suffix == ".avi" else Fraction(1, 1000)
+    with av.open(str(path), "w", container_options=container_options) as container:
+        if with_video:
+            stream = container.add_stream(codec, rate=RATE, options=options)
+            stream.width, stream.height, stream.pix_fmt = *size, pixel_format
+            stream.codec_context.time_base = base
+            stream.codec_context.flags |= av.codec.context.Flags.frame_duration
+            if rotation or mirrored:
+                stream.set_display_rotation(rotation, hflip=mirrored)
         sound = container.add_stream(audio, rate=48000, layout="mono") if audio else None
         for number, (time, end) in enumerate(zip(times, ends)):
             pixels = draw(number, size)
@@ -65,7 +69,8 @@ def make_video(
             container.mux(stream.encode(frame))
         container.mux(stream.encode(None) if times else [])
         if sound:
-            tone = (8000 * np.sin(np.arange(round(48000 * ends[-1])) * 2 * np.pi * 440 / 48000)).astype(np.int16)
+            num_samples = round(48000 * max([0.1, *ends]))
+            tone = (8000 * np.sin(np.arange(num_samples) * 2 * np.pi * 440 / 48000)).astype(np.int16)
             samples = av.AudioFrame.from_ndarray(tone[None], format="s16", layout="mono")
             samples.rate, samples.pts = 48000, 0
             container.mux(sound.encode(samples))

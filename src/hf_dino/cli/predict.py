@@ -10,7 +10,7 @@ import typer
 
 from ..utils.errors import InputError, summarize_list
 from .options import DeviceOption, MaxImagePixelsOption, ModelOption, log_to_terminal
-from .predict_video import EndOption, EveryOption, StartOption, TrackOption, check_video_options
+from .predict_video import VIDEO_FORMATS, EndOption, EveryOption, StartOption, TrackOption, check_video_options
 
 
 if TYPE_CHECKING:

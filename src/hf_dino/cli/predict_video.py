@@ -12,6 +12,9 @@ if TYPE_CHECKING:
     from ..inference import VideoOptions
 
 
+VIDEO_FORMATS = ("images", "json", "jsonl", "csv", "coco", "mot")
+
+
 def parse_time(text: str) -> Fraction:
     """Parse a time in seconds, minutes:seconds or hours:minutes:seconds.
 
@@ -72,8 +75,6 @@ def check_video_options(
     context: typer.Context, options: "VideoOptions", num_videos: int, formats: Sequence[str]
 ) -> None:
     """Refuse options that have no effect, and formats that are not those of videos."""
-    from ..inference import VIDEO_FORMATS
-
     given = [f"--{name}" for name, value in options.settings().items() if value is not None]
     given += ["--save mot"] * ("mot" in formats)
     unfit = [name for name in formats if name not in VIDEO_FORMATS]

@@ -2,7 +2,7 @@
 
 from .detector import DetectionOptions, Detector, ImageResult, detect_objects
 from .processes import join_processes
-from .results import SAVE_FORMATS, VIDEO_FORMATS, ResultsDirectory
+from .results import SAVE_FORMATS, VIDEO_FORMATS, ResultsDirectory, draw_rows
 from .run import PredictionRun
 from .sources import ImageInput, Video, find_inputs
 from .tiles import TILE_OVERLAP
@@ -28,6 +28,7 @@ __all__ = [
     "VideoReader",
     "VideoWriter",
     "detect_objects",
+    "draw_rows",
     "find_inputs",
     "join_processes",
     "read_video",

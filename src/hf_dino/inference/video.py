@@ -169,7 +169,8 @@ class VideoReader:
         self.pixel_ratio = self.stream.sample_aspect_ratio or Fraction(1)
         # in seconds, if the file states it
         self.duration = self.container.duration and Fraction(self.container.duration, 1_000_000)
-        self.num_frames = self.num_damaged = self.num_moved = 0
+        self.stream_frames = self.stream.frames  # 0 if the file does not state it
+        self.num_frames = self.num_packets = self.num_damaged = self.num_moved = 0
         self.faults: list[str] = []
         self.is_complete = False
         self._last_end = Fraction(0)  # of any stream
@@ -226,6 +227,7 @@ class VideoReader:
         packets = self.container.demux()
         while packet := self._next_packet(packets):
             if packet.stream.index == self.stream.index:
+                self.num_packets += packet.size > 0
                 yield from self._decode_packet(packet)
 
     def _next_packet(self, packets: Iterator[Any]) -> Any:
@@ -264,6 +266,8 @@ class VideoReader:
         reached = self._last_end - origin
         if self.is_complete and self.duration and reached + _MISSING + 2 / self.rate < self.duration:
             self.faults.append(f"it is cut short, at {float(reached):.1f} of {float(self.duration):.1f} s")
+        elif self.is_complete and not self.start and self.num_packets < 0.95 * self.stream_frames:
+            self.faults.append(f"it is cut short, at frame {self.num_packets} of {self.stream_frames}")
         if not self.num_frames:
             raise InputError(f"{self.video}: {'; '.join([self._no_frames(), *self.faults])}")
 
