@@ -56,10 +56,7 @@ def main() -> None:
     share = {"median": round(statistics.median(shares), 3), "runs": [round(each, 3) for each in shares]}
     content = {
         "images": args.num_images,
-        "share_of_the_bare_model": {
-            "median": round(statistics.median(shares), 3),
-            "runs": [round(x, 3) for x in shares],
-        },
+        "share_of_the_bare_model": share,
         "cpu_seconds": {name: [round(each, 2) for each in times] for name, times in seconds.items()},
     }
     arguments = f"--num-images {args.num_images} --runs {args.runs} --batch-size {args.batch_size}"
