@@ -9,6 +9,7 @@ import time
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -244,3 +245,42 @@ def test_fp16_needs_a_gpu(run):
 
 def test_formats_are_those_of_the_library():
     assert predict.FORMATS == SAVE_FORMATS
+
+
+def test_one_image_is_no_plural(run, capsys):
+    assert run("images/00.png", "--save=jsonl", threshold=0.99) == 0
+    assert run("images/00.png", "images/01.png", "--save=jsonl", "--resume", threshold=0.99) == 0
+    assert "1 image, 1 was there already, 0 objects, " in capsys.readouterr().out
+    Path("images/02.png").write_text("broken")
+    with pytest.raises(InputError, match="1 of 1 image cannot be read:"):
+        run("images/02.png", output="broken")
+
+
+def test_an_image_is_given_once(run):
+    with pytest.raises(InputError, match=r"^images/00\.png: given more than once; give each image once$"):
+        run("images", "images/00.png")
+    Path("images/sub").mkdir()
+    shutil.copy("images/00.png", "images/sub/00b.png")
+    with pytest.raises(InputError, match=r"^images/sub/00b\.png: given more than once"):
+        run("images", "images/sub/00b.png", "--recursive")
+
+
+def test_a_finished_run_of_drawings_is_not_resumed_but_said(run):
+    assert run("images/00.png") == 0
+    assert [path.name for path in Path("out").iterdir()] == ["00.png"]
+    with pytest.raises(InputError, match="already exists; there is no unfinished run to resume, --overwrite to"):
+        run("images/00.png", "--resume")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("g++"), reason="needs a C++ compiler")
+def test_compiled_layers_find_the_same(run):
+    assert run("images", "--save=jsonl", output="plain") == 0
+    assert run("images", "--save=jsonl", "--compile", output="compiled") == 0
+    for one, other in zip(journal("compiled"), journal("plain"), strict=True):
+        assert one["image"] == other["image"]
+        assert [each["name"] for each in one["detections"]] == [each["name"] for each in other["detections"]]
+        scores, expected = ([each["score"] for each in record["detections"]] for record in (one, other))
+        assert scores == pytest.approx(expected, rel=1e-3)
+        boxes, expected = ([each["box"] for each in record["detections"]] for record in (one, other))
+        np.testing.assert_allclose(boxes, expected, rtol=0, atol=1e-2)

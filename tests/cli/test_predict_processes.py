@@ -215,6 +215,7 @@ def test_a_half_set_launcher_is_an_error(monkeypatch):
 def test_two_runs_do_not_share_a_directory(reader, folder):
     child = start("out")
     wait_for("out", 1)
+    os.kill(child, signal.SIGSTOP)  # so that it is not done before the others ask
     for option in ("--resume", "--overwrite"):
         with pytest.raises(InputError, match=r"^out: used by another run; wait for it to finish, or use a different"):
             run("out", option)

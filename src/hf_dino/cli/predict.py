@@ -129,6 +129,8 @@ def predict(
     chooses the formats: a drawing of each image is a PNG file with its name, and `results.jsonl` has a line per image,
     which is written as soon as the image is done. Images that cannot be read are skipped, and listed at the end; the
     exit status is 1 then.
+
+    `accelerate launch -m hf_dino predict` or `torchrun -m hf_dino predict` splits the images among several processes.
     """
     log_to_terminal()
     formats = _split(save)
