@@ -3,10 +3,10 @@
     make demo
     python benchmarks/tiles.py [--demo runs/demo] [--split test] [--mosaics 10]
 
-A mosaic is 4 x 4 images of the `shapes` dataset, so that its objects are those the model of `make demo` was trained on
-and are known; tiles are as large as one of the images. In `aligned` mosaics tiles can coincide with images, in `shifted`
-ones there is a random margin. Numbers were chosen on mosaics of validation images; those of test images are reported.
-The detector is the same, with a lowest score of 0.02.
+A mosaic is 4 x 4 images of the `shapes` dataset, so its objects are known, and are of the kind that the model of
+`make demo` was trained on; tiles are as large as one of the images. In `aligned` mosaics tiles can coincide with
+images, `shifted` ones have a random margin. Our rule was chosen on mosaics of validation images, and is reported on
+those of test images. All use the same detector, with a lowest score of 0.02.
 """
 
 import argparse
@@ -132,7 +132,9 @@ def measure(detector: Any, split: DetectionSplit, overlaps: Iterable[float]) -> 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--demo", type=Path, default=Path("runs/demo"), help="output of make demo (default: runs/demo)")
+    parser.add_argument(
+        "--demo", type=Path, default=Path("runs/demo"), help="output of make demo (default: runs/demo)"
+    )
     parser.add_argument("--split", default="test", choices=["val", "test"], help="images to use (default: test)")
     parser.add_argument("--mosaics", type=int, default=10, help="mosaics of each kind (default: 10)")
     args = parser.parse_args()

@@ -87,7 +87,7 @@ class LargeImage:
             warn_about_frames(image, self.source)
             try:
                 self._reader = _READERS.get(image.format or "", _Whole)(self._file, image)
-            except (_NotInBands, ArithmeticError, LookupError, ValueError, struct.error):
+            except (_NotInBandsError, ArithmeticError, LookupError, ValueError, struct.error):
                 self._reader = _Whole(self._file, image)
         self._bands: dict[int, Image.Image] = {}
         width, height = self._reader.size
@@ -202,7 +202,7 @@ def _to_stored(box: Box, size: tuple[int, int], orientation: int) -> Box:
     return x0, y0, x1, y1
 
 
-class _NotInBands(Exception):
+class _NotInBandsError(Exception):
     """A file that has to be decoded whole."""
 
 
@@ -259,7 +259,7 @@ class _TiffBands:
         compression, photometric = (tags.get(tag, 1) for tag in (_COMPRESSION, _PHOTOMETRIC))
         # the last two are not decoded tile by tile by libtiff
         if exif_orientation(image) != 1 or compression == _OLD_JPEG or (photometric, compression) == (_YCBCR, 1):
-            raise _NotInBands
+            raise _NotInBandsError
         self.file, self.prefix = file, image.tag_v2.prefix
         self.size = width, height = tags[_WIDTH], tags[_HEIGHT]
         self.layout = _TILES if _TILES[0] in tags else _STRIPS
@@ -276,6 +276,8 @@ class _TiffBands:
             self._split_strip(row_bytes)
         self.tiles_in_band = max(1, BAND_BYTES // (row_bytes * self._tile_rows))
         self.num_rows = self.tiles_in_band * self._tile_rows
+        if self.num_rows >= height:
+            raise _NotInBandsError
 
     @property
     def _tile_rows(self) -> int:
@@ -351,7 +353,7 @@ class _PngBands:
         is_plain = not interlaced and b"acTL" not in names and b"eXIf" not in names[names.index(b"IDAT") :]
         has_odd_transparency = b"tRNS" in names and self.color != _PNG_PALETTE
         if not is_plain or exif_orientation(image) != 1 or has_odd_transparency:
-            raise _NotInBands
+            raise _NotInBandsError
         self.size = (width, height)
         bits = self.depth * _PNG_CHANNELS[self.color]
         self.row_bytes = -(-width * bits // 8)
