@@ -45,8 +45,8 @@ def assert_parts_are_those_of_the_whole(path, reader: str):
     expected, image = read_image(path), open_image(path)
     assert isinstance(image, LargeImage)
     assert image.size == expected.size
-    assert type(image._reader).__name__ == reader
-    num_bands = -(-image._reader.size[1] // image._reader.num_rows)
+    assert type(image._open()).__name__ == reader
+    num_bands = -(-image._stored_size[1] // image._num_rows)
     assert (num_bands > 3) == (reader != "_Whole")
     boxes = [box for box in BOXES if box[2] <= image.size[0] and box[3] <= image.size[1]]
     for box in boxes + boxes[::-1]:  # forward, and back to parts that were freed
@@ -54,7 +54,8 @@ def assert_parts_are_those_of_the_whole(path, reader: str):
         assert (part.mode, part.tobytes()) == ("RGB", expected.crop(box).tobytes())
     assert image.reduce(3).tobytes() == expected.reduce(3).tobytes()
     image.release()
-    assert image._file is None
+    assert image._reader is None
+    assert not image._bands
     with image:
         assert image.crop(boxes[1]).tobytes() == expected.crop(boxes[1]).tobytes()
 
@@ -153,7 +154,7 @@ def test_a_png_file_is_decompressed_once_from_top_to_bottom(tmp_path, monkeypatc
         for left in (0, 100):
             image.crop((left, top, left + 50, top + 40))
             num_rows = sum(band.height for band in image._bands.values())
-            assert num_rows <= 40 + 2 * image._reader.num_rows  # the others are freed
+            assert num_rows <= 40 + 2 * image._num_rows  # the others are freed
     assert len(starts) == 1
 
 
