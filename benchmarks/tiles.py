@@ -3,10 +3,10 @@
     make demo
     python benchmarks/tiles.py [--demo runs/demo] [--split test] [--mosaics 10]
 
-A mosaic is 4 x 4 images of the `shapes` dataset, so that its objects are those the model of `make demo` was trained on
-and are known; tiles are as large as one of the images. In `aligned` mosaics tiles can coincide with images, in `shifted`
-ones there is a random margin. Numbers were chosen on mosaics of validation images; those of test images are reported.
-The detector is the same, with a lowest score of 0.02.
+A mosaic is 4 x 4 images of the `shapes` dataset, so its objects are known, and are of the kind that the model of
+`make demo` was trained on; tiles are as large as one of the images. In `aligned` mosaics tiles can coincide with
+images, `shifted` ones have a random margin. Our rule was chosen on mosaics of validation images, and is reported on
+those of test images. All use the same detector, with a lowest score of 0.02.
 """
 
 import argparse
@@ -45,6 +45,7 @@ SLICERS = {
 }
 
 Row = dict[str, Any]  # of a detection: label, score, box
+Model = tuple[Any, Any]  # and its image processor
 
 
 def make_mosaics(data: DetectionSplit, count: int, margin: int, folder: Path) -> DetectionSplit:
@@ -54,11 +55,11 @@ def make_mosaics(data: DetectionSplit, count: int, margin: int, folder: Path) ->
     for number in range(count):
         group = records[number * CELLS**2 : (number + 1) * CELLS**2]
         offset = [generator.randrange(margin + 1) for _ in "xy"]
-        corners = [[offset[0] + x * SIDE, offset[1] + y * SIDE] for y in range(CELLS) for x in range(CELLS)]
+        corners = [(offset[0] + x * SIDE, offset[1] + y * SIDE) for y in range(CELLS) for x in range(CELLS)]
         side = CELLS * SIDE + margin
         canvas = Image.new("RGB", (side, side), "gray")
         for record, corner in zip(group, corners):
-            canvas.paste(record.read(), tuple(corner))
+            canvas.paste(record.read(), corner)
         boxes = np.vstack([record.boxes + [*corner, 0, 0] for record, corner in zip(group, corners)])
         path = folder / f"{margin}_{number}.png"
         canvas.save(path)
@@ -69,20 +70,21 @@ def make_mosaics(data: DetectionSplit, count: int, margin: int, folder: Path) ->
     return DetectionSplit("mosaics", images, data.categories)
 
 
-def detect_ours(detector: Any, split: DetectionSplit, overlap: float | None) -> Iterator[list[Row]]:
+def detect_ours(detector: Model, split: DetectionSplit, overlap: float | None) -> Iterator[list[Row]]:
     options = DetectionOptions(THRESHOLD, tile=SIDE, tile_overlap=overlap) if overlap else DetectionOptions(THRESHOLD)
     inputs = [ImageInput(image.path, str(image.path)) for image in split.images]
-    for result in Detector(*detector, options, batch_size=8).stream(inputs):
+    model, processor = detector
+    for result in Detector(model, processor, options, batch_size=8).stream(inputs):
         yield result.detections
 
 
-def make_callback(detector: Any) -> Callable[[np.ndarray], supervision.Detections]:
+def make_callback(detector: Model) -> Callable[[np.ndarray], supervision.Detections]:
     """Return the detector as the slicer calls it. Slicers with the same overlap have the same tiles."""
 
     @cache
     def detect(pixels: bytes, shape: tuple[int, ...]) -> list[Row]:
         tile = Image.fromarray(np.frombuffer(pixels, np.uint8).reshape(shape))
-        return detect_objects(*detector, tile, THRESHOLD)
+        return detect_objects(detector[0], detector[1], tile, THRESHOLD)
 
     def callback(tile: np.ndarray) -> supervision.Detections:
         rows = detect(tile.tobytes(), tile.shape)
@@ -101,7 +103,7 @@ def detect_slices(callback: Any, split: DetectionSplit, overlap: float, settings
     )  # fmt: skip
     for image in split.images:
         found = slicer(np.asarray(image.read()))
-        rows = zip(found.xyxy.tolist(), found.confidence.tolist(), found.class_id.tolist())
+        rows = zip(*(np.asarray(column).tolist() for column in (found.xyxy, found.confidence, found.class_id)))
         yield [{"box": box, "score": score, "label": label} for box, score, label in rows]
 
 
@@ -116,7 +118,7 @@ def score(split: DetectionSplit, found: Iterable[list[Row]], categories: dict[in
     return {name: round(metrics[name], 4) for name in ("ap", "ap50")}
 
 
-def measure(detector: Any, split: DetectionSplit, overlaps: Iterable[float]) -> dict[str, dict[str, float]]:
+def measure(detector: Model, split: DetectionSplit, overlaps: Iterable[float]) -> dict[str, dict[str, float]]:
     labels = match_names(split.categories, detector[0].config.id2label)
     categories = {label: id_ for id_, label in labels.items()}
     rows = {"no tiles": score(split, detect_ours(detector, split, None), categories)}
@@ -132,7 +134,9 @@ def measure(detector: Any, split: DetectionSplit, overlaps: Iterable[float]) -> 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--demo", type=Path, default=Path("runs/demo"), help="output of make demo (default: runs/demo)")
+    parser.add_argument(
+        "--demo", type=Path, default=Path("runs/demo"), help="output of make demo (default: runs/demo)"
+    )
     parser.add_argument("--split", default="test", choices=["val", "test"], help="images to use (default: test)")
     parser.add_argument("--mosaics", type=int, default=10, help="mosaics of each kind (default: 10)")
     args = parser.parse_args()

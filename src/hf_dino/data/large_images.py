@@ -9,7 +9,7 @@ import io
 import struct
 import threading
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
@@ -74,28 +74,29 @@ class LargeImage:
     def __init__(self, source: ImageSource):
         self.source = source
         self._brightest = 0
-        self._file: BinaryIO | None = None
-        self._open()
+        self._bands: dict[int, Image.Image] = {}
+        self._reader: _Reader | None = None
+        reader = self._open()
+        self._stored_size, self._orientation, self._num_rows = reader.size, reader.orientation, reader.num_rows
+        self.size = reader.size[::-1] if reader.orientation in EXIF_SWAPS_SIDES else reader.size
         self._check_limit()
         self.release()
 
-    def _open(self) -> None:
+    def _open(self) -> "_Reader":
         with _without_limit(self.source):
-            self._file = self.source.open("rb")
-            image = Image.open(self._file)
+            file = self.source.open("rb")
+            image = Image.open(file)
             self._has_16_bits = has_16_bits(image)
             warn_about_frames(image, self.source)
             try:
-                self._reader = _READERS.get(image.format or "", _Whole)(self._file, image)
-            except (_NotInBands, ArithmeticError, LookupError, ValueError, struct.error):
-                self._reader = _Whole(self._file, image)
-        self._bands: dict[int, Image.Image] = {}
-        width, height = self._reader.size
-        self.size = (height, width) if self._reader.orientation in EXIF_SWAPS_SIDES else (width, height)
+                self._reader = _READERS.get(image.format or "", _Whole)(file, image)
+            except (_NotInBandsError, ArithmeticError, LookupError, ValueError, struct.error):
+                self._reader = _Whole(file, image)
+        return self._reader
 
     def _check_limit(self) -> None:
-        (width, height), limit = self._reader.size, Image.MAX_IMAGE_PIXELS
-        rows = min(self._reader.num_rows, height)
+        (width, height), limit = self._stored_size, Image.MAX_IMAGE_PIXELS
+        rows = min(self._num_rows, height)
         if limit and rows * width > LIMIT_FACTOR * limit:
             raise InputError(
                 f"{self.source}: has {width} x {height} pixels, of which {width} x {rows} would be decoded at a time, "
@@ -112,14 +113,14 @@ class LargeImage:
         Raises:
             InputError: If the file is broken.
         """
-        x0, y0, x1, y1 = _to_stored(box, self._reader.size, self._reader.orientation)
+        x0, y0, x1, y1 = _to_stored(box, self._stored_size, self._orientation)
         part = Image.new("RGB", (x1 - x0, y1 - y0))
         for top, band in self._decode(y0, y1):
             y, bottom = max(y0, top), min(y1, top + band.height)
             rgb = to_rgb(band.crop((x0, y - top, x1, bottom - top)), self.source)
             self._brightest = max(self._brightest, int(np.max(rgb.getextrema()))) if self._has_16_bits else 0
             part.paste(rgb, (0, y - y0))
-        transpose = EXIF_TRANSPOSES.get(self._reader.orientation)
+        transpose = EXIF_TRANSPOSES.get(self._orientation)
         return part if transpose is None else part.transpose(transpose)
 
     def reduce(self, factor: int) -> Image.Image:
@@ -135,9 +136,9 @@ class LargeImage:
     def release(self) -> None:
         """Free what was decoded, and close the file; it is opened again when it is needed."""
         self._bands = {}
-        if self._file is not None:
-            self._file.close()
-            self._file = None
+        if self._reader is not None:
+            self._reader.file.close()
+            self._reader = None
         if self._brightest:
             warn_about_16_bits(self._brightest, self.source)
 
@@ -151,15 +152,13 @@ class LargeImage:
 
     def _decode(self, y0: int, y1: int) -> Iterator[tuple[int, Image.Image]]:
         """Yield the bands that contain rows, each with its first row."""
-        if self._file is None:
-            self._open()
-        num_rows = self._reader.num_rows
+        reader, num_rows = self._reader or self._open(), self._num_rows
         first = y0 // num_rows
         self._bands = {index: band for index, band in self._bands.items() if index >= first}
         for index in range(first, -(-y1 // num_rows)):
             if index not in self._bands:
                 with _without_limit(self.source):
-                    self._bands[index] = self._reader.read(index)
+                    self._bands[index] = reader.read(index)
             yield index * num_rows, self._bands[index]
 
 
@@ -202,7 +201,7 @@ def _to_stored(box: Box, size: tuple[int, int], orientation: int) -> Box:
     return x0, y0, x1, y1
 
 
-class _NotInBands(Exception):
+class _NotInBandsError(Exception):
     """A file that has to be decoded whole."""
 
 
@@ -210,11 +209,13 @@ class _Reader(Protocol):
     """A file that is decoded in bands of rows.
 
     Attributes:
+        file (`BinaryIO`): The open file.
         size (`tuple[int, int]`): Width and height of what is stored.
         orientation (`int`): EXIF orientation that the bands have.
         num_rows (`int`): Rows of a band; the last may have fewer.
     """
 
+    file: BinaryIO
     size: tuple[int, int]
     orientation: int
     num_rows: int
@@ -227,8 +228,8 @@ class _Reader(Protocol):
 class _Whole:
     """A file that is a single band."""
 
-    def __init__(self, file: BinaryIO, image: Image.Image):
-        self.image, self.size, self.orientation = image, image.size, exif_orientation(image)
+    def __init__(self, file: BinaryIO, image: Any):
+        self.file, self.image, self.size, self.orientation = file, image, image.size, exif_orientation(image)
         if image.format == "TIFF":  # Pillow transposes it while loading; before that, only later versions say so
             stored = image.tag_v2[_WIDTH], image.tag_v2[_HEIGHT]
             self.size = stored[::-1] if self.orientation in EXIF_SWAPS_SIDES else stored
@@ -259,12 +260,13 @@ class _TiffBands:
         compression, photometric = (tags.get(tag, 1) for tag in (_COMPRESSION, _PHOTOMETRIC))
         # the last two are not decoded tile by tile by libtiff
         if exif_orientation(image) != 1 or compression == _OLD_JPEG or (photometric, compression) == (_YCBCR, 1):
-            raise _NotInBands
+            raise _NotInBandsError
         self.file, self.prefix = file, image.tag_v2.prefix
         self.size = width, height = tags[_WIDTH], tags[_HEIGHT]
         self.layout = _TILES if _TILES[0] in tags else _STRIPS
-        sides = {_TILES[1]: tags.get(_TILES[1]), _TILES[3]: tags.get(_TILES[3])}
-        self.sides = sides if self.layout == _TILES else {_STRIPS[1]: min(tags.get(_STRIPS[1], height), height)}
+        self.sides: dict[int, int] = {_STRIPS[1]: min(tags.get(_STRIPS[1], height), height)}
+        if self.layout == _TILES:
+            self.sides = {tag: tags[tag] for tag in (_TILES[1], _TILES[3])}
         self.copied = {tag: tags[tag] for tag in _COPIED if tag in tags}
         num_columns = -(-width // self.sides.get(_TILES[3], width))
         num_planes = tags.get(_SAMPLES, 1) if tags.get(_PLANAR) == 2 else 1
@@ -276,6 +278,8 @@ class _TiffBands:
             self._split_strip(row_bytes)
         self.tiles_in_band = max(1, BAND_BYTES // (row_bytes * self._tile_rows))
         self.num_rows = self.tiles_in_band * self._tile_rows
+        if self.num_rows >= height:
+            raise _NotInBandsError
 
     @property
     def _tile_rows(self) -> int:
@@ -351,7 +355,7 @@ class _PngBands:
         is_plain = not interlaced and b"acTL" not in names and b"eXIf" not in names[names.index(b"IDAT") :]
         has_odd_transparency = b"tRNS" in names and self.color != _PNG_PALETTE
         if not is_plain or exif_orientation(image) != 1 or has_odd_transparency:
-            raise _NotInBands
+            raise _NotInBandsError
         self.size = (width, height)
         bits = self.depth * _PNG_CHANNELS[self.color]
         self.row_bytes = -(-width * bits // 8)
@@ -445,4 +449,4 @@ def _open_png(width: int, height: int, depth: int, color: int, rows: bytes, pale
     return image
 
 
-_READERS: Mapping[str, type[_Reader]] = {"TIFF": _TiffBands, "PNG": _PngBands}
+_READERS: Mapping[str, Callable[[BinaryIO, Any], _Reader]] = {"TIFF": _TiffBands, "PNG": _PngBands}

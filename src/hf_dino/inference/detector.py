@@ -38,8 +38,8 @@ class DetectionOptions:
         nms_iou (`float`, *optional*): IoU above which the detection with the lower score of two of a class is dropped;
             by default none is, and DINO needs no non-maximum suppression. With tiles, by default 0.5.
         tile (`int`, *optional*): Side in pixels of the tiles that images are cut into; by default they are not cut.
-        tile_overlap (`float`): Smallest part of its side that a tile has in common with the next one; should exceed the
-            objects.
+        tile_overlap (`float`): Smallest part of its side that a tile has in common with the next one; should exceed
+            the objects.
     """
 
     threshold: float = 0.3
@@ -232,17 +232,19 @@ class Detector:
             return found[0]
         assert image.result.image is not None
         merged = merge_tiles(tiles, found, image.result.image.size, options.threshold, options.nms_iou)
-        self._warn_about_long_objects(merged, image.result.input.source)
-        return {name: values[: self._top_k] for name, values in merged.items()}
+        best = {name: values[: self._top_k] for name, values in merged.items()}
+        self._warn_about_long_objects(best["boxes"], image.result.input.source)
+        return best
 
-    def _warn_about_long_objects(self, detections: Detections, source: ImageSource) -> None:
-        overlap = self.options.tile * self.options.tile_overlap if self.options.tile else 0
-        sides = (detections["boxes"][:, 2:] - detections["boxes"][:, :2]).amax(dim=1)
-        if (sides > overlap).any():
+    def _warn_about_long_objects(self, boxes: torch.Tensor, source: ImageSource) -> None:
+        overlap = (self.options.tile or 0) * self.options.tile_overlap
+        sides = (boxes[:, 2:] - boxes[:, :2]).amax(dim=1)
+        longer = sides[sides > overlap]
+        if len(longer):
             warn_once(
                 "overlap",
-                f"{source}: {int((sides > overlap).sum())} detections are longer than the {overlap:.0f} pixels that "
-                f"tiles overlap, up to {sides.max():.0f}: others may be cut in every tile; raise --tile or --tile_overlap",
+                f"{source}: {len(longer)} detections are longer than the {overlap:.0f} pixels that tiles overlap, up "
+                f"to {longer.max():.0f}: others may be cut in every tile; raise --tile or --tile_overlap",
             )
 
     @property
@@ -321,7 +323,6 @@ def worker_threads(num_workers: int) -> Iterator[Executor | None]:
     finally:
         if pool:
             pool.shutdown(cancel_futures=True)
-
 
 def _crop(result: ImageResult, box: Box) -> Image.Image | None:
     """Return a part of an image, `None` if it cannot be read."""

@@ -489,8 +489,8 @@ def draw_rows(image: Pixels, detections: Sequence[Record], classes: Mapping[int,
     if factor > 1:
         warn_once(
             "reduced",
-            f"an image of {image.size[0]} x {image.size[1]} pixels is drawn at 1/{factor} of its size; crops, and "
-            f"boxes in other formats, are of full size",
+            f"an image of {image.size[0]} x {image.size[1]} pixels is drawn at 1/{factor} of its size; boxes in other "
+            f"formats, and crops, are of full size",
         )
     drawn = image if isinstance(image, Image.Image) and factor == 1 else image.reduce(factor)
     boxes, tracks = np.array(boxes).reshape(-1, 4) / factor, [each.get("track") for each in detections]
