@@ -1,10 +1,9 @@
 """Reduce the precision of exported models, and judge what that costs by average precision (AP) on one's own data."""
 
+import logging
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import redirect_stdout
 from dataclasses import dataclass
-from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -116,10 +115,14 @@ def onnx_int8(model: Any, inputs: list[dict[str, np.ndarray]]) -> Any:
 def _quantized(quantize: Callable[[Path], None]) -> Any:
     """Return the ONNX model that a function writes."""
     onnx = import_extra("onnx", "export", "--precision int8")
-    with tempfile.TemporaryDirectory() as folder, redirect_stdout(StringIO()):
-        path = Path(folder, "model.onnx")
-        quantize(path)
-        return onnx.load(path)
+    logging.disable(logging.WARNING)  # it asks for a preprocessing that the export has done
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder, "model.onnx")
+            quantize(path)
+            return onnx.load(path)
+    finally:
+        logging.disable(logging.NOTSET)
 
 
 def openvino_float16(model: Any, _: list[dict[str, np.ndarray]]) -> Any:
