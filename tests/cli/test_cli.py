@@ -20,7 +20,7 @@ from hf_dino.data.augmentation import AUGMENTATIONS
 from hf_dino.data.convert import WRITERS
 from hf_dino.data.split import SIMILARITY
 from hf_dino.evaluation import ENGINES
-from hf_dino.export import ATTENTIONS, FORMATS
+from hf_dino.export import ATTENTIONS, FORMATS, PRECISIONS
 from hf_dino.image_processing_dino_detr import LONGEST_EDGE, SHORTEST_EDGE
 from hf_dino.model_card import COCO_MAX_DETECTIONS
 from hf_dino.training_arguments import default_of, parse_option
@@ -29,6 +29,7 @@ from hf_dino.training_arguments import default_of, parse_option
 ROOT = Path(__file__).parents[2]
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
 COMMANDS = ["", "train", "evaluate", "predict", "convert", "checkpoints", "info", "kernels", "export", "demo"]
+COMMANDS += ["verify", "benchmark"]
 COMMANDS += ["data", "data check", "data augment", "data convert", "data split"]
 IMPORTED = "import atexit, sys; atexit.register(lambda: print(*sys.modules, file=sys.stderr));"
 
@@ -223,7 +224,8 @@ def test_choices_are_those_of_the_library():
     assert inspect.signature(evaluate.evaluate).parameters["max_detections"].default == COCO_MAX_DETECTIONS
     assert default_of("max_detections") == COCO_MAX_DETECTIONS
     assert choices(export.export, "format") == tuple(FORMATS)
-    assert choices(export.export, "attention") == tuple(ATTENTIONS)
+    assert get_args(choices(export.export, "attention")[0]) == tuple(ATTENTIONS)  # or none
+    assert choices(export.export, "precision") == PRECISIONS
     assert choices(data.convert, "format") == choices(data.split, "format") == tuple(WRITERS)
     assert inspect.signature(data.split).parameters["similarity"].default == SIMILARITY
     (help,) = get_type_hints(data.augment, include_extras=True)["augmentation"].__metadata__

@@ -122,12 +122,12 @@ def evaluate(
     card = Path(model_name_or_path, CARD) if update_card else None
     if card:
         read_metadata(card, ModelCard)
+    exported = is_exported(model_name_or_path)
+    if exported and mixed_precision not in (None, "no"):
+        raise InputError(f"{model_name_or_path}: is an exported model; leave out --mixed_precision")
     accelerator = create_accelerator(mixed_precision)
     options = read_options(box_format, rotated_boxes, columns)
     (data,) = read_and_check(partial(_read_split, dataset, split, images, annotations, options)).values()
-    exported = is_exported(model_name_or_path)
-    if exported and accelerator.mixed_precision != "no":
-        raise InputError(f"{model_name_or_path}: is an exported model; leave out --mixed_precision")
     load = load_exported if exported else load_model_and_processor
     model, processor = load(model_name_or_path, backend=image_processor_backend)
 

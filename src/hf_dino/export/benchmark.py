@@ -15,6 +15,7 @@ from transformers import BaseImageProcessor
 from ..exported import load_exported
 from ..hub import load_model_and_processor
 from ..kernels import operators
+from ..utils.errors import InputError
 from .precision import average_precision, read_precision_data
 
 
@@ -99,7 +100,11 @@ def measure(
     split = None if data is None else read_precision_data(data, "float32").judging
     torch.set_num_threads(threads)
     candidates = [_load_model(model), *(_load_file(Path(file), threads) for file in files)]
-    take_turns(candidates, sizes, rounds)
+    try:
+        take_turns(candidates, sizes, rounds)
+    except ValueError as error:  # the smallest feature level has too few cells
+        given = " ".join(f"{height}x{width}" for height, width in sizes)
+        raise InputError(f"--sizes {given}: cannot be used ({error})") from error
     for candidate in candidates if split else ():
         assert split is not None
         candidate.ap = average_precision(candidate.model, candidate.processor, split)

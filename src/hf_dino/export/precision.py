@@ -1,10 +1,10 @@
 """Reduce the precision of exported models, and judge what that costs by average precision (AP) on one's own data."""
 
+import copy
+import logging
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import redirect_stdout
 from dataclasses import dataclass
-from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ ONNX_FLOAT32 += ("IsInf", "IsNaN", "Where", "Clip", "Div")
 """Operators that stay in float32: arithmetic of boxes, and what ONNX Runtime does not have in float16."""
 
 Reduce = Callable[[Any, list[dict[str, np.ndarray]]], Any]
-"""Makes a model of lower precision from one in float32 and the inputs of calibration, one image each."""
+"""Makes another model of lower precision from one in float32 and the inputs of calibration, one image each."""
 
 
 @dataclass(frozen=True)
@@ -86,13 +86,15 @@ def onnx_float16(model: Any, _: list[dict[str, np.ndarray]]) -> Any:
     """Convert weights and most operators to float16; inputs and outputs stay in float32."""
     float16 = import_extra("onnxruntime.transformers.float16", "export", "--precision float16")
     blocked = [*float16.DEFAULT_OP_BLOCK_LIST, *ONNX_FLOAT32]
-    return float16.convert_float_to_float16(model, keep_io_types=True, op_block_list=blocked)
+    return float16.convert_float_to_float16(copy.deepcopy(model), keep_io_types=True, op_block_list=blocked)
 
 
 def onnx_int8_dynamic(model: Any, _: list[dict[str, np.ndarray]]) -> Any:
     """Quantize matrix products, with ranges that are measured at each call."""
     quantization = import_extra("onnxruntime.quantization", "export", "--precision int8_dynamic")
-    return _quantized(lambda path: quantization.quantize_dynamic(model, path, op_types_to_quantize=["MatMul"]))
+    return _quantized(
+        lambda path: quantization.quantize_dynamic(copy.deepcopy(model), path, op_types_to_quantize=["MatMul"])
+    )
 
 
 def onnx_int8(model: Any, inputs: list[dict[str, np.ndarray]]) -> Any:
@@ -108,7 +110,7 @@ def onnx_int8(model: Any, inputs: list[dict[str, np.ndarray]]) -> Any:
 
     return _quantized(
         lambda path: quantization.quantize_static(
-            model, path, Reader(), op_types_to_quantize=["Conv"], per_channel=True
+            copy.deepcopy(model), path, Reader(), op_types_to_quantize=["Conv"], per_channel=True
         )
     )
 
@@ -116,10 +118,14 @@ def onnx_int8(model: Any, inputs: list[dict[str, np.ndarray]]) -> Any:
 def _quantized(quantize: Callable[[Path], None]) -> Any:
     """Return the ONNX model that a function writes."""
     onnx = import_extra("onnx", "export", "--precision int8")
-    with tempfile.TemporaryDirectory() as folder, redirect_stdout(StringIO()):
-        path = Path(folder, "model.onnx")
-        quantize(path)
-        return onnx.load(path)
+    logging.disable(logging.WARNING)  # it asks for a preprocessing that the export has done
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder, "model.onnx")
+            quantize(path)
+            return onnx.load(path)
+    finally:
+        logging.disable(logging.NOTSET)
 
 
 def openvino_float16(model: Any, _: list[dict[str, np.ndarray]]) -> Any:
