@@ -90,7 +90,7 @@ def test_without_yes_all_is_listed_and_nothing_sent(hub, folder, capsys):
     assert {line.split()[1] for line in printed.splitlines() if line.startswith("  new ")} == set(names)
     assert "not uploaded from" in printed and "checkpoints/, history.jsonl" in printed
     assert f"nothing was sent; --yes uploads {len(names)} files" in printed
-    assert "has not a license" in printed
+    assert "its metadata lacks a license" in printed
     assert (hub.changes, hub.repos) == ([], {})
 
 
