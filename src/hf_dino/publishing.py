@@ -96,7 +96,8 @@ def collect_model(folder: Path, repo_id: str, more: Sequence[Path] = ()) -> Uplo
     Args:
         folder (`Path`): The model directory. Checkpoints, logs and everything else in it are left out.
         repo_id (`str`): Owner and name of the repository.
-        more (`Sequence[Path]`, *optional*): Files and directories to upload beside them, under their own names.
+        more (`Sequence[Path]`, *optional*): Files and directories to upload beside them, under their own names. Hidden
+            files in directories are left out.
 
     Raises:
         InputError: If a file is not found, or two have the same name in the repository.
@@ -106,7 +107,8 @@ def collect_model(folder: Path, repo_id: str, more: Sequence[Path] = ()) -> Uplo
     files = {path.name: path for pattern in _MODEL_FILES for path in sorted(folder.glob(pattern)) if path.is_file()}
     left_out = [path.name + "/" * path.is_dir() for path in sorted(folder.iterdir()) if path.name not in files]
     for given in map(Path.resolve, more):
-        inside = [given] if given.is_file() else _files_below(given)
+        inside, hidden = ([given], []) if given.is_file() else _files_below(given)
+        left_out += [path.relative_to(given.parent).as_posix() for path in hidden]
         if not inside:
             raise InputError(f"--files {given}: file not found, or directory without files")
         for path in inside:
@@ -124,13 +126,16 @@ def collect_space(folder: Path, repo_id: str) -> Upload:
     """
     if not (folder / CARD).is_file():
         raise InputError(f"--space_dir {folder}: is not the directory of a Space (it has no {CARD})")
-    files = {path.relative_to(folder).as_posix(): path for path in _files_below(folder)}
-    hidden = {name for name in files if any(part[0] == "." or part == "__pycache__" for part in Path(name).parts)}
-    return Upload(repo_id, "space", {n: path for n, path in files.items() if n not in hidden}, sorted(hidden))
+    files, hidden = ({path.relative_to(folder).as_posix(): path for path in paths} for paths in _files_below(folder))
+    return Upload(repo_id, "space", files, list(hidden))
 
 
-def _files_below(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.rglob("*") if path.is_file())
+def _files_below(folder: Path) -> tuple[list[Path], list[Path]]:
+    """Return the files in a directory, and those that are hidden or a cache of Python."""
+    paths = sorted(path for path in folder.rglob("*") if path.is_file())
+    parts = {path: path.relative_to(folder).parts for path in paths}
+    hidden = [path for path in paths if any(part[0] == "." or part == "__pycache__" for part in parts[path])]
+    return [path for path in paths if path not in hidden], hidden
 
 
 def check_upload(upload: Upload, folder: Path) -> list[str]:
