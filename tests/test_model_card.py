@@ -217,3 +217,11 @@ def test_results_of_a_split_replace_earlier_ones():
         "test": 0.25,
         "validation": 0.5,
     }
+
+
+def test_results_of_training_are_replaced_by_later_ones_of_the_same_split():
+    card = finetuned(DinoDetrConfig(), metrics={"ap": 0.5}, split="test").content
+    once = ModelCard(add_results(card, {"ap": 0.25}, "Blood cells", "test"))
+    assert [each.metric_value for each in once.data.eval_results] == [0.25]
+    assert once.text.count("**Measured**") == once.text.count("## Results") == 1
+    assert "0.500" not in once.text

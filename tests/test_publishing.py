@@ -90,7 +90,7 @@ def test_without_yes_all_is_listed_and_nothing_sent(hub, folder, capsys):
     assert {line.split()[1] for line in printed.splitlines() if line.startswith("  new ")} == set(names)
     assert "not uploaded from" in printed and "checkpoints/, history.jsonl" in printed
     assert f"nothing was sent; --yes uploads {len(names)} files" in printed
-    assert "has not a license" in printed
+    assert "its metadata lacks a license" in printed
     assert (hub.changes, hub.repos) == ([], {})
 
 
@@ -155,13 +155,16 @@ def test_other_files_and_a_space_go_along(hub, folder, space, tmp_path, capsys):
     (tmp_path / "dino.onnx").write_bytes(b"onnx")
     (tmp_path / "dino_openvino").mkdir()
     (tmp_path / "dino_openvino" / "model.bin").write_bytes(b"weights")
+    (tmp_path / "dino_openvino" / ".env").write_text("SECRET=1")
     options = ["--files", "dino.onnx", "dino_openvino", "--space=me/demo", f"--space_dir={space}", "--yes"]
     assert exit_status(["push", folder, "me/model", *options]) == 0
     assert hub.files("me/model")["dino.onnx"] == b"onnx"
     assert hub.files("me/model")["dino_openvino/model.bin"] == b"weights"
     assert hub.files("me/demo", kind="spaces").keys() == {".gitattributes", "README.md", "app.py"}
     assert hub.repos["spaces/me/demo"].sdk == "gradio"
-    assert ".env, __pycache__/a.pyc" in capsys.readouterr().out
+    assert not [name for name in hub.files("me/model") if name.endswith(".env")]
+    printed = capsys.readouterr().out
+    assert "dino_openvino/.env" in printed and ": .env, __pycache__/a.pyc" in printed
 
 
 # What is not sent

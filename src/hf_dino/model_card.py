@@ -345,15 +345,17 @@ def add_results(
     """
     content = ModelCard(card)
     measured = _measurable(metrics)
-    data, where = content.data, (dataset, split)
+    data: Any = content.data
+    where = (dataset, split)
     others = [each for each in data.eval_results or () if (each.dataset_name, each.dataset_split) != where]
     data.eval_results = [*others, *_eval_results(measured, dataset, split, max_detections)]
     data.model_name = data.model_name or f"dino-detr-{_slug(dataset)}"
     section = _measured(measured, dataset, split, describe_max_detections(max_detections))
-    title = f"## Results on {dataset}, {split}" if split else f"## Results on {dataset}"
-    section = section.replace("## Results", title, 1) + "\n\n"
-    same = re.compile(rf"^{re.escape(title)}\n.*?(?=^## |\Z)", re.MULTILINE | re.DOTALL)
-    text = same.sub("", content.text).replace("## Results\n\nNothing was measured.\n\n", "")
+    title = f"{dataset}, {split}" if split else dataset
+    section = section.replace("## Results", f"## Results on {title}", 1) + "\n\n"
+    same = rf"Nothing was measured|\*\*Measured\*\* with \w+ on {re.escape(title)}, as "
+    earlier = re.compile(rf"^## Results[^\n]*\n\n(?:{same}).*?(?=^## |\Z)", re.MULTILINE | re.DOTALL)
+    text = earlier.sub("", content.text)
     before, limits, after = text.partition("## Limits")
     return f"---\n{data.to_yaml()}\n---\n{before.rstrip()}\n\n{section}{limits}{after}".rstrip() + "\n"
 

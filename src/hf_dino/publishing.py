@@ -32,15 +32,22 @@ CARD = "README.md"
 CODE = {path.name: path for path in sorted(Path(__file__).parent.glob("*_dino_detr.py"))}
 """The files of the package that a model directory contains."""
 
-_MODEL_FILES = ("config.json", "preprocessor_config.json", "model*.safetensors", "model*.safetensors.index.json")
-_MODEL_FILES += (CARD, "LICENSE*", *CODE)
+_MODEL_FILES = (
+    "config.json", "preprocessor_config.json", "model*.safetensors", "model*.safetensors.index.json", CARD, "LICENSE*",
+    *CODE,
+)  # fmt: skip
 
-_TRAINING_STATE = ("optimizer*", "scheduler*", "scaler*", "sampler*", "random_states*", "rng_state*", "training_args*")
-_TRAINING_STATE += ("*.pt", "*.pth", "*.pkl", "*.ckpt", "*.log", "events.out.tfevents*")
+_TRAINING_STATE = (
+    "optimizer*", "scheduler*", "scaler*", "sampler*", "random_states*", "rng_state*", "training_args*",
+    "*.pt", "*.pth", "*.pkl", "*.ckpt", "*.log", "events.out.tfevents*",
+)  # fmt: skip
 """Names of files that are of no use to others, or that run code when they are read."""
 
 _TOKEN = rb"(?<![A-Za-z0-9])hf_[A-Za-z0-9]{30,}"
-_WEB_SERVER_ANSWERS = {
+_CLIENT_ERRORS: Any = (*HfHubHTTPError.__bases__, ValueError, RuntimeError)
+"""Errors of the HTTP client, whose package depends on the release of huggingface_hub, and of hf_xet."""
+
+_ANSWERS = {
     401: "the token is not valid; log in again with `hf auth login`, or set HF_TOKEN",
     403: "your token has no permission to write to it; use one that has, or another OWNER",
     404: "repository not found, or your token cannot see it",
@@ -89,7 +96,8 @@ def collect_model(folder: Path, repo_id: str, more: Sequence[Path] = ()) -> Uplo
     Args:
         folder (`Path`): The model directory. Checkpoints, logs and everything else in it are left out.
         repo_id (`str`): Owner and name of the repository.
-        more (`Sequence[Path]`, *optional*): Files and directories to upload beside them, under their own names.
+        more (`Sequence[Path]`, *optional*): Files and directories to upload beside them, under their own names. Hidden
+            files in directories are left out.
 
     Raises:
         InputError: If a file is not found, or two have the same name in the repository.
@@ -99,7 +107,8 @@ def collect_model(folder: Path, repo_id: str, more: Sequence[Path] = ()) -> Uplo
     files = {path.name: path for pattern in _MODEL_FILES for path in sorted(folder.glob(pattern)) if path.is_file()}
     left_out = [path.name + "/" * path.is_dir() for path in sorted(folder.iterdir()) if path.name not in files]
     for given in map(Path.resolve, more):
-        inside = [given] if given.is_file() else _files_below(given)
+        inside, hidden = ([given], []) if given.is_file() else _files_below(given)
+        left_out += [path.relative_to(given.parent).as_posix() for path in hidden]
         if not inside:
             raise InputError(f"--files {given}: file not found, or directory without files")
         for path in inside:
@@ -117,13 +126,16 @@ def collect_space(folder: Path, repo_id: str) -> Upload:
     """
     if not (folder / CARD).is_file():
         raise InputError(f"--space_dir {folder}: is not the directory of a Space (it has no {CARD})")
-    files = {path.relative_to(folder).as_posix(): path for path in _files_below(folder)}
-    hidden = {name for name in files if any(part[0] == "." or part == "__pycache__" for part in Path(name).parts)}
-    return Upload(repo_id, "space", {n: path for n, path in files.items() if n not in hidden}, sorted(hidden))
+    files, hidden = ({path.relative_to(folder).as_posix(): path for path in paths} for paths in _files_below(folder))
+    return Upload(repo_id, "space", files, list(hidden))
 
 
-def _files_below(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.rglob("*") if path.is_file())
+def _files_below(folder: Path) -> tuple[list[Path], list[Path]]:
+    """Return the files in a directory, and those that are hidden or a cache of Python."""
+    paths = sorted(path for path in folder.rglob("*") if path.is_file())
+    parts = {path: path.relative_to(folder).parts for path in paths}
+    hidden = [path for path in paths if any(part[0] == "." or part == "__pycache__" for part in parts[path])]
+    return [path for path in paths if path not in hidden], hidden
 
 
 def check_upload(upload: Upload, folder: Path) -> list[str]:
@@ -212,7 +224,7 @@ def _missing_metadata(card: Path) -> list[str]:
         "a dataset; add `datasets:` with its name on the Hub": data.get("datasets") or tested,
         "a measured result; `hf-dino evaluate --update_card` adds it": tested,
     }
-    return [f"{CARD}: its metadata has not {name}" for name, found in missing.items() if not found]
+    return [f"{CARD}: its metadata lacks {name}" for name, found in missing.items() if not found]
 
 
 def space_sdk(upload: Upload) -> str:
@@ -249,7 +261,7 @@ def read_repository(api: HfApi, upload: Upload, revision: str | None = None) -> 
     """
     with _as_one_line(upload.repo_id):
         try:
-            info = api.repo_info(
+            info: Any = api.repo_info(
                 upload.repo_id, repo_type=upload.repo_type, revision=revision, files_metadata=True, timeout=30
             )
         except RevisionNotFoundError:
@@ -363,10 +375,10 @@ def _as_one_line(repo_id: str) -> Iterator[None]:
     """Convert errors of the client to one line, without the token, which some of them quote."""
     try:
         yield
-    except (*HfHubHTTPError.__bases__, ValueError, RuntimeError) as error:  # of the HTTP client, and of hf_xet
+    except _CLIENT_ERRORS as error:
         status = error.response.status_code if isinstance(error, HfHubHTTPError) else 0
-        if status in _WEB_SERVER_ANSWERS:
-            raise InputError(f"{repo_id}: {_WEB_SERVER_ANSWERS[status]} ({status})") from None
+        if status in _ANSWERS:
+            raise InputError(f"{repo_id}: {_ANSWERS[status]} ({status})") from None
         reason = " ".join(str(error).split()) or type(error).__name__
         raise OSError(f"{repo_id}: the Hub cannot be used ({_without_token(reason)[:300]})") from None
 

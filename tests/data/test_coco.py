@@ -311,7 +311,7 @@ def test_images_of_another_split_never_replace_missing_ones(tmp_path):
     """Folders of two splits often have images of the same names."""
     folder = generate_shapes(tmp_path / "data", image_size=64, num_train=3, num_val=3, num_test=2)
     (folder / "val" / "000002.png").unlink()
-    with pytest.raises(InputError, match=r"val\.json: 1 images not found in .*val: 000002\.png"):
+    with pytest.raises(InputError, match=r"val\.json: 1 image not found in .*val: 000002\.png"):
         read_data(folder)
     (folder / "val" / "000001.png").unlink()
     (folder / "more").mkdir()
@@ -515,7 +515,7 @@ def test_the_message_about_missing_images_says_what_there_is(tmp_path):
     assert len(message.splitlines()) == 1
     assert len(message) < 600
     for name in ("x/" * 3000 + "1.png", "\ud800/1.png", "gone/6.png"):
-        with pytest.raises(InputError, match=r"json: 1 images not found in .{1,400}: \d\.png\. Restore them"):
+        with pytest.raises(InputError, match=r"json: 1 image not found in .{1,400}: \d\.png\. Restore them"):
             read_coco(*renamed_images(tmp_path / "more", [name, "1.png"]))
 
 

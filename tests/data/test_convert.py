@@ -326,7 +326,7 @@ def test_command_line(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("damage", "output", "message"),
     [
-        (lambda source: (source / "train" / "2.png").unlink(), "out", "1 images not found in"),
+        (lambda source: (source / "train" / "2.png").unlink(), "out", "1 image not found in"),
         (lambda source: (source / "train" / "2.png").write_bytes(b"no"), "out", "2.png: cannot be read as an image"),
         (lambda source: draw(source / "train" / "2.png", (42, 60)), "out", "2.png: is annotated as 60 x 40"),
         (lambda source: None, "source", "already exists"),

@@ -129,7 +129,7 @@ BROKEN = {
     "shapes that are none": ('{"shapes": [1], "imagePath": "1.png"}', "cannot be read as a LabelMe file"),
     "no shapes": ('{"imagePath": "1.png"}', "cannot be read as a LabelMe file"),
     "nothing to train on": (labelme(), "no LabelMe file contains a rectangle or polygon with a label"),
-    "a missing image": (labelme(BOX, image="2.png"), r"1 images not found in .*: 2\.png"),
+    "a missing image": (labelme(BOX, image="2.png"), r"1 image not found in .*: 2\.png"),
 }
 
 

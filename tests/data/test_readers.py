@@ -442,7 +442,7 @@ NOT_READABLE = {
     ),
     "voc without an image": (
         {"1.png": None, "1.xml": XML, "2.xml": XML},
-        r"1 images not found in .*: 2\.jpg\. Restore them, or remove them",
+        r"1 image not found in .*: 2\.jpg\. Restore them, or remove them",
     ),
     "broken xml": ({"1.png": None, "1.xml": XML[:-9]}, r"1\.xml: cannot be read as XML \(unclosed token"),
     "voc without objects": ({"1.png": None, "1.xml": voc_xml((40, 60), [])}, "no annotation file contains an object"),
@@ -453,7 +453,7 @@ NOT_READABLE = {
     ),
     "datasets without images": (
         {"metadata.jsonl": '{"file_name": "gone.png", "objects": {"bbox": []}}'},
-        r"1 images not found: .*gone\.png \(row 0\)\. Restore them, or remove their rows",
+        r"1 image not found: .*gone\.png \(row 0\)\. Restore them, or remove their rows",
     ),
 }
 

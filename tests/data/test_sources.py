@@ -124,7 +124,7 @@ SEEN = {
     "COCO (train.json, val.json)": COCO,
     "COCO (train.json, val.json); also found: data.yaml, extra/2.xml: not read": COCO
     | {"extra/2.xml": XML, "data.yaml": "hello: 1"},
-    "COCO (train.json, val.json); also found: 4 *.xml, captions/a.json, 1 images: not read": COCO
+    "COCO (train.json, val.json); also found: 4 *.xml, captions/a.json, 1 image: not read": COCO
     | {f"{number}.xml": XML for number in range(4)}
     | {"captions/a.json": "{}", "val/3.png": None, "README.txt": "", ".cache/1.json": "", ".git/x.yaml": ""},
     "YOLO (data.yaml, labels/train/1.txt, labels/val/2.txt)": YOLO,

@@ -495,7 +495,7 @@ def test_images_that_the_metadata_does_not_list_are_said(tmp_path):
 def test_images_that_are_missing_are_an_error(tmp_path, size):
     folder = lay_out(tmp_path, ("1.png",), metadata=metadata("1.png", "2.png", **size))
     with pytest.raises(
-        InputError, match=r"1 images not found: .*/2\.png \(row 1\)\. Restore them, or remove their rows"
+        InputError, match=r"1 image not found: .*/2\.png \(row 1\)\. Restore them, or remove their rows"
     ):
         read_data(folder)
     errors = []
@@ -537,7 +537,7 @@ WRONG_FILES = {
     "no file names": ({"metadata.jsonl": '{"name": "1.png"}'}, "`file_name`, .* must be present"),
     "no file name": (
         {"metadata.jsonl": metadata("1.png") + '{"objects": null}'},
-        r"1 images not found: no name \(row 1\)",
+        r"1 image not found: no name \(row 1\)",
     ),
     "a file name of another machine": (
         {"metadata.jsonl": metadata("/data/1.png")},
@@ -640,7 +640,7 @@ def test_one_of_several_columns_of_images_must_be_named(images):
 
 def test_a_row_without_an_image_is_an_error(images):
     table = make_table([images[0], None, images[2]], objects=ROWS, height=[40] * 3, width=[60] * 3)
-    with pytest.raises(InputError, match=r"1 images not found: no name \(row 1\)"):
+    with pytest.raises(InputError, match=r"1 image not found: no name \(row 1\)"):
         read(table)
 
 

@@ -300,14 +300,14 @@ def test_the_name_of_the_file_comes_before_the_name_in_it(tmp_path):
     data = read_data(lay_out(tmp_path, files))["train"]
     assert [image.boxes.tolist() for image in data.images] == [[[1, 2, 30, 19]], [[1, 2, 30, 20]]]
     lay_out(tmp_path, {"3.xml": xml(2, 3, 31, 22, source="<filename>2.png</filename>")})
-    with pytest.raises(InputError, match=r"1 images not found in .*: 3\.jpg"):
+    with pytest.raises(InputError, match=r"1 image not found in .*: 3\.jpg"):
         read_data(tmp_path)
 
 
 def test_an_image_of_another_split_is_not_taken(tmp_path):
     text = xml(2, 3, 31, 22, source="<filename>2.png</filename>")
     files = {"train/1.png": None, "train/1.xml": text, "train/2.xml": text, "val/2.png": None, "val/2.xml": text}
-    with pytest.raises(InputError, match=r"1 images not found in .*train: 2\.jpg"):
+    with pytest.raises(InputError, match=r"1 image not found in .*train: 2\.jpg"):
         read_data(lay_out(tmp_path, files))
 
 
@@ -408,7 +408,7 @@ def test_images_in_several_lists_in_none_and_listed_twice(tmp_path):
 
 
 def test_listed_names_that_do_not_exist_are_named(tmp_path):
-    with pytest.raises(InputError, match=r"1 images not found in .*JPEGImages: 000009\.jpg"):
+    with pytest.raises(InputError, match=r"1 image not found in .*JPEGImages: 000009\.jpg"):
         read_data(devkit(tmp_path, {"train": "000001\n000009.jpg\n"}))
 
 

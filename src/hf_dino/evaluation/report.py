@@ -18,6 +18,7 @@ from PIL import Image
 
 from ..data.dataset import DetectionDataset, DetectionSplit, to_annotation_array, xywh_to_xyxy
 from ..model_card import describe_max_detections, metric_name
+from ..utils.errors import count
 from ..utils.io import open_new_text_file
 from ..visualization import draw_detections, hstack_images
 from .coco_eval import CocoScores
@@ -170,9 +171,9 @@ def _plot_confusion(names: Sequence[str], confusion: np.ndarray, shown: np.ndarr
         axis.set_ticks(range(len(rows)), [*labels, last], fontsize=8, parse_math=False)
     axes.tick_params(axis="x", labelrotation=90)
     axes.set(xlabel="predicted class", ylabel="class of the object")
-    for (row, column), count in np.ndenumerate(counts) if has_counts else ():
+    for (row, column), number in np.ndenumerate(counts) if has_counts else ():
         color = "white" if shares[row, column] > 0.5 else "black"
-        axes.text(column, row, str(count), ha="center", va="center", fontsize=8, color=color)
+        axes.text(column, row, str(number), ha="center", va="center", fontsize=8, color=color)
     return _png(figure)
 
 
@@ -222,7 +223,10 @@ def _draw(image: Image.Image, split: DetectionSplit, errors: ImageErrors) -> Ima
         _labels(split, detections["category_id"].tolist(), detection_marks),
         detections["score"].tolist(),
     )
-    captions = (f"ground truth: {len(object_marks)} objects", f"predicted: {len(detections)} detections")
+    captions = (
+        f"ground truth: {count('object', len(object_marks))}",
+        f"predicted: {count('detection', len(detections))}",
+    )
     both = hstack_images(objects, predictions, captions)
     both.thumbnail((_MAX_IMAGE_SIZE, _MAX_IMAGE_SIZE))
     return both

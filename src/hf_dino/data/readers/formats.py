@@ -7,7 +7,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ...utils.errors import InputError, summarize_list
+from ...utils.errors import InputError, count, summarize_list
 from ..dataset import DetectionSplit
 from ..images import IMAGE_EXTENSIONS
 from .annotation_tools import find_labelme, is_coco, read_labelme, refuse_unsupported
@@ -167,8 +167,8 @@ def describe_files(source: str | Path, splits: Mapping[str, DetectionSplit]) -> 
     files = _annotation_files(paths)
     read = _select_read(files, folder, format, {data.source for data in splits.values()})
     also = _summarize_files(sorted({*files} - {*read}), folder)
-    if format != "datasets" and (count := _count_others(paths, splits)):
-        also.append(f"{count} images")
+    if format != "datasets" and (num_others := _count_others(paths, splits)):
+        also.append(count("image", num_others))
     others = f"; also found: {', '.join(also)}: not read" if also else ""
     return f"{format} ({', '.join(_summarize_files(read, folder)) or folder.name}){others}"
 
