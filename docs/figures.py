@@ -1,6 +1,6 @@
 """Draw the images of the docs, with the commands that the pages show: `make docs-figures`, after `make demo`.
 
-They are of the dataset and the model of the demo, so that they can be drawn again anywhere.
+They show the dataset and the model of the demo, which every checkout can make.
 """
 
 import base64

@@ -63,8 +63,9 @@ BLOCKS = [block for page in PAGES for block in blocks_of(page)]
 
 def split_commands(code: str) -> list[list[str]]:
     lines = code.replace("\\\n", " ").splitlines()
-    commands = [shlex.split(line, comments=True) for line in lines if line.strip()]
-    return [[word for word in words if not re.fullmatch(r"[A-Z_]+=\S*", word)] for words in commands]
+    before_pipes = [re.split(r" [|>] ", line)[0] for line in lines if line.strip()]
+    commands = [shlex.split(line, comments=True) for line in before_pipes]
+    return [[word for word in words if not re.fullmatch(r"[A-Z_]+=\S*", word)] for words in commands if words]
 
 
 COMMANDS = list(
@@ -177,6 +178,10 @@ def test_python_runs_as_it_stands(block, enter):
 @pytest.mark.parametrize("block", [block for block in BLOCKS if block.language == "text"], ids=lambda b: b.page.stem)
 def test_no_python_hides_in_a_block_of_text(block):
     assert not re.search(r"^(from|import) \w|^\w+ = \w+\(", block.code, re.MULTILINE)
+
+
+def test_no_block_escapes_by_its_language():
+    assert {block.language for block in BLOCKS} <= {"python", "bash", "text"}
 
 
 @pytest.mark.parametrize("words", marked(RUN), ids=" ".join)

@@ -23,7 +23,7 @@ from hf_dino.cli import app as hf_dino_app
 ROOT = Path(__file__).parents[1]
 STAGED = ROOT / "build" / "docs"
 COMMAND_LINE_PAGE = ROOT / "docs" / "reference" / "command_line.md"
-IMAGES = (".png", ".jpg", ".svg", ".gif")
+ASSETS = (".png", ".jpg", ".svg", ".gif", ".ipynb")
 LANGUAGES = {".py": "python", ".yaml": "yaml", ".json": "json", ".sh": "bash", ".toml": "toml"}
 
 API = {
@@ -84,7 +84,7 @@ def site_path(path: Path) -> Path:
     """Return the path of a file of the repository on the site: docs/ is its root, and source code has a page."""
     if path.name == "README.md":
         return path.with_name("index.md")
-    page = path if path.suffix in (".md", *IMAGES) else path.with_name(f"{path.name}.md")
+    page = path if path.suffix in (".md", *ASSETS) else path.with_name(f"{path.name}.md")
     return page.relative_to("docs") if page.parts[0] == "docs" else page
 
 
@@ -101,7 +101,7 @@ def _stage(path: Path) -> list[Path]:
         links.append(linked)
         return f"]({os.path.relpath(site_path(linked), site_path(path).parent)}{hash_sign}{anchor})"
 
-    if path.suffix in IMAGES:
+    if path.suffix in ASSETS:
         (STAGED / site_path(path)).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(source, STAGED / site_path(path))
     elif path.suffix == ".md":
