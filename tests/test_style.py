@@ -70,7 +70,7 @@ RANKS = {
             ("core", "registration"),
             ("utils", "visualization"),
             ("kernels",),
-            ("data", "hub", "model_card", "__init__"),
+            ("data", "hub", "model_card", "family", "__init__"),
             ("conversion",),
             ("evaluation", "inference", "model_info", "exported"),
             ("export",),
