@@ -9,13 +9,14 @@ import torch
 
 from helpers.command_line import hf_dino
 from helpers.conversion_sources import SIZE, checkpoint, narrow_config, numbered_weights, save
-from hf_dino import DinoDetrForObjectDetection
+from hf_dino import DinoDetrConfig, DinoDetrForObjectDetection
 from hf_dino.conversion import convert_checkpoint
 from hf_dino.conversion.checkpoint import read_source
 from hf_dino.conversion.convert import UNUSED_WEIGHTS, config_and_processor, convert_state_dict
 from hf_dino.conversion.export import checkpoint_content
 from hf_dino.conversion.key_tables import ANCESTORS, rules_for
 from hf_dino.conversion.settings import DEFAULT_OF_SETTING, SETTINGS_OF_ANCESTORS, make_id2label
+from hf_dino.family import FAMILY
 from hf_dino.hub import match_key
 from hf_dino.utils.errors import InputError
 
@@ -113,6 +114,10 @@ def test_every_key_of_the_published_models_has_a_place(shared, monkeypatch, name
     stored = vars(content["args"])
     assert {key: stored[key] for key in vars(back["args"])} == vars(back["args"])
     assert (config.num_queries, config.num_labels, config.num_select) == (300, 91, 100)
+    fields = FAMILY[name.removesuffix("_r50")].config  # the published model is that of the family
+    assert {field: getattr(config, field) for field in fields} == fields
+    defaults = DinoDetrConfig(id2label=make_id2label(91), **fields).to_dict()
+    assert {field for field, value in config.to_dict().items() if value != defaults[field]} <= {"backbone_config"}
 
 
 @pytest.mark.parametrize(
@@ -138,16 +143,15 @@ def test_setting_that_the_model_cannot_express_is_named(name, setting, value):
 
 @pytest.mark.parametrize("name", ANCESTORS)
 def test_every_setting_is_required_or_has_a_default(name):
+    content = checkpoint(name)
     for setting in SETTINGS_OF_ANCESTORS[name]:
-        content = checkpoint(name)
-        stored = vars(content["args"]).copy()
-        del stored[setting]
-        content["args"] = argparse.Namespace(**stored)
+        stored = {key: value for key, value in vars(content["args"]).items() if key != setting}
+        lacking = content | {"args": argparse.Namespace(**stored)}
         if setting in DEFAULT_OF_SETTING[name]:
-            converted(content)
+            converted(lacking)
         else:
             with pytest.raises(InputError, match=f"lack '{setting}'"):
-                converted(content)
+                converted(lacking)
 
 
 @pytest.mark.parametrize("name", ANCESTORS)

@@ -61,7 +61,10 @@ def test_json_round_trip(tmp_path):
         ({"denoising": "dn"}, "denoising must be one of 'contrastive', 'plain', 'none', got 'dn'"),
         ({"query_selection": "two_stage"}, "query_selection must be one of 'mixed', 'pure', 'static'"),
         ({"box_refinement": "none"}, "box_refinement must be one of 'look_forward_twice', 'look_forward_once'"),
-        ({"positional_query": "modulated"}, "positional_query must be one of 'anchor', 'conditional', got 'modulated'"),
+        (
+            {"positional_query": "modulated"},
+            "positional_query must be one of 'anchor', 'conditional', got 'modulated'",
+        ),
         (
             {"positional_query": "conditional", "decoder_layers": 1},
             "decoder_layers must be at least 2 with positional_query='conditional'",

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from ..configuration_dino_detr import UNUSED_LABEL, DinoDetrConfig
+from ..family import FAMILY
 from ..hub import fill_key, match_key
 from ..image_processing_dino_detr import LONGEST_EDGE, SHORTEST_EDGE
 from ..utils.errors import InputError, import_extra, summarize_list
@@ -114,17 +115,13 @@ SETTING_OF_FIELD |= {
     },
 }
 
-_DAB_DEFORMABLE = {
-    "share_decoder_heads": False,
-    "denoising": "none",
-    "query_selection": "static",
-    "box_refinement": "look_forward_once",
-    "positional_query": "conditional",
-    "decoder_norm": False,
-    "num_select": 100,
-    "positional_encoding_temperature": 10000,
-    "positional_encoding_offset": -0.5,
-}
+
+def _fixed(name: str) -> dict[str, Any]:
+    """Return the fields of an ancestor that are none of its settings."""
+    fields = FAMILY[f"{name}_detr"].config
+    return {field: fields[field] for field in fields.keys() - SETTING_OF_FIELD[name].keys()}
+
+
 # Fields that no setting of the code base changes, where they differ from the defaults of DinoDetrConfig.
 FIXED_FIELDS: dict[str, dict[str, Any]] = {
     "official": {},
@@ -132,8 +129,7 @@ FIXED_FIELDS: dict[str, dict[str, Any]] = {
     # the decoder moves its reference points with 1e-3 (dino_layers.py:102), the head predicts with the default of
     # 1e-5 (deformable_detr_head.py:119)
     "mmdet": {"share_decoder_heads": False, "box_noise_scale": 1.0, "box_prediction_epsilon": 1e-5},
-    "dab_deformable": _DAB_DEFORMABLE,
-    "dn_deformable": {**_DAB_DEFORMABLE, "denoising": "plain"},
+    **{name: _fixed(name) for name in ANCESTORS},
 }
 
 # Values that the code assumes for settings that a file lacks: for the official code, its `try: args.x except:` blocks,
