@@ -6,7 +6,7 @@ import weakref
 
 import pytest
 
-from hf_dino.utils.errors import BrokenInputError, InputError, count, run_cli
+from hf_dino.utils.errors import BrokenInputError, InputError, count_of, run_cli
 
 
 @pytest.mark.parametrize("status", [None, 0, 1])
@@ -49,7 +49,7 @@ def test_an_error_of_a_worker_is_told_without_its_traceback(kind):
     ("number", "text"), [(0, "0 images"), (1, "1 image"), (2, "2 images"), (1234, "1,234 images")]
 )
 def test_a_number_goes_with_its_noun(number, text):
-    assert count("image", number) == text
+    assert count_of(number, "image") == text
 
 
 def test_objects_in_the_traceback_are_freed():

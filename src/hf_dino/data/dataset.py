@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from torch.utils.data import Dataset
 
-from ..utils.errors import BrokenInputError, InputError, count, summarize_list
+from ..utils.errors import BrokenInputError, InputError, count_of, summarize_list
 from ..utils.names import match_names, named_classes
 from .augmentation import Augmentation, NoAugmentation, seed_per_image
 from .images import ImageSource, get_image_size, is_image_file, read_image
@@ -364,7 +364,7 @@ def require_image_files(split: DetectionSplit) -> DetectionSplit:
         unlisted = _list_images_in(folder) - paths.keys()
         held = f". Images there that are not listed: {_summarize_names(sorted(unlisted), 3)}" if unlisted else ""
         raise InputError(
-            f"{split.source}: {count('image', len(missing))} not found in {displayed_name(str(folder), 300)}: "
+            f"{split.source}: {count_of(len(missing), 'image')} not found in {displayed_name(str(folder), 300)}: "
             f"{_summarize_names(missing)}{held}. Restore them, or remove them from the annotations"
         )
     return split

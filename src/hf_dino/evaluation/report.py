@@ -18,7 +18,7 @@ from PIL import Image
 
 from ..data.dataset import DetectionDataset, DetectionSplit, to_annotation_array, xywh_to_xyxy
 from ..model_card import describe_max_detections, metric_name
-from ..utils.errors import count
+from ..utils.errors import count_of
 from ..utils.io import open_new_text_file
 from ..visualization import draw_detections, hstack_images
 from .coco_eval import CocoScores
@@ -224,8 +224,8 @@ def _draw(image: Image.Image, split: DetectionSplit, errors: ImageErrors) -> Ima
         detections["score"].tolist(),
     )
     captions = (
-        f"ground truth: {count('object', len(object_marks))}",
-        f"predicted: {count('detection', len(detections))}",
+        f"ground truth: {count_of(len(object_marks), 'object')}",
+        f"predicted: {count_of(len(detections), 'detection')}",
     )
     both = hstack_images(objects, predictions, captions)
     both.thumbnail((_MAX_IMAGE_SIZE, _MAX_IMAGE_SIZE))

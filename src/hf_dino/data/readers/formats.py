@@ -7,7 +7,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ...utils.errors import InputError, count, summarize_list
+from ...utils.errors import InputError, count_of, summarize_list
 from ..dataset import DetectionSplit
 from ..images import IMAGE_EXTENSIONS
 from .annotation_tools import find_labelme, is_coco, read_labelme, refuse_unsupported
@@ -168,7 +168,7 @@ def describe_files(source: str | Path, splits: Mapping[str, DetectionSplit]) -> 
     read = _select_read(files, folder, format, {data.source for data in splits.values()})
     also = _summarize_files(sorted({*files} - {*read}), folder)
     if format != "datasets" and (num_others := _count_others(paths, splits)):
-        also.append(count("image", num_others))
+        also.append(count_of(num_others, "image"))
     others = f"; also found: {', '.join(also)}: not read" if also else ""
     return f"{format} ({', '.join(_summarize_files(read, folder)) or folder.name}){others}"
 

@@ -19,7 +19,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
-from ...utils.errors import InputError, count, import_extra, summarize_list
+from ...utils.errors import InputError, count_of, import_extra, summarize_list
 from ...utils.names import to_integer
 from ..dataset import AnnotatedImageBuilder, DetectionSplit, check_unique_names, to_float
 from ..images import ImageSource
@@ -290,7 +290,7 @@ def _find_images(
     if lost := [row for row in missing if row not in renamed]:
         examples = summarize_list(f"{(paths[row] or 'no name')[:_MAX_TEXT]} (row {row})" for row in lost)
         builder.on_error(
-            f"{builder.title}: {count('image', len(lost))} not found: {examples}. Restore them, or remove their rows"
+            f"{builder.title}: {count_of(len(lost), 'image')} not found: {examples}. Restore them, or remove their rows"
         )
     images: dict[int, ImageSource | None] = {
         row: TableImage(encoded, column, row, builder.title) for row in range(len(paths))

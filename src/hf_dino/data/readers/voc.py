@@ -16,7 +16,7 @@ from xml.etree.ElementTree import Element, ParseError
 
 import numpy as np
 
-from ...utils.errors import InputError, count, import_extra, summarize_list
+from ...utils.errors import InputError, count_of, import_extra, summarize_list
 from ...utils.io import read_lines
 from ..dataset import (
     SPLIT_ALIASES,
@@ -371,7 +371,7 @@ def _drop_unknown(
     if unknown:
         names = summarize_list(sorted(path.name for path in unknown))
         builder.on_error(
-            f"{builder.title}: {count('image', len(unknown))} not found in {folder}: {names}. Restore them, or "
+            f"{builder.title}: {count_of(len(unknown), 'image')} not found in {folder}: {names}. Restore them, or "
             "remove them from the annotations"
         )
     return [pair for pair in pairs if pair[0] not in unknown]
