@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from ..utils.errors import InputError, summarize_list
+from ..utils.errors import InputError, count_of, summarize_list
 from .options import DeviceOption, MaxImagePixelsOption, ModelOption, log_to_terminal
 
 
@@ -214,7 +214,8 @@ def _outside(output: Path, inputs: list["ImageInput"]) -> list["ImageInput"]:
     inside = {item for item in inputs if isinstance(item.source, Path) and folder in item.source.resolve().parents}
     if inside:
         names = summarize_list(sorted(item.name for item in inside))
-        logger.warning("%s: %d images in the output directory are not used; %s", output, len(inside), names)
+        number, verb = count_of(len(inside), "image"), "is" if len(inside) == 1 else "are"
+        logger.warning("%s: %s in the output directory %s not used; %s", output, number, verb, names)
     return [item for item in inputs if item not in inside]
 
 
