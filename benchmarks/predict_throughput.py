@@ -48,9 +48,9 @@ def main() -> None:
             "predict": command(model, processor, folder, args.batch_size, args.num_workers),
         }
         seconds: dict[str, list[float]] = {name: [] for name in runs}
-    for _ in range(args.runs + 1):
-        for name, run in runs.items():
-            seconds[name].append(timed(run))
+        for _ in range(args.runs + 1):
+            for name, run in runs.items():
+                seconds[name].append(timed(run))
     seconds = {name: times[1:] for name, times in seconds.items()}  # the first is to warm up
     shares = [bare / whole for bare, whole in zip(*seconds.values(), strict=True)]
     share = {"median": round(statistics.median(shares), 3), "runs": [round(each, 3) for each in shares]}

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from ..utils.errors import InputError, summarize_list
+from ..utils.errors import InputError, count_of, summarize_list
 from .options import DeviceOption, MaxImagePixelsOption, ModelOption, log_to_terminal
 from .predict_video import VIDEO_FORMATS, EndOption, EveryOption, StartOption, TrackOption, check_video_options
 
@@ -238,7 +238,8 @@ def _outside(output: Path, inputs: list["ImageInput"]) -> list["ImageInput"]:
     inside = {item for item, path in paths.items() if isinstance(path, Path) and folder in path.resolve().parents}
     if inside:
         names = summarize_list(sorted(item.name for item in inside))
-        logger.warning("%s: %d images in the output directory are not used; %s", output, len(inside), names)
+        number, verb = count_of(len(inside), "image"), "is" if len(inside) == 1 else "are"
+        logger.warning("%s: %s in the output directory %s not used; %s", output, number, verb, names)
     if len(inside) == len(inputs):
         raise InputError(f"{output}: contains all images, so that none is left; use a different --output")
     return [item for item in inputs if item not in inside]
