@@ -1,13 +1,18 @@
 """`hf-dino demo`."""
 
+import logging
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from ..utils.errors import InputError
 from .export import _wrong_use
 from .options import DeviceOption, MaxImagePixelsOption, log_to_terminal
 from .predict import _load_model
+
+
+logger = logging.getLogger(__name__)
 
 
 def demo(
@@ -60,6 +65,17 @@ def demo(
             return
 
         from ..demo.page import launch_page, make_page
+        from ..exported import is_exported
 
-        models = {name: _load_model(name, device, "float32", False) for name in model}
-        launch_page(make_page(models, examples), server_port=port, share=share)
+        models = {}
+        for name in model:
+            if device and is_exported(name):
+                logger.warning("%s: exported models run on the CPU, whatever --device is", name)
+            models[name] = _load_model(name, None if is_exported(name) else device, "float32", False)
+        page = make_page(models, examples)
+        try:
+            launch_page(page, server_port=port, share=share)
+        except OSError as error:
+            if "empty port" not in str(error):
+                raise
+            raise InputError(f"--port {port or 7860}: is not free; use a different one") from error
