@@ -5,8 +5,11 @@ from typing import Annotated
 
 import typer
 
+from ..utils.errors import InputError
 from .options import DeviceOption, MaxImagePixelsOption, log_to_terminal
 from .predict import _load_model
+
+
 
 
 def demo(
@@ -59,5 +62,10 @@ def demo(
 
     from ..demo.page import launch_page, make_page
 
-    models = {name: _load_model(name, device, "float32", False) for name in model}
-    launch_page(make_page(models, examples), server_port=port, share=share)
+    page = make_page({name: _load_model(name, device, "float32", False) for name in model}, examples)
+    try:
+        launch_page(page, server_port=port, share=share)
+    except OSError as error:
+        if "empty port" not in str(error):
+            raise
+        raise InputError(f"--port {port or 7860}: is not free; use a different one") from error
