@@ -217,7 +217,9 @@ def parse(arguments: Sequence[str]) -> None:
     group, parsed = typer.main.get_command(app), []
     for command in commands_of(group).values():
         command.callback = lambda **options: parsed.append(options)
-    group(list(arguments), prog_name="hf-dino", standalone_mode=False)
+    with pytest.raises(SystemExit) as end:
+        group(list(arguments), prog_name="hf-dino")
+    assert not end.value.code
     assert len(parsed) == 1
     if arguments[0] == "train":
         train_arguments(arguments[1:])
