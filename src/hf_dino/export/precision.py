@@ -18,22 +18,8 @@ from ..utils.errors import InputError, import_extra
 
 NUM_CALIBRATION_IMAGES = 100
 
-ONNX_FLOAT32 = [
-    "GridSample",
-    "TopK",
-    "Sigmoid",
-    "Log",
-    "CumSum",
-    "Sin",
-    "Cos",
-    "Range",
-    "Resize",
-    "IsInf",
-    "IsNaN",
-    "Where",
-    "Clip",
-    "Div",
-]
+ONNX_FLOAT32 = ["GridSample", "TopK", "Sigmoid", "Log", "CumSum", "Sin", "Cos", "Range", "Resize"]
+ONNX_FLOAT32 += ["IsInf", "IsNaN", "Where", "Clip", "Div"]
 """Operators that stay in float32: arithmetic of boxes, and what ONNX Runtime does not have in float16."""
 
 Reduce = Callable[[Any, list[dict[str, np.ndarray]]], Any]
