@@ -18,8 +18,8 @@ from ..utils.errors import BrokenInputError, InputError, import_extra
 
 NUM_CALIBRATION_IMAGES = 100
 
-ONNX_FLOAT32 = ("GridSample", "TopK", "Sigmoid", "Log", "CumSum", "Sin", "Cos", "Range", "Resize")
-ONNX_FLOAT32 += ("IsInf", "IsNaN", "Where", "Clip", "Div")
+ONNX_FLOAT32 = ["GridSample", "TopK", "Sigmoid", "Log", "CumSum", "Sin", "Cos", "Range", "Resize"]
+ONNX_FLOAT32 += ["IsInf", "IsNaN", "Where", "Clip", "Div"]
 """Operators that stay in float32: arithmetic of boxes, and what ONNX Runtime does not have in float16."""
 
 Reduce = Callable[[Any, list[dict[str, np.ndarray]]], Any]
@@ -67,8 +67,8 @@ def read_precision_data(dataset: str, precision: str) -> PrecisionData:
 def calibration_inputs(data: PrecisionData, processor: BaseImageProcessor) -> list[dict[str, np.ndarray]]:
     """Return the inputs of images that are spread evenly over the training split."""
     images = data.calibration.images if data.calibration else []
-    chosen = np.unique(np.linspace(0, len(images) - 1, NUM_CALIBRATION_IMAGES).astype(int)) if images else []
-    batches = (processor(images=images[index].read(), return_tensors="pt") for index in chosen)
+    step = max(-(-len(images) // NUM_CALIBRATION_IMAGES), 1)
+    batches = (processor(images=image.read(), return_tensors="pt") for image in images[::step])
     return [{name: batch[name].numpy() for name in INPUTS} for batch in batches]
 
 
@@ -102,7 +102,7 @@ def onnx_int8(model: Any, inputs: list[dict[str, np.ndarray]]) -> Any:
     quantization = import_extra("onnxruntime.quantization", "export", "--precision int8")
     remaining = iter(inputs)
 
-    class Reader(quantization.CalibrationDataReader):  # type: ignore[name-defined,misc]
+    class Reader(quantization.CalibrationDataReader):  # type: ignore[name-defined]
         """Return one input after the other, at last `None`."""
 
         def get_next(self) -> dict[str, np.ndarray] | None:
