@@ -99,3 +99,18 @@ def test_a_later_model_is_better_for_the_same_epochs():
         parent = FAMILY[member.parent].published_ap if member.parent else {}
         assert all(member.published_ap[epochs] > parent[epochs] for epochs in member.published_ap.keys() & parent)
         assert all(0.4 < ap < 0.52 for ap in member.published_ap.values())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("key", ["dab_deformable_detr", "dn_deformable_detr"])
+def test_ancestors_are_exported_with_dynamic_sizes(key):
+    export = pytest.importorskip("hf_dino.export")
+    model = FAMILY[key].make_model(**tiny_sizes(FAMILY[key])).eval()
+    program = export.make_program(model).module()
+    for shape in ((1, 320, 352), (3, 224, 416)):
+        pixel_values, mask = export.make_inputs(shape, seed=0)
+        with torch.no_grad():
+            logits, boxes = program(pixel_values, mask)
+            expected = model(pixel_values, mask)
+        torch.testing.assert_close(logits, expected.logits, atol=1e-4, rtol=0)
+        torch.testing.assert_close(boxes, expected.pred_boxes, atol=1e-5, rtol=0)

@@ -482,8 +482,9 @@ be detected."""
 
 
 def _names_of_coco(source_format: str) -> str:
+    number = CODE_BASES[source_format].num_labels
     return (
-        f" The checkpoint does not contain their names: {CODE_BASES[source_format].num_labels} classes are assumed to be COCO's. If they are "
+        f" The checkpoint does not contain their names: {number} classes are assumed to be COCO's. If they are "
         f"others, pass their names as `id2label` to `from_pretrained`."
     )
 

@@ -330,12 +330,22 @@ def test_a_device_map_leaves_nothing_on_meta(device_map, backbone, tmp_path):
     assert_same(predict(loaded), predict(model))
 
 
-@pytest.mark.parametrize("query_selection", ["mixed", "pure", "static"])
-def test_a_model_can_be_built_on_the_meta_device(query_selection):
+DN_DEFORMABLE = {
+    "query_selection": "static",
+    "denoising": "plain",
+    "box_refinement": "look_forward_once",
+    "positional_query": "conditional",
+    "decoder_norm": False,
+}
+STRATEGIES = [*({"query_selection": name} for name in ("mixed", "pure", "static")), DN_DEFORMABLE]
+
+
+@pytest.mark.parametrize("strategies", STRATEGIES, ids=lambda strategies: " ".join(map(str, strategies.values())))
+def test_a_model_can_be_built_on_the_meta_device(strategies):
     with torch.device("meta"):
-        model = DinoDetrForObjectDetection(tiny_config(query_selection=query_selection))
+        model = DinoDetrForObjectDetection(tiny_config(**strategies))
     assert all(tensor.is_meta for tensor in [*model.parameters(), *model.buffers()])
-    filled = tiny_model(query_selection=query_selection)
+    filled = tiny_model(**strategies)
     model.load_state_dict(filled.state_dict(), assign=True)
     assert_same(predict(model), predict(filled))
 
@@ -349,9 +359,9 @@ def offload_to_disk(model, folder):
 
 
 @pytest.mark.parametrize("offload", [offload_to_cpu, offload_to_disk])
-@pytest.mark.parametrize("query_selection", ["mixed", "pure", "static"])
-def test_weights_can_be_offloaded(offload, query_selection, tmp_path):
-    model = tiny_model(query_selection=query_selection)
+@pytest.mark.parametrize("strategies", STRATEGIES, ids=lambda strategies: " ".join(map(str, strategies.values())))
+def test_weights_can_be_offloaded(offload, strategies, tmp_path):
+    model = tiny_model(**strategies)
     expected = predict(model)
     offload(model, tmp_path)
     assert all(parameter.is_meta for parameter in model.parameters())

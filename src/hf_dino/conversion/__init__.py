@@ -1,4 +1,4 @@
-"""Convert checkpoints of DINO and of its ancestors in the formats of five code bases to model directories, and back."""
+"""Convert checkpoints of DINO and its ancestors, in the formats of five code bases, to model directories and back."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any

@@ -1,8 +1,8 @@
 """Settings of the code bases side by side, as data, and the configurations that they describe.
 
 The official code and those of DINO's ancestors store their settings in their files, mmdetection the text of its
-configuration, detrex nothing: sizes are then read from the shapes of the tensors. No configuration is executed: Python is parsed, and only literals and
-calls of `dict` are evaluated.
+configuration, detrex nothing: sizes are then read from the shapes of the tensors. No configuration is executed:
+Python is parsed, and only literals and calls of `dict` are evaluated.
 """
 
 import ast
