@@ -10,8 +10,6 @@ from .options import DeviceOption, MaxImagePixelsOption, log_to_terminal
 from .predict import _load_model
 
 
-
-
 def demo(
     context: typer.Context,
     model: Annotated[
