@@ -13,7 +13,15 @@ import typer
 
 from ..utils.errors import InputError, summarize_list
 from .options import DeviceOption, MaxImagePixelsOption, ModelOption, log_to_terminal
-from .predict_video import VIDEO_FORMATS, EndOption, EveryOption, StartOption, TrackOption, VideoOptions, detect_in_video
+from .predict_video import (
+    VIDEO_FORMATS,
+    EndOption,
+    EveryOption,
+    StartOption,
+    TrackOption,
+    VideoOptions,
+    detect_in_video,
+)
 
 
 if TYPE_CHECKING:
@@ -37,8 +45,8 @@ def predict(
         list[str],
         typer.Argument(
             metavar="IMAGE",
-            help="Images and videos: files, directories, quoted glob patterns, URLs, camera:0, or @FILE for a text file "
-            "with one of these per line.",
+            help="Images and videos: files, directories, quoted glob patterns, URLs, camera:0, or @FILE for a text "
+            "file with one of these per line.",
         ),
     ],
     model_name_or_path: ModelOption,
@@ -379,6 +387,15 @@ def _outside(output: Path, inputs: list["ImageInput"]) -> list["ImageInput"]:
     return [item for item in inputs if item not in inside]
 
 
+def _check_drawn_video(item: "ImageInput", drawing: Path) -> None:
+    from ..inference import Video
+
+    path = item.source.path if isinstance(item.source, Video) else None
+    is_same = path is not None and path.resolve() == drawing.resolve()
+    if isinstance(item.source, Video) and (is_same or drawing.suffix.lower() != ".mp4"):
+        raise InputError(f"{drawing}: a video is drawn into a new MP4 file; use another name, with .mp4")
+
+
 def _check_outputs(
     results: "ResultsDirectory", inputs: Sequence["ImageInput"], drawing: Path | None, resume: bool, overwrite: bool
 ) -> set[str]:
@@ -387,10 +404,8 @@ def _check_outputs(
     from ..utils.io import ensure_new_files
     from ..visualization import check_drawing_dependencies
 
-    if drawing and isinstance(video := inputs[0].source, Video):
-        if drawing.suffix.lower() != ".mp4" or (video.path and drawing.resolve() == video.path.resolve()):
-            raise InputError(f"{drawing}: a video is drawn into a new MP4 file; use another name, with .mp4")
     if drawing:
+        _check_drawn_video(inputs[0], drawing)
         ensure_new_files(*() if overwrite else (drawing,))
         check_drawing_dependencies(*() if isinstance(inputs[0].source, Video) else (drawing,))
         return set()

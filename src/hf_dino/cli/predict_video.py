@@ -80,8 +80,8 @@ TrackOption = Annotated[
     bool,
     typer.Option(
         "--track",
-        help="Give the objects in a video ids that they keep from frame to frame, and draw where they were in the last "
-        "second. Needs the extra `tracking`.",
+        help="Give the objects in a video ids that they keep from frame to frame, and draw where they were in the "
+        "last second. Needs the extra `tracking`.",
     ),
 ]
 
@@ -181,7 +181,7 @@ class _VideoRun:
         with ExitStack() as stack:
             audio = None if self.is_live else self.video
             writer = drawing and stack.enter_context(write_video(drawing, audio, is_excerpt=self.start > 0))
-            mot_file = mot and stack.enter_context(stack.enter_context(atomic_write(mot)).open("w"))
+            mot_file = stack.enter_context(stack.enter_context(atomic_write(mot)).open("w")) if mot else None
             pool = stack.enter_context(worker_threads(self.run.num_workers))
             frames = self._frames(drawing is not None, pool, ahead)
             if writer:
@@ -216,7 +216,7 @@ class _VideoRun:
                 rows = self._rows(frame, result)
             yield _Shown(frame, result, rows, self.tracker.trails() if self.tracker else {})
 
-    def _streams(self, with_all: bool) -> tuple[Iterable["VideoFrame"], Iterable["VideoFrame"]]:
+    def _streams(self, with_all: bool) -> Sequence[Iterable["VideoFrame"]]:
         """Return the frames to show, and the same frames for the detector, which is a few ahead."""
         from ..inference import VideoReader
 

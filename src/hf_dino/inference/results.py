@@ -44,7 +44,7 @@ logger = logging.getLogger(__name__)
 
 Record = dict[str, Any]
 """What the journal has of an image: `image`, `file_name`, `width`, `height`, `detections`. A frame of a video also has
-`frame` and `seconds`, the last one of a complete video `last`, and its detections have `track` if objects are tracked."""
+`frame` and `seconds`, the last one of a complete video `last`, and tracked detections `track`."""
 
 SETTINGS = ".predict.json"
 JOURNAL = "results.jsonl"
@@ -200,7 +200,7 @@ class ResultsDirectory:
             file.truncate(end)
 
     def _drop_partial_videos(self) -> None:
-        """Remove the frames of videos whose last frame is not in the journal: a video starts again from its beginning."""
+        """Remove the frames of videos whose last frame is missing: these begin again from their first one."""
         complete = {each["image"] for each in self.records() if each.get("last", "frame" not in each)}
         if all(each["image"] in complete for each in self.records()):
             return

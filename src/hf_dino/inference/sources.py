@@ -24,9 +24,12 @@ from ..utils.io import read_lines
 logger = logging.getLogger(__name__)
 
 VIDEO_EXTENSIONS = frozenset(
-    ".3g2 .3gp .asf .avi .dv .f4v .flv .h264 .h265 .hevc .ivf .m2ts .m2v .m4v .mkv .mov .mp4 .mpeg .mpg .mts "
-    ".mxf .nut .ogm .ogv .rm .rmvb .ts .vob .webm .wmv .y4m".split()
-)
+    {
+        ".3g2", ".3gp", ".asf", ".avi", ".dv", ".f4v", ".flv", ".h264", ".h265", ".hevc", ".ivf", ".m2ts", ".m2v",
+        ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".mts", ".mxf", ".nut", ".ogm", ".ogv", ".rm", ".rmvb", ".ts",
+        ".vob", ".webm", ".wmv", ".y4m",
+    }
+)  # fmt: skip
 """Extensions of video files, in lower case."""
 
 LIVE_ADDRESSES = ("camera:", "rtsp://", "rtsps://", "rtmp://", "rtmps://", "rtp://", "udp://", "srt://")
@@ -136,7 +139,7 @@ class UrlImage:
 
 
 def find_inputs(arguments: Iterable[str], recursive: bool = False) -> list[ImageInput]:
-    """Expand the arguments of a command line into images and videos. Only names are read, in the order of the arguments.
+    """Expand the arguments of a command line into images and videos, in their order. Only names are read.
 
     A directory is expanded into its images, sorted by name, without hidden files; one without images, into its videos.
     The rest of what it contains is logged, but for texts and annotations. It is the same with patterns.
@@ -200,7 +203,9 @@ def _warn_about_videos(argument: str, videos: Sequence[Path]) -> None:
     """Log the videos next to images: phones store a short one for each photo, and a video takes long."""
     if videos:
         names = summarize_list(file.name for file in videos)
-        logger.warning("%s: %d videos next to images: not used unless they are named; %s", argument, len(videos), names)
+        logger.warning(
+            "%s: %d videos next to images: not used unless they are named; %s", argument, len(videos), names
+        )
 
 
 def _expand_list(path: Path, recursive: bool) -> list[ImageInput]:
