@@ -66,12 +66,12 @@ class Video:
 
     @property
     def is_camera(self) -> bool:
-        """Whether it is a camera of this machine."""
+        """`True` for a camera of this machine."""
         return self.address.lower().startswith(LIVE_ADDRESSES[0])
 
     @property
     def is_live(self) -> bool:
-        """Whether it is sent while it is recorded, so that it can be read only once."""
+        """`True` for what is sent while it is recorded, so that it can be read only once."""
         return self.address.lower().startswith(LIVE_ADDRESSES)
 
     @property

@@ -100,7 +100,7 @@ class VideoFrame:
 
     @property
     def has_alpha(self) -> bool:
-        """Whether parts may be transparent."""
+        """`True` if parts may be transparent."""
         return any(component.is_alpha for component in self.pixels.format.components)
 
     @property
