@@ -2,8 +2,6 @@
 
 import functools
 import http.server
-import json
-import os
 import shutil
 import threading
 from itertools import islice
@@ -11,7 +9,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
 
 from helpers.models import tiny_model
 from helpers.videos import RATE, facts, make_video, numbered_frame
@@ -205,10 +202,15 @@ def test_what_is_not_a_video_is_refused_in_one_line(tmp_path):
 def test_a_file_appears_when_it_is_complete(tmp_path):
     source = make_video(tmp_path / "a.mp4")
     (tmp_path / "out.mp4").write_text("before")
-    with pytest.raises(RuntimeError, match="in between"), write_video(tmp_path / "out.mp4") as writer:
-        for item in read_video(source):
-            writer.write(item.source.to_image(), item.source)
-        raise RuntimeError("in between")
+
+    def interrupted():
+        with write_video(tmp_path / "out.mp4") as writer:
+            for item in read_video(source):
+                writer.write(item.source.to_image(), item.source)
+            raise RuntimeError("in between")
+
+    with pytest.raises(RuntimeError, match="in between"):
+        interrupted()
     assert (tmp_path / "out.mp4").read_text() == "before"
     with write_video(tmp_path / "none.mp4"):
         pass
@@ -301,7 +303,9 @@ def test_weak_detections_continue_a_track_but_are_no_results():
     assert not tracker.trails()
 
 
-PAGE = """<video id="video" src="{}" muted playsinline></video><script>document.getElementById("video").play()</script>"""
+PAGE = (
+    """<video id="video" src="{}" muted playsinline></video><script>document.getElementById("video").play()</script>"""
+)
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
@@ -313,7 +317,9 @@ def test_a_browser_plays_it(tmp_path):
     handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=tmp_path)
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server, playwright.sync_playwright() as driver:
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        browser = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--autoplay-policy=no-user-gesture-required"])
+        browser = driver.chromium.launch(
+            executable_path=CHROMIUM, args=["--no-sandbox", "--autoplay-policy=no-user-gesture-required"]
+        )
         page = browser.new_page()
         page.goto(f"http://127.0.0.1:{server.server_port}/index.html")
         page.wait_for_function("video.currentTime > 0.3 || video.error", timeout=30_000)

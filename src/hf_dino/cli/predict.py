@@ -245,6 +245,15 @@ def _outside(output: Path, inputs: list["ImageInput"]) -> list["ImageInput"]:
     return [item for item in inputs if item not in inside]
 
 
+def _check_drawn_video(item: "ImageInput", drawing: Path) -> None:
+    from ..inference import Video
+
+    path = item.source.path if isinstance(item.source, Video) else None
+    is_same = path is not None and path.resolve() == drawing.resolve()
+    if isinstance(item.source, Video) and (is_same or drawing.suffix.lower() != ".mp4"):
+        raise InputError(f"{drawing}: a video is drawn into a new MP4 file; use another name, with .mp4")
+
+
 def _check_outputs(
     results: "ResultsDirectory", inputs: Sequence["ImageInput"], drawing: Path | None, resume: bool, overwrite: bool
 ) -> None:
@@ -253,18 +262,13 @@ def _check_outputs(
     from ..utils.io import ensure_new_files
     from ..visualization import check_drawing_dependencies
 
-    if drawing and isinstance(video := inputs[0].source, Video) and not _is_new_mp4(drawing, video.path):
-        raise InputError(f"{drawing}: a video is drawn into a new MP4 file; use another name, with .mp4")
     if drawing:
+        _check_drawn_video(inputs[0], drawing)
         ensure_new_files(*() if overwrite else (drawing,))
         check_drawing_dependencies(*() if isinstance(inputs[0].source, Video) else (drawing,))
     else:
         results.check_inputs(inputs)
         results.check_previous(inputs, resume=resume, overwrite=overwrite)
-
-
-def _is_new_mp4(drawing: Path, video: Path | None) -> bool:
-    return drawing.suffix.lower() == ".mp4" and (video is None or drawing.resolve() != video.resolve())
 
 
 def _load_model(name: str, device: str | None, dtype: str, compile: bool) -> tuple[Any, Any]:

@@ -324,6 +324,7 @@ def worker_threads(num_workers: int) -> Iterator[Executor | None]:
         if pool:
             pool.shutdown(cancel_futures=True)
 
+
 def _crop(result: ImageResult, box: Box) -> Image.Image | None:
     """Return a part of an image, `None` if it cannot be read."""
     if result.image is None or result.error:

@@ -24,9 +24,12 @@ from ..utils.io import read_lines
 logger = logging.getLogger(__name__)
 
 VIDEO_EXTENSIONS = frozenset(
-    ".3g2 .3gp .asf .avi .dv .f4v .flv .h264 .h265 .hevc .ivf .m2ts .m2v .m4v .mkv .mov .mp4 .mpeg .mpg .mts "
-    ".mxf .nut .ogm .ogv .rm .rmvb .ts .vob .webm .wmv .y4m".split()
-)
+    {
+        ".3g2", ".3gp", ".asf", ".avi", ".dv", ".f4v", ".flv", ".h264", ".h265", ".hevc", ".ivf", ".m2ts", ".m2v",
+        ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".mts", ".mxf", ".nut", ".ogm", ".ogv", ".rm", ".rmvb", ".ts",
+        ".vob", ".webm", ".wmv", ".y4m",
+    }
+)  # fmt: skip
 """Extensions of video files, in lower case."""
 
 LIVE_ADDRESSES = ("camera:", "rtsp://", "rtsps://", "rtmp://", "rtmps://", "rtp://", "udp://", "srt://")
@@ -63,12 +66,12 @@ class Video:
 
     @property
     def is_camera(self) -> bool:
-        """Whether it is a camera of this machine."""
+        """`True` for a camera of this machine."""
         return self.address.lower().startswith(LIVE_ADDRESSES[0])
 
     @property
     def is_live(self) -> bool:
-        """Whether it is sent while it is recorded, so that it can be read only once."""
+        """`True` for what is sent while it is recorded, so that it can be read only once."""
         return self.address.lower().startswith(LIVE_ADDRESSES)
 
     @property
@@ -136,7 +139,7 @@ class UrlImage:
 
 
 def find_inputs(arguments: Iterable[str], recursive: bool = False) -> list[ImageInput]:
-    """Expand the arguments of a command line into images and videos. Only names are read, in the order of the arguments.
+    """Expand the arguments of a command line into images and videos, in their order. Only names are read.
 
     A directory is expanded into its images, sorted by name, without hidden files; one without images, into its videos.
     The rest of what it contains is logged, but for texts and annotations. It is the same with patterns.

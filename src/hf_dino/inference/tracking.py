@@ -18,8 +18,8 @@ Point = tuple[float, float]  # x, y in pixels
 class ObjectTracker:
     """Track the objects of one video.
 
-    Detections from `threshold` on begin tracks. Those below, from 0.1 on, only continue them: they are not results, but
-    help an object that is partly hidden to keep its id. Classes are not compared.
+    Detections from `threshold` on begin tracks. Those below, from 0.1 on, only continue them: they are no results, but
+    help a partly hidden object to keep its id. Classes are not compared.
 
     Args:
         threshold (`float`): Lowest score of a detection that is a result.

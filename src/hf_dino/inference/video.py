@@ -34,7 +34,7 @@ _DEVICES: dict[str, tuple[str, str, dict[str, str]]] = {  # by `sys.platform`: n
 }
 
 _MP4_AUDIO = frozenset({"aac", "ac3", "alac", "eac3", "flac", "mp3", "opus"})  # which players know in an MP4 file
-# without B-frames, a frame is stored at its time stamp, so that the last one ends when it should at a variable rate too
+# without B-frames, frames are stored in order, so that the last one also lasts as long as it should
 _X264 = {"preset": "veryfast", "crf": "20", "bf": "0"}
 _MPEG_RANGE, _BT709, _BT601 = 1, 1, 5
 _COLOR_SPACES = {1: _BT709, 4: 4, 5: _BT601, 6: _BT601, 7: 7, 9: 9}  # in frames -> of swscale
@@ -71,7 +71,8 @@ class VideoFrame:
         time (`Fraction`): Time stamp in seconds from the start of the video.
         duration (`Fraction`): Seconds for which it is shown, as far as the file states it.
         pixels (`av.VideoFrame`): The stored pixels.
-        pixel_ratio (`Fraction`): Width of a stored pixel divided by its height.
+        transpose (`Image.Transpose`, *optional*): How they have to be turned.
+        pixel_ratio (`Fraction`): Width of a pixel of the upright image divided by its height.
     """
 
     video: Video
@@ -79,6 +80,7 @@ class VideoFrame:
     time: Fraction
     duration: Fraction
     pixels: Any
+    transpose: Image.Transpose | None
     pixel_ratio: Fraction
 
     def __str__(self) -> str:
@@ -98,7 +100,7 @@ class VideoFrame:
 
     @property
     def has_alpha(self) -> bool:
-        """Whether parts may be transparent."""
+        """`True` if parts may be transparent."""
         return any(component.is_alpha for component in self.pixels.format.components)
 
     @property
@@ -106,17 +108,12 @@ class VideoFrame:
         """The color space of YUV values. If it is unspecified, it follows from the height, as in players."""
         return _COLOR_SPACES.get(self.pixels.colorspace, _BT709 if self.pixels.height > 576 else _BT601)
 
-    @property
-    def transpose(self) -> Image.Transpose | None:
-        """How the stored pixels have to be turned."""
-        matrix = self.pixels.side_data.get("DISPLAYMATRIX")
-        a, b, _, c, d = (1, 0, 0, 0, 1) if matrix is None else np.frombuffer(bytes(matrix), np.int32)[:5] / 65536
-        return _TRANSPOSES.get((round(a), round(b), round(c), round(d)))
 
-    @property
-    def aspect_ratio(self) -> Fraction:
-        """Width of a pixel of the upright image divided by its height."""
-        return 1 / self.pixel_ratio if self.transpose in _SWAPS_SIDES else self.pixel_ratio
+def _get_transpose(pixels: Any) -> Image.Transpose | None:
+    """Return how the stored pixels of a frame have to be turned."""
+    matrix = pixels.side_data.get("DISPLAYMATRIX")
+    a, b, _, c, d = (1, 0, 0, 0, 1) if matrix is None else np.frombuffer(bytes(matrix), np.int32)[:5] / 65536
+    return _TRANSPOSES.get((round(a), round(b), round(c), round(d)))
 
 
 def open_video(video: Video) -> Any:
@@ -166,7 +163,8 @@ class VideoReader:
         self.stream = self._find_stream()
         self.stream.thread_type = "AUTO"
         self.rate = self.stream.average_rate or self.stream.guessed_rate or _DEFAULT_RATE
-        self.pixel_ratio = self.stream.sample_aspect_ratio or Fraction(1)
+        self._stored_ratio = self.stream.sample_aspect_ratio or Fraction(1)
+        self._transpose: Image.Transpose | None = None
         # in seconds, if the file states it
         self.duration = self.container.duration and Fraction(self.container.duration, 1_000_000)
         self.stream_frames = self.stream.frames  # 0 if the file does not state it
@@ -214,11 +212,7 @@ class VideoReader:
                 break
             self._last_time, next_time = time, time + duration
             if time >= self.start:
-                self._warn_about(
-                    frame := VideoFrame(self.video, self.num_frames, time, duration, pixels, self.pixel_ratio)
-                )
-                self.num_frames += 1
-                yield frame
+                yield self._to_frame(pixels, time, duration)
         else:
             self.is_complete = True
         self._note_faults(origin or Fraction(0))
@@ -250,13 +244,17 @@ class VideoReader:
         self.num_damaged += sum(frame.is_corrupt for frame in frames)
         return frames
 
-    def _warn_about(self, frame: VideoFrame) -> None:
-        if frame.index:
-            return
-        if frame.has_alpha:
+    def _to_frame(self, pixels: Any, time: Fraction, duration: Fraction) -> VideoFrame:
+        # only of the first frame, since reading it makes a cycle of references, which keeps the pixels for long
+        self._transpose = self._transpose if self.num_frames else _get_transpose(pixels)
+        ratio = 1 / self._stored_ratio if self._transpose in _SWAPS_SIDES else self._stored_ratio
+        frame = VideoFrame(self.video, self.num_frames, time, duration, pixels, self._transpose, ratio)
+        self.num_frames += 1
+        if frame.index == 0 and frame.has_alpha:
             logger.warning("%s: transparent parts, if any, are blended with white", self.video)
-        if frame.pixels.color_trc in _HDR_TRANSFERS:
+        if frame.index == 0 and pixels.color_trc in _HDR_TRANSFERS:
             logger.warning("%s: its HDR colors are used as they are, paler than those of images", self.video)
+        return frame
 
     def _note_faults(self, origin: Fraction) -> None:
         if self.num_moved:
@@ -375,14 +373,14 @@ class VideoWriter:
 
     def _set_codec(self, codec: Any, frame: VideoFrame) -> None:
         pixels = frame.pixels
-        codec.pix_fmt, codec.sample_aspect_ratio = "yuv420p", frame.aspect_ratio
+        codec.pix_fmt, codec.sample_aspect_ratio = "yuv420p", frame.pixel_ratio
         codec.framerate, codec.time_base = 1 / frame.duration, pixels.time_base
         codec.flags |= _av().codec.context.Flags.frame_duration
         codec.color_range, codec.colorspace = _MPEG_RANGE, _TAGS[frame.color_space]
         codec.color_primaries, codec.color_trc = pixels.color_primaries, pixels.color_trc
 
     def _to_yuv(self, image: Image.Image, frame: VideoFrame) -> Any:
-        if image.size != self._size:
+        if self._size and image.size != self._size:
             image = image.resize(self._size)
         missing = [(0, image.height % 2), (0, image.width % 2), (0, 0)]
         rgb = _av().VideoFrame.from_ndarray(np.pad(np.asarray(image), missing, mode="edge"), format="rgb24")

@@ -107,7 +107,7 @@ class _VideoRun:
         with ExitStack() as stack:
             audio = None if self.is_live else self.video
             writer = drawing and stack.enter_context(write_video(drawing, audio, is_excerpt=self.start > 0))
-            mot_file = mot and stack.enter_context(stack.enter_context(atomic_write(mot)).open("w"))
+            mot_file = stack.enter_context(stack.enter_context(atomic_write(mot)).open("w")) if mot else None
             pool = stack.enter_context(worker_threads(self.run.num_workers))
             frames = self._frames(drawing is not None, pool, ahead)
             if writer:
@@ -140,7 +140,7 @@ class _VideoRun:
                 rows = self._rows(frame, result)
             yield _Shown(frame, result, rows, self.tracker.trails() if self.tracker else {})
 
-    def _streams(self, with_all: bool) -> tuple[Iterable[VideoFrame], Iterable[VideoFrame]]:
+    def _streams(self, with_all: bool) -> Sequence[Iterable[VideoFrame]]:
         """Return the frames to show, and the same frames for the detector, which is a few ahead."""
         if not with_all:
             return tee(filter(self._is_due, self.reader))
