@@ -256,6 +256,15 @@ def test_one_image_is_no_plural(run, capsys):
         run("images/02.png", output="broken")
 
 
+@pytest.mark.parametrize("output", ["notes", "notes/out"])
+def test_an_output_that_cannot_be_a_directory_is_said_at_once(run, output):
+    Path("notes").touch()
+    with pytest.raises(
+        InputError, match=rf"^{output}: cannot be a directory, since .*notes is a file; use a different"
+    ):
+        run("images", "--save=jsonl", output=output)
+
+
 def test_an_image_is_given_once(run):
     with pytest.raises(InputError, match=r"^images/00\.png: given more than once; give each image once$"):
         run("images", "images/00.png")

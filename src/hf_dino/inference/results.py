@@ -194,8 +194,11 @@ class ResultsDirectory:
             overwrite (`bool`): Whether to replace its results.
 
         Raises:
-            InputError: If something would be overwritten, or the run to resume had other settings.
+            InputError: If something would be overwritten, the run to resume had other settings, or the directory
+                cannot be one.
         """
+        if file := next((path for path in (self.folder, *self.folder.absolute().parents) if path.is_file()), None):
+            raise InputError(f"{self.folder}: cannot be a directory, since {file} is a file; use a different --output")
         previous = self._previous_settings() if resume else None
         if previous is None and not overwrite:
             self.check_new(inputs, resume)

@@ -290,7 +290,8 @@ def _find_images(
     if lost := [row for row in missing if row not in renamed]:
         examples = summarize_list(f"{(paths[row] or 'no name')[:_MAX_TEXT]} (row {row})" for row in lost)
         builder.on_error(
-            f"{builder.title}: {count_of(len(lost), 'image')} not found: {examples}. Restore them, or remove their rows"
+            f"{builder.title}: {count_of(len(lost), 'image')} not found: {examples}. Restore them, or remove their "
+            f"rows"
         )
     images: dict[int, ImageSource | None] = {
         row: TableImage(encoded, column, row, builder.title) for row in range(len(paths))
