@@ -60,6 +60,7 @@ API = {
     "evaluation": ("Evaluation", ["evaluation"]),
     "inference": ("Inference", ["inference"]),
     "drawing": ("Drawing", ["visualization"]),
+    "inspection": ("Inspection", ["inspection"]),
     "export": ("Export", ["export", "exported"]),
     "conversion": ("Conversion", ["conversion"]),
     "hub": ("Model folders and the Hub", ["hub", "model_info", "model_card"]),
