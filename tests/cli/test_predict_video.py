@@ -335,7 +335,7 @@ def test_memory_does_not_grow_with_the_length(run, every):
         peaks.append(int(child.stderr.split()[-1]) / 1024)
         drawn = facts_of_duration(Path(f"out{num_frames}/{num_frames}.mp4"))
         assert drawn == pytest.approx(num_frames / RATE, abs=1 / RATE)
-    assert peaks[1] < peaks[0] + 60, peaks
+    assert peaks[1] < peaks[0] + 100, peaks  # MiB; the frames alone would be 300
 
 
 def facts_of_duration(path):

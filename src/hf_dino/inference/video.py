@@ -330,6 +330,15 @@ def write_video(path: str | Path, audio: Video | None = None, is_excerpt: bool =
         writer.finish()
 
 
+@contextmanager
+def _plain_errors(path: Path) -> Iterator[None]:
+    """Turn errors of FFmpeg, such as that of a full disk, into those of Python, which can be given a file name."""
+    try:
+        yield
+    except _av().FFmpegError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
+
+
 class VideoWriter:
     """Append images to an MP4 file; see [`write_video`]."""
 
@@ -361,6 +370,7 @@ class VideoWriter:
 
     def _begin(self, image: Image.Image, frame: VideoFrame) -> None:
         temporary = self._files.enter_context(atomic_write(self.path))
+        self._files.enter_context(_plain_errors(self.path))
         options = {"movflags": "faststart"}  # so that players need not read the end of the file first
         self._container = self._files.enter_context(_av().open(str(temporary), "w", container_options=options))
         self._stream = self._container.add_stream("libx264", options=_X264)
