@@ -138,6 +138,7 @@ def find_objects(model: Any, processor: Any, path: Path) -> Finding:
     if result.image is None:
         return Finding(text=result.error.replace(str(path), path.name))
     image, detections = result.image, result.detections
+    assert isinstance(image, Image.Image)  # only tiles are read from a file in parts
     text = f"{time.perf_counter() - start:.2f} s on {model.device}, {image.width} x {image.height} pixels"
     inspection = None
     if isinstance(recorder, Recorder):

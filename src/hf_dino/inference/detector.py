@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from transformers import BaseImageProcessor
 
-from ..data.images import ImageSource, read_image, warn_once
+from ..data.images import read_image, warn_once
 from ..data.large_images import LargeImage, open_image
 from ..registration import DinoDetrForObjectDetection
 from ..utils.errors import InputError
@@ -236,7 +236,7 @@ class Detector:
         self._warn_about_long_objects(best["boxes"], image.result.input.source)
         return best
 
-    def _warn_about_long_objects(self, boxes: torch.Tensor, source: ImageSource) -> None:
+    def _warn_about_long_objects(self, boxes: torch.Tensor, source: object) -> None:
         overlap = (self.options.tile or 0) * self.options.tile_overlap
         sides = (boxes[:, 2:] - boxes[:, :2]).amax(dim=1)
         longer = sides[sides > overlap]

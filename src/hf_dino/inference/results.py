@@ -496,8 +496,9 @@ def draw_rows(image: Pixels, detections: Sequence[Record], classes: Mapping[int,
             f"formats, and crops, are of full size",
         )
     drawn = image if isinstance(image, Image.Image) and factor == 1 else image.reduce(factor)
-    boxes, tracks = np.array(boxes).reshape(-1, 4) / factor, [each.get("track") for each in detections]
-    return draw_detections(drawn, boxes, names, scores, classes.values(), tracks, **options)
+    tracks = [each.get("track") for each in detections]
+    reduced = np.array(boxes).reshape(-1, 4) / factor
+    return draw_detections(drawn, reduced, names, scores, classes.values(), tracks, **options)
 
 
 def _to_task(record: Record) -> Record:
