@@ -447,7 +447,7 @@ def test_verify_is_a_command(detectors, model, processor, capsys):
     processor.save_pretrained("other")
     with pytest.raises(export.DifferenceError, match="was exported from a model with other weights"):
         hf_dino(["verify", "model.onnx", "--model=other"])
-    assert hf_dino(["verify", "gone.onnx", "--model=tiny"]) == 2
+    assert exit_status(["verify", "gone.onnx", "--model=tiny"]) == 2
 
 
 def test_benchmark_is_a_table_of_this_machine(detectors, capsys):
@@ -477,7 +477,7 @@ def test_benchmark_is_a_table_of_this_machine(detectors, capsys):
     ],
 )
 def test_wrong_use_of_benchmark_is_one_line_and_status_2(arguments, message, detectors, capsys):
-    assert hf_dino(["benchmark", "--model=tiny", *arguments]) == 2
+    assert exit_status(["benchmark", "--model=tiny", *arguments]) == 2
     (line,) = [each for each in capsys.readouterr().err.splitlines() if each.startswith("error: ")]
     assert message in line
 
@@ -518,9 +518,9 @@ def test_a_dataset_without_a_split_to_judge_on_is_status_2(detectors, shapes, ca
         (Path(split) / split).symlink_to(shapes / split)
         (Path(split) / f"{split}.json").symlink_to(shapes / f"{split}.json")
     arguments = ["export", "tiny", "--output=a.onnx", "--precision=int8"]
-    assert hf_dino([*arguments, "--data=train"]) == 2
+    assert exit_status([*arguments, "--data=train"]) == 2
     assert "needs the splits train and validation (or test), it has train" in capsys.readouterr().err
-    assert hf_dino([*arguments, "--data=val"]) == 2
+    assert exit_status([*arguments, "--data=val"]) == 2
     assert "it has validation; make them with hf-dino data split" in capsys.readouterr().err
 
 

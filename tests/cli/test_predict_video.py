@@ -18,7 +18,7 @@ from helpers.videos import RATE, facts, make_video, numbered_frame
 from hf_dino import DinoDetrImageProcessor
 from hf_dino.cli import predict_video
 from hf_dino.data import InputError
-from hf_dino.inference import VIDEO_FORMATS, ResultsDirectory, results, video
+from hf_dino.inference import VIDEO_FORMATS, ResultsDirectory, video, video_run
 
 
 NUM_FRAMES = 12
@@ -62,7 +62,8 @@ def files(folder="out"):
 def test_all_formats_have_every_frame(run):
     assert run("clip.mp4", f"--save={','.join(VIDEO_FORMATS)}", "--track") == 0
     assert files() == {
-        ".predict.json", "clip.mp4", "clip.mot.txt", "results.jsonl", "results.json", "results.csv", "coco.json"
+        ".predict.json", ".predict.lock", "clip.mp4", "clip.mot.txt",
+        "results.jsonl", "results.json", "results.csv", "coco.json",
     }  # fmt: skip
     rows = journal()
     assert [row["frame"] for row in rows] == [*range(NUM_FRAMES)]
@@ -105,13 +106,13 @@ def test_the_detections_are_those_of_the_frames_as_images(run):
 
 def test_every_nth_frame_is_detected_in_and_the_others_show_its_detections(run, monkeypatch):
     shown = []
-    draw = results.draw_rows
+    draw = video_run.draw_rows
 
     def record(image, detections, *arguments, **options):
         shown.append([each["box"] for each in detections])
         return draw(image, detections, *arguments, **options)
 
-    monkeypatch.setattr(results, "draw_rows", record)
+    monkeypatch.setattr(video_run, "draw_rows", record)
     assert run("clip.mp4", "--save=images,jsonl", "--every=5", "--start=0.08", "--num_workers=0") == 0
     rows = journal()
     assert [(row["frame"], row["seconds"]) for row in rows] == [(0, 0.08), (5, 0.28)]

@@ -14,7 +14,7 @@ import pytest
 from huggingface_hub import metadata_load
 from PIL import Image
 
-from helpers.command_line import hf_dino
+from helpers.command_line import exit_status, hf_dino
 from helpers.models import tiny_model
 from hf_dino import DinoDetrImageProcessor
 from hf_dino.utils.errors import InputError
@@ -127,7 +127,7 @@ def test_options_of_the_page_are_refused_with_a_space(model, tmp_path, capsys):
 def test_a_missing_model_is_one_line_and_exit_status_2(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").mkdir()
-    assert hf_dino(["demo", "--model", "empty"]) == 2
+    assert exit_status(["demo", "--model", "empty"]) == 2
     assert capsys.readouterr().err == "error: empty: is not a model directory (it has no config.json)\n"
 
 

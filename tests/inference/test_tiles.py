@@ -63,7 +63,7 @@ def test_objects_smaller_than_the_overlap_are_found_once(seed):
     halves = 8 + 12 * torch.rand(35, 2, generator=generator)
     boxes = torch.cat([centers - halves, centers + halves], dim=1).clamp(min=0)
     tiles = tile_boxes(size, 160, 0.3)
-    merged = merge_tiles(tiles, [in_tile(boxes, tile) for tile in tiles], size, 0.3, None)
+    merged = merge_tiles(tiles, [in_tile(boxes, tile) for tile in tiles], size, 48, 0.3, None)
     order = merged["boxes"].sum(dim=1).argsort()
     torch.testing.assert_close(merged["boxes"][order], boxes[boxes.sum(dim=1).argsort()], rtol=0, atol=1e-3)
     assert (merged["scores"] == 0.9).all()
@@ -72,10 +72,17 @@ def test_objects_smaller_than_the_overlap_are_found_once(seed):
 def test_a_box_at_the_border_of_the_image_is_not_cut():
     boxes = torch.tensor([[0.0, 0.0, 40.0, 50.0], [60.0, 60.0, 100.0, 90.0]])
     found = {"scores": torch.tensor([0.9, 0.8]), "labels": torch.tensor([0, 0]), "boxes": boxes}
-    alone = merge_tiles([(0, 0, 100, 100)], [found], (100, 100), 0.0, None)
+    alone = merge_tiles([(0, 0, 100, 100)], [found], (100, 100), 50, 0.0, None)
     assert alone["scores"].tolist() == pytest.approx([0.9, 0.8])
-    seamed = merge_tiles([(0, 0, 100, 100)], [found], (200, 100), 0.0, None)  # the second box ends at a seam
+    seamed = merge_tiles([(0, 0, 100, 100)], [found], (200, 100), 50, 0.0, None)  # the second box ends at a seam
     assert seamed["scores"].tolist() == pytest.approx([0.9, 0.08])
+
+
+def test_a_cut_box_that_no_tile_can_see_whole_keeps_its_score():
+    found = {"scores": torch.tensor([0.9]), "labels": torch.tensor([0]), "boxes": torch.tensor([[60.0, 10, 100, 90]])}
+    for overlap, score in ((41, 0.09), (40, 0.9)):  # it is 40 pixels long across the seam
+        merged = merge_tiles([(0, 0, 100, 100)], [found], (200, 100), overlap, 0.0, None)
+        assert merged["scores"].tolist() == pytest.approx([score])
 
 
 @pytest.fixture(scope="module")
@@ -97,7 +104,7 @@ def test_tiles_are_detected_in_as_images_of_their_own(detector, monkeypatch):
             rows = detect_objects(*detector, image.crop(tile), 0.002)
             columns = {"scores": "score", "labels": "label", "boxes": "box"}
             found.append({name: torch.tensor([row[key] for row in rows]) for name, key in columns.items()})
-        expected = merge_tiles(tiles, found, image.size, 0.002, None)
+        expected = merge_tiles(tiles, found, image.size, 20, 0.002, None)
         for result in results:
             best = result.detections[:10]
             torch.testing.assert_close(
@@ -124,7 +131,7 @@ def test_a_box_is_the_mean_of_those_that_other_tiles_have_of_the_object():
     tiles, size = [(0, 0, 100, 100), (50, 0, 150, 100)], (150, 100)
     left = detections([[52.0, 20.0, 92.0, 60.0], [10.0, 10.0, 30.0, 30.0]], [0.9, 0.8], [0, 0])
     right = detections([[6.0, 20.0, 46.0, 60.0], [3.5, 20.0, 43.5, 60.0]], [0.3, 0.7], [0, 1])
-    merged = merge_tiles(tiles, [left, right], size, 0.1, None)
+    merged = merge_tiles(tiles, [left, right], size, 50, 0.1, None)
     # 52 with a weight of 0.9 and 56 with 0.3; the third is of another class
     expected = [[53.0, 20.0, 93.0, 60.0], [10.0, 10.0, 30.0, 30.0], [53.5, 20.0, 93.5, 60.0]]
     torch.testing.assert_close(merged["boxes"], torch.tensor(expected))
@@ -141,7 +148,7 @@ def test_means_are_those_of_all_pairs(seed):
     tile, size = (100, 100, 200, 200), (300, 300)  # nothing is near a seam but by chance
     inside = (boxes.min(dim=1).values > 3) & (boxes.max(dim=1).values < 97)
     boxes, scores, labels = boxes[inside], scores[inside], labels[inside]
-    merged = merge_tiles([tile], [{"boxes": boxes, "scores": scores, "labels": labels}], size, 0.0, 0.5)
+    merged = merge_tiles([tile], [{"boxes": boxes, "scores": scores, "labels": labels}], size, 50, 0.0, 0.5)
     for score, label, box in zip(merged["scores"], merged["labels"], merged["boxes"], strict=True):
         (index,) = ((scores == score) & (labels == label)).nonzero()[0]
         same = (box_iou(boxes[index : index + 1], boxes)[0] > SAME_IOU) & (labels == label)
@@ -156,7 +163,7 @@ def test_a_translated_object_has_translated_detections(shift):
     merged = []
     for moved in (boxes, boxes + torch.tensor([*shift, *shift])):
         tiles = tile_boxes(size, 160, 0.5)
-        merged.append(merge_tiles(tiles, [in_tile(moved, tile) for tile in tiles], size, 0.3, None))
+        merged.append(merge_tiles(tiles, [in_tile(moved, tile) for tile in tiles], size, 80, 0.3, None))
     torch.testing.assert_close(merged[1]["boxes"], merged[0]["boxes"] + torch.tensor([*shift, *shift]))
     assert torch.equal(merged[1]["scores"], merged[0]["scores"])
 
@@ -165,7 +172,7 @@ def test_the_order_of_tiles_and_objects_of_other_classes_do_not_matter():
     size, tiles = (500, 400), tile_boxes((500, 400), 160, 0.4)
     boxes = torch.tensor([[90.0, 90.0, 150.0, 140.0], [95.0, 92.0, 155.0, 141.0], [300.0, 200.0, 340.0, 260.0]])
     found = [in_tile(boxes, tile) for tile in tiles]
-    merged, turned = (merge_tiles(tiles[::s], found[::s], size, 0.3, None)["boxes"] for s in (1, -1))
+    merged, turned = (merge_tiles(tiles[::s], found[::s], size, 64, 0.3, None)["boxes"] for s in (1, -1))
     torch.testing.assert_close(merged[merged[:, 0].argsort()], turned[turned[:, 0].argsort()])
     assert len(merged) == 3
 

@@ -231,7 +231,8 @@ class Detector:
         if len(tiles) == 1:
             return found[0]
         assert image.result.image is not None
-        merged = merge_tiles(tiles, found, image.result.image.size, options.threshold, options.nms_iou)
+        overlap = (options.tile or 0) * options.tile_overlap
+        merged = merge_tiles(tiles, found, image.result.image.size, overlap, options.threshold, options.nms_iou)
         best = {name: values[: self._top_k] for name, values in merged.items()}
         self._warn_about_long_objects(best["boxes"], image.result.input.source)
         return best

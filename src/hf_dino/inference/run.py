@@ -56,7 +56,7 @@ class PredictionRun:
     ):
         self.detector, self.results, self.queue, self.video_options = detector, results, queue, video_options
         self.num_workers, self.quiet = num_workers, quiet or queue.rank > 0
-        self.kinds = "image"
+        self.kinds = "images"
         self.total = self.num_skipped = self.num_images = self.num_videos = self.num_frames = 0
         self.errors: dict[str, str] = {}
         self.objects: Counter[str] = Counter()
@@ -67,11 +67,11 @@ class PredictionRun:
         """Draw one image or video into a file."""
         self.total, self.target = 1, target
         if isinstance(item.source, Video):
-            self.kinds = "video"
+            self.kinds = "videos"
             with stop_on_signals():
                 detect_in_video(self, item, target)
             return
-        with self._progress(self.total, "image"):
+        with self._progress(self.total, "images"):
             (result,) = self.detector.stream([item])
         if result.image is not None:
             with result.image:
@@ -115,7 +115,7 @@ class PredictionRun:
         self.total, self.num_skipped = len(remaining), len(done)
         self.results.has_videos = any(map(_is_video, inputs))
         kinds = sorted({_is_video(item) for item in inputs})
-        self.kinds = " or ".join(("image", "video")[is_video] for is_video in kinds)
+        self.kinds = " and ".join(("images", "videos")[is_video] for is_video in kinds)
         self.results.open()
         self.queue.put(remaining, self.detector.batch_size)
 
@@ -207,7 +207,7 @@ class PredictionRun:
 
         Args:
             total (`int`, *optional*): Number of images, if it is known.
-            unit (`str`): What an image is called, in singular.
+            unit (`str`): What the images are called.
             start (`float`, *optional*): Time of the monotonic clock at which the first image began; by default now.
         """
         from rich.console import Console
@@ -219,7 +219,7 @@ class PredictionRun:
         # lines for a file are not to be printed above the bar
         redirect = sys.stdout.isatty()
         progress = Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True), redirect_stdout=redirect)
-        task = progress.add_task("detecting", total=total, rate=0.0, tiles="", unit=f"{unit}s")
+        task = progress.add_task("detecting", total=total, rate=0.0, tiles="", unit=unit)
 
         def update(num_parts: int | None, **fields: Any) -> None:
             if time.monotonic() - since > PROGRESS_DELAY and num_parts != 1 and self.queue.rank == 0:
@@ -257,7 +257,7 @@ class PredictionRun:
                 f"{count_of(self.num_images, 'image')}{skipped}, {count_of(self.objects.total(), 'object')}, "
                 f"{self.num_images / seconds:.1f} images/s -> {self.target}"
             )
-        if self.errors and self.kinds == "video" and self.total == 1:
+        if self.errors and self.kinds == "videos" and self.total == 1:
             raise BrokenInputError(*self.errors.values())
         if self.errors:
             self._raise_errors()
@@ -268,7 +268,8 @@ class PredictionRun:
             print(f"not read: {error}")
         more = f" ... and {count - MAX_RAISED} more; --json lists all" * (count > MAX_RAISED)
         listed = "\n".join(errors[:MAX_RAISED])
-        raise BrokenInputError(f"{count} of {count_of(self.total, self.kinds)} cannot be read:\n{listed}{more}")
+        kinds = self.kinds if self.total > 1 else self.kinds.removesuffix("s")
+        raise BrokenInputError(f"{count} of {self.total:,} {kinds} cannot be read:\n{listed}{more}")
 
     def _summary(self, seconds: float) -> dict[str, Any]:
         return {

@@ -1,9 +1,10 @@
 """Cut large images into overlapping tiles, and merge the detections of the tiles.
 
 An object at a seam is seen whole in one tile and cut in another. A detection that ends at an inner seam is therefore
-likely to be a part of an object, and counts a tenth; then non-maximum suppression chooses among all tiles. A box that
-is kept becomes the mean of those that other tiles have of the same object. Boxes of parts are never joined, as other
-libraries do: a detector with queries finds many weak boxes, which would grow into each other.
+likely to be a part of an object, and counts a tenth, unless it is longer than the overlap, so that no tile sees its
+object whole. Then non-maximum suppression chooses among all tiles. A box that is kept becomes the mean of those that
+other tiles have of the same object. Boxes of parts are never joined, as other libraries do: a detector with queries finds
+many weak boxes, which would grow into each other.
 """
 
 import math
@@ -57,7 +58,12 @@ def _positions(length: int, tile: int, overlap: float) -> list[tuple[int, int]]:
 
 
 def merge_tiles(
-    tiles: Sequence[Box], found: Sequence[Detections], size: tuple[int, int], threshold: float, nms_iou: float | None
+    tiles: Sequence[Box],
+    found: Sequence[Detections],
+    size: tuple[int, int],
+    overlap: float,
+    threshold: float,
+    nms_iou: float | None,
 ) -> Detections:
     """Merge the detections of the tiles of an image.
 
@@ -65,13 +71,14 @@ def merge_tiles(
         tiles (`Sequence[Box]`): The tiles.
         found (`Sequence[dict[str, torch.Tensor]]`): Detections in each of them, with boxes in pixels of the tile.
         size (`tuple[int, int]`): Width and height of the image in pixels.
+        overlap (`float`): Pixels that a tile has in common with the next one.
         threshold (`float`): Detections with a score up to this, after those at a seam are weighted, are dropped.
         nms_iou (`float`, *optional*): IoU for non-maximum suppression, by default 0.5.
 
     Returns:
         `dict[str, torch.Tensor]`: By descending score, with boxes in pixels of the image.
     """
-    is_cut = torch.cat([_is_cut(each["boxes"], tile, size) for tile, each in zip(tiles, found, strict=True)])
+    is_cut = torch.cat([_is_cut(each["boxes"], tile, size, overlap) for tile, each in zip(tiles, found, strict=True)])
     boxes = torch.cat([each["boxes"] + each["boxes"].new_tensor(tile[:2] * 2) for tile, each in zip(tiles, found)])
     scores, labels = (torch.cat([each[name] for each in found]) for name in ("scores", "labels"))
     scores = scores * torch.where(is_cut, SEAM_WEIGHT, 1.0)
@@ -100,10 +107,11 @@ def _mean_boxes(
     return means
 
 
-def _is_cut(boxes: torch.Tensor, tile: Box, size: tuple[int, int]) -> torch.Tensor:
-    """Return which boxes end at a side of their tile that is not one of the image."""
+def _is_cut(boxes: torch.Tensor, tile: Box, size: tuple[int, int], overlap: float) -> torch.Tensor:
+    """Return which boxes end at a side of their tile that is not the image's, and may be whole in another tile."""
     x0, y0, x1, y1 = tile
     sides = boxes.new_tensor([0, 0, x1 - x0, y1 - y0])
     is_inner = torch.tensor([x0 > 0, y0 > 0, x1 < size[0], y1 < size[1]], device=boxes.device)
     inside = (boxes - sides) * boxes.new_tensor([1, 1, -1, -1])  # distance from each side, negative beyond it
-    return ((inside <= SEAM_MARGIN) & is_inner).any(dim=1)
+    lengths = (boxes[:, 2:] - boxes[:, :2]).repeat(1, 2)  # across each side
+    return ((inside <= SEAM_MARGIN) & is_inner & (lengths < overlap)).any(dim=1)
