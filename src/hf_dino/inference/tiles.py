@@ -3,8 +3,8 @@
 An object at a seam is seen whole in one tile and cut in another. A detection that ends at an inner seam is therefore
 likely to be a part of an object, and counts a tenth, unless it is longer than the overlap, so that no tile sees its
 object whole. Then non-maximum suppression chooses among all tiles. A box that is kept becomes the mean of those that
-other tiles have of the same object. Boxes of parts are never joined, as other libraries do: a detector with queries finds
-many weak boxes, which would grow into each other.
+other tiles have of the same object. Boxes of parts are never joined, as other libraries do: a detector with queries
+finds many weak boxes, which would grow into each other.
 """
 
 import math
