@@ -20,6 +20,7 @@ from torch.distributed import HashStore
 
 from helpers.command_line import hf_dino
 from helpers.models import tiny_model
+from helpers.videos import make_video
 from hf_dino import DinoDetrImageProcessor
 from hf_dino.data import InputError
 from hf_dino.inference import ImageInput, processes
@@ -137,6 +138,29 @@ def test_two_processes_write_what_one_does(reader, folder):
     shutil.copy(reader / "images/005.png", "images/005.png")
     assert run("out", "--resume") == 0, "one process continues what two began"
     assert content("out") == content(expected), "in the order of the inputs, too"
+
+
+def test_two_processes_share_videos_too(reader, folder, monkeypatch):
+    monkeypatch.setitem(globals(), "FORMATS", "--save=images,jsonl,csv,json,coco")
+    for number in range(3):
+        make_video(Path(f"{number}.mp4"), 5 + number, size=(60, 40))
+    videos = ["0.mp4", "1.mp4", "2.mp4"]
+    assert run("whole", *videos) == 0
+    assert [status_of(child) for child in start_together("out", 2, *videos)] == [0, 0]
+    expected = {name: data for name, data in content("whole").items() if not name.endswith(".mp4")}
+    assert {name: data for name, data in content("out").items() if not name.endswith(".mp4")} == expected
+    assert content("out").keys() == content("whole").keys()
+    (line,) = [line for line in log("out").splitlines() if "->" in line]
+    assert line.startswith(f"{NUM_IMAGES} images, 3 videos, 18 frames, ")
+    assert "->" not in log("out", 1)
+
+
+def test_a_single_drawing_is_of_one_process(folder, monkeypatch, capsys):
+    monkeypatch.setattr("hf_dino.inference.join_processes", lambda: queues(2)[0])
+    command = ["predict", "images/000.png", "--output=drawn.png", "--model=model", "--device=cpu"]
+    assert hf_dino(command) == 2
+    assert "drawn.png is drawn by one process; name a directory" in " ".join(capsys.readouterr().err.split())
+    assert not Path("drawn.png").exists()
 
 
 def test_a_dead_process_holds_up_no_other_and_its_images_are_resumed(reader, folder):

@@ -62,8 +62,8 @@ def files(folder="out"):
 def test_all_formats_have_every_frame(run):
     assert run("clip.mp4", f"--save={','.join(VIDEO_FORMATS)}", "--track") == 0
     assert files() == {
-        ".predict.json", ".predict.lock", "clip.mp4", "clip.mot.txt",
-        "results.jsonl", "results.json", "results.csv", "coco.json",
+        ".predict.json", ".predict.lock", "clip.mp4", "clip.mot.txt", "results.jsonl", "results.json", "results.csv",
+        "coco.json",
     }  # fmt: skip
     rows = journal()
     assert [row["frame"] for row in rows] == [*range(NUM_FRAMES)]
@@ -144,9 +144,10 @@ def test_a_directory_is_one_of_images_or_else_of_videos(run, caplog):
     assert run("phone", "--save=yolo,images") == 0
     assert {"photo.png", "yolo/labels/photo.txt"} < files()
     assert "clip.mp4" not in files()
-    assert "phone: 2 videos next to images: not used unless they are named; clip.mp4, other.mkv" in caplog.text
-    Path("phone/photo.png").unlink()
+    assert "phone: 2 videos next to images: not used unless named; clip.mp4, other.mkv" in caplog.text
+    Path("phone/photo.png").rename("phone/photo.zip")
     assert run("phone", output="videos") == 0
+    assert "phone: 1 entries are not videos: not used; phone/photo.zip" in caplog.text
     assert files("videos") == {"clip.mp4", "other.mp4"}
     assert run("phone/*.mkv", output="pattern") == 0
     assert files("pattern") == {"other.mp4"}
@@ -232,6 +233,39 @@ def test_ctrl_c_leaves_a_complete_file_and_resume_begins_the_video_again(run, mo
     assert Path("out/clip.mp4").stat().st_mtime_ns == before
 
 
+def test_ctrl_c_in_a_single_drawing_leaves_a_complete_file(run, monkeypatch, capsys):
+    draw = video_run.draw_rows
+
+    def interrupted(*arguments, **options):
+        interrupted.calls += 1
+        if interrupted.calls == 4:
+            raise KeyboardInterrupt
+        return draw(*arguments, **options)
+
+    interrupted.calls = 0
+    monkeypatch.setattr(video_run, "draw_rows", interrupted)
+    assert run("clip.mp4", "--num_workers=0", output="drawn.mp4") == 130
+    assert 0 < len(facts(Path("drawn.mp4")).times) < NUM_FRAMES
+    assert capsys.readouterr().err.splitlines()[-1] == "interrupted; drawn.mp4 has the frames so far"
+
+
+def test_the_defaults_of_videos_may_be_given_and_a_summary_counts_videos(run, capsys):
+    assert run("clip.mp4", "other.mkv", "--save=jsonl", "--start=0", "--every=1") == 0
+    capsys.readouterr()
+    assert run("clip.mp4", "other.mkv", "--save=jsonl", "--resume") == 0
+    assert capsys.readouterr().out == "0 videos, 0 frames, 2 were there already, 0 objects, 0.0 frames/s -> out\n"
+    assert run("clip.mp4", "photo.png", "--save=jsonl", "--resume") == 0
+    assert "1 image, 0 videos, 0 frames, 1 was there already, " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("module", "extra"), [("av", "train"), ("trackers", "tracking")])
+def test_a_missing_library_is_said_before_anything_is_written(run, monkeypatch, module, extra):
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(ImportError, match=rf"needs {module}: pip install 'hf-dino\[{extra}\]'"):
+        run("clip.mp4", "--track")
+    assert not Path("out").exists()
+
+
 def test_a_killed_run_leaves_no_partial_file_of_the_final_name(run, monkeypatch):
     append = ResultsDirectory.append
 
@@ -257,7 +291,7 @@ def test_a_killed_run_leaves_no_partial_file_of_the_final_name(run, monkeypatch)
 
 def test_two_videos_never_share_a_name(run):
     shutil.copy("clip.mp4", "clip.mov")
-    with pytest.raises(InputError, match="several images would be"):
+    with pytest.raises(InputError, match="several videos would be saved as"):
         run("clip.mp4", "clip.mov", "--save=jsonl")
     Path("more").mkdir()
     shutil.copy("other.mkv", "more/clip.mkv")
@@ -277,7 +311,7 @@ def test_a_video_in_the_output_directory_is_never_replaced(run, tmp_path):
 def test_a_camera_records_until_ctrl_c(run, monkeypatch, every):
     """The stream is generated; only the opening of a device is not tested."""
     append = ResultsDirectory.append
-    monkeypatch.setattr(video, "_open_camera", lambda address: video._av().open("clip.mp4"))
+    monkeypatch.setattr(video, "_open_camera", lambda address: video.import_av().open("clip.mp4"))
 
     def interrupted(self, record):
         append(self, record)
@@ -290,6 +324,8 @@ def test_a_camera_records_until_ctrl_c(run, monkeypatch, every):
     assert journal()[-1]["last"]
     assert {row["image"] for row in journal()} == {"camera:0"}
     assert 7 <= len(facts(Path("out/camera-0.mp4")).times) <= NUM_FRAMES
+    assert run("camera:0", "other.mkv", "--save=images,jsonl", output="two") == 130, "the rest of the run stops too"
+    assert {row["image"] for row in journal("two")} == {"camera:0"}
 
 
 def test_tiles_and_classes_apply_to_frames(run):

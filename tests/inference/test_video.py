@@ -240,7 +240,7 @@ def test_frames_are_inputs_of_the_detector(tmp_path):
 
 def test_a_camera_is_opened_by_its_device(tmp_path, monkeypatch):
     source, opened = make_video(tmp_path / "a.mp4", 5), []
-    av = video._av()
+    av = video.import_av()
 
     def open_device(address, format, options):
         opened.append((address, format))

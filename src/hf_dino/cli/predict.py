@@ -134,8 +134,9 @@ def predict(
     """
     log_to_terminal()
     formats = _split(save)
-    if unknown := [name for name in formats or [""] if name not in (*FORMATS, "mot")]:
-        raise typer.BadParameter(f"{unknown[0]!r} is not one of {', '.join(FORMATS)}, mot.", param_hint="'--save'")
+    known = dict.fromkeys(FORMATS + VIDEO_FORMATS)
+    if unknown := [name for name in formats or [""] if name not in known]:
+        raise typer.BadParameter(f"{unknown[0]!r} is not one of {', '.join(known)}.", param_hint="'--save'")
     if resume and overwrite:
         context.fail("Give either --resume or --overwrite.")
     if tile_overlap is not None and tile is None:
@@ -149,7 +150,6 @@ def predict(
         Detector,
         PredictionRun,
         ResultsDirectory,
-        Video,
         VideoOptions,
         find_inputs,
         join_processes,
@@ -158,16 +158,20 @@ def predict(
 
     overlap = TILE_OVERLAP if tile_overlap is None else tile_overlap
     queue, inputs, drawing = join_processes(), [], None
-    settings = {"model": model_name_or_path, "threshold": threshold, "classes": _split(classes or []), "top_k": top_k}
     videos = VideoOptions(every, start, end, track)
-    settings |= videos.settings() | {"nms": nms, "dtype": dtype, "tile": tile, "tile_overlap": overlap}
+    settings = {
+        "model": model_name_or_path, "threshold": threshold, "classes": _split(classes or []), "top_k": top_k,
+        "nms": nms, "dtype": dtype, "tile": tile, "tile_overlap": overlap, **videos.settings(),
+    }  # fmt: skip
     results = ResultsDirectory(output, formats, settings, rank=queue.rank)
     if queue.rank == 0:
         inputs = find_inputs(images, recursive)
-        check_video_options(context, videos, sum(isinstance(item.source, Video) for item in inputs), formats)
+        check_video_options(context, videos, sum(item.is_video for item in inputs), formats)
         drawing = _single_drawing(output, images, inputs, formats)
         if drawing and (formats != ["images"] or resume):
             context.fail("--save and --resume need a directory as --output.")
+        if drawing and queue.size > 1:
+            context.fail(f"{drawing} is drawn by one process; name a directory, or start it without a launcher.")
         inputs = inputs if drawing else _outside(output, inputs)
         _check_outputs(results, inputs, drawing, resume, overwrite)
     else:
@@ -178,7 +182,6 @@ def predict(
     detector = Detector(model, processor, options, batch_size=batch_size, dtype=getattr(torch, dtype))
     run = PredictionRun(detector, results, queue, videos, num_workers=num_workers, quiet=json_summary)
     if drawing:
-        queue.put([], 1)
         run.draw_one(inputs[0], drawing)
     else:
         run.save_all(inputs, resume=resume, overwrite=overwrite)
@@ -230,7 +233,7 @@ def _single_drawing(
 
 
 def _outside(output: Path, inputs: list["ImageInput"]) -> list["ImageInput"]:
-    """Return the images that are not in the output directory, whose drawings are no images to detect in."""
+    """Return the inputs that are not in the output directory, whose drawings are not to be detected in."""
     if not output.exists():
         return inputs
     folder = output.resolve()
@@ -238,10 +241,11 @@ def _outside(output: Path, inputs: list["ImageInput"]) -> list["ImageInput"]:
     inside = {item for item, path in paths.items() if isinstance(path, Path) and folder in path.resolve().parents}
     if inside:
         names = summarize_list(sorted(item.name for item in inside))
-        number, verb = count_of(len(inside), "image"), "is" if len(inside) == 1 else "are"
+        kinds = " and ".join(sorted({f"{item.kind}s" for item in inside}))
+        number, verb = count_of(len(inside), kinds[:-1], kinds), "is" if len(inside) == 1 else "are"
         logger.warning("%s: %s in the output directory %s not used; %s", output, number, verb, names)
     if len(inside) == len(inputs):
-        raise InputError(f"{output}: contains all images, so that none is left; use a different --output")
+        raise InputError(f"{output}: contains all images and videos that are given; use a different --output")
     return [item for item in inputs if item not in inside]
 
 
@@ -250,7 +254,7 @@ def _check_drawn_video(item: "ImageInput", drawing: Path) -> None:
 
     path = item.source.path if isinstance(item.source, Video) else None
     is_same = path is not None and path.resolve() == drawing.resolve()
-    if isinstance(item.source, Video) and (is_same or drawing.suffix.lower() != ".mp4"):
+    if item.is_video and (is_same or drawing.suffix.lower() != ".mp4"):
         raise InputError(f"{drawing}: a video is drawn into a new MP4 file; use another name, with .mp4")
 
 
@@ -258,14 +262,13 @@ def _check_outputs(
     results: "ResultsDirectory", inputs: Sequence["ImageInput"], drawing: Path | None, resume: bool, overwrite: bool
 ) -> None:
     """Check outputs before the model is loaded."""
-    from ..inference import Video
     from ..utils.io import ensure_new_files
     from ..visualization import check_drawing_dependencies
 
     if drawing:
         _check_drawn_video(inputs[0], drawing)
         ensure_new_files(*() if overwrite else (drawing,))
-        check_drawing_dependencies(*() if isinstance(inputs[0].source, Video) else (drawing,))
+        check_drawing_dependencies(*() if inputs[0].is_video else (drawing,))
     else:
         results.check_inputs(inputs)
         results.check_previous(inputs, resume=resume, overwrite=overwrite)

@@ -74,7 +74,14 @@ TrackOption = Annotated[
 def check_video_options(
     context: typer.Context, options: "VideoOptions", num_videos: int, formats: Sequence[str]
 ) -> None:
-    """Refuse options that have no effect, and formats that are not those of videos."""
+    """Refuse options that have no effect, and formats that are not those of videos.
+
+    Raises:
+        ImportError: If a library that is needed is not installed.
+    """
+    from ..inference.tracking import import_trackers
+    from ..inference.video import import_av
+
     given = [f"--{name}" for name, value in options.settings().items() if value is not None]
     given += ["--save mot"] * ("mot" in formats)
     unfit = [name for name in formats if name not in VIDEO_FORMATS]
@@ -86,3 +93,7 @@ def check_video_options(
         context.fail("--save mot needs --track.")
     if options.end is not None and options.end <= (options.start or 0):
         context.fail("--end must be later than --start.")
+    if num_videos:
+        import_av()
+    if options.track:
+        import_trackers()

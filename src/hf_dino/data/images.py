@@ -148,7 +148,7 @@ def list_images(paths: list[Path], recursive: bool = False) -> list[Path]:
             raise InputError(f"{path}: file or directory not found")
         visible = [path] if path.is_file() else [entry for entry in path.iterdir() if not entry.name.startswith(".")]
         found = sorted(entry for entry in visible if entry == path or is_image_file(entry))
-        others = sorted(entry.name + "/" * entry.is_dir() for entry in {*visible} - {*found} if _is_noted(entry))
+        others = sorted(entry.name + "/" * entry.is_dir() for entry in {*visible} - {*found} if is_noted(entry))
         if recursive and path.is_dir():
             top = os.path.normpath(path.absolute())
             found = sorted(path / os.path.relpath(image, top) for image in _walk_images(path))
@@ -162,7 +162,8 @@ def list_images(paths: list[Path], recursive: bool = False) -> list[Path]:
     return files
 
 
-def _is_noted(path: Path) -> bool:
+def is_noted(path: Path) -> bool:
+    """Return whether a path that is not used is worth a warning: texts and annotations are not."""
     return path.is_dir() or path.suffix.lower() not in _SIDE_FILES
 
 

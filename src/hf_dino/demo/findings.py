@@ -24,7 +24,7 @@ LOWEST_SCORE = 0.05  # of the detections that are kept for the slider
 SHORTEST_PREVIEW, LONGEST_PREVIEW = 480, 1280  # pixels of the longest edge of an image that is shown
 
 FILES = {"JSON": "results.json", "CSV": "results.csv", "COCO": "coco.json", "PNG": "drawn.png"}
-"""What can be downloaded, and the end of the file's name; the others but PNG are formats of [`ResultsDirectory`]."""
+"""What can be downloaded, and the end of the file's name; all but PNG are formats of [`ResultsDirectory`]."""
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import gradio as gr
 
 from ..data.images import list_images
 from ..inspection import draw_reference_points, draw_refinement, draw_sampling_points
-from ..utils.errors import InputError
+from ..utils.errors import InputError, count_of
 from ..visualization import class_colors
 from .findings import FILES, LOWEST_SCORE, Finding, find_objects
 
@@ -47,7 +47,7 @@ def redraw(finding: Finding, threshold: float, classes: Sequence[str], chosen: i
     if not finding.preview:
         return None, [], finding.text, gr.Dropdown(choices=[], value=None), gr.Row(visible=False)
     kept = finding.keep(threshold, classes)
-    count = f"{len(kept)} detection{'s' * (len(kept) != 1)}"
+    count = count_of(len(kept), "detection")
     text = f"**{count}** ({len(finding.detections)} above {LOWEST_SCORE}) · {finding.text}"
     numbered = ((index, finding.detections[index]) for index in kept)
     objects = [(f"{index + 1} · {each['name']} {each['score']:.2f}", index) for index, each in numbered]

@@ -74,7 +74,8 @@ def write_space(folder: Path, models: Sequence[str], examples: Path | None = Non
         InputError: If the directory is not empty, a model is not found, or two have the same name.
     """
     for name in models:
-        is_exported(name) or load_config(name)
+        if not is_exported(name):
+            load_config(name)  # checks that it is a model
     local = {name: f"{MODELS}/{Path(name).resolve().name}" for name in models if Path(name).exists()}
     if len({*local.values()}) < len(local):
         raise InputError(f"{', '.join(local)}: have the same name; rename one, or make a Space for each")

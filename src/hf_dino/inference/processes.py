@@ -13,8 +13,8 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from typing import Any
 
-from ..utils.errors import InputError, summarize_list
-from .sources import ImageInput, Video
+from ..utils.errors import BrokenInputError, InputError, summarize_list
+from .sources import ImageInput
 
 
 STALL_SECONDS = 600.0  # without a finished image anywhere, after which the main process gives the others up
@@ -24,7 +24,7 @@ Summary = dict[str, Any]
 
 
 class InputQueue:
-    """The images of a run for the only process of it.
+    """The images and videos of a run, for its only process.
 
     Attributes:
         rank (`int`): Number of this process; 0 is the main process, which checks, merges and reports.
@@ -38,11 +38,11 @@ class InputQueue:
         self.num_finished = 0
 
     def put(self, inputs: Sequence[ImageInput], chunk_size: int) -> None:
-        """Fill the queue, which the main process does once. Images come before videos.
+        """Fill the queue, which the main process does once.
 
         Args:
-            inputs (`Sequence[ImageInput]`): The images.
-            chunk_size (`int`): Number of images that a process takes at a time.
+            inputs (`Sequence[ImageInput]`): Images, then videos.
+            chunk_size (`int`): Number of images that a process takes at a time; it takes one video.
         """
         self.inputs = inputs
 
@@ -50,11 +50,11 @@ class InputQueue:
         """Wait until the main process has filled the queue."""
 
     def take(self) -> Iterator[ImageInput]:
-        """Yield images, each in one process only."""
+        """Yield images and videos, each in one process only."""
         yield from self.inputs
 
     def finish(self, number: int = 1) -> int:
-        """Count finished images, and return the number of all processes together."""
+        """Count finished images and videos, and return the number of all processes together."""
         self.num_finished += number
         return self.num_finished
 
@@ -66,7 +66,7 @@ class InputQueue:
 
         Args:
             summary (`dict`): Of this process, as JSON has it.
-            on_wait (`Callable[[int], None]`): Called with the number of finished images again and again.
+            on_wait (`Callable[[int], None]`): Called again and again with the number of finished images and videos.
         """
         return [summary]
 
@@ -75,7 +75,7 @@ class InputQueue:
 
 
 class SharedInputQueue(InputQueue):
-    """The images of a run for several processes.
+    """The images and videos of a run, for several processes.
 
     Args:
         store (`torch.distributed.Store`): Of all processes.
@@ -87,9 +87,9 @@ class SharedInputQueue(InputQueue):
         self.store, self.rank, self.size = store, rank, size
 
     def put(self, inputs: Sequence[ImageInput], chunk_size: int) -> None:
-        images = [item for item in inputs if not isinstance(item.source, Video)]
+        images = [item for item in inputs if not item.is_video]
         chunks = [images[start : start + chunk_size] for start in range(0, len(images), chunk_size)]
-        chunks += [[item] for item in inputs if isinstance(item.source, Video)]
+        chunks += [[item] for item in inputs if item.is_video]
         for number, chunk in enumerate(chunks):
             self._ask("set", f"chunk {number}", pickle.dumps(chunk))
         self._ask("set", "chunks", str(len(chunks)))
@@ -120,14 +120,14 @@ class SharedInputQueue(InputQueue):
                 beats, since = beats_now, time.monotonic()
             if time.monotonic() - since > STALL_SECONDS:
                 names = summarize_list(missing)
-                raise InputError(
+                raise BrokenInputError(
                     f"no answer from process {names} of {self.size} for {STALL_SECONDS:.0f} s; --resume continues"
                 )
             on_wait(self._ask("add", "finished", 0))
             time.sleep(POLL_SECONDS)
         summaries = [json.loads(self._ask("get", f"summary {rank}")) for rank in range(self.size)]
         if failures := [each["failure"] for each in summaries if "failure" in each]:
-            raise InputError(f"{failures[0]}; --resume continues")
+            raise BrokenInputError(f"{failures[0]}; --resume continues")
         return summaries
 
     def fail(self, reason: str) -> None:
@@ -140,7 +140,9 @@ class SharedInputQueue(InputQueue):
             return getattr(self.store, operation)(*arguments)
         except RuntimeError as error:  # torch's errors of connections
             reason = str(error).partition("\n")[0]
-            raise InputError(f"the main process cannot be reached any more ({reason}); --resume continues") from None
+            raise BrokenInputError(
+                f"the main process cannot be reached any more ({reason}); --resume continues"
+            ) from None
 
 
 def join_processes() -> InputQueue:

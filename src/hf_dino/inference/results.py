@@ -44,7 +44,7 @@ from ..utils.errors import InputError, count_of, import_extra, summarize_list
 from ..utils.io import annotate_oserror, atomic_write, fsync, read_text, write_json
 from ..visualization import check_drawing_dependencies, draw_detections, save_image
 from .detector import ImageResult
-from .sources import ImageInput, Video
+from .sources import ImageInput
 
 
 logger = logging.getLogger(__name__)
@@ -114,7 +114,7 @@ class ResultsDirectory:
 
     Args:
         folder (`Path`): The directory.
-        formats (`Iterable[str]`): Some of [`SAVE_FORMATS`].
+        formats (`Iterable[str]`): Some of [`SAVE_FORMATS`] and [`VIDEO_FORMATS`].
         settings (`Mapping[str, Any]`): What the detections depend on: a resumed run must have the same.
         classes (`Mapping[int, str]`, *optional*): Label to name, without unused labels; needed from `open` on.
         rank (`int`, *optional*, defaults to 0): Number of this process among several.
@@ -130,7 +130,7 @@ class ResultsDirectory:
         rank: int = 0,
     ):
         self.folder, self.classes, self.rank = folder, classes, rank
-        self.formats = [name for name in (*SAVE_FORMATS, "mot") if name in set(formats)]
+        self.formats = [name for name in dict.fromkeys(SAVE_FORMATS + VIDEO_FORMATS) if name in set(formats)]
         self.settings = {**settings, "save": self.formats}
         self.journal = folder / (JOURNAL if "jsonl" in self.formats else HIDDEN_JOURNAL)
         self.changed_boxes: Counter[str] = Counter()
@@ -143,23 +143,23 @@ class ResultsDirectory:
         """Check that outputs can be written, and that no two of them have the same name.
 
         Raises:
-            InputError: If two images have the same name, or an image is given twice.
+            InputError: If two images or videos have the same name, or one is given twice.
             ImportError: If a library is missing.
         """
         per_image = [name for name in self.formats if name in _FILE_WRITERS]
-        names = [str(self.path_of(item)).casefold() if per_image or _is_video(item) else item.name for item in inputs]
+        names = [str(self.path_of(item)).casefold() if per_image or item.is_video else item.name for item in inputs]
         if "images" in self.formats:
             check_drawing_dependencies(Path("drawn.png"))
         if "voc" in self.formats:
             import_extra("supervision", "train", "writing Pascal VOC")
         sources = Counter(str(item.source) for item in inputs)
         if twice := [source for source, count in sources.items() if count > 1]:
-            raise InputError(f"{summarize_list(twice)}: given more than once; give each image once")
+            raise InputError(f"{summarize_list(twice)}: given more than once; give each {inputs[0].kind} once")
         counts = Counter(names)
         for item, name in zip(inputs, names):
             if counts[name] > 1:
                 verb, target = ("drawn into", self.path_of(item)) if per_image else ("saved as", item.name)
-                raise InputError(f"several images would be {verb} {target}; rename one, or draw them one by one")
+                raise InputError(f"several {item.kind}s would be {verb} {target}; rename one, or draw them one by one")
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -254,7 +254,7 @@ class ResultsDirectory:
         self._merge_journals(inputs, with_partial_videos=False)
         done = {_name_of_input(record): record["image"] for record in self.records()}
         for item in inputs:
-            name = _stem(item.name) if _is_video(item) else item.name
+            name = _stem(item.name) if item.is_video else item.name
             if done.get(name, str(item.source)) != str(item.source):
                 raise InputError(
                     f"{item.source}: has the same name as {done[name]}, which is saved in {self.folder}; give "
@@ -380,7 +380,7 @@ class ResultsDirectory:
 
     def path_of(self, item: ImageInput, suffix: str = "") -> Path:
         """Return the file of an image or a video with a suffix; by default, that of its drawing."""
-        return self.folder / (_stem(item.name) + (suffix or (".mp4" if _is_video(item) else ".png")))
+        return self.folder / (_stem(item.name) + (suffix or (".mp4" if item.is_video else ".png")))
 
     def _draw(self, record: Record, image: Pixels) -> None:
         path = self.folder / f"{_stem(record['file_name'])}.png"
@@ -520,10 +520,6 @@ def _to_task(record: Record) -> Record:
     return {"data": {"image": record["image"]}, "predictions": [prediction]}
 
 
-def _is_video(item: ImageInput) -> bool:
-    return isinstance(item.source, Video)
-
-
 def _name_of_input(record: Record) -> str:
     """Return what distinguishes the image, or the video of a frame, from other inputs."""
     name = record["file_name"]
@@ -585,4 +581,4 @@ VIDEO_FORMATS = ("images", "json", "jsonl", "csv", "coco", "mot")
 """What can be saved of a video."""
 
 SAVE_FORMATS = ("images", "json", "jsonl", "csv", "coco", "yolo", "voc", "labelstudio", "crops")
-"""What can be saved, in the order in which it is listed."""
+"""What can be saved of an image, in the order in which it is listed."""

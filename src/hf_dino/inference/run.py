@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from itertools import groupby
+from operator import attrgetter
 from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn, TypeVar
@@ -19,7 +20,7 @@ from ..visualization import save_image
 from .detector import Detector, ImageResult, map_ahead, worker_threads
 from .processes import InputQueue
 from .results import ResultsDirectory, draw_rows, to_record
-from .sources import ImageInput, Video
+from .sources import ImageInput
 from .video_run import VideoOptions, detect_in_video
 
 
@@ -38,7 +39,7 @@ class PredictionRun:
     Args:
         detector (`Detector`): Of this process.
         results (`ResultsDirectory`): Where the results are saved.
-        queue (`InputQueue`): The images of all processes.
+        queue (`InputQueue`): The images and videos of all processes.
         video_options (`VideoOptions`): What is detected in videos.
         num_workers (`int`): Threads that read and save images.
         quiet (`bool`): Whether to print a summary in JSON alone.
@@ -56,7 +57,7 @@ class PredictionRun:
     ):
         self.detector, self.results, self.queue, self.video_options = detector, results, queue, video_options
         self.num_workers, self.quiet = num_workers, quiet or queue.rank > 0
-        self.kinds = "images"
+        self.kinds = ["image"]  # of the inputs: image, video or both
         self.total = self.num_skipped = self.num_images = self.num_videos = self.num_frames = 0
         self.errors: dict[str, str] = {}
         self.objects: Counter[str] = Counter()
@@ -65,12 +66,18 @@ class PredictionRun:
 
     def draw_one(self, item: ImageInput, target: Path) -> None:
         """Draw one image or video into a file."""
-        self.total, self.target = 1, target
-        if isinstance(item.source, Video):
-            self.kinds = "videos"
-            with stop_on_signals():
+        self.total, self.target, self.kinds = 1, target, [item.kind]
+        (self._draw_video if item.is_video else self._draw_image)(item, target)
+
+    def _draw_video(self, item: ImageInput, target: Path) -> None:
+        with stop_on_signals() as received:
+            try:
                 detect_in_video(self, item, target)
-            return
+            except KeyboardInterrupt:
+                content = f"; {target} has the frames so far" * bool(self.num_frames)
+                _exit_on_signal(f"interrupted{content}", *received)
+
+    def _draw_image(self, item: ImageInput, target: Path) -> None:
         with self._progress(self.total, "images"):
             (result,) = self.detector.stream([item])
         if result.image is not None:
@@ -111,19 +118,19 @@ class PredictionRun:
         if overwrite:
             self.results.remove_previous()
         done = self.results.resume(inputs) if resume else set()
-        remaining = sorted((item for item in inputs if str(item.source) not in done), key=_is_video)
-        self.total, self.num_skipped = len(remaining), len(done)
-        self.results.has_videos = any(map(_is_video, inputs))
-        kinds = sorted({_is_video(item) for item in inputs})
-        self.kinds = " and ".join(("images", "videos")[is_video] for is_video in kinds)
+        remaining = [item for item in inputs if str(item.source) not in done]
+        remaining.sort(key=attrgetter("kind"))  # images first
+        self.total, self.num_skipped = len(remaining), len(inputs) - len(remaining)
+        self.kinds = sorted({item.kind for item in inputs})
+        self.results.has_videos = "video" in self.kinds
         self.results.open()
         self.queue.put(remaining, self.detector.batch_size)
 
     def _save(self, inputs: Sequence[ImageInput]) -> None:
-        for is_video, group in groupby(self.queue.take(), key=_is_video):  # images first
-            (self._save_videos if is_video else self._save_images)(group)
+        for kind, group in groupby(self.queue.take(), key=attrgetter("kind")):
+            (self._save_videos if kind == "video" else self._save_images)(group)
         self.results.close_journal()
-        with self._progress(self.total, self.kinds, self.start) as show:
+        with self._progress(self.total, self._plural, self.start) as show:
             summaries = self.queue.gather(self._counts(), show)
         if self.queue.rank == 0:
             self._add_up(summaries, inputs)
@@ -131,7 +138,7 @@ class PredictionRun:
 
     def _save_images(self, inputs: Iterator[ImageInput]) -> None:
         results, ahead = self.results, 2 * self.num_workers
-        with worker_threads(self.num_workers) as pool, self._progress(self.total, self.kinds, self.start) as show:
+        with worker_threads(self.num_workers) as pool, self._progress(self.total, self._plural, self.start) as show:
             stream = self.detector.stream(inputs, pool, ahead)
             for result in map_ahead(results.save_files, stream, pool, ahead):
                 if result.image is not None:
@@ -145,16 +152,17 @@ class PredictionRun:
                 self.results.path_of(item, suffix) if name in self.results.formats else None
                 for name, suffix in (("images", ".mp4"), ("mot", ".mot.txt"))
             )
-            detect_in_video(self, item, drawing, mot, self.results.append)
+            is_stopped = detect_in_video(self, item, drawing, mot, self.results.append)
             self.queue.finish()
+            if is_stopped and next(inputs, None):  # Ctrl-C is the end of a camera, but not of what follows it
+                raise KeyboardInterrupt
 
     def _stop(self, inputs: Sequence[ImageInput], number: int = signal.SIGINT) -> NoReturn:
         self.results.close_journal()
         if self.queue.size == 1:  # otherwise the other processes may still write
             self.results.close(complete=False, inputs=inputs)
-        if self.queue.rank == 0:
-            print("interrupted; --resume continues", file=sys.stderr)
-        raise SystemExit(128 + number)
+        self.queue.fail("interrupted")
+        _exit_on_signal("interrupted; --resume continues" * (self.queue.rank == 0), number)
 
     def _count(self, result: ImageResult) -> None:
         if result.error:
@@ -163,25 +171,46 @@ class PredictionRun:
         self.num_images += 1
         names = Counter(each["name"] for each in result.detections)
         self.objects += names
+        self._print_counts(result.input, names)
+
+    def count_video(
+        self, item: ImageInput, num_frames: int, objects: Counter[str], num_tracks: int | None, seconds: float
+    ) -> None:
+        """Add a video of which frames were used, and print what is in it.
+
+        Args:
+            item (`ImageInput`): The video.
+            num_frames (`int`): Number of its frames, or of those that were detected in if it is not drawn.
+            objects (`Counter[str]`): Number of detections in all frames by class name.
+            num_tracks (`int`, *optional*): Number of ids; `None` if objects are not tracked.
+            seconds (`float`): Time that it took.
+        """
+        self.num_videos += 1
+        self.num_frames += num_frames
+        self.objects += objects
+        tracks = "" if num_tracks is None else f" in {count_of(num_tracks, 'track')}"
+        rate = f"{tracks}, {num_frames / seconds:.1f} frames/s"
+        self._print_counts(item, objects, f"{count_of(num_frames, 'frame')}, ", rate)
+
+    def _print_counts(self, item: ImageInput, objects: Counter[str], before: str = "", after: str = "") -> None:
         if not self.quiet and self._has_lines:
-            counts = ", ".join(f"{count} {name}" for name, count in names.most_common())
+            counts = ", ".join(f"{count} {name}" for name, count in objects.most_common())
             nothing = f"nothing above {self.detector.options.threshold}"
-            print(f"{result.input.source}: {counts or nothing} -> {self.target}")
+            print(f"{item.source}: {before}{counts or nothing}{after} -> {self.target}")
 
     @property
     def _has_lines(self) -> bool:
         return self.total <= MAX_LINES and self.queue.size == 1
 
+    @property
+    def _plural(self) -> str:
+        return " and ".join(f"{kind}s" for kind in self.kinds)
+
     def _counts(self) -> dict[str, Any]:
-        boxes = self.results.changed_boxes
-        videos = {"videos": self.num_videos, "frames": self.num_frames}
         return {
-            "images": self.num_images,
-            **videos,
-            "objects": self.objects,
-            "errors": self.errors,
-            "changed_boxes": boxes,
-        }
+            "images": self.num_images, "videos": self.num_videos, "frames": self.num_frames, "objects": self.objects,
+            "errors": self.errors, "changed_boxes": self.results.changed_boxes,
+        }  # fmt: skip
 
     def _add_up(self, summaries: Sequence[dict[str, Any]], inputs: Sequence[ImageInput]) -> None:
         errors = {source: error for each in summaries for source, error in each["errors"].items()}
@@ -207,7 +236,7 @@ class PredictionRun:
 
         Args:
             total (`int`, *optional*): Number of images, if it is known.
-            unit (`str`): What the images are called.
+            unit (`str`): What images are called.
             start (`float`, *optional*): Time of the monotonic clock at which the first image began; by default now.
         """
         from rich.console import Console
@@ -252,24 +281,31 @@ class PredictionRun:
         if self.quiet:
             print(json.dumps(self._summary(seconds), indent=2))
         elif not self._has_lines or self.num_skipped:
-            skipped = f", {count_of(self.num_skipped, 'was', 'were')} there already" if self.num_skipped else ""
-            print(
-                f"{count_of(self.num_images, 'image')}{skipped}, {count_of(self.objects.total(), 'object')}, "
-                f"{self.num_images / seconds:.1f} images/s -> {self.target}"
-            )
-        if self.errors and self.kinds == "videos" and self.total == 1:
-            raise BrokenInputError(*self.errors.values())
+            print(f"{', '.join(self._summary_parts(seconds))} -> {self.target}")
         if self.errors:
             self._raise_errors()
 
+    def _summary_parts(self, seconds: float) -> Iterator[str]:
+        if "image" in self.kinds:
+            yield count_of(self.num_images, "image")
+        if "video" in self.kinds:
+            yield f"{count_of(self.num_videos, 'video')}, {count_of(self.num_frames, 'frame')}"
+        if self.num_skipped:
+            yield f"{count_of(self.num_skipped, 'was', 'were')} there already"
+        yield count_of(self.objects.total(), "object")
+        unit = " and ".join({"image": "images", "video": "frames"}[kind] for kind in self.kinds)
+        yield f"{(self.num_images + self.num_frames) / seconds:.1f} {unit}/s"
+
     def _raise_errors(self) -> NoReturn:
         errors, count = [*self.errors.values()], len(self.errors)
+        if self.kinds == ["video"] and self.total == 1:
+            raise BrokenInputError(*errors)
         for error in [] if self.quiet else errors[MAX_RAISED:MAX_ERRORS]:
             print(f"not read: {error}")
         more = f" ... and {count - MAX_RAISED} more; --json lists all" * (count > MAX_RAISED)
         listed = "\n".join(errors[:MAX_RAISED])
-        kinds = self.kinds if self.total > 1 else self.kinds.removesuffix("s")
-        raise BrokenInputError(f"{count} of {self.total:,} {kinds} cannot be read:\n{listed}{more}")
+        total = count_of(self.total, " or ".join(self.kinds), self._plural)
+        raise BrokenInputError(f"{count} of {total} cannot be read:\n{listed}{more}")
 
     def _summary(self, seconds: float) -> dict[str, Any]:
         return {
@@ -286,8 +322,10 @@ class PredictionRun:
         }
 
 
-def _is_video(item: ImageInput) -> bool:
-    return isinstance(item.source, Video)
+def _exit_on_signal(message: str, number: int = signal.SIGINT) -> NoReturn:
+    if message:
+        print(message, file=sys.stderr)
+    raise SystemExit(128 + number)
 
 
 @contextmanager

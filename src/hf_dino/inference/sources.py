@@ -15,9 +15,9 @@ from huggingface_hub import constants, get_session
 from huggingface_hub.errors import HTTPError
 from PIL import Image
 
-from ..data.images import ImageSource, is_image_file, list_images
+from ..data.images import ImageSource, is_image_file, is_noted, list_images
 from ..utils.download import display_url, url_file_name
-from ..utils.errors import InputError, summarize_list
+from ..utils.errors import InputError, count_of, summarize_list
 from ..utils.io import read_lines
 
 
@@ -93,6 +93,16 @@ class ImageInput(NamedTuple):
 
     source: ImageSource | DecodedImage | Video
     name: str
+
+    @property
+    def is_video(self) -> bool:
+        """`True` for a video."""
+        return isinstance(self.source, Video)
+
+    @property
+    def kind(self) -> str:
+        """Its name in messages: image or video."""
+        return "video" if self.is_video else "image"
 
 
 class UrlImage:
@@ -194,6 +204,8 @@ def _expand_directory(path: Path, recursive: bool) -> list[ImageInput]:
     except InputError:
         if not videos:
             raise
+        others = [file for file in visible if is_noted(file) and not (recursive and file.is_dir())]
+        _warn_about_others(str(path), "videos", sorted({*others} - {*videos}))
         return [_to_input(file, path) for file in videos]
     _warn_about_videos(str(path), videos)
     return [_to_input(file, path) for file in files]
@@ -202,10 +214,13 @@ def _expand_directory(path: Path, recursive: bool) -> list[ImageInput]:
 def _warn_about_videos(argument: str, videos: Sequence[Path]) -> None:
     """Log the videos next to images: phones store a short one for each photo, and a video takes long."""
     if videos:
-        names = summarize_list(file.name for file in videos)
-        logger.warning(
-            "%s: %d videos next to images: not used unless they are named; %s", argument, len(videos), names
-        )
+        count, names = count_of(len(videos), "video"), summarize_list(file.name for file in videos)
+        logger.warning("%s: %s next to images: not used unless named; %s", argument, count, names)
+
+
+def _warn_about_others(argument: str, used: str, others: Sequence[Path]) -> None:
+    if others:
+        logger.warning("%s: %d entries are not %s: not used; %s", argument, len(others), used, summarize_list(others))
 
 
 def _expand_list(path: Path, recursive: bool) -> list[ImageInput]:
@@ -223,11 +238,10 @@ def _expand_pattern(pattern: str) -> list[ImageInput]:
     matches = sorted(map(Path, glob.glob(pattern, recursive=True)))  # noqa: PTH207, takes absolute patterns too
     images = [path for path in matches if is_image_file(path)]
     videos = [path for path in matches if is_video(path.name) and path.is_file()]
-    others = [str(path) for path in matches if path.is_file() and path not in {*images, *videos}]
+    others = [path for path in matches if path.is_file() and path not in {*images, *videos}]
     if not images + videos:
         contents = f", but {summarize_list(others)}" if others else ""
         raise InputError(f"{pattern}: the pattern matches no images{contents}")
     _warn_about_videos(pattern, videos if images else [])
-    if others:
-        logger.warning("%s: %d files are not images: not used; %s", pattern, len(others), summarize_list(others))
+    _warn_about_others(pattern, "images" if images else "videos", others)
     return [_to_input(path, root) for path in images or videos]

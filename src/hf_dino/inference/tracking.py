@@ -2,6 +2,7 @@
 
 from collections import defaultdict, deque
 from collections.abc import Mapping, Sequence
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,15 @@ LOW_SCORE = 0.1  # from which on a detection can continue a track, as in ByteTra
 TRAIL_SECONDS = 1.0
 
 Point = tuple[float, float]  # x, y in pixels
+
+
+def import_trackers() -> ModuleType:
+    """Import the library of trackers.
+
+    Raises:
+        ImportError: If it is not installed.
+    """
+    return import_extra("trackers", "tracking", "tracking")
 
 
 class ObjectTracker:
@@ -30,7 +40,7 @@ class ObjectTracker:
     """
 
     def __init__(self, threshold: float, frame_rate: float):
-        trackers = import_extra("trackers", "tracking", "tracking")
+        trackers = import_trackers()
         self._supervision = import_extra("supervision", "train", "tracking")
         self._tracker = trackers.ByteTrackTracker(
             frame_rate=frame_rate, track_activation_threshold=threshold, high_conf_det_threshold=threshold
@@ -63,10 +73,9 @@ class ObjectTracker:
         return [each for each in rows if each["score"] >= self.threshold]
 
     def _extend_trails(self, rows: Sequence[Mapping[str, Any]], seconds: float) -> None:
-        for each in rows:
+        for each in (row for row in rows if row["track"]):
             x0, y0, x1, y1 = each["box"]
-            self._points[each["track"] or 0].append((seconds, ((x0 + x1) / 2, (y0 + y1) / 2)))
-        self._points.pop(0, None)
+            self._points[each["track"]].append((seconds, ((x0 + x1) / 2, (y0 + y1) / 2)))
         for track, points in [*self._points.items()]:
             while points and points[0][0] < seconds - TRAIL_SECONDS:
                 points.popleft()

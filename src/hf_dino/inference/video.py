@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image
 
 from ..image_processing_dino_detr import convert_to_rgb
-from ..utils.errors import InputError, import_extra
+from ..utils.errors import InputError, count_of, import_extra
 from ..utils.io import atomic_write
 from .detector import map_ahead
 from .sources import ImageInput, Video
@@ -57,7 +57,12 @@ _TRANSPOSES = {
 _SWAPS_SIDES = {transpose for signs, transpose in _TRANSPOSES.items() if signs[1]}
 
 
-def _av() -> ModuleType:
+def import_av() -> ModuleType:
+    """Import PyAV, which has FFmpeg's libraries.
+
+    Raises:
+        ImportError: If it is not installed.
+    """
     return import_extra("av", "train", "reading and writing videos")
 
 
@@ -122,7 +127,7 @@ def open_video(video: Video) -> Any:
     Raises:
         InputError: If it cannot be opened.
     """
-    av = _av()
+    av = import_av()
     try:
         if video.is_camera:
             return _open_camera(video.address)
@@ -135,7 +140,7 @@ def open_video(video: Video) -> Any:
 
 def _open_camera(address: str) -> Any:
     device, pattern, options = _DEVICES.get(sys.platform, _DEVICES["linux"])
-    return _av().open(pattern.format(address.partition(":")[2]), format=device, options=options)
+    return import_av().open(pattern.format(address.partition(":")[2]), format=device, options=options)
 
 
 class VideoReader:
@@ -177,7 +182,7 @@ class VideoReader:
     def _find_stream(self) -> Any:
         streams = self.container.streams
         for stream in streams.video:
-            if not stream.disposition & _av().stream.Disposition.attached_pic:  # the cover of a song
+            if not stream.disposition & import_av().stream.Disposition.attached_pic:  # the cover of a song
                 return stream
         kinds = ", ".join(sorted({each.type for each in streams} - {"video"})) or "nothing"
         raise InputError(f"{self.video}: is not a video, it contains only {kinds}")
@@ -227,7 +232,7 @@ class VideoReader:
     def _next_packet(self, packets: Iterator[Any]) -> Any:
         try:
             packet = next(packets, None)
-        except _av().FFmpegError as error:
+        except import_av().FFmpegError as error:
             self.faults.append(f"cannot be read any further ({error.strerror})")
             return None
         if packet is not None:
@@ -238,7 +243,7 @@ class VideoReader:
     def _decode_packet(self, packet: Any) -> list[Any]:
         try:
             frames = packet.decode()
-        except _av().FFmpegError:
+        except import_av().FFmpegError:
             self.num_damaged += 1
             return []
         self.num_damaged += sum(frame.is_corrupt for frame in frames)
@@ -258,9 +263,10 @@ class VideoReader:
 
     def _note_faults(self, origin: Fraction) -> None:
         if self.num_moved:
-            logger.warning("%s: %d frames, whose time stamps do not increase, are moved", self.video, self.num_moved)
+            moved = count_of(self.num_moved, "frame is", "frames are")
+            logger.warning("%s: %s moved, since the time stamps do not increase", self.video, moved)
         if self.num_damaged:
-            self.faults.append(f"{self.num_damaged} frames are damaged")
+            self.faults.append(f"{count_of(self.num_damaged, 'frame is', 'frames are')} damaged")
         reached = self._last_end - origin
         if self.is_complete and self.duration and reached + _MISSING + 2 / self.rate < self.duration:
             self.faults.append(f"it is cut short, at {float(reached):.1f} of {float(self.duration):.1f} s")
@@ -335,7 +341,7 @@ def _plain_errors(path: Path) -> Iterator[None]:
     """Turn errors of FFmpeg, such as that of a full disk, into those of Python, which can be given a file name."""
     try:
         yield
-    except _av().FFmpegError as error:
+    except import_av().FFmpegError as error:
         raise OSError(error.errno, error.strerror, str(path)) from error
 
 
@@ -372,7 +378,7 @@ class VideoWriter:
         temporary = self._files.enter_context(atomic_write(self.path))
         self._files.enter_context(_plain_errors(self.path))
         options = {"movflags": "faststart"}  # so that players need not read the end of the file first
-        self._container = self._files.enter_context(_av().open(str(temporary), "w", container_options=options))
+        self._container = self._files.enter_context(import_av().open(str(temporary), "w", container_options=options))
         self._stream = self._container.add_stream("libx264", options=_X264)
         self._stream.width, self._stream.height = (length + length % 2 for length in image.size)
         self._size = image.size
@@ -385,7 +391,7 @@ class VideoWriter:
         pixels = frame.pixels
         codec.pix_fmt, codec.sample_aspect_ratio = "yuv420p", frame.pixel_ratio
         codec.framerate, codec.time_base = 1 / frame.duration, pixels.time_base
-        codec.flags |= _av().codec.context.Flags.frame_duration
+        codec.flags |= import_av().codec.context.Flags.frame_duration
         codec.color_range, codec.colorspace = _MPEG_RANGE, _TAGS[frame.color_space]
         codec.color_primaries, codec.color_trc = pixels.color_primaries, pixels.color_trc
 
@@ -393,7 +399,7 @@ class VideoWriter:
         if self._size and image.size != self._size:
             image = image.resize(self._size)
         missing = [(0, image.height % 2), (0, image.width % 2), (0, 0)]
-        rgb = _av().VideoFrame.from_ndarray(np.pad(np.asarray(image), missing, mode="edge"), format="rgb24")
+        rgb = import_av().VideoFrame.from_ndarray(np.pad(np.asarray(image), missing, mode="edge"), format="rgb24")
         yuv = rgb.reformat(format="yuv420p", dst_colorspace=frame.color_space, dst_color_range=_MPEG_RANGE)
         base = frame.pixels.time_base
         yuv.time_base = base
@@ -442,7 +448,7 @@ class _AudioCopy:
                 elif packet.dts is not None and _move(packet, shift):
                     packet.stream = target
                     yield packet
-        except _av().FFmpegError as error:
+        except import_av().FFmpegError as error:
             logger.warning("%s: the audio cannot be read any further (%s)", self.video, error.strerror)
 
     def _encode(self, packet: Any, target: Any, shift: Fraction) -> Iterator[Any]:
@@ -465,7 +471,7 @@ def _seek(container: Any, start: Fraction) -> Fraction:
     stamps = [each.start_time * each.time_base for each in container.streams if each.start_time is not None]
     begin = Fraction(container.start_time or 0, 1_000_000)  # rounded
     begin = min(stamps, key=lambda stamp: abs(stamp - begin), default=begin)
-    with suppress(_av().FFmpegError):  # not every format can; what precedes `start` is read then
+    with suppress(import_av().FFmpegError):  # not every format can; what precedes `start` is read then
         if start:
             container.seek(math.floor((begin + start) * 1_000_000))
     return begin

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TextIO
 
 from PIL import Image
 
-from ..utils.errors import InputError
+from ..utils.errors import InputError, count_of
 from ..utils.io import atomic_write
 from .detector import Detector, ImageResult, map_ahead, worker_threads
 from .results import draw_rows, to_record
@@ -40,9 +40,10 @@ class VideoOptions:
     track: bool
 
     def settings(self) -> dict[str, Any]:
-        """Return what the results depend on, `None` where an option is not given."""
-        times = {name: value and float(value) for name, value in (("start", self.start), ("end", self.end))}
-        return {"every": self.every, **times, "track": self.track or None}
+        """Return what the results depend on, `None` where an option is not given or has its default."""
+        every = None if self.every == 1 else self.every
+        start, end = (float(time) if time else None for time in (self.start, self.end))
+        return {"every": every, "start": start, "end": end, "track": self.track or None}
 
 
 class _Shown(NamedTuple):
@@ -60,15 +61,18 @@ def detect_in_video(
     drawing: Path | None,
     mot: Path | None = None,
     save: Callable[[dict[str, Any]], None] = lambda record: None,
-) -> None:
-    """Detect in the frames of a video. After an error or Ctrl-C, the files have the frames so far.
+) -> bool:
+    """Detect in the frames of a video. If it is cut short, or after Ctrl-C, the files have the frames so far.
 
     Args:
-        run (`PredictionRun`): Counts what is found, and what could not be read.
+        run (`PredictionRun`): Counts what is found, and notes what could not be read.
         item (`ImageInput`): The video.
         drawing (`Path`, *optional*): Video to write.
         mot (`Path`, *optional*): Text of the MOT challenge to write.
-        save (`Callable`, *optional*): Receives the record of each frame.
+        save (`Callable`, *optional*): Receives the record of each frame that is detected in.
+
+    Returns:
+        `bool`: `True` if Ctrl-C ended what a camera records.
 
     Raises:
         KeyboardInterrupt: After Ctrl-C, unless it is the end of what a camera records.
@@ -78,15 +82,17 @@ def detect_in_video(
         video.detect(drawing, mot, save)
     except InputError as error:
         run.errors[str(item.source)] = str(error)
-        return
-    video.report(drawing, mot)
+        return False
+    video.report(mot)
     if video.is_interrupted and not video.is_live:
         raise KeyboardInterrupt
+    return video.is_interrupted
 
 
 class _VideoRun:
-    def __init__(self, run: "PredictionRun", item: ImageInput):
+    """The frames of one video on their way from the reader through the detector to the files."""
 
+    def __init__(self, run: "PredictionRun", item: ImageInput):
         assert isinstance(item.source, Video)
         options, threshold = run.video_options, run.detector.options.threshold
         self.run, self.item, self.video, self.is_live = run, item, item.source, item.source.is_live
@@ -102,7 +108,7 @@ class _VideoRun:
         self.pending: dict[str, Any] = {}  # the record of the last frame
 
     def detect(self, drawing: Path | None, mot: Path | None, save: Callable[[dict[str, Any]], None]) -> None:
-
+        """Write the files, which end with the last frame before Ctrl-C."""
         ahead = 2 * self.run.num_workers
         with ExitStack() as stack:
             audio = None if self.is_live else self.video
@@ -155,10 +161,14 @@ class _VideoRun:
     def _detector(self) -> Detector:
         """Return a detector that finds what the tracker needs, and does not wait for further frames of a camera."""
         given = self.run.detector
-        options = replace(given.options, threshold=min(LOW_SCORE, given.options.threshold)) if self.tracker else None
-        batch_size = 1 if self.is_live else given.batch_size
+        threshold = min(given.options.threshold, LOW_SCORE if self.tracker else 1.0)
         return Detector(
-            given.model, given.processor, options or given.options, batch_size=batch_size, dtype=given.dtype
+            given.model,
+            given.processor,
+            replace(given.options, threshold=threshold),
+            batch_size=1 if self.is_live else given.batch_size,
+            dtype=given.dtype,
+            on_tiles=given.on_tiles,
         )
 
     def _rows(self, frame: VideoFrame, result: ImageResult) -> list[dict[str, Any]]:
@@ -167,13 +177,10 @@ class _VideoRun:
         return self.tracker.update(result.detections, frame.seconds) if self.tracker else result.detections
 
     def _draw(self, shown: _Shown) -> tuple[_Shown, Image.Image]:
-
-        image = shown.result.image if shown.result else None
-        image = image or shown.frame.to_image()
+        image = (shown.result and shown.result.image) or shown.frame.to_image()
         return shown, draw_rows(image, shown.rows, self.run.results.classes, trails=shown.trails, enlarge=False)
 
     def _save(self, frames: Iterable[_Shown], mot_file: TextIO | None, save: Callable[[dict[str, Any]], None]) -> None:
-
         for shown in frames:
             self.num_frames += 1
             if shown.result is None:
@@ -185,7 +192,6 @@ class _VideoRun:
                 mot_file.write(to_mot(shown.frame.index, shown.rows))
 
     def _record(self, shown: _Shown) -> dict[str, Any]:
-
         assert shown.result is not None
         self.objects += Counter(each["name"] for each in shown.rows)
         if self.tracker:
@@ -195,23 +201,16 @@ class _VideoRun:
         record = to_record(replace(shown.result, detections=shown.rows))
         return {**record, "frame": shown.frame.index, "seconds": shown.frame.seconds}
 
-    def report(self, drawing: Path | None, mot: Path | None) -> None:
-        """Add the counts to those of the run, and print them."""
-        run, name = self.run, str(self.video)
-        run.num_frames += self.num_frames
-        run.num_videos += 1
-        run.objects += self.objects
+    def report(self, mot: Path | None) -> None:
+        """Add the counts to those of the run, which prints them."""
         if self.reader.faults:
-            run.errors[name] = f"{name}: {'; '.join(self.reader.faults)}; {self.num_frames} frames were used"
+            used = count_of(self.num_frames, "frame was", "frames were")
+            self.run.errors[str(self.video)] = f"{self.video}: {'; '.join(self.reader.faults)}; {used} used"
         if mot and self.num_without_track:
-            logger.warning("%s: without %d detections of objects not seen before", mot, self.num_without_track)
-        if run.quiet:
-            return
-        counts = ", ".join(f"{count} {name}" for name, count in self.objects.most_common())
-        counts = counts or f"nothing above {run.detector.options.threshold}"
-        tracks = f" in {len(self.tracks)} tracks" * (self.tracker is not None)
-        rate = self.num_frames / (time.monotonic() - self.start_time)
-        print(f"{name}: {self.num_frames} frames, {counts}{tracks}, {rate:.1f} frames/s -> {drawing or run.target}")
+            rows = count_of(self.num_without_track, "detection")
+            logger.warning("%s: without %s of objects not seen before", mot, rows)
+        num_tracks = len(self.tracks) if self.tracker else None
+        self.run.count_video(self.item, self.num_frames, self.objects, num_tracks, time.monotonic() - self.start_time)
 
 
 def _write(writer: VideoWriter, drawn: tuple[_Shown, Image.Image]) -> _Shown:

@@ -141,10 +141,11 @@ class Recorder:
         return Inspection(image_size, **{name: _to_numpy(each) for name, each in fields.items()})
 
     def _sampling_locations(self) -> list[torch.Tensor]:
-        """Return (x, y) of each layer as fractions of the padded image, by the definition of the operator."""
+        """Return (x, y) of each layer as fractions of the padded image, as the operator computes them."""
+        calls = zip(self.calls["sampling offsets"], self.calls["attention"])
         return [
-            compute_sampling_locations(offsets.view(*weights.shape, 2), args[3], args[4].spatial_shapes)
-            for (_, offsets), (args, (_, weights)) in zip(self.calls["sampling offsets"], self.calls["attention"])
+            compute_sampling_locations(offsets.view(*weights.shape, 2), reference_points, levels.spatial_shapes)
+            for (_, offsets), ((*_, reference_points, levels), (_, weights)) in calls
         ]
 
     def _tokens(
