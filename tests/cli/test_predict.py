@@ -1,10 +1,8 @@
 """`hf-dino predict`: each image is in the results exactly once, whenever it is stopped; nothing is overwritten."""
 
 import json
-import os
 import random
 import shutil
-import signal
 import time
 from collections import Counter
 from pathlib import Path
@@ -13,6 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from helpers import forks
 from helpers.command_line import hf_dino
 from helpers.models import tiny_model
 from hf_dino import DinoDetrImageProcessor
@@ -69,13 +68,11 @@ def test_killed_at_any_moment_and_resumed_each_image_is_there_once(run, tmp_path
     moments = random.Random(0)
     for number in range(5):
         output = f"killed{number}"
-        child = os.fork()
-        if not child:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-            os._exit(run(*arguments, output=output))
+        common = ["--model=model", f"--output={output}", "--threshold=0.015", "--device=cpu"]
+        child = forks.start(["predict", *arguments, *common])
         time.sleep(moments.uniform(0.1, 0.9) * seconds)
-        os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
+        child.kill()
+        child.join()
         assert run(*arguments, output=output) == 0
         assert Counter(record["image"] for record in journal(output)) == Counter(
             f"images/{image:02}.png" for image in range(NUM_IMAGES)

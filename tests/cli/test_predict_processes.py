@@ -3,7 +3,6 @@
 import json
 import os
 import random
-import resource
 import shutil
 import signal
 import socket
@@ -18,7 +17,9 @@ import pytest
 from PIL import Image
 from torch.distributed import HashStore
 
+from helpers import forks
 from helpers.command_line import hf_dino
+from helpers.forks import status_of
 from helpers.models import tiny_model
 from helpers.videos import make_video
 from hf_dino import DinoDetrImageProcessor
@@ -74,27 +75,12 @@ def run(output, *more):
     return hf_dino(["predict", *arguments(output, FORMATS, *more)])
 
 
-def start(output, *more, before=lambda: None, **environment):
-    """Run the command in a fork, whose output goes to OUTPUT.log; return its process id."""
-    if child := os.fork():
-        return child
-    status = 99
-    try:
-        log = os.open(f"{output}.{environment.get('RANK', 0)}.log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-        for number in (1, 2):
-            os.dup2(log, number)
-        sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
-        os.environ.update(environment)
-        before()
-        try:
-            status = run(output, *more)
-        except InputError as error:
-            print(f"error: {error}", file=sys.stderr)
-            status = 1
-        sys.stdout.flush()
-        sys.stderr.flush()
-    finally:
-        os._exit(status)
+def start(output, *more, file_size=None, **environment):
+    """Run the command in a process of its own, whose output goes to OUTPUT.RANK.log."""
+    log = Path(f"{output}.{environment.get('RANK', 0)}.log")
+    return forks.start(
+        ["predict", *arguments(output, FORMATS, *more)], log, environment=environment, file_size=file_size
+    )
 
 
 def start_together(output, number, *more):
@@ -102,10 +88,6 @@ def start_together(output, number, *more):
         free.bind(("localhost", 0))
         place = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": str(number)}
     return [start(output, *more, RANK=str(rank), **place) for rank in range(number)]
-
-
-def status_of(child):
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
 def log(output, rank=0):
@@ -166,10 +148,10 @@ def test_a_single_drawing_is_of_one_process(folder, monkeypatch, capsys):
 def test_a_dead_process_holds_up_no_other_and_its_images_are_resumed(reader, folder):
     main, other = start_together("out", 2)
     wait_for("out", 4)
-    os.kill(other, signal.SIGKILL)
+    os.kill(other.pid, signal.SIGKILL)
     assert status_of(other) == -signal.SIGKILL
     wait_for("out", NUM_IMAGES // 3)  # the dead process had taken a few
-    os.kill(main, signal.SIGTERM)
+    os.kill(main.pid, signal.SIGTERM)
     assert status_of(main) == 128 + signal.SIGTERM
     assert "interrupted; --resume continues" in log("out")
     assert [status_of(child) for child in start_together("out", 3, "--resume")] == [0, 0, 0]
@@ -179,7 +161,7 @@ def test_a_dead_process_holds_up_no_other_and_its_images_are_resumed(reader, fol
 def test_a_dead_main_process_ends_the_others(reader, folder):
     main, other = start_together("out", 2)
     wait_for("out", 4)
-    os.kill(main, signal.SIGKILL)
+    os.kill(main.pid, signal.SIGKILL)
     status_of(main)
     assert status_of(other) == 1
     assert "error: the main process cannot be reached any more" in log("out", 1)
@@ -239,11 +221,11 @@ def test_a_half_set_launcher_is_an_error(monkeypatch):
 def test_two_runs_do_not_share_a_directory(reader, folder):
     child = start("out")
     wait_for("out", 1)
-    os.kill(child, signal.SIGSTOP)  # so that it is not done before the others ask
+    os.kill(child.pid, signal.SIGSTOP)  # so that it is not done before the others ask
     for option in ("--resume", "--overwrite"):
         with pytest.raises(InputError, match=r"^out: used by another run; wait for it to finish, or use a different"):
             run("out", option)
-    os.kill(child, signal.SIGKILL)
+    os.kill(child.pid, signal.SIGKILL)
     status_of(child)
     assert run("out", "--resume") == 0, "the lock of a dead process holds nothing up"
     assert content("out") == content(reader / "whole")
@@ -253,7 +235,7 @@ def test_two_runs_do_not_share_a_directory(reader, folder):
 def test_a_signal_leaves_whole_results_and_one_line(reader, folder, number):
     child = start("out")
     wait_for("out", 7)
-    os.kill(child, number)
+    os.kill(child.pid, number)
     assert status_of(child) == 128 + number
     assert log("out").splitlines()[-1] == "interrupted; --resume continues"
     assert "Traceback" not in log("out")
@@ -265,15 +247,10 @@ def test_a_signal_leaves_whole_results_and_one_line(reader, folder, number):
     assert content("out") == content(reader / "whole")
 
 
-def limit_files(size):
-    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # so that a write fails, as with a quota
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
-
-
 @pytest.mark.parametrize("part", [0.3, 0.7])
 def test_a_full_disk_is_one_error_and_resumable(reader, folder, part):
     size = int(part * (reader / "whole/results.jsonl").stat().st_size)
-    assert status_of(start("out", before=lambda: limit_files(size))) == 1
+    assert status_of(start("out", file_size=size)) == 1
     lines = [line for line in log("out").splitlines() if not line.startswith(("images/", "Loading", " "))]
     (error,) = [line for line in lines if "error" in line.lower()]
     assert error.startswith("error: [Errno 27] File too large: 'out/results.")
@@ -304,7 +281,7 @@ def test_killed_at_ten_random_moments_each_image_is_there_once(reader, folder):
         children = start_together(output, 2, "--resume") if kills % 2 else [start(output, "--resume")]
         time.sleep(moments.uniform(0.02, 0.3) * seconds)
         for child in children:
-            os.kill(child, signal.SIGKILL)
+            os.kill(child.pid, signal.SIGKILL)
         kills += sum(status_of(child) == -signal.SIGKILL for child in children) > 0
     for output in ("out0", "out1"):
         assert run(output, "--resume") == 0

@@ -2,8 +2,8 @@
 
 import csv
 import json
-import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from helpers import forks
 from helpers.command_line import hf_dino
 from helpers.models import tiny_model
 from helpers.videos import RATE, facts, make_video, numbered_frame
@@ -266,22 +267,12 @@ def test_a_missing_library_is_said_before_anything_is_written(run, monkeypatch, 
     assert not Path("out").exists()
 
 
-def test_a_killed_run_leaves_no_partial_file_of_the_final_name(run, monkeypatch):
-    append = ResultsDirectory.append
-
-    def killed(self, record):
-        append(self, record)
-        if record["frame"] == 3:
-            os._exit(9)
-
-    monkeypatch.setattr(ResultsDirectory, "append", killed)
-    child = os.fork()
-    if not child:
-        os._exit(run("clip.mp4", "--save=images,jsonl"))
-    os.waitpid(child, 0)
+def test_a_killed_run_leaves_no_partial_file_of_the_final_name(run):
+    command = ["predict", "clip.mp4", "--save=images,jsonl", "--model=model", "--output=out", "--threshold=0.015"]
+    child = forks.start([*command, "--device=cpu"], before=forks.die_after_frame_3)
+    assert forks.status_of(child) == -signal.SIGKILL
     assert len(journal()) == 4
     assert not Path("out/clip.mp4").exists()
-    monkeypatch.setattr(ResultsDirectory, "append", append)
     assert run("clip.mp4", "--save=images,jsonl", "--resume") == 0
     assert [row["frame"] for row in journal()] == [*range(NUM_FRAMES)]
     assert "clip.mp4" in files()
