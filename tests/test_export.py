@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -14,13 +15,13 @@ import torch
 from huggingface_hub import constants
 from PIL import Image
 
-from helpers.command_line import exit_status, hf_dino
+from helpers.command_line import documented_keys, exit_status, hf_dino
 from helpers.data_formats import write_shapes
 from helpers.models import tiny_model
 from hf_dino import DinoDetrImageProcessor, export
 from hf_dino.export import FORMATS, compare, describe, export_model, make_inputs, make_program, verification
 from hf_dino.export.program import digest, model_digest
-from hf_dino.exported import ExportedDetector, QuerySelectionMode, load_exported
+from hf_dino.exported import FACTS, METADATA_KEY, ExportedDetector, QuerySelectionMode, load_exported
 from hf_dino.inference import detect_objects
 from hf_dino.kernels import operators
 
@@ -282,6 +283,24 @@ def test_what_is_not_an_exported_model_is_one_line(name, tmp_path):
     assert "\n" not in str(raised.value)
 
 
+@pytest.mark.parametrize("name", FACTS)
+def test_a_file_of_an_earlier_version_is_one_line(name, written, tmp_path):
+    file = onnx.load(written("onnx"))
+    (entry,) = file.metadata_props
+    facts = json.loads(entry.value)
+    del facts[name]
+    entry.value = json.dumps(facts)
+    onnx.save(file, tmp_path / "old.onnx")
+    with zipfile.ZipFile(tmp_path / "old.pt2", "w") as archive:
+        archive.writestr(f"model/extra/{METADATA_KEY}", json.dumps(facts))
+    for path in (tmp_path / "old.onnx", tmp_path / "old.pt2"):
+        with pytest.raises(
+            ValueError, match="old.*: was written by an older hf_dino.* export the model again"
+        ) as raised:
+            ExportedDetector(path)
+        assert "\n" not in str(raised.value)
+
+
 def test_it_runs_on_the_cpu_and_says_so(written):
     detector = ExportedDetector(written("onnx"))
     assert detector.to("cpu") is detector and detector.device.type == "cpu"
@@ -318,10 +337,10 @@ def test_the_command_writes_a_verified_file(folder, written, model, processor, m
         (["OWNER/nmae", "--output=new/model.onnx"], "is neither a directory nor a model on the Hub"),
         (["OWNER/nmae", "--output=ov", "--format=openvino"], "is neither a directory nor a model on the Hub"),
         (["OWNER/nmae", "--output=new/ov", "--format=openvino"], "is neither a directory nor a model on the Hub"),
-        (["tiny", "--output=new/a.onnx", "--precision=float16"], "--precision float16: needs --data"),
-        (["tiny", "--output=new/a.onnx", "--data=tiny"], "--data: is read only with --precision"),
+        (["tiny", "--output=new/a.onnx", "--precision=float16"], "--precision float16: needs --dataset"),
+        (["tiny", "--output=new/a.onnx", "--dataset=tiny"], "--dataset: is read only with --precision"),
         (
-            ["tiny", "--output=a.pt2", "--format=pt2", "--precision=int8", "--data=d"],
+            ["tiny", "--output=a.pt2", "--format=pt2", "--precision=int8", "--dataset=d"],
             "not available with --format pt2",
         ),
         (["tiny", "--output=a.onnx", "--attention=compiled"], "only PyTorch has it"),
@@ -438,9 +457,13 @@ def test_a_runtime_that_falls_back_to_the_cpu_is_refused(written, monkeypatch):
 
 
 def test_verify_is_a_command(detectors, model, processor, capsys):
-    assert hf_dino(["verify", "model.onnx", "--model=tiny"]) == 0
-    printed = capsys.readouterr().out
-    assert "changed ranks" in printed and "model.onnx: was exported from these weights and is unchanged" in printed
+    assert hf_dino(["verify", "model.onnx", "--model=tiny", "--json"]) == 0
+    out, err = capsys.readouterr()
+    assert "changed ranks" in err and "model.onnx: was exported from these weights and is unchanged" in err
+    facts = json.loads(out)
+    assert facts.keys() <= documented_keys()["verify"]
+    assert (facts["precision"], facts["ap_before"]) == ("float32", None)
+    assert all(each.keys() <= documented_keys()["export"] for each in facts["differences"])
     other = copy.deepcopy(model)
     other.class_embed[0].bias.data += 0.1
     other.save_pretrained("other")
@@ -460,6 +483,7 @@ def test_benchmark_is_a_table_of_this_machine(detectors, capsys):
     assert hf_dino([*arguments, "--json", "--data=shapes"]) == 0
     measured = json.loads(capsys.readouterr().out)
     for each in measured["candidates"]:
+        assert each.keys() | measured.keys() <= documented_keys()["benchmark"]
         assert each["milliseconds"].keys() == {"96x128", "64x96"} and each["load_seconds"] > 0
         assert all(0 < time["median"] <= time["p90"] for time in each["milliseconds"].values())
     first, second = measured["candidates"]
@@ -473,7 +497,7 @@ def test_benchmark_is_a_table_of_this_machine(detectors, capsys):
         (["--sizes=640"], "--sizes 640: expected HEIGHTxWIDTH"),
         (["--sizes=8x8"], "--sizes 8x8: "),
         (["gone.onnx"], "gone.onnx: is not an exported model"),
-        (["--data=gone"], "gone"),
+        (["--dataset=gone"], "gone"),
     ],
 )
 def test_wrong_use_of_benchmark_is_one_line_and_status_2(arguments, message, detectors, capsys):
@@ -490,9 +514,12 @@ def test_a_lower_precision_is_judged_by_ap_and_refused_above_the_loss(
     scores = iter([0.5, 0.496, 0.5, 0.494, 0.5, float("nan")])
     judged = []
     monkeypatch.setattr(export, "average_precision", lambda *each: (judged.append(each), next(scores))[1])
-    arguments = ["export", "tiny", f"--precision={precision}", "--data=shapes"]
-    assert hf_dino([*arguments, "--output=small.onnx"]) == 0
-    assert f"{precision}: AP 0.5000 before, 0.4960 after, on {shapes.name}" in capsys.readouterr().out
+    arguments = ["export", "tiny", f"--precision={precision}", "--dataset=shapes"]
+    assert hf_dino([*arguments, "--output=small.onnx", "--json"]) == 0
+    out, err = capsys.readouterr()
+    assert f"{precision}: AP 0.5000 before, 0.4960 after, on {shapes.name}" in err
+    assert json.loads(out).keys() <= documented_keys()["export"]
+    assert json.loads(out)["ap_after"] == 0.496
     detector, _ = load_exported("small.onnx")
     facts = detector.session.facts
     assert (facts["precision"], facts["ap_before"], facts["ap_after"], facts["data"]) == (
@@ -518,9 +545,9 @@ def test_a_dataset_without_a_split_to_judge_on_is_status_2(detectors, shapes, ca
         (Path(split) / split).symlink_to(shapes / split)
         (Path(split) / f"{split}.json").symlink_to(shapes / f"{split}.json")
     arguments = ["export", "tiny", "--output=a.onnx", "--precision=int8"]
-    assert hf_dino([*arguments, "--data=train"]) == 2
+    assert hf_dino([*arguments, "--dataset=train"]) == 2
     assert "needs the splits train and validation (or test), it has train" in capsys.readouterr().err
-    assert hf_dino([*arguments, "--data=val"]) == 2
+    assert hf_dino([*arguments, "--dataset=val"]) == 2
     assert "it has validation; make them with hf-dino data split" in capsys.readouterr().err
 
 

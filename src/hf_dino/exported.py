@@ -22,6 +22,9 @@ METADATA_KEY = "hf_dino"
 INPUTS, OUTPUTS = ("pixel_values", "pixel_mask"), ("logits", "pred_boxes")
 OPENVINO_FILE = "model.xml"
 
+FACTS = ("attention", "config", "content_sha256", "least_edge", "least_size", "model_sha256", "precision", "processor")
+"""What a file must state to be run and verified; files of earlier versions state less."""
+
 
 class Session(NamedTuple):
     r"""
@@ -80,8 +83,20 @@ def open_onnx(path: Path, device: str, threads: int, *, with_selection: bool = F
     def run(*inputs: torch.Tensor) -> list[Any]:
         return session.run(None, {name: each.numpy() for name, each in zip(INPUTS, inputs, strict=True)})
 
-    facts = json.loads(session.get_modelmeta().custom_metadata_map[METADATA_KEY])
+    facts = _read_facts(path, session.get_modelmeta().custom_metadata_map[METADATA_KEY])
     return Session(run, facts, f"ONNX Runtime {onnxruntime.__version__}, {provider}")
+
+
+def _read_facts(path: Path, text: str | bytes) -> dict[str, Any]:
+    """Return what a file states about its model.
+
+    Raises:
+        InputError: If it lacks something.
+    """
+    facts = json.loads(text)
+    if missing := [name for name in FACTS if name not in facts]:
+        raise InputError(f"{path}: was written by an older hf_dino, without {missing[0]}; export the model again")
+    return facts
 
 
 def _not_available(device: str, package: str, available: Iterable[str], hint: str) -> InputError:
@@ -114,7 +129,7 @@ def open_openvino(path: Path, device: str, threads: int, *, with_selection: bool
     def run(*inputs: torch.Tensor) -> list[Any]:
         return list(compiled([each.numpy() for each in inputs]).to_tuple())
 
-    facts = json.loads(model.get_rt_info([METADATA_KEY]).astype(str))
+    facts = _read_facts(path, model.get_rt_info([METADATA_KEY]).astype(str))
     return Session(run, facts, f"OpenVINO {openvino.__version__.partition('-')[0]}, {device.upper()}")
 
 
@@ -123,7 +138,7 @@ def open_archive(path: Path, device: str, threads: int, *, with_selection: bool 
     if device != "cpu":
         raise _not_available(device, "hf_dino runs .pt2 files and", ["cpu"], "leave it out")
     with zipfile.ZipFile(path) as file:
-        facts = json.loads(file.read(in_archive(file, f"extra/{METADATA_KEY}")))
+        facts = _read_facts(path, file.read(in_archive(file, f"extra/{METADATA_KEY}")))
         is_compiled = any("/data/aotinductor/" in name for name in file.namelist())
     if facts["attention"] == "compiled" and operators("cpu") is None:
         raise InputError(f"{path}: needs the compiled kernel, see hf-dino kernels")

@@ -154,6 +154,7 @@ class Format:
         load (`Callable`): Reads the model again.
         contents (`Callable`): Yields what the model consists of, which a changed weight changes.
         reduce (`dict[str, Reduce]`, *optional*): Functions that reduce the precision, by its name.
+        packages_of_precision (`dict[str, tuple[str, ...]]`, *optional*): Needed to reduce the precision, by its name.
         attention (`str`, *optional*, defaults to `"grid_sample"`): The form of the operator that is used by default.
     """
 
@@ -165,6 +166,7 @@ class Format:
     load: Callable[[Path], Any]
     contents: Callable[[Any], Iterator[bytes]]
     reduce: Mapping[str, Reduce] = field(default_factory=dict)
+    packages_of_precision: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     attention: str = "grid_sample"
 
     def write(self, model: Any, path: Path, facts: Mapping[str, Any]) -> None:
@@ -196,6 +198,7 @@ FORMATS = {
         load_openvino,
         openvino_contents,
         _OPENVINO_PRECISIONS,
+        {"int8": ("nncf",)},
     ),
     "pt2": Format(".pt2", "export", (), convert_to_archive, **_ARCHIVE),
     "aoti": Format(".pt2", "export", (), compile_archive, **_ARCHIVE, attention="compiled"),

@@ -46,21 +46,23 @@ def read_precision_data(dataset: str, precision: str) -> PrecisionData:
 
     Raises:
         InputError: If the dataset lacks a split, or splits have images in common.
+        ImportError: If a package is not installed that AP is measured with.
     """
+    import_extra("accelerate", "train", "--dataset")
     splits = read_data(dataset)
     judging = splits.get("validation") or splits.get("test")
     if judging is None or (precision == "int8" and "train" not in splits):
-        needed = "train and validation" if precision == "int8" else "validation"
+        needed = "the splits train and validation" if precision == "int8" else "the split validation"
         raise InputError(
-            f"--data {dataset}: --precision {precision} needs the splits {needed} (or test), it has "
-            f"{', '.join(splits)}; make them with hf-dino data split"
+            f"--dataset {dataset}: needs {needed} (or test), it has {', '.join(splits)}; make them with "
+            "hf-dino data split"
         )
     calibration = splits["train"] if precision == "int8" else None
     common = {str(each.path) for each in judging.images} & {
         str(each.path) for each in (calibration.images if calibration else ())
     }
     if common:
-        raise InputError(f"--data {dataset}: {len(common)} images are in both splits, such as {min(common)}")
+        raise InputError(f"--dataset {dataset}: {len(common)} images are in both splits, such as {min(common)}")
     return PrecisionData(judging.name, calibration, judging)
 
 
@@ -74,7 +76,7 @@ def calibration_inputs(data: PrecisionData, processor: BaseImageProcessor) -> li
 
 def average_precision(model: Any, processor: BaseImageProcessor, split: DetectionSplit) -> float:
     """Return the AP of a model, exported or not, on the CPU."""
-    accelerate = import_extra("accelerate", "train", "--data")
+    accelerate = import_extra("accelerate", "train", "--dataset")
     from ..evaluation import evaluate_model
 
     accelerator = accelerate.Accelerator(cpu=True, mixed_precision="no")
