@@ -294,9 +294,7 @@ def test_a_file_of_an_earlier_version_is_one_line(name, written, tmp_path):
     with zipfile.ZipFile(tmp_path / "old.pt2", "w") as archive:
         archive.writestr(f"model/extra/{METADATA_KEY}", json.dumps(facts))
     for path in (tmp_path / "old.onnx", tmp_path / "old.pt2"):
-        with pytest.raises(
-            ValueError, match="old.*: was written by an older hf_dino.* export the model again"
-        ) as raised:
+        with pytest.raises(ValueError, match=f"{path.name}: was written by an older hf_dino") as raised:
             ExportedDetector(path)
         assert "\n" not in str(raised.value)
 
