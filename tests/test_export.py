@@ -55,18 +55,16 @@ def written(model, processor, program, tmp_path_factory):
     def write(name: str) -> Path:
         if name not in paths:
             paths[name] = tmp_path_factory.mktemp(name) / f"model{FORMATS[name].suffix}"
+            if name == "aoti":  # of a program of its own
+                export_model(model, processor, paths[name], format=name, origin="OWNER/NAME")
+                return paths[name]
             if not FORMATS[name].suffix:
                 paths[name].mkdir()
-            exported = make_program(model, compiled_or_not(), with_selection=True) if name == "aoti" else program
-            facts = describe(model, processor, exported, "OWNER/NAME", compiled_or_not())
-            FORMATS[name].write(FORMATS[name].convert(exported), paths[name], facts)
+            facts = describe(model, processor, program, "OWNER/NAME")
+            FORMATS[name].write(FORMATS[name].convert(program), paths[name], facts)
         return paths[name]
 
     return write
-
-
-def compiled_or_not() -> str:
-    return "compiled" if operators("cpu") else "grid_sample"
 
 
 def slow(format: str):
@@ -400,6 +398,20 @@ def detectors(folder, written, shapes, monkeypatch):
     return folder
 
 
+@pytest.mark.slow
+def test_the_commands_run_a_file_that_is_compiled_for_this_machine(written, detectors, capfd):
+    shutil.copy(written("aoti"), "model.pt2")
+    attention = "compiled" if operators("cpu") else "grid_sample"
+    capfd.readouterr()
+    assert hf_dino(["verify", "model.pt2", "--model=tiny", "--json"]) == 0
+    out, err = capfd.readouterr()
+    assert json.loads(out)["attention"] == attention
+    assert "is unchanged" in err and "CUDA" not in err
+    assert_predicts_alike("tiny", "model.pt2", [])
+    assert hf_dino(["benchmark", "--model=tiny", "model.pt2", "--sizes=96x128", "--rounds=1", "--json"]) == 0
+    assert "AOTInductor" in json.loads(capfd.readouterr().out)["candidates"][1]["runtime"]
+
+
 @pytest.mark.parametrize(
     "options",
     [
@@ -413,12 +425,17 @@ def detectors(folder, written, shapes, monkeypatch):
     ids=lambda options: options[0],
 )
 def test_predict_with_a_file_finds_what_the_model_finds(options, detectors, capsys):
-    results = []
-    for model in ("tiny", "model.onnx"):
-        common = [f"--model={model}", f"--output=of-{model}", "--save=json", "--threshold=0", "--num_workers=0"]
-        assert hf_dino(["predict", "shapes/val", *common, *options]) == 0
-        results.append(json.loads(Path(f"of-{model}", "results.json").read_text()))
+    assert_predicts_alike("tiny", "model.onnx", options)
     assert "model.onnx: runs in ONNX Runtime" in capsys.readouterr().err
+
+
+def assert_predicts_alike(model: str, file: str, options: list[str]) -> None:
+    """Run `predict` on the validation split with a model and its file."""
+    results = []
+    for name in (model, file):
+        common = [f"--model={name}", f"--output=of-{name}", "--save=json", "--threshold=0", "--num_workers=0"]
+        assert hf_dino(["predict", "shapes/val", *common, *options]) == 0
+        results.append(json.loads(Path(f"of-{name}", "results.json").read_text()))
     expected, found = results
     assert expected.keys() == found.keys() and len(expected) == 3 and any(expected.values())
     for ours, theirs in zip(expected.values(), found.values(), strict=True):
@@ -468,7 +485,7 @@ def test_verify_is_a_command(detectors, model, processor, capsys):
     processor.save_pretrained("other")
     with pytest.raises(export.DifferenceError, match="was exported from a model with other weights"):
         hf_dino(["verify", "model.onnx", "--model=other"])
-    assert hf_dino(["verify", "gone.onnx", "--model=tiny"]) == 2
+    assert exit_status(["verify", "gone.onnx", "--model=tiny"]) == 2
 
 
 def test_benchmark_is_a_table_of_this_machine(detectors, capsys):
@@ -493,13 +510,15 @@ def test_benchmark_is_a_table_of_this_machine(detectors, capsys):
     ("arguments", "message"),
     [
         (["--sizes=640"], "--sizes 640: expected HEIGHTxWIDTH"),
+        (["--sizes=axb"], "--sizes axb: expected HEIGHTxWIDTH"),
+        (["--sizes=0x64"], "--sizes 0x64: expected HEIGHTxWIDTH"),
         (["--sizes=8x8"], "--sizes 8x8: "),
         (["gone.onnx"], "gone.onnx: is not an exported model"),
         (["--dataset=gone"], "gone"),
     ],
 )
 def test_wrong_use_of_benchmark_is_one_line_and_status_2(arguments, message, detectors, capsys):
-    assert hf_dino(["benchmark", "--model=tiny", *arguments]) == 2
+    assert exit_status(["benchmark", "--model=tiny", *arguments]) == 2
     (line,) = [each for each in capsys.readouterr().err.splitlines() if each.startswith("error: ")]
     assert message in line
 
@@ -543,9 +562,9 @@ def test_a_dataset_without_a_split_to_judge_on_is_status_2(detectors, shapes, ca
         (Path(split) / split).symlink_to(shapes / split)
         (Path(split) / f"{split}.json").symlink_to(shapes / f"{split}.json")
     arguments = ["export", "tiny", "--output=a.onnx", "--precision=int8"]
-    assert hf_dino([*arguments, "--dataset=train"]) == 2
+    assert exit_status([*arguments, "--dataset=train"]) == 2
     assert "needs the splits train and validation (or test), it has train" in capsys.readouterr().err
-    assert hf_dino([*arguments, "--dataset=val"]) == 2
+    assert exit_status([*arguments, "--dataset=val"]) == 2
     assert "it has validation; make them with hf-dino data split" in capsys.readouterr().err
 
 

@@ -1,8 +1,10 @@
 """Run exported models: files that `hf-dino export` wrote, called as the model is."""
 
 import json
+import logging
 import zipfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -143,7 +145,8 @@ def open_archive(path: Path, device: str, threads: int, *, with_selection: bool 
     if facts["attention"] == "compiled" and operators("cpu") is None:
         raise InputError(f"{path}: needs the compiled kernel, see hf-dino kernels")
     load = torch._inductor.aoti_load_package if is_compiled else lambda path: torch.export.load(path).module()
-    module: Callable[..., Any] = load(str(path))
+    with quiet_loggers("torch.utils.cpp_extension"):
+        module: Callable[..., Any] = load(str(path))
 
     def run(*inputs: torch.Tensor) -> list[Any]:
         with torch.no_grad(), QuerySelectionMode() as mode:
@@ -152,6 +155,20 @@ def open_archive(path: Path, device: str, threads: int, *, with_selection: bool 
 
     name = "AOTInductor" if is_compiled else "torch.export"
     return Session(run, facts, f"PyTorch {torch.__version__.partition('+')[0]}, {name}, CPU")
+
+
+@contextmanager
+def quiet_loggers(*names: str) -> Iterator[None]:
+    """Keep loggers from informing of each step, and from warning of a GPU that is not used."""
+    loggers = [logging.getLogger(name) for name in names]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 def in_archive(file: zipfile.ZipFile, name: str) -> str:
