@@ -20,7 +20,7 @@ def load_model(name: str, device: str | None = None, dtype: str = "float32", com
         compile (`bool`, *optional*, defaults to `False`): Compile the layers.
 
     Raises:
-        InputError: If there is no such model or device, or the model does not have these options.
+        InputError: If the model is not found, the device cannot be used, or the model does not have these options.
     """
     from ..exported import is_exported, load_exported
     from ..hub import load_model_and_processor
