@@ -1,7 +1,6 @@
 """Reduce the precision of exported models, and judge what that costs by average precision (AP) on one's own data."""
 
 import copy
-import logging
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -12,7 +11,7 @@ import numpy as np
 from transformers import BaseImageProcessor
 
 from ..data import DetectionSplit, read_data
-from ..exported import INPUTS
+from ..exported import INPUTS, quiet_loggers
 from ..utils.errors import BrokenInputError, InputError, import_extra
 
 
@@ -120,14 +119,11 @@ def onnx_int8(model: Any, inputs: list[dict[str, np.ndarray]]) -> Any:
 def _quantized(quantize: Callable[[Path], None]) -> Any:
     """Return the ONNX model that a function writes."""
     onnx = import_extra("onnx", "export", "--precision int8")
-    logging.disable(logging.WARNING)  # it asks for a preprocessing that the export has done
-    try:
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder, "model.onnx")
-            quantize(path)
-            return onnx.load(path)
-    finally:
-        logging.disable(logging.NOTSET)
+    # it asks for a preprocessing that the export has done
+    with tempfile.TemporaryDirectory() as folder, quiet_loggers("root"):
+        path = Path(folder, "model.onnx")
+        quantize(path)
+        return onnx.load(path)
 
 
 def openvino_float16(model: Any, _: list[dict[str, np.ndarray]]) -> Any:
