@@ -563,9 +563,9 @@ def test_a_dataset_without_a_split_to_judge_on_is_status_2(detectors, shapes, ca
         (Path(split) / split).symlink_to(shapes / split)
         (Path(split) / f"{split}.json").symlink_to(shapes / f"{split}.json")
     arguments = ["export", "tiny", "--output=a.onnx", "--precision=int8"]
-    assert exit_status([*arguments, "--dataset=train"]) == 2
+    assert exit_status([*arguments, "--data=train"]) == 2
     assert "needs the splits train and validation (or test), it has train" in capsys.readouterr().err
-    assert exit_status([*arguments, "--dataset=val"]) == 2
+    assert exit_status([*arguments, "--data=val"]) == 2
     assert "it has validation; make them with hf-dino data split" in capsys.readouterr().err
 
 
