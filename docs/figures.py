@@ -23,7 +23,7 @@ MAX_WIDTH, COLORS = 960, 64
 
 
 def main(
-    demo: Annotated[Path, typer.Option(help="Directory that `make demo` wrote.")] = ROOT / "runs" / "demo",
+    demo: Annotated[Path, typer.Option(help="Directory that `make demo` wrote.")] = DEMO,
 ) -> None:
     """Draw all images of docs/images."""
     shapes, model = demo / "shapes", demo / "model"

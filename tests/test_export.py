@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -14,13 +15,13 @@ import torch
 from huggingface_hub import constants
 from PIL import Image
 
-from helpers.command_line import exit_status, hf_dino
+from helpers.command_line import documented_keys, exit_status, hf_dino
 from helpers.data_formats import write_shapes
 from helpers.models import tiny_model
 from hf_dino import DinoDetrImageProcessor, export
 from hf_dino.export import FORMATS, compare, describe, export_model, make_inputs, make_program, verification
 from hf_dino.export.program import digest, model_digest
-from hf_dino.exported import ExportedDetector, QuerySelectionMode, load_exported
+from hf_dino.exported import FACTS, METADATA_KEY, ExportedDetector, QuerySelectionMode, load_exported
 from hf_dino.inference import detect_objects
 from hf_dino.kernels import operators
 
@@ -54,18 +55,16 @@ def written(model, processor, program, tmp_path_factory):
     def write(name: str) -> Path:
         if name not in paths:
             paths[name] = tmp_path_factory.mktemp(name) / f"model{FORMATS[name].suffix}"
+            if name == "aoti":  # of a program of its own
+                export_model(model, processor, paths[name], format=name, origin="OWNER/NAME")
+                return paths[name]
             if not FORMATS[name].suffix:
                 paths[name].mkdir()
-            exported = make_program(model, compiled_or_not(), with_selection=True) if name == "aoti" else program
-            facts = describe(model, processor, exported, "OWNER/NAME", compiled_or_not())
-            FORMATS[name].write(FORMATS[name].convert(exported), paths[name], facts)
+            facts = describe(model, processor, program, "OWNER/NAME")
+            FORMATS[name].write(FORMATS[name].convert(program), paths[name], facts)
         return paths[name]
 
     return write
-
-
-def compiled_or_not() -> str:
-    return "compiled" if operators("cpu") else "grid_sample"
 
 
 def slow(format: str):
@@ -282,6 +281,22 @@ def test_what_is_not_an_exported_model_is_one_line(name, tmp_path):
     assert "\n" not in str(raised.value)
 
 
+@pytest.mark.parametrize("name", FACTS)
+def test_a_file_of_an_earlier_version_is_one_line(name, written, tmp_path):
+    file = onnx.load(written("onnx"))
+    (entry,) = file.metadata_props
+    facts = json.loads(entry.value)
+    del facts[name]
+    entry.value = json.dumps(facts)
+    onnx.save(file, tmp_path / "old.onnx")
+    with zipfile.ZipFile(tmp_path / "old.pt2", "w") as archive:
+        archive.writestr(f"model/extra/{METADATA_KEY}", json.dumps(facts))
+    for path in (tmp_path / "old.onnx", tmp_path / "old.pt2"):
+        with pytest.raises(ValueError, match=f"{path.name}: was written by an older hf_dino") as raised:
+            ExportedDetector(path)
+        assert "\n" not in str(raised.value)
+
+
 def test_it_runs_on_the_cpu_and_says_so(written):
     detector = ExportedDetector(written("onnx"))
     assert detector.to("cpu") is detector and detector.device.type == "cpu"
@@ -318,10 +333,10 @@ def test_the_command_writes_a_verified_file(folder, written, model, processor, m
         (["OWNER/nmae", "--output=new/model.onnx"], "is neither a directory nor a model on the Hub"),
         (["OWNER/nmae", "--output=ov", "--format=openvino"], "is neither a directory nor a model on the Hub"),
         (["OWNER/nmae", "--output=new/ov", "--format=openvino"], "is neither a directory nor a model on the Hub"),
-        (["tiny", "--output=new/a.onnx", "--precision=float16"], "--precision float16: needs --data"),
-        (["tiny", "--output=new/a.onnx", "--data=tiny"], "--data: is read only with --precision"),
+        (["tiny", "--output=new/a.onnx", "--precision=float16"], "--precision float16: needs --dataset"),
+        (["tiny", "--output=new/a.onnx", "--dataset=tiny"], "--dataset: is read only with --precision"),
         (
-            ["tiny", "--output=a.pt2", "--format=pt2", "--precision=int8", "--data=d"],
+            ["tiny", "--output=a.pt2", "--format=pt2", "--precision=int8", "--dataset=d"],
             "not available with --format pt2",
         ),
         (["tiny", "--output=a.onnx", "--attention=compiled"], "only PyTorch has it"),
@@ -383,6 +398,21 @@ def detectors(folder, written, shapes, monkeypatch):
     return folder
 
 
+@pytest.mark.slow
+def test_the_commands_run_a_file_that_is_compiled_for_this_machine(written, detectors, capfd):
+    shutil.copy(written("aoti"), "model.pt2")
+    attention = "compiled" if operators("cpu") else "grid_sample"
+    capfd.readouterr()
+    assert hf_dino(["verify", "model.pt2", "--model=tiny", "--json"]) == 0
+    out, err = capfd.readouterr()
+    assert json.loads(out)["attention"] == attention
+    assert "is unchanged" in err and "CUDA" not in err
+    assert_predicts_alike("tiny", "model.pt2", [])
+    capfd.readouterr()
+    assert hf_dino(["benchmark", "--model=tiny", "model.pt2", "--sizes=96x128", "--rounds=1", "--json"]) == 0
+    assert "AOTInductor" in json.loads(capfd.readouterr().out)["candidates"][1]["runtime"]
+
+
 @pytest.mark.parametrize(
     "options",
     [
@@ -396,12 +426,17 @@ def detectors(folder, written, shapes, monkeypatch):
     ids=lambda options: options[0],
 )
 def test_predict_with_a_file_finds_what_the_model_finds(options, detectors, capsys):
-    results = []
-    for model in ("tiny", "model.onnx"):
-        common = [f"--model={model}", f"--output=of-{model}", "--save=json", "--threshold=0", "--num_workers=0"]
-        assert hf_dino(["predict", "shapes/val", *common, *options]) == 0
-        results.append(json.loads(Path(f"of-{model}", "results.json").read_text()))
+    assert_predicts_alike("tiny", "model.onnx", options)
     assert "model.onnx: runs in ONNX Runtime" in capsys.readouterr().err
+
+
+def assert_predicts_alike(model: str, file: str, options: list[str]) -> None:
+    """Run `predict` on the validation split with a model and its file."""
+    results = []
+    for name in (model, file):
+        common = [f"--model={name}", f"--output=of-{name}", "--save=json", "--threshold=0", "--num_workers=0"]
+        assert hf_dino(["predict", "shapes/val", *common, *options]) == 0
+        results.append(json.loads(Path(f"of-{name}", "results.json").read_text()))
     expected, found = results
     assert expected.keys() == found.keys() and len(expected) == 3 and any(expected.values())
     for ours, theirs in zip(expected.values(), found.values(), strict=True):
@@ -438,9 +473,13 @@ def test_a_runtime_that_falls_back_to_the_cpu_is_refused(written, monkeypatch):
 
 
 def test_verify_is_a_command(detectors, model, processor, capsys):
-    assert hf_dino(["verify", "model.onnx", "--model=tiny"]) == 0
-    printed = capsys.readouterr().out
-    assert "changed ranks" in printed and "model.onnx: was exported from these weights and is unchanged" in printed
+    assert hf_dino(["verify", "model.onnx", "--model=tiny", "--json"]) == 0
+    out, err = capsys.readouterr()
+    assert "changed ranks" in err and "model.onnx: was exported from these weights and is unchanged" in err
+    facts = json.loads(out)
+    assert facts.keys() <= documented_keys()["verify"]
+    assert (facts["precision"], facts["ap_before"]) == ("float32", None)
+    assert all(each.keys() <= documented_keys()["export"] for each in facts["differences"])
     other = copy.deepcopy(model)
     other.class_embed[0].bias.data += 0.1
     other.save_pretrained("other")
@@ -460,6 +499,7 @@ def test_benchmark_is_a_table_of_this_machine(detectors, capsys):
     assert hf_dino([*arguments, "--json", "--data=shapes"]) == 0
     measured = json.loads(capsys.readouterr().out)
     for each in measured["candidates"]:
+        assert each.keys() | measured.keys() <= documented_keys()["benchmark"]
         assert each["milliseconds"].keys() == {"96x128", "64x96"} and each["load_seconds"] > 0
         assert all(0 < time["median"] <= time["p90"] for time in each["milliseconds"].values())
     first, second = measured["candidates"]
@@ -471,9 +511,11 @@ def test_benchmark_is_a_table_of_this_machine(detectors, capsys):
     ("arguments", "message"),
     [
         (["--sizes=640"], "--sizes 640: expected HEIGHTxWIDTH"),
-        (["--sizes=8x8"], "--sizes 8x8: "),
+        (["--sizes=axb"], "--sizes axb: expected HEIGHTxWIDTH"),
+        (["--sizes=0x64"], "--sizes 0x64: expected HEIGHTxWIDTH"),
+        (["--sizes", "64x64", "8x8", "--rounds=1"], "--sizes 8x8: is too small"),
         (["gone.onnx"], "gone.onnx: is not an exported model"),
-        (["--data=gone"], "gone"),
+        (["--dataset=gone"], "gone"),
     ],
 )
 def test_wrong_use_of_benchmark_is_one_line_and_status_2(arguments, message, detectors, capsys):
@@ -490,9 +532,12 @@ def test_a_lower_precision_is_judged_by_ap_and_refused_above_the_loss(
     scores = iter([0.5, 0.496, 0.5, 0.494, 0.5, float("nan")])
     judged = []
     monkeypatch.setattr(export, "average_precision", lambda *each: (judged.append(each), next(scores))[1])
-    arguments = ["export", "tiny", f"--precision={precision}", "--data=shapes"]
-    assert hf_dino([*arguments, "--output=small.onnx"]) == 0
-    assert f"{precision}: AP 0.5000 before, 0.4960 after, on {shapes.name}" in capsys.readouterr().out
+    arguments = ["export", "tiny", f"--precision={precision}", "--dataset=shapes"]
+    assert hf_dino([*arguments, "--output=small.onnx", "--json"]) == 0
+    out, err = capsys.readouterr()
+    assert f"{precision}: AP 0.5000 before, 0.4960 after, on {shapes.name}" in err
+    assert json.loads(out).keys() <= documented_keys()["export"]
+    assert json.loads(out)["ap_after"] == 0.496
     detector, _ = load_exported("small.onnx")
     facts = detector.session.facts
     assert (facts["precision"], facts["ap_before"], facts["ap_after"], facts["data"]) == (

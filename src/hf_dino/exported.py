@@ -1,8 +1,10 @@
 """Run exported models: files that `hf-dino export` wrote, called as the model is."""
 
 import json
+import logging
 import zipfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,6 +23,9 @@ from .utils.errors import InputError, import_extra
 METADATA_KEY = "hf_dino"
 INPUTS, OUTPUTS = ("pixel_values", "pixel_mask"), ("logits", "pred_boxes")
 OPENVINO_FILE = "model.xml"
+
+FACTS = ("attention", "config", "content_sha256", "least_edge", "least_size", "model_sha256", "precision", "processor")
+"""What a file must state to be run and verified; files of earlier versions state less."""
 
 
 class Session(NamedTuple):
@@ -80,8 +85,20 @@ def open_onnx(path: Path, device: str, threads: int, *, with_selection: bool = F
     def run(*inputs: torch.Tensor) -> list[Any]:
         return session.run(None, {name: each.numpy() for name, each in zip(INPUTS, inputs, strict=True)})
 
-    facts = json.loads(session.get_modelmeta().custom_metadata_map[METADATA_KEY])
+    facts = _read_facts(path, session.get_modelmeta().custom_metadata_map[METADATA_KEY])
     return Session(run, facts, f"ONNX Runtime {onnxruntime.__version__}, {provider}")
+
+
+def _read_facts(path: Path, text: str | bytes) -> dict[str, Any]:
+    """Return what a file states about its model.
+
+    Raises:
+        InputError: If it lacks something.
+    """
+    facts = json.loads(text)
+    if missing := [name for name in FACTS if name not in facts]:
+        raise InputError(f"{path}: was written by an older hf_dino, without {missing[0]}; export the model again")
+    return facts
 
 
 def _not_available(device: str, package: str, available: Iterable[str], hint: str) -> InputError:
@@ -114,7 +131,7 @@ def open_openvino(path: Path, device: str, threads: int, *, with_selection: bool
     def run(*inputs: torch.Tensor) -> list[Any]:
         return list(compiled([each.numpy() for each in inputs]).to_tuple())
 
-    facts = json.loads(model.get_rt_info([METADATA_KEY]).astype(str))
+    facts = _read_facts(path, model.get_rt_info([METADATA_KEY]).astype(str))
     return Session(run, facts, f"OpenVINO {openvino.__version__.partition('-')[0]}, {device.upper()}")
 
 
@@ -123,12 +140,13 @@ def open_archive(path: Path, device: str, threads: int, *, with_selection: bool 
     if device != "cpu":
         raise _not_available(device, "hf_dino runs .pt2 files and", ["cpu"], "leave it out")
     with zipfile.ZipFile(path) as file:
-        facts = json.loads(file.read(in_archive(file, f"extra/{METADATA_KEY}")))
+        facts = _read_facts(path, file.read(in_archive(file, f"extra/{METADATA_KEY}")))
         is_compiled = any("/data/aotinductor/" in name for name in file.namelist())
     if facts["attention"] == "compiled" and operators("cpu") is None:
         raise InputError(f"{path}: needs the compiled kernel, see hf-dino kernels")
     load = torch._inductor.aoti_load_package if is_compiled else lambda path: torch.export.load(path).module()
-    module: Callable[..., Any] = load(str(path))
+    with quiet_loggers("torch.utils.cpp_extension"):
+        module: Callable[..., Any] = load(str(path))
 
     def run(*inputs: torch.Tensor) -> list[Any]:
         with torch.no_grad(), QuerySelectionMode() as mode:
@@ -137,6 +155,20 @@ def open_archive(path: Path, device: str, threads: int, *, with_selection: bool 
 
     name = "AOTInductor" if is_compiled else "torch.export"
     return Session(run, facts, f"PyTorch {torch.__version__.partition('+')[0]}, {name}, CPU")
+
+
+@contextmanager
+def quiet_loggers(*names: str) -> Iterator[None]:
+    """Keep loggers from informing of each step, and from warning of a GPU that is not used."""
+    loggers = [logging.getLogger(name) for name in names]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 def in_archive(file: zipfile.ZipFile, name: str) -> str:

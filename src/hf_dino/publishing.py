@@ -243,12 +243,8 @@ def read_metadata(card: Path, kind: type[RepoCard]) -> Any:
         raise InputError(f"{card}: file not found")
     try:
         return kind.load(card).data
-    except (
-        YAMLError,
-        ValueError,
-        TypeError,
-        OSError,
-    ) as error:  # not YAML, or a `model-index` in which something is missing
+    # not YAML, or a `model-index` in which something is missing
+    except (YAMLError, ValueError, TypeError, OSError) as error:
         raise BrokenInputError(f"{card}: has no valid metadata ({' '.join(str(error).split())})") from None
 
 

@@ -12,7 +12,7 @@ import typer.main
 from huggingface_hub import ModelCard
 from PIL import Image
 
-from helpers.command_line import exit_status, hf_dino
+from helpers.command_line import documented_keys, exit_status, hf_dino
 from helpers.models import tiny_model
 from hf_dino import DinoDetrImageProcessor
 from hf_dino.cli import app
@@ -77,6 +77,7 @@ QUICK = {
         0,
         {"model", "data", "split", "images", "coco_backend", "metrics", "written"},
     ),
+    "benchmark --model model --sizes 96x128 --rounds 1": (0, {"machine", "threads", "rounds", "candidates"}),
     "convert model --to official --output OUT.pth": (0, {"source", "output", "format", "files"}),
 }
 
@@ -146,10 +147,7 @@ def test_json_has_no_numbers_that_json_lacks(capsys):
 
 
 def test_the_table_of_the_docs_has_each_command_and_its_keys():
-    rows = re.findall(
-        r"^\| `([a-z ]+)` \| (.*) \|$", (ROOT / "docs" / "cli.md").read_text(encoding="utf-8"), re.MULTILINE
-    )
-    keys = {name: set(re.findall(r"`(\w+)`", text)) for name, text in rows}
+    keys = documented_keys()
     assert keys.keys() >= set(NAMES) - {"demo"}
     for line, (_, expected) in QUICK.items():
         name = next(name for name in sorted(NAMES, key=len, reverse=True) if line.startswith(name))
@@ -174,6 +172,9 @@ WRONG_INPUT = {
     "predict": "predict gone.png --model model --output OUT",
     "evaluate": "evaluate --model model --dataset gone",
     "export": "export gone --output OUT.onnx",
+    "verify": "verify gone.onnx --model model",
+    "benchmark": "benchmark --model gone",
+    "benchmark FILE": "benchmark --model model gone.onnx",
     "info": "info gone",
     "convert": "convert gone.pth --output_dir OUT",
     "train": "train --model_name_or_path model --dataset gone --output_dir OUT",

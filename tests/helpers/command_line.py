@@ -1,6 +1,8 @@
 """The command `hf-dino` in this process."""
 
+import re
 from collections.abc import Sequence
+from pathlib import Path
 
 import pytest
 
@@ -22,6 +24,13 @@ def exit_status(arguments: Sequence[object]) -> int:
     with pytest.raises(SystemExit) as end:
         main([str(argument) for argument in arguments])
     return int(end.value.code or 0)
+
+
+def documented_keys() -> dict[str, set[str]]:
+    """Return the names in the table of docs/cli.md, which has the keys that each command prints with `--json`."""
+    page = Path(__file__).parents[2] / "docs" / "cli.md"
+    rows = re.findall(r"^\| `([a-z ]+)` \| (.*) \|$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {name: set(re.findall(r"`(\w+)`", text)) for name, text in rows}
 
 
 def train_arguments(arguments: Sequence[object]) -> FineTuningArguments:

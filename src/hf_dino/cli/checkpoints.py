@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..utils.errors import count_of
-from .options import DeviceOption, Facts, JsonOption, log_to_terminal
+from .models import choose_device, move_to_device
+from .options import DeviceOption, Facts, JsonOption, log_to_terminal, parse_height_and_width
 
 
 if TYPE_CHECKING:
@@ -126,19 +127,13 @@ def info(
     """
     log_to_terminal()
 
-    import torch
-
-    from ..hub import load_model_and_processor, parse_image_size
+    from ..hub import load_model_and_processor
     from ..model_info import describe_facts, describe_model
-    from ..utils.errors import InputError
-    from .predict import move_to_device
 
-    size = parse_image_size([image_size])
-    if "height" not in size:
-        raise InputError(f"--image_size {image_size}: expected HEIGHTxWIDTH")
+    size = parse_height_and_width("--image_size", image_size)
     detector, processor = load_model_and_processor(model)
-    move_to_device(detector, device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    facts = describe_model(model, detector, processor, (size["height"], size["width"]))
+    move_to_device(detector, choose_device(device))
+    facts = describe_model(model, detector, processor, size)
     print_columns(list(describe_facts(facts).items()))
     print()
     print_columns(

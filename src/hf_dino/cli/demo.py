@@ -6,8 +6,8 @@ from typing import Annotated
 import typer
 
 from ..utils.errors import InputError
+from .models import load_model
 from .options import DeviceOption, MaxImagePixelsOption, log_to_terminal
-from .predict import _load_model
 
 
 def demo(
@@ -60,7 +60,7 @@ def demo(
 
     from ..demo.page import launch_page, make_page
 
-    page = make_page({name: _load_model(name, device, "float32", False) for name in model}, examples)
+    page = make_page({name: load_model(name, device) for name in model}, examples)
     try:
         launch_page(page, server_port=port, share=share)
     except OSError as error:

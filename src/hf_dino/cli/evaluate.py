@@ -2,7 +2,7 @@
 
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -112,11 +112,10 @@ def evaluate(
     from ..evaluation import evaluate_model
     from ..exported import is_exported, load_exported
     from ..hub import load_model_and_processor
-    from ..model_card import add_results
     from ..publishing import CARD, read_metadata
     from ..training import read_and_check
     from ..utils.distributed import create_accelerator
-    from ..utils.io import atomic_write, ensure_new_files, read_text
+    from ..utils.io import ensure_new_files
 
     ensure_new_files(metrics_json, results_json, report_html)
     card = Path(model_name_or_path, CARD) if update_card else None
@@ -156,11 +155,7 @@ def evaluate(
         }
         written = _write(data, scores, detections, details, metrics_json, results_json, report_html)
         if card:
-            where = data.name, split if dataset else None
-            text = add_results(read_text(card), scores.metrics, *where, max_detections)
-            with atomic_write(card) as temporary:
-                temporary.write_text(text, encoding="utf-8")
-            print(f"updated: {card}")
+            _update_card(card, scores.metrics, data.name, split if dataset else None, max_detections)
             written["update_card"] = card
         facts = Facts(
             {
@@ -175,6 +170,17 @@ def evaluate(
         )
     accelerator.end_training()
     return facts
+
+
+def _update_card(card: Path, metrics: dict[str, float], *where: Any) -> None:
+    """Add metrics to a model card; `where` they were measured is as in [`add_results`]."""
+    from ..model_card import add_results
+    from ..utils.io import atomic_write, read_text
+
+    text = add_results(read_text(card), metrics, *where)
+    with atomic_write(card) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+    print(f"updated: {card}")
 
 
 def _check_dependencies(coco_backend: str, report_html: Path | None) -> None:

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from ..training_arguments import DATASET_HELP
-from ..utils.errors import InputError, count_of
-from .options import Facts, JsonOption, log_to_terminal
+from ..utils.errors import count_of
+from .checkpoints import format_size, print_columns
+from .options import Facts, JsonOption, log_to_terminal, parse_height_and_width
 
 
 if TYPE_CHECKING:
@@ -50,13 +51,15 @@ def export(
     precision: Annotated[
         Literal["float32", "float16", "int8", "int8_dynamic"],
         typer.Option(
-            help="Precision of the weights, of onnx and openvino; others than float32 need --data. int8 quantizes "
+            help="Precision of the weights, of onnx and openvino; others than float32 need --dataset. int8 quantizes "
             "convolutions, calibrated on images, int8_dynamic the matrix products of onnx."
         ),
     ] = "float32",
-    data: Annotated[
+    dataset: Annotated[
         str | None,
         typer.Option(
+            "--dataset",
+            "--data",
             metavar="DATASET",
             help=f"Dataset for --precision: calibrates on its training split, measures AP on its validation split, or "
             f"on test if there is none. {DATASET_HELP}",
@@ -80,19 +83,20 @@ def export(
     from ..exported import open_session
     from ..hub import load_model_and_processor
     from ..model_info import read_origin
-    from .checkpoints import format_size
 
-    if precision != "float32" and data is None:
-        raise InputError(f"--precision {precision}: needs --data DATASET, images that its loss of AP is measured on")
-    if precision == "float32" and data is not None:
-        raise InputError("--data: is read only with --precision float16, int8 or int8_dynamic; remove it")
-    check_output(output, format, precision, attention)
-    judge = None if data is None else read_precision_data(data, precision)
+    check_output(output, format, precision, attention, dataset)
+    data = None if dataset is None else read_precision_data(dataset, precision)
     detector, processor = load_model_and_processor(model)
-    origin = read_origin(model) if Path(model).exists() else model
-    settings: dict[str, Any] = {"precision": precision, "data": judge, "max_ap_loss": max_ap_loss}
     comparisons = export_model(
-        detector, processor, output, format=format, attention=attention, origin=origin, **settings
+        detector,
+        processor,
+        output,
+        format=format,
+        attention=attention,
+        origin=read_origin(model) if Path(model).exists() else model,
+        precision=precision,
+        data=data,
+        max_ap_loss=max_ap_loss,
     )
     stated = open_session(output).facts
     _print_comparisons(comparisons)
@@ -100,8 +104,8 @@ def export(
     files = [path for path in (output, *output.rglob("*")) if path.is_file()]
     size = sum(path.stat().st_size for path in files)
     print(f"wrote {output}, {format_size(size)}")
-    written = {"model": model, "output": output, "format": format, "attention": attention, "size": size}
-    return Facts({**written, **_precision_facts(stated), "differences": _difference_facts(comparisons)})
+    written = {"model": model, "output": output, "format": format, "size": size}
+    return Facts({**written, **_export_facts(stated, comparisons)})
 
 
 def verify(
@@ -130,7 +134,7 @@ def verify(
     _print_precision(stated)
     print(f"{file}: was exported from these weights and is unchanged")
     verified = {"model": model_name_or_path, "file": file}
-    return Facts({**verified, **_precision_facts(stated), "differences": _difference_facts(comparisons)})
+    return Facts({**verified, **_export_facts(stated, comparisons)})
 
 
 def benchmark(
@@ -150,9 +154,14 @@ def benchmark(
         int, typer.Option(metavar="INTEGER", min=1, help="Rounds of each size; in each, every candidate runs once.")
     ] = 10,
     threads: Annotated[int, typer.Option(metavar="INTEGER", min=1, help="Threads of each candidate on the CPU.")] = 1,
-    data: Annotated[
+    dataset: Annotated[
         str | None,
-        typer.Option(metavar="DATASET", help=f"Measure AP on its validation split, or else on test. {DATASET_HELP}"),
+        typer.Option(
+            "--dataset",
+            "--data",
+            metavar="DATASET",
+            help=f"Dataset to measure AP on: on its validation split, or on test if there is none. {DATASET_HELP}",
+        ),
     ] = None,
     json: JsonOption = False,
 ) -> Facts:
@@ -163,13 +172,9 @@ def benchmark(
     log_to_terminal()
 
     from ..export import measure
-    from ..hub import parse_image_size
 
-    parsed = [parse_image_size([size]) for text in sizes for size in text.split(",")]
-    if wrong := [size for size in parsed if "height" not in size]:
-        raise InputError(f"--sizes {wrong[0]['shortest_edge']}: expected HEIGHTxWIDTH")
-    shapes = [(size["height"], size["width"]) for size in parsed]
-    measured = measure(model_name_or_path, files or [], shapes, rounds, threads, data)
+    shapes = [parse_height_and_width("--sizes", size) for text in sizes for size in text.split(",")]
+    measured = measure(model_name_or_path, files or [], shapes, rounds, threads, dataset)
     print(
         f"{measured['machine']}, {count_of(threads, 'thread')}, median of {count_of(rounds, 'round')} "
         f"(90th percentile) in ms"
@@ -179,8 +184,6 @@ def benchmark(
 
 
 def _print_measurements(rows: Sequence[dict[str, Any]]) -> None:
-    from .checkpoints import print_columns
-
     header = ("", "runtime", "MB", "load s", *rows[0]["milliseconds"], "AP")
     table = [
         (
@@ -197,8 +200,6 @@ def _print_measurements(rows: Sequence[dict[str, Any]]) -> None:
 
 
 def _print_comparisons(comparisons: Sequence["Comparison"]) -> None:
-    from .checkpoints import print_columns
-
     if comparisons:
         print("largest differences from the model, all queries of batches of padded noise:")
         header = ("images", "height", "width", "boxes", "logits", "changed ranks")
@@ -214,13 +215,9 @@ def _print_precision(facts: dict[str, Any]) -> None:
         )
 
 
-def _precision_facts(stated: dict[str, Any]) -> dict[str, Any]:
-    names = ("precision", "ap_before", "ap_after", "data")
-    return {name: stated[name] for name in names if name in stated}
-
-
-def _difference_facts(comparisons: Sequence["Comparison"]) -> list[dict[str, Any]]:
-    return [
+def _export_facts(stated: dict[str, Any], comparisons: Sequence["Comparison"]) -> dict[str, Any]:
+    names = ("attention", "precision", "data", "ap_before", "ap_after")
+    differences = [
         {
             **dict(zip(("images", "height", "width"), each.shape)),
             "boxes": each.boxes,
@@ -229,3 +226,4 @@ def _difference_facts(comparisons: Sequence["Comparison"]) -> list[dict[str, Any
         }
         for each in comparisons
     ]
+    return {**{name: stated.get(name) for name in names}, "differences": differences}

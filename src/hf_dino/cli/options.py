@@ -26,6 +26,7 @@ from ..training_arguments import (
     STREAMING_HELP,
     parse_option,
 )
+from ..utils.errors import InputError
 
 
 if TYPE_CHECKING:
@@ -220,6 +221,23 @@ def _repeat_options(arguments: Sequence[str], repeated: Container[str]) -> Itera
             yield from (word for value in values or [""] for word in (option, value))
         else:
             yield from (option, *values)
+
+
+def parse_height_and_width(option: str, text: str) -> tuple[int, int]:
+    """Parse the value of an option that is a height and a width in pixels.
+
+    Example:
+
+    ```python
+    >>> parse_height_and_width("--image_size", "800x1066")
+    (800, 1066)
+
+    ```
+    """
+    height, _, width = text.partition("x")
+    if not (height.isdecimal() and width.isdecimal() and int(height) * int(width)):
+        raise InputError(f"{option} {text}: expected HEIGHTxWIDTH, two positive numbers of pixels")
+    return int(height), int(width)
 
 
 def command_line(context: typer.Context) -> str:

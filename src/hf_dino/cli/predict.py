@@ -1,20 +1,19 @@
 """`hf-dino predict`."""
 
 import logging
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from ..utils.errors import InputError, count_of, summarize_list
+from .models import load_model
 from .options import DeviceOption, MaxImagePixelsOption, ModelOption, log_to_terminal
 from .predict_video import VIDEO_FORMATS, EndOption, EveryOption, StartOption, TrackOption, check_video_options
 
 
 if TYPE_CHECKING:
-    from ..hub import DinoDetrForObjectDetection
     from ..inference import ImageInput, ResultsDirectory
 
 logger = logging.getLogger(__name__)
@@ -176,7 +175,7 @@ def predict(
         _check_outputs(results, inputs, drawing, resume, overwrite)
     else:
         queue.wait()
-    model, processor = _load_model(model_name_or_path, device, dtype, compile)
+    model, processor = load_model(model_name_or_path, device, dtype, compile)
     results.classes = named_classes(model.config.id2label)
     options = DetectionOptions(threshold, _labels(classes, results.classes), top_k, nms, tile, overlap)
     detector = Detector(model, processor, options, batch_size=batch_size, dtype=getattr(torch, dtype))
@@ -272,42 +271,3 @@ def _check_outputs(
     else:
         results.check_inputs(inputs)
         results.check_previous(inputs, resume=resume, overwrite=overwrite)
-
-
-def _load_model(name: str, device: str | None, dtype: str, compile: bool) -> tuple[Any, Any]:
-    """Return a model, or an exported one that is called alike, and its image processor."""
-    import torch
-
-    from ..exported import is_exported, load_exported
-    from ..hub import load_model_and_processor
-    from ..inference.processes import local_device
-
-    if is_exported(name):
-        if dtype != "float32" or compile:
-            raise InputError(f"{name}: is an exported model; leave out --dtype and --compile")
-        model, processor = load_exported(name, device=device or "cpu")
-        print(f"{name}: runs in {model.session.runtime}", file=sys.stderr)
-        return model, processor
-    device = local_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    if dtype == "float16" and device.partition(":")[0] == "cpu":
-        raise InputError("--dtype float16 needs a GPU; use bfloat16 or float32")
-    model, processor = load_model_and_processor(name)
-    move_to_device(model, device)
-    if compile:
-        from ..training import compile_layers
-
-        compile_layers(model)
-    return model, processor
-
-
-def move_to_device(model: "DinoDetrForObjectDetection", device: str) -> None:
-    """Move a model to a device.
-
-    Raises:
-        InputError: If it cannot be used.
-    """
-    try:
-        model.to(device)
-    except (RuntimeError, AssertionError) as error:  # torch has no error of its own for this
-        reason = str(error).partition("\n")[0]
-        raise InputError(f"--device {device}: cannot be used ({reason})") from error

@@ -22,7 +22,7 @@ from transformers import BaseImageProcessor, PreTrainedModel
 from ..configuration_dino_detr import UNUSED_LABEL, DinoDetrConfig
 from ..hub import fill_key, match_key, save_detector
 from ..image_processing_dino_detr import DinoDetrImageProcessor
-from ..model_card import converted_card
+from ..model_card import CODE_BASES, converted_card
 from ..modeling_dino_detr import DinoDetrForObjectDetection
 from ..utils.errors import InputError, summarize_list
 from ..utils.io import atomic_directory, ensure_new_directory, fsync, sha256
@@ -139,8 +139,7 @@ def convert_checkpoint(
 
 
 def _is_assumed_to_be_coco(source: Source, config: DinoDetrConfig) -> bool:
-    number = COCO_NUM_LABELS if source.format in ("official", *ANCESTORS) else len(COCO_NAMES)
-    return source.class_names is None and config.num_labels == number
+    return source.class_names is None and config.num_labels == CODE_BASES[source.format].num_labels
 
 
 def check_output(output_dir: Path, overwrite: bool) -> None:

@@ -47,16 +47,22 @@ __all__ = [
 ]
 
 
-def check_output(output: Path, format: str, precision: str = "float32", attention: str | None = None) -> None:
+def check_output(
+    output: Path,
+    format: str,
+    precision: str = "float32",
+    attention: str | None = None,
+    data: PrecisionData | str | None = None,
+) -> None:
     """Check all that can be wrong before the export, which takes minutes; leaves nothing behind.
 
     Raises:
-        InputError: If the output exists, cannot be written or has the suffix of another format, or the format does not
-            have this precision or form of the operator.
+        InputError: If the output exists, cannot be written or has the suffix of another format, the format does not
+            have this precision or form of the operator, or the precision does not go with the dataset or its absence.
         ImportError: If a package is not installed.
     """
     wanted = FORMATS[format]
-    for package in (*wanted.packages, *(["nncf"] if (format, precision) == ("openvino", "int8") else [])):
+    for package in (*wanted.packages, *wanted.packages_of_precision.get(precision, ())):
         import_extra(package, wanted.extra, f"--format {format}")
     if output.suffix != wanted.suffix:
         ending = f"end in {wanted.suffix}" if wanted.suffix else "be a directory, without a suffix"
@@ -64,6 +70,10 @@ def check_output(output: Path, format: str, precision: str = "float32", attentio
     if precision not in ("float32", *wanted.reduce):
         known = ", ".join(["float32", *wanted.reduce])
         raise InputError(f"--precision {precision}: not available with --format {format}, which has {known}")
+    if precision != "float32" and data is None:
+        raise InputError(f"--precision {precision}: needs --dataset DATASET, images that its AP is measured on")
+    if precision == "float32" and data is not None:
+        raise InputError("--dataset: is read only with --precision float16, int8 or int8_dynamic; remove it")
     if attention == "compiled" and wanted.suffix != ".pt2":
         raise InputError(f"--attention compiled: only PyTorch has it, not --format {format}; use pt2 or aoti")
     if wanted.suffix and output.exists():
@@ -97,7 +107,7 @@ def export_model(
         origin (`str`, *optional*): Where the model came from, to be stored in the file.
         precision (`str`, *optional*, defaults to `"float32"`): One of [`PRECISIONS`]; others than float32 need `data`.
         data (`PrecisionData`, *optional*): Images that AP is measured on before and after, from
-            [`read_precision_data`].
+            [`read_precision_data`]; not for float32.
         max_ap_loss (`float`, *optional*, defaults to 0.005): Loss of AP above which the file is refused.
 
     Returns:
@@ -109,7 +119,7 @@ def export_model(
         PrecisionError: If the file loses too much AP; it is deleted.
     """
     output, wanted = Path(output), FORMATS[format]
-    check_output(output, format, precision, attention)
+    check_output(output, format, precision, attention, data)
     model = copy.deepcopy(model).cpu().float().eval()
     attention = attention or _available_attention(wanted.attention)
     program = make_program(model, attention, with_selection=format == "aoti")
@@ -119,9 +129,7 @@ def export_model(
     with (atomic_write if wanted.suffix else atomic_directory)(output) as temporary:
         wanted.write(converted, temporary, facts)
         comparisons = verify(temporary, model)
-        if precision != "float32":
-            if data is None:
-                raise InputError(f"--precision {precision}: needs --data, images that it is judged on")
+        if data is not None:
             before = average_precision(model, processor, data.judging)
             reduced = wanted.reduce[precision](converted, calibration_inputs(data, processor))
             facts |= {"precision": precision, "data": data.name, "ap_before": before}

@@ -100,11 +100,8 @@ def measure(
     split = None if data is None else read_precision_data(data, "float32").judging
     torch.set_num_threads(threads)
     candidates = [_load_model(model), *(_load_file(Path(file), threads) for file in files)]
-    try:
-        take_turns(candidates, sizes, rounds)
-    except ValueError as error:  # the smallest feature level has too few cells
-        given = " ".join(f"{height}x{width}" for height, width in sizes)
-        raise InputError(f"--sizes {given}: cannot be used ({error})") from error
+    for size in sizes:
+        take_turns(candidates, size, rounds)
     for candidate in candidates if split else ():
         assert split is not None
         candidate.ap = average_precision(candidate.model, candidate.processor, split)
@@ -141,18 +138,25 @@ def _load_file(path: Path, threads: int) -> Candidate:
 
 
 @torch.inference_mode()
-def take_turns(candidates: Sequence[Candidate], sizes: Sequence[tuple[int, int]], rounds: int) -> None:
-    """Time candidates on one image of each size: each runs once per round, after a round to warm up.
+def take_turns(candidates: Sequence[Candidate], size: tuple[int, int], rounds: int) -> None:
+    """Time candidates on one image: each runs once per round, after a round to warm up.
 
     In turns, what else the machine does slows all of them alike.
+
+    Raises:
+        InputError: If the image is too small.
     """
-    for height, width in sizes:
-        image = torch.randn(1, 3, height, width, generator=torch.Generator().manual_seed(0))
-        mask = torch.ones(1, height, width, dtype=torch.int64)
-        for round in range(rounds + 1):
-            for candidate in candidates:
-                start = time.perf_counter()
-                candidate.model(image, mask)
-                elapsed = 1000 * (time.perf_counter() - start)
-                measured = candidate.milliseconds.setdefault(f"{height}x{width}", [])
-                measured += [elapsed] * (round > 0)
+    name = "{}x{}".format(*size)
+    image = torch.randn(1, 3, *size, generator=torch.Generator().manual_seed(0))
+    mask = torch.ones(1, *size, dtype=torch.int64)
+    try:
+        for candidate in candidates:
+            candidate.model(image, mask)
+    except ValueError as error:  # the smallest feature level has too few cells
+        raise InputError(f"--sizes {name}: is too small ({error})") from error
+    for _ in range(rounds):
+        for candidate in candidates:
+            start = time.perf_counter()
+            candidate.model(image, mask)
+            elapsed = 1000 * (time.perf_counter() - start)
+            candidate.milliseconds.setdefault(name, []).append(elapsed)

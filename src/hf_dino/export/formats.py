@@ -2,18 +2,16 @@
 
 import io
 import json
-import logging
 import tempfile
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ..exported import INPUTS, METADATA_KEY, OPENVINO_FILE, OUTPUTS, in_archive
+from ..exported import INPUTS, METADATA_KEY, OPENVINO_FILE, OUTPUTS, in_archive, quiet_loggers
 from ..utils.errors import import_extra
 from .precision import (
     Reduce,
@@ -34,7 +32,7 @@ Program = torch.export.ExportedProgram
 
 def convert_to_onnx(program: Program) -> Any:
     """Convert to an ONNX model without the names of local source files."""
-    with _quiet("torch.onnx", "onnxscript", "onnx_ir"):
+    with quiet_loggers("torch.onnx", "onnxscript", "onnx_ir"):
         exported = torch.onnx.export(
             program, dynamo=True, opset_version=OPSET, input_names=INPUTS, output_names=OUTPUTS, verbose=False
         )
@@ -107,7 +105,7 @@ def convert_to_archive(program: Program) -> bytes:
 
 def compile_archive(program: Program) -> bytes:
     """Compile for this machine with AOTInductor; takes minutes and needs a C++ compiler."""
-    with tempfile.TemporaryDirectory() as folder, _quiet("torch.utils.cpp_extension"):
+    with tempfile.TemporaryDirectory() as folder, quiet_loggers("torch.utils.cpp_extension"):
         path = torch._inductor.aoti_compile_and_package(program, package_path=str(Path(folder, "model.pt2")))
         return Path(path).read_bytes()
 
@@ -127,20 +125,6 @@ def archive_contents(archive: bytes) -> Iterator[bytes]:
                 yield file.read(name)
 
 
-@contextmanager
-def _quiet(*names: str) -> Iterator[None]:
-    """Keep loggers from informing of each step."""
-    loggers = [logging.getLogger(name) for name in names]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
-
-
 @dataclass(frozen=True)
 class Format:
     """A format of exported models. Its functions pass a model in memory, of a type of the format's library.
@@ -154,6 +138,7 @@ class Format:
         load (`Callable`): Reads the model again.
         contents (`Callable`): Yields what the model consists of, which a changed weight changes.
         reduce (`dict[str, Reduce]`, *optional*): Functions that reduce the precision, by its name.
+        packages_of_precision (`dict[str, tuple[str, ...]]`, *optional*): Needed to reduce the precision, by its name.
         attention (`str`, *optional*, defaults to `"grid_sample"`): The form of the operator that is used by default.
     """
 
@@ -165,6 +150,7 @@ class Format:
     load: Callable[[Path], Any]
     contents: Callable[[Any], Iterator[bytes]]
     reduce: Mapping[str, Reduce] = field(default_factory=dict)
+    packages_of_precision: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     attention: str = "grid_sample"
 
     def write(self, model: Any, path: Path, facts: Mapping[str, Any]) -> None:
@@ -196,6 +182,7 @@ FORMATS = {
         load_openvino,
         openvino_contents,
         _OPENVINO_PRECISIONS,
+        {"int8": ("nncf",)},
     ),
     "pt2": Format(".pt2", "export", (), convert_to_archive, **_ARCHIVE),
     "aoti": Format(".pt2", "export", (), compile_archive, **_ARCHIVE, attention="compiled"),

@@ -1,7 +1,6 @@
 """Reduce the precision of exported models, and judge what that costs by average precision (AP) on one's own data."""
 
 import copy
-import logging
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -12,7 +11,7 @@ import numpy as np
 from transformers import BaseImageProcessor
 
 from ..data import DetectionSplit, read_data
-from ..exported import INPUTS
+from ..exported import INPUTS, quiet_loggers
 from ..utils.errors import BrokenInputError, InputError, import_extra
 
 
@@ -46,21 +45,23 @@ def read_precision_data(dataset: str, precision: str) -> PrecisionData:
 
     Raises:
         InputError: If the dataset lacks a split, or splits have images in common.
+        ImportError: If a package is not installed that AP is measured with.
     """
+    import_extra("accelerate", "train", "--dataset")
     splits = read_data(dataset)
     judging = splits.get("validation") or splits.get("test")
     if judging is None or (precision == "int8" and "train" not in splits):
-        needed = "train and validation" if precision == "int8" else "validation"
+        needed = "the splits train and validation" if precision == "int8" else "the split validation"
         raise InputError(
-            f"--data {dataset}: --precision {precision} needs the splits {needed} (or test), it has "
-            f"{', '.join(splits)}; make them with hf-dino data split"
+            f"--dataset {dataset}: needs {needed} (or test), it has {', '.join(splits)}; make them with "
+            "hf-dino data split"
         )
     calibration = splits["train"] if precision == "int8" else None
     common = {str(each.path) for each in judging.images} & {
         str(each.path) for each in (calibration.images if calibration else ())
     }
     if common:
-        raise InputError(f"--data {dataset}: {len(common)} images are in both splits, such as {min(common)}")
+        raise InputError(f"--dataset {dataset}: {len(common)} images are in both splits, such as {min(common)}")
     return PrecisionData(judging.name, calibration, judging)
 
 
@@ -74,7 +75,7 @@ def calibration_inputs(data: PrecisionData, processor: BaseImageProcessor) -> li
 
 def average_precision(model: Any, processor: BaseImageProcessor, split: DetectionSplit) -> float:
     """Return the AP of a model, exported or not, on the CPU."""
-    accelerate = import_extra("accelerate", "train", "--data")
+    accelerate = import_extra("accelerate", "train", "--dataset")
     from ..evaluation import evaluate_model
 
     accelerator = accelerate.Accelerator(cpu=True, mixed_precision="no")
@@ -118,14 +119,11 @@ def onnx_int8(model: Any, inputs: list[dict[str, np.ndarray]]) -> Any:
 def _quantized(quantize: Callable[[Path], None]) -> Any:
     """Return the ONNX model that a function writes."""
     onnx = import_extra("onnx", "export", "--precision int8")
-    logging.disable(logging.WARNING)  # it asks for a preprocessing that the export has done
-    try:
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder, "model.onnx")
-            quantize(path)
-            return onnx.load(path)
-    finally:
-        logging.disable(logging.NOTSET)
+    # it asks for a preprocessing that the export has done
+    with tempfile.TemporaryDirectory() as folder, quiet_loggers("root"):
+        path = Path(folder, "model.onnx")
+        quantize(path)
+        return onnx.load(path)
 
 
 def openvino_float16(model: Any, _: list[dict[str, np.ndarray]]) -> Any:

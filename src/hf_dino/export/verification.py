@@ -70,18 +70,21 @@ def verify(path: Path, model: DinoDetrForObjectDetection) -> list[Comparison]:
     right file may swap their ranks, and with them all that follows. So the model is made to select the tokens of the
     file, by which raw outputs agree, and tokens may differ only where their scores tie.
 
-    Args:
-        path (`Path`): An exported file or directory.
-        model (`DinoDetrForObjectDetection`): The model, on the CPU, in float32 and evaluation mode.
-
     Outputs do not show every weight: scaling a whole convolution in front of a group norm changes none of them. So the
     digests of the model's weights and of the file's contents must also be those that were stored at the export.
 
     A file of lower precision was verified in float32 before its precision was reduced, and judged by AP; of it, only
     the digests are compared.
 
+    Args:
+        path (`Path`): An exported file or directory.
+        model (`DinoDetrForObjectDetection`): The model; it is compared on the CPU, in float32 and evaluation mode.
+
+    Returns:
+        `list[Comparison]`: The differences on each batch, all within their bounds.
+
     Raises:
-        DifferenceError: If a difference exceeds its bound.
+        DifferenceError: If a difference exceeds its bound, or the weights of the file or of the model have changed.
     """
     model = copy.deepcopy(model).cpu().float().eval()
     session = open_session(path, with_selection=True)
