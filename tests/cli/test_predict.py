@@ -216,6 +216,10 @@ def test_a_single_drawing_has_no_other_format(run, capsys):
     with pytest.raises(InputError, match="already exists"):
         run("images/00.png", output="drawn.png")
     assert run("images/00.png", "--overwrite", output="drawn.png") == 0
+    before = Path("images/00.png").read_bytes()
+    with pytest.raises(InputError, match="images/00.png: is what is to be drawn"):
+        run("images/00.png", "--overwrite", output="images/00.png")
+    assert Path("images/00.png").read_bytes() == before
 
 
 def test_images_of_the_same_name_are_refused_before_the_work(run):

@@ -248,13 +248,12 @@ def _outside(output: Path, inputs: list["ImageInput"]) -> list["ImageInput"]:
     return [item for item in inputs if item not in inside]
 
 
-def _check_drawn_video(item: "ImageInput", drawing: Path) -> None:
-    from ..inference import Video
-
-    path = item.source.path if isinstance(item.source, Video) else None
-    is_same = path is not None and path.resolve() == drawing.resolve()
-    if item.is_video and (is_same or drawing.suffix.lower() != ".mp4"):
-        raise InputError(f"{drawing}: a video is drawn into a new MP4 file; use another name, with .mp4")
+def _check_drawing(item: "ImageInput", drawing: Path) -> None:
+    path = getattr(item.source, "path", item.source)  # of a video or of an image
+    if isinstance(path, Path) and path.resolve() == drawing.resolve():
+        raise InputError(f"{drawing}: is what is to be drawn; use another name for the drawing")
+    if item.is_video and drawing.suffix.lower() != ".mp4":
+        raise InputError(f"{drawing}: a video is drawn into an MP4 file; use a name with .mp4")
 
 
 def _check_outputs(
@@ -265,7 +264,7 @@ def _check_outputs(
     from ..visualization import check_drawing_dependencies
 
     if drawing:
-        _check_drawn_video(inputs[0], drawing)
+        _check_drawing(inputs[0], drawing)
         ensure_new_files(*() if overwrite else (drawing,))
         check_drawing_dependencies(*() if inputs[0].is_video else (drawing,))
     else:
