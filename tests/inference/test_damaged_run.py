@@ -1,9 +1,11 @@
 """A directory of results whose hidden files were damaged ends in one line, or detects again."""
 
 import json
+from pathlib import Path
 
 import pytest
 
+from hf_dino.inference import ImageInput
 from hf_dino.inference.results import SETTINGS, ResultsDirectory, _whole_lines
 from hf_dino.utils.errors import InputError
 
@@ -27,3 +29,9 @@ def test_lines_of_the_journal_that_are_no_record_are_left_out(tmp_path, caplog, 
     journal.write_text("".join(line + "\n" for line in lines))
     assert [record["image"] for record, _ in _whole_lines(journal)] == ["a.png"]
     assert "3 lines are damaged" in caplog.text
+
+
+@pytest.mark.parametrize("name", ["bad\udcff.png", "new\nline.png", "bell\a.png"])
+def test_names_that_xml_cannot_hold_are_refused_before_the_work(tmp_path, name):
+    with pytest.raises(InputError, match="XML cannot hold"):
+        ResultsDirectory(tmp_path, ["voc"], {}).check_inputs([ImageInput(Path(name), name)])

@@ -60,6 +60,7 @@ HIDDEN_JOURNAL = ".results.jsonl"  # where it is not asked for
 OTHER_JOURNALS = ".results-*.jsonl"  # of processes beside the main process, until it merges them
 LOCK = ".predict.lock"
 
+_NOT_XML = re.compile("[\\x00-\\x1f\\ud800-\\udfff\\ufffe\\uffff]")
 _UTF8: Any = {"encoding": "utf-8", "errors": "surrogateescape", "newline": ""}  # file names may be any bytes
 MAX_DRAWN_PIXELS = 50_000_000  # of a drawing, which is copied several times
 
@@ -152,6 +153,8 @@ class ResultsDirectory:
             check_drawing_dependencies(Path("drawn.png"))
         if "voc" in self.formats:
             import_extra("supervision", "train", "writing Pascal VOC")
+            if unfit := [item.name for item in inputs if _NOT_XML.search(item.name)]:
+                raise InputError(f"{ascii(unfit[0])}: XML cannot hold this name; rename it, or leave out --save voc")
         sources = Counter(str(item.source) for item in inputs)
         if twice := [source for source, count in sources.items() if count > 1]:
             raise InputError(f"{summarize_list(twice)}: given more than once; give each {inputs[0].kind} once")
