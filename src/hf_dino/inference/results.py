@@ -154,7 +154,7 @@ class ResultsDirectory:
         if "voc" in self.formats:
             import_extra("supervision", "train", "writing Pascal VOC")
             if unfit := [item.name for item in inputs if _NOT_XML.search(item.name)]:
-                raise InputError(f"{ascii(unfit[0])}: XML cannot hold this name; rename it, or leave out --save voc")
+                raise InputError(f"{unfit[0]!a}: XML cannot hold this name; rename it, or leave out --save voc")
         sources = Counter(str(item.source) for item in inputs)
         if twice := [source for source, count in sources.items() if count > 1]:
             raise InputError(f"{summarize_list(twice)}: given more than once; give each {inputs[0].kind} once")
