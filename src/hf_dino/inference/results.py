@@ -60,6 +60,7 @@ HIDDEN_JOURNAL = ".results.jsonl"  # where it is not asked for
 OTHER_JOURNALS = ".results-*.jsonl"  # of processes beside the main process, until it merges them
 LOCK = ".predict.lock"
 
+_NOT_XML = re.compile("[\\x00-\\x1f\\ud800-\\udfff\\ufffe\\uffff]")
 _UTF8: Any = {"encoding": "utf-8", "errors": "surrogateescape", "newline": ""}  # file names may be any bytes
 MAX_DRAWN_PIXELS = 50_000_000  # of a drawing, which is copied several times
 
@@ -152,6 +153,8 @@ class ResultsDirectory:
             check_drawing_dependencies(Path("drawn.png"))
         if "voc" in self.formats:
             import_extra("supervision", "train", "writing Pascal VOC")
+            if unfit := [item.name for item in inputs if _NOT_XML.search(item.name)]:
+                raise InputError(f"{unfit[0]!a}: XML cannot hold this name; rename it, or leave out --save voc")
         sources = Counter(str(item.source) for item in inputs)
         if twice := [source for source, count in sources.items() if count > 1]:
             raise InputError(f"{summarize_list(twice)}: given more than once; give each {inputs[0].kind} once")
@@ -264,10 +267,13 @@ class ResultsDirectory:
 
     def _previous_settings(self) -> dict[str, Any] | None:
         path = self.folder / SETTINGS
-        try:
-            return json.loads(read_text(path)) if path.exists() else None
-        except json.JSONDecodeError:
-            raise InputError(f"{path}: is not valid JSON; use a different --output") from None
+        if not path.exists():
+            return None
+        text = read_text(path)
+        with suppress(ValueError, RecursionError):
+            if isinstance(settings := json.loads(text), dict) and settings:
+                return settings
+        raise InputError(f"{path}: does not hold the settings of a run; use a different --output")
 
     def _merge_journals(self, inputs: Sequence[ImageInput], with_partial_videos: bool = True) -> None:
         """Make one journal of those of all processes: each image once, whole lines only, in the order of the inputs.
@@ -473,13 +479,21 @@ def _whole_lines(path: Path) -> Iterator[tuple[Record, int]]:
             try:
                 if line.endswith(b"\n"):
                     record = json.loads(line)
-                    yield {"frame": 0, "last": "frame" not in record, **record, "image": record["image"]}, offset
-            except (ValueError, KeyError, TypeError):
+                    if not _is_record(record):
+                        raise ValueError(line)
+                    yield {"frame": 0, "last": "frame" not in record, **record}, offset
+            except (ValueError, KeyError, TypeError, RecursionError):
                 damaged += 1
             offset += len(line)
     if damaged:
         lines = count_of(damaged, "line is", "lines are")
         logger.warning("%s: %s damaged and left out; --resume detects in these images again", path, lines)
+
+
+def _is_record(value: Any) -> bool:
+    types = {"image": str, "file_name": str, "width": int, "height": int, "detections": list}
+    whole = isinstance(value, dict) and all(isinstance(value.get(name), kind) for name, kind in types.items())
+    return whole and isinstance(value.get("frame", 0), int)
 
 
 def draw_rows(image: Pixels, detections: Sequence[Record], classes: Mapping[int, str], **options: Any) -> Image.Image:
