@@ -178,7 +178,10 @@ def leak(name, text):
     ("spoil", "message"),
     [
         (lambda folder: (folder / "loss_dino_detr.py").unlink(), "loss_dino_detr.py not found"),
-        (leak("loss_dino_detr.py", "\n# mine\n"), "loss_dino_detr.py: is not the code of the installed hf_dino"),
+        (
+            leak("loss_dino_detr.py", "\n# mine\n"),
+            "code of another hf_dino than the installed one (loss_dino_detr.py)",
+        ),
         (lambda folder: (folder / "README.md").unlink(), "README.md not found"),
         (lambda folder: (folder / "preprocessor_config.json").unlink(), "has no usable image processor"),
         (lambda folder: (folder / "config.json").unlink(), "is not a model directory"),

@@ -149,7 +149,7 @@ def test_predict_names_what_it_does_not_read(tmp_path, coco, caplog, capsys):
     caplog.set_level(logging.WARNING)
     with pytest.raises(InputError, match=r"1 of 3 images cannot be read:\n.*phone\.heic: .*pip install pillow-heif"):
         hf_dino(["predict", save_model(tmp_path / "model"), coco[0], f"--output={tmp_path / 'drawn'}"])
-    assert f"{coco[0]}: 1 entries are not images: not used; scan.pdf" in caplog.messages
+    assert f"{coco[0]}: 1 entry is not an image: not used; scan.pdf" in caplog.messages
     assert sorted(path.name for path in (tmp_path / "drawn").iterdir()) == ["1.png", "2.png"]
 
 

@@ -217,7 +217,7 @@ def test_a_single_drawing_has_no_other_format(run, capsys):
         run("images/00.png", output="drawn.png")
     assert run("images/00.png", "--overwrite", output="drawn.png") == 0
     before = Path("images/00.png").read_bytes()
-    with pytest.raises(InputError, match="images/00.png: is what is to be drawn"):
+    with pytest.raises(InputError, match=r"images/00\.png: is what is to be drawn"):
         run("images/00.png", "--overwrite", output="images/00.png")
     assert Path("images/00.png").read_bytes() == before
 

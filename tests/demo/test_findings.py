@@ -186,7 +186,7 @@ def test_an_exported_model_is_shown_without_where_it_looked(model, folder, tmp_p
         return [outputs.logits.numpy(), outputs.pred_boxes.numpy()]
 
     facts = {"config": model.config.to_dict(), "processor": PROCESSOR.to_dict(), "least_edge": 32, "least_size": 32}
-    monkeypatch.setitem(READERS, ".onnx", lambda *arguments, **options: Session(run, facts))
+    monkeypatch.setitem(READERS, ".onnx", lambda *arguments, **options: Session(run, facts, "ONNX Runtime"))
     (tmp_path / "model.onnx").touch()
     finding = find_objects(*load_exported(tmp_path / "model.onnx"), folder / "noise.png")
     assert len(finding.detections) > 10

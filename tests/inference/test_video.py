@@ -246,7 +246,7 @@ def test_a_camera_is_opened_by_its_device(tmp_path, monkeypatch):
         opened.append((address, format))
         return av.open(str(source))
 
-    monkeypatch.setattr(video, "_av", lambda: type("Av", (), {**vars(av), "open": staticmethod(open_device)}))
+    monkeypatch.setattr(video, "import_av", lambda: type("Av", (), {**vars(av), "open": staticmethod(open_device)}))
     for platform, device in (("linux", ("/dev/video1", "v4l2")), ("darwin", ("1:none", "avfoundation"))):
         monkeypatch.setattr(video.sys, "platform", platform)
         frames = [*VideoReader(Video("camera:1"))]

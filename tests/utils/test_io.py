@@ -36,3 +36,11 @@ def test_cache_is_moved_by_the_environment(environment, folder, monkeypatch):
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     assert cache_folder("kernels") == Path(folder)
+
+
+@pytest.mark.parametrize("name", ["x" * 251 + ".png", "é" * 125 + ".json"])
+def test_a_name_may_be_as_long_as_the_file_system_allows(tmp_path, name):
+    with atomic_write(tmp_path / name) as temporary:
+        assert temporary.suffix == (tmp_path / name).suffix
+        temporary.write_text("whole")
+    assert [path.name for path in tmp_path.iterdir()] == [name]

@@ -184,7 +184,8 @@ def benchmark(
 
 
 def _print_measurements(rows: Sequence[dict[str, Any]]) -> None:
-    header = ("", "runtime", "MB", "load s", *rows[0]["milliseconds"], "AP")
+    has_ap = rows[0]["ap"] is not None
+    header = ("", "runtime", "MB", "load s", *rows[0]["milliseconds"], *["AP"] * has_ap)
     table = [
         (
             each["name"],
@@ -192,7 +193,7 @@ def _print_measurements(rows: Sequence[dict[str, Any]]) -> None:
             f"{each['megabytes']:.1f}",
             f"{each['load_seconds']:.1f}",
             *(f"{time['median']:.0f} ({time['p90']:.0f})" for time in each["milliseconds"].values()),
-            "" if each["ap"] is None else f"{each['ap']:.4f}",
+            *([f"{each['ap']:.4f}"] if has_ap else []),
         )
         for each in rows
     ]

@@ -23,7 +23,7 @@ FIRST_OF_GROUP = {
 }
 """Headings in the help, by the option that they stand above."""
 
-SECOND_SPELLINGS = {"dataset": ("--data",)}
+SECOND_SPELLINGS = {"dataset": ("--data",), "model_name_or_path": ("--model",)}
 """What users of other tools type."""
 
 

@@ -14,7 +14,7 @@ import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
 
 from ..image_processing_dino_detr import DARK_ADVICE, DARK_LIMIT, convert_to_rgb
-from ..utils.errors import BrokenInputError, InputError, summarize_list
+from ..utils.errors import BrokenInputError, InputError, count_of, summarize_list
 
 
 logger = logging.getLogger(__name__)
@@ -157,7 +157,8 @@ def list_images(paths: list[Path], recursive: bool = False) -> list[Path]:
             contents = f", but {summarize_list(others)}" if others else ""
             raise InputError(f"{path}: the directory contains no images{contents}")
         if others:
-            logger.warning("%s: %d entries are not images: not used; %s", path, len(others), summarize_list(others))
+            number = count_of(len(others), "entry is not an image", "entries are not images")
+            logger.warning("%s: %s: not used; %s", path, number, summarize_list(others))
         files.extend(found)
     return files
 

@@ -71,11 +71,13 @@ def write_space(folder: Path, models: Sequence[str], examples: Path | None = Non
         examples (`Path`, *optional*): Directory of images to try, which are copied.
 
     Raises:
-        InputError: If the directory is not empty, a model is not found, or two have the same name.
+        InputError: If the directory is not empty or in a model, a model is not found, or two have the same name.
     """
     for name in models:
         if not is_exported(name):
             load_config(name)  # checks that it is a model
+        if Path(name).resolve() in folder.resolve().parents:
+            raise InputError(f"{folder}: is in the model directory {name}; write the Space to another place")
     local = {name: f"{MODELS}/{Path(name).resolve().name}" for name in models if Path(name).exists()}
     if len({*local.values()}) < len(local):
         raise InputError(f"{', '.join(local)}: have the same name; rename one, or make a Space for each")

@@ -45,6 +45,9 @@ def annotate_oserror(path: Path) -> Iterator[None]:
         raise
 
 
+MAX_NAME_BYTES = 255  # of a file, in nearly all file systems
+
+
 @contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
     """Write a file atomically: yield a temporary path and rename it to `path` at the end. After an error, delete it.
@@ -52,7 +55,8 @@ def atomic_write(path: Path) -> Iterator[Path]:
     Args:
         path (`Path`): May exist. Its directory is created. The temporary file has the same suffix.
     """
-    temporary = path.with_name(f".{path.stem}.part{path.suffix}")
+    stem = path.stem.encode(errors="surrogateescape")[: MAX_NAME_BYTES - len(f"..part{path.suffix}".encode())]
+    temporary = path.with_name(f".{stem.decode(errors='ignore')}.part{path.suffix}")
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         with annotate_oserror(path):
