@@ -180,7 +180,7 @@ def leak(name, text):
         (lambda folder: (folder / "loss_dino_detr.py").unlink(), "loss_dino_detr.py not found"),
         (
             leak("loss_dino_detr.py", "\n# mine\n"),
-            "code of another hf_dino than the installed one (loss_dino_detr.py)",
+            "than the installed one (loss_dino_detr.py); save it again",
         ),
         (lambda folder: (folder / "README.md").unlink(), "README.md not found"),
         (lambda folder: (folder / "preprocessor_config.json").unlink(), "has no usable image processor"),

@@ -189,9 +189,8 @@ def _missing_files(files: Mapping[str, Path]) -> list[str]:
     there = {name: path.read_bytes() for name, path in files.items() if name in needed}
     changed = [name for name, code in CODE.items() if there.get(name) not in (None, code.read_bytes())]
     if changed:
-        problems.append(
-            f"code of another version of hf_dino, {summarize_list(changed)}; save it again, see docs/hub.md"
-        )
+        names = summarize_list(changed, 3)
+        problems.append(f"code of another hf_dino than the installed one ({names}); save it again, see docs/hub.md")
     without_code = [name for name in needed[:2] if b'"auto_map"' not in there.get(name, b'"auto_map"')]
     return problems + [f"{name}: does not name the code of the model; save the model again" for name in without_code]
 

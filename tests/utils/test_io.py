@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from hf_dino.utils.io import cache_folder, fsync_tree
+from hf_dino.utils.io import atomic_write, cache_folder, fsync_tree
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows flushes only what is open for writing")
