@@ -90,12 +90,12 @@ if [ ! -e "$venv" ]; then
 fi
 rm -f "$ready"
 
-echo "hf_dino: installing into $venv (once; PyTorch takes about 6 GB of disk and a few minutes)"
+echo "hf_dino: installing into $venv (once; it takes about 8 GB of disk, most of it PyTorch, and a few minutes)"
 if ! install_with_uv "$@"; then
     echo "hf_dino: using pip, because uv is not there or failed"
     install_with_pip "$@" || fail "Installing its dependencies into $venv failed; the lines above say where." \
         "Most often the network is the reason: check that this machine reaches the Python package index, directly" \
-        "or through HTTPS_PROXY or a mirror that pip knows (PIP_INDEX_URL), and that there are about 6 GB of free" \
+        "or through HTTPS_PROXY or a mirror that pip knows (PIP_INDEX_URL), and that there are about 8 GB of free" \
         "disk. Then run the same command again: it starts afresh and keeps what was downloaded."
 fi
 printf '%s' "$key" >"$ready.part"

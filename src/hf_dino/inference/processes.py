@@ -17,7 +17,7 @@ from ..utils.errors import BrokenInputError, InputError, summarize_list
 from .sources import ImageInput
 
 
-STALL_SECONDS = 600.0  # without a finished image anywhere, after which the main process gives the others up
+STALL_SECONDS = 600.0  # without an image, tile or frame anywhere, after which the main process gives the others up
 POLL_SECONDS = 0.05
 
 Summary = dict[str, Any]
