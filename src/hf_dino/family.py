@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import transformers
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from .modeling_dino_detr import DinoDetrForObjectDetection
 
@@ -40,15 +40,33 @@ class FamilyMember:
     published_ap: Mapping[int, float] = field(default_factory=dict)
     model_class: str = DinoDetrForObjectDetection.__name__
 
+    @property
+    def _class(self) -> type[PreTrainedModel]:
+        ours = {DinoDetrForObjectDetection.__name__: DinoDetrForObjectDetection}
+        return ours.get(self.model_class) or getattr(transformers, self.model_class)
+
+    @property
+    def config_class(self) -> type[PreTrainedConfig]:
+        """Class of its configuration."""
+        config_class = self._class.config_class
+        assert config_class is not None
+        return config_class
+
+    def make_config(self, **overrides: Any) -> PreTrainedConfig:
+        """Make its configuration.
+
+        Args:
+            **overrides: Fields to change, such as sizes.
+        """
+        return self.config_class(**{**self.config, **overrides})
+
     def make_model(self, **overrides: Any) -> PreTrainedModel:
         """Build the model with random weights.
 
         Args:
             **overrides: Fields of the configuration to change, such as sizes.
         """
-        ours = {DinoDetrForObjectDetection.__name__: DinoDetrForObjectDetection}
-        model_class: Any = ours.get(self.model_class) or getattr(transformers, self.model_class)
-        return model_class(model_class.config_class(**{**self.config, **overrides}))
+        return self._class(self.make_config(**overrides))
 
 
 _DETR = "https://arxiv.org/abs/2005.12872"
@@ -188,3 +206,30 @@ FAMILY: dict[str, FamilyMember] = {
         published_ap={12: 0.494, 24: 0.513, 36: 0.512},
     ),
 }
+
+
+_CHOICES = (
+    "denoising", "query_selection", "box_refinement", "positional_query", "decoder_norm",
+    "with_box_refine", "two_stage",
+)  # fmt: skip
+"""Fields that tell the rows of one class apart, but for the sizes of DINO."""
+
+
+def member_of(config: PreTrainedConfig) -> FamilyMember | None:
+    """Return the model of the family that a configuration describes, whatever its sizes; `None` for any other.
+
+    Example:
+
+    ```python
+    >>> from transformers import DeformableDetrConfig
+    >>> member_of(DeformableDetrConfig(with_box_refine=True)).name
+    'Deformable DETR, iterative bounding box refinement'
+
+    ```
+    """
+
+    def choices(of: PreTrainedConfig) -> list[Any]:
+        return [getattr(of, name, None) for name in _CHOICES]
+
+    of_this_type = (each for each in FAMILY.values() if each.config_class is type(config))
+    return next((each for each in of_this_type if choices(each.make_config()) == choices(config)), None)
