@@ -4,6 +4,7 @@ Ancestors without deformable attention, and Deformable DETR, are classes of tran
 each model is [`DinoDetrForObjectDetection`] with a few fields of its configuration changed.
 """
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -206,6 +207,50 @@ FAMILY: dict[str, FamilyMember] = {
         published_ap={12: 0.494, 24: 0.513, 36: 0.512},
     ),
 }
+
+
+_TINY_BACKBONE = {
+    "model_type": "convnext",
+    "hidden_sizes": [24, 48, 96, 192],
+    "depths": [1, 1, 2, 1],
+    "layer_scale_init_value": 1.0,
+}
+_TINY = {
+    "encoder_layers": 2,
+    "encoder_ffn_dim": 256,
+    "encoder_attention_heads": 4,
+    "decoder_layers": 3,
+    "decoder_ffn_dim": 256,
+    "decoder_attention_heads": 4,
+    "num_queries": 60,
+    "dropout": 0.0,
+    "d_model": 128,
+}
+_TINY_BY_CLASS: dict[str, dict[str, Any]] = {
+    "DeformableDetrForObjectDetection": {"two_stage_num_proposals": 60},
+    DinoDetrForObjectDetection.__name__: {"num_denoising": 40, "num_select": 100, "cls_loss_coefficient": 2.0},
+}
+
+
+def tiny_fields(key: str) -> dict[str, Any]:
+    """Return the fields that make a model of the family small enough to train on a CPU in minutes.
+
+    All rows have a small ConvNeXt as backbone, because transformers' ancestors of DINO freeze the batch norms of a
+    ResNet, with which none can be trained from random weights. The finest map that rows read has a stride of 16, but
+    for DINO-5scale, which reads one more map than the others.
+
+    Args:
+        key (`str`): A key of [`FAMILY`].
+    """
+    member = FAMILY[key]
+    names = {each.name for each in dataclasses.fields(member.config_class)}
+    num_levels = 1 + member.config.get("num_feature_levels", 4) - 4 + 2 if "num_feature_levels" in names else 1
+    stages = ["stage2", "stage3", "stage4"][-num_levels + 1 :] if num_levels > 1 else ["stage3"]
+    fields = {**_TINY, "num_feature_levels": num_levels, **_TINY_BY_CLASS.get(member.model_class, {})}
+    if "d_model" not in names:
+        fields["hidden_size"] = fields["d_model"]
+    fields = {name: value for name, value in fields.items() if name in names}
+    return {**fields, "backbone_config": {**_TINY_BACKBONE, "out_features": stages}}
 
 
 _CHOICES = (
