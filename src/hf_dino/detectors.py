@@ -31,19 +31,20 @@ class Convention:
         has_no_object_class (`bool`, *optional*, defaults to `False`): The last logit is "no object", scores are a
             softmax, and a query is at most one detection, of its best class. Otherwise scores are sigmoids, and a
             query can be a detection of several classes.
-        boxes_include_padding (`bool`, *optional*, defaults to `False`): Boxes are fractions of the padded batch
-            instead of the image, because the model does not know where the image ends.
+        takes_one_size (`bool`, *optional*, defaults to `False`): All images are resized to one height and width, so
+            that none is padded: the model does not know where an image ends, or divides it into equal windows. Boxes
+            are then fractions of the image in any case.
         inputs (`tuple[str, ...]`, *optional*): Arguments of its forward that training and detection pass.
     """
 
     image_processor: str
     backbone: str
     has_no_object_class: bool = False
-    boxes_include_padding: bool = False
+    takes_one_size: bool = False
     inputs: tuple[str, ...] = ("pixel_values", "pixel_mask", "labels")
 
 
-_RT_DETR = Convention("RTDetrImageProcessor", "model.backbone.model", boxes_include_padding=True)
+_RT_DETR = Convention("RTDetrImageProcessor", "model.backbone.model", takes_one_size=True)
 
 CONVENTIONS: dict[str, Convention] = {
     DinoDetrConfig.model_type: Convention(
@@ -58,12 +59,12 @@ CONVENTIONS: dict[str, Convention] = {
     "conditional_detr": Convention("ConditionalDetrImageProcessor", "model.backbone.model"),
     "dab-detr": Convention("ConditionalDetrImageProcessor", "model.backbone.conv_encoder.model"),
     "deformable_detr": Convention("DeformableDetrImageProcessor", "model.backbone.model"),
-    "lw_detr": Convention("DeformableDetrImageProcessor", "model.backbone.backbone"),
-    "rf_detr": Convention("RfDetrImageProcessor", "model.backbone.backbone"),
+    "lw_detr": Convention("DeformableDetrImageProcessor", "model.backbone.backbone", takes_one_size=True),
+    "rf_detr": Convention("RfDetrImageProcessor", "model.backbone.backbone", takes_one_size=True),
     "rt_detr": _RT_DETR,
     "rt_detr_v2": _RT_DETR,
     "d_fine": _RT_DETR,
-    "deimv2": dataclasses.replace(_RT_DETR, backbone="model.conv_encoder.backbone"),
+    "deimv2": dataclasses.replace(_RT_DETR, backbone="model.conv_encoder.model"),
 }
 """Conventions by `config.model_type`."""
 
@@ -101,8 +102,7 @@ def detect(model: Callable[..., Any], config: PreTrainedConfig, inputs: Mapping[
 
     Returns:
         Outputs with `logits` `(batch_size, num_queries, num_labels)`, whose sigmoids are scores, and `pred_boxes`
-        `(batch_size, num_queries, 4)`, center x, center y, width, height as fractions of the image, which must not be
-        padded if `boxes_include_padding`. [`DinoDetrImageProcessor`] turns them into detections.
+        `(batch_size, num_queries, 4)`, center x, center y, width, height as fractions of the image. [`DinoDetrImageProcessor`] turns them into detections.
     """
     outputs = model(**model_inputs(inputs, config))
     if not convention_of(config).has_no_object_class:
@@ -135,18 +135,6 @@ def sigmoid_logits(logits: torch.Tensor) -> torch.Tensor:
 def num_selected(config: PreTrainedConfig) -> int:
     """Return the number of detections of an image: that of the model, or its number of queries."""
     return getattr(config, "num_select", config.num_queries)
-
-
-def include_padding(labels: list[dict[str, torch.Tensor]], height: int, width: int) -> list[dict[str, torch.Tensor]]:
-    """Convert boxes from fractions of each image to fractions of the padded batch.
-
-    Args:
-        labels (`list[dict[str, torch.Tensor]]`): Per image `boxes` `(num_objects, 4)`, and `size`, its height and
-            width in pixels without padding.
-        height, width (`int`): Of the batch, in pixels.
-    """
-    padded = torch.tensor([width, height] * 2)
-    return [{**label, "boxes": label["boxes"] * label["size"].flip(0).repeat(2) / padded} for label in labels]
 
 
 _SETTINGS = (

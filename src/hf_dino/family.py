@@ -213,7 +213,6 @@ _TINY_BACKBONE = {
     "model_type": "convnext",
     "hidden_sizes": [24, 48, 96, 192],
     "depths": [1, 1, 2, 1],
-    "layer_scale_init_value": 1.0,
 }
 _TINY = {
     "encoder_layers": 2,
