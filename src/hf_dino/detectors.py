@@ -34,6 +34,8 @@ class Convention:
         takes_one_size (`bool`, *optional*, defaults to `False`): All images are resized to one height and width, so
             that none is padded: the model does not know where an image ends, or divides it into equal windows. Boxes
             are then fractions of the image in any case.
+        antialias (`bool`, *optional*, defaults to `True`): Its image processor lowers the resolution of images with
+            antialiasing, in 8 bits.
         inputs (`tuple[str, ...]`, *optional*): Arguments of its forward that training and detection pass.
     """
 
@@ -41,6 +43,7 @@ class Convention:
     backbone: str
     has_no_object_class: bool = False
     takes_one_size: bool = False
+    antialias: bool = True
     inputs: tuple[str, ...] = ("pixel_values", "pixel_mask", "labels")
 
 
@@ -60,7 +63,7 @@ CONVENTIONS: dict[str, Convention] = {
     "dab-detr": Convention("ConditionalDetrImageProcessor", "model.backbone.conv_encoder.model"),
     "deformable_detr": Convention("DeformableDetrImageProcessor", "model.backbone.model"),
     "lw_detr": Convention("DeformableDetrImageProcessor", "model.backbone.backbone", takes_one_size=True),
-    "rf_detr": Convention("RfDetrImageProcessor", "model.backbone.backbone", takes_one_size=True),
+    "rf_detr": Convention("RfDetrImageProcessor", "model.backbone.backbone", takes_one_size=True, antialias=False),
     "rt_detr": _RT_DETR,
     "rt_detr_v2": _RT_DETR,
     "d_fine": _RT_DETR,
@@ -102,7 +105,8 @@ def detect(model: Callable[..., Any], config: PreTrainedConfig, inputs: Mapping[
 
     Returns:
         Outputs with `logits` `(batch_size, num_queries, num_labels)`, whose sigmoids are scores, and `pred_boxes`
-        `(batch_size, num_queries, 4)`, center x, center y, width, height as fractions of the image. [`DinoDetrImageProcessor`] turns them into detections.
+        `(batch_size, num_queries, 4)`, center x, center y, width, height as fractions of the image.
+        [`DinoDetrImageProcessor`] turns them into detections.
     """
     outputs = model(**model_inputs(inputs, config))
     if not convention_of(config).has_no_object_class:
@@ -150,19 +154,29 @@ _SETTINGS = (
 """Settings that all image processors have; only padding is always ours, with a mask."""
 
 
-def adopt_processor(own: BaseImageProcessor, backend: str | None = None) -> BaseImageProcessor:
+class AliasedImageProcessor(DinoDetrImageProcessor):
+    """Resizes as RF-DETR does: floats, without antialiasing."""
+
+    def resize(self, image: Any, *args: Any, **kwargs: Any) -> Any:
+        return super().resize(image.float(), *args, **{**kwargs, "antialias": False})
+
+
+def adopt_processor(own: BaseImageProcessor, convention: Convention, backend: str | None = None) -> BaseImageProcessor:
     """Return a DINO image processor with the settings of another one.
 
     Args:
         own (`BaseImageProcessor`): The model's own image processor.
+        convention (`Convention`): Conventions of the model.
         backend (`str`, *optional*): `"torchvision"` or `"pil"`; by default `"torchvision"`.
 
     Raises:
         ValueError: If the two give other pixels, as for a processor that crops or rounds sizes.
     """
-    ours = DinoDetrImageProcessorPil if backend == "pil" else DinoDetrImageProcessor
+    ours = DinoDetrImageProcessor if convention.antialias else AliasedImageProcessor
+    if backend == "pil":
+        ours = DinoDetrImageProcessorPil
     adopted = ours(**_settings_of(own))
-    image = torch.arange(3 * 97 * 131, dtype=torch.uint8).reshape(3, 97, 131)
+    image = (torch.arange(3 * 97 * 131) % 256).to(torch.uint8).reshape(3, 97, 131)
     first, second = (processor(images=[image], return_tensors="pt")["pixel_values"] for processor in (own, adopted))
     if first.shape != second.shape or (backend != "pil" and not torch.allclose(first, second, atol=0.05)):
         raise ValueError(
@@ -170,6 +184,20 @@ def adopt_processor(own: BaseImageProcessor, backend: str | None = None) -> Base
             f"{tuple(second.shape)} or other values"
         )
     return adopted
+
+
+def new_processor(config: PreTrainedConfig, size: Mapping[str, int] | None = None) -> BaseImageProcessor:
+    """Return the image processor of a new model: a DINO image processor with the defaults of the model's own class.
+
+    Args:
+        config (`PreTrainedConfig`): The model's configuration.
+        size (`Mapping[str, int]`, *optional*): Size of the images, by default that of the class.
+    """
+    given = {"size": dict(size)} if size else {}
+    if isinstance(config, DinoDetrConfig):
+        return DinoDetrImageProcessor(**given)
+    convention = convention_of(config)
+    return adopt_processor(getattr(transformers, convention.image_processor)(**given), convention)
 
 
 def own_processor(config: PreTrainedConfig, processor: BaseImageProcessor) -> BaseImageProcessor:

@@ -29,7 +29,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from .configuration_dino_detr import UNUSED_LABEL, DinoDetrConfig
-from .detectors import CONVENTIONS, adopt_processor, convention_of, model_class_of, own_processor
+from .detectors import CONVENTIONS, adopt_processor, convention_of, model_class_of, new_processor, own_processor
 from .family import FAMILY
 from .image_processing_dino_detr import (
     LONGEST_EDGE,
@@ -262,8 +262,7 @@ def build_model_and_processor(
     model_config = read_config(config, contiguous_id2label(categories), overrides, architecture)
     with _as_input_error(config or _OVERRIDES, "is not a configuration of a detection model"):
         model = model_class_of(model_config)(model_config)
-        processor = adopt_processor(own_processor(model_config, DinoDetrImageProcessor()))
-    return model, processor if size is None else DinoDetrImageProcessor(size=size)
+        return model, new_processor(model_config, size)
 
 
 def warn_if_batch_norms_frozen(model: PreTrainedModel) -> None:
@@ -412,7 +411,7 @@ def _load_processor(model: str, config: PreTrainedConfig, options: Mapping[str, 
         processor = AutoImageProcessor.from_pretrained(model, **_drop_none(options))
         _check_size(dict(processor.size))
         if not isinstance(config, DinoDetrConfig):
-            return adopt_processor(processor, options.get("backend"))
+            return adopt_processor(processor, convention_of(config), options.get("backend"))
         if not isinstance(processor, DinoDetrImageProcessor | DinoDetrImageProcessorPil):
             raise TypeError(f"it is a {type(processor).__name__}, not a {DinoDetrImageProcessor.__name__}")
     return processor
