@@ -63,8 +63,8 @@ def encoder_loss_terms(
 ) -> dict[str, torch.Tensor]:
     """Compute the loss of the predictions of all tokens, which tell only objects, as class 0, from the background.
 
-    Tokens that cannot propose a box have the box (1, 1, 1, 1), without a gradient, but their classes have a loss, as in
-    models/deformable_detr.py:373-389 of the authors.
+    Tokens that cannot propose a box have the box (1, 1, 1, 1), without a gradient, but their classes have a loss, as
+    in models/deformable_detr.py:373-389 of the authors.
 
     Returns:
         `loss_ce_encoder`, `loss_bbox_encoder` and `loss_giou_encoder`, unweighted and with the normalizer of

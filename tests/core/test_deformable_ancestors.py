@@ -1,7 +1,7 @@
 """Deformable DETR of transformers against the code of its authors, and the part of their loss that it lacks.
 
-The references are fundamentalvision/Deformable-DETR 11169a6 in float64, with weights that are a fixed function of their
-names; see ../shared/formats/README.md.
+The references are fundamentalvision/Deformable-DETR 11169a6 in float64, with weights that are a fixed function of
+their names; see ../shared/formats/README.md.
 """
 
 import copy
@@ -188,8 +188,7 @@ def slow_encoder_terms(logits, boxes, labels, config):
         cost = config.class_cost * (focal[0] - focal[1]) + config.bbox_cost * distances - config.giou_cost * overlaps
         objects = range(len(label["boxes"]))
         rows = min(
-            permutations(range(len(cost)), len(objects)),
-            key=lambda rows: sum(cost[rows[i], i].item() for i in objects),
+            permutations(range(len(cost)), len(objects)), key=lambda rows: cost[list(rows), list(objects)].sum().item()
         )
         is_object = torch.zeros_like(image_logits)
         is_object[list(rows), 0] = 1
