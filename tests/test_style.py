@@ -70,7 +70,7 @@ RANKS = {
             ("core", "registration"),
             ("utils", "visualization"),
             ("kernels",),
-            ("data", "hub", "model_card", "publishing", "family", "__init__"),
+            ("data", "hub", "model_card", "publishing", "family", "ancestor_losses", "__init__"),
             ("conversion",),
             ("evaluation", "inference", "model_info", "exported"),
             ("export", "inspection"),
