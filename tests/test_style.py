@@ -67,7 +67,7 @@ RANKS = {
     name: rank
     for rank, names in enumerate(
         [
-            ("core", "registration"),
+            ("core", "dn_detr", "registration"),
             ("utils", "visualization"),
             ("kernels",),
             ("data", "hub", "model_card", "publishing", "family", "__init__"),

@@ -1,7 +1,7 @@
 """The family of DINO: which equation each model changes in its parent, its configuration, and its published AP.
 
-Ancestors without deformable attention, and Deformable DETR, are classes of transformers. From DAB-Deformable-DETR on,
-each model is [`DinoDetrForObjectDetection`] with a few fields of its configuration changed.
+Ancestors without deformable attention, and Deformable DETR, are classes of transformers, except DN-DETR. From
+DAB-Deformable-DETR on, each model is [`DinoDetrForObjectDetection`] with a few fields of its configuration changed.
 """
 
 from collections.abc import Mapping
@@ -11,7 +11,13 @@ from typing import Any
 import transformers
 from transformers import PreTrainedModel
 
+from .dn_detr import DnDetrForObjectDetection
 from .modeling_dino_detr import DinoDetrForObjectDetection
+
+
+_OURS: dict[str, type[PreTrainedModel]] = {
+    ours.__name__: ours for ours in (DinoDetrForObjectDetection, DnDetrForObjectDetection)
+}
 
 
 @dataclass(frozen=True)
@@ -46,8 +52,7 @@ class FamilyMember:
         Args:
             **overrides: Fields of the configuration to change, such as sizes.
         """
-        ours = {DinoDetrForObjectDetection.__name__: DinoDetrForObjectDetection}
-        model_class: Any = ours.get(self.model_class) or getattr(transformers, self.model_class)
+        model_class: Any = _OURS.get(self.model_class) or getattr(transformers, self.model_class)
         return model_class(model_class.config_class(**{**self.config, **overrides}))
 
 
@@ -58,6 +63,10 @@ _DAB_DETR = "https://arxiv.org/abs/2201.12329"
 _DN_DETR = "https://arxiv.org/abs/2203.01305"
 _DINO = "https://arxiv.org/abs/2203.03605"
 
+# As in the papers, all decoder layers are trained. The default of transformers is the last one only.
+_ALL_LAYERS = {"auxiliary_loss": True}
+# DAB-DETR's code has no dropout, and its class heads begin with this probability of each class.
+_DAB = {**_ALL_LAYERS, "dropout": 0.0, "initializer_bias_prior_prob": 0.01}
 _DAB_DEFORMABLE = {
     "num_queries": 300,
     "num_select": 100,
@@ -78,6 +87,7 @@ FAMILY: dict[str, FamilyMember] = {
         parent=None,
         change="Detection is the prediction of a set: each object is matched to one query, and nothing is suppressed.",
         equation="loss = min over permutations π of Σᵢ loss(objectᵢ, prediction_π(i))",
+        config=_ALL_LAYERS,
         published_ap={500: 0.420},
         model_class="DetrForObjectDetection",
     ),
@@ -87,6 +97,7 @@ FAMILY: dict[str, FamilyMember] = {
         parent="detr",
         change="The positional query of cross-attention is the embedded reference point, scaled by the content.",
         equation="query = [c, MLP(c) ⊙ PE(x, y)]",
+        config=_ALL_LAYERS,
         published_ap={108: 0.430},
         model_class="ConditionalDetrForObjectDetection",
     ),
@@ -96,8 +107,18 @@ FAMILY: dict[str, FamilyMember] = {
         parent="conditional_detr",
         change="The reference point becomes an anchor box, which every layer moves and whose size shapes attention.",
         equation="query = [c, MLP(c) ⊙ PE(b)], b' = σ(Δb + σ⁻¹(b))",
+        config=_DAB,
         published_ap={50: 0.422},
         model_class="DabDetrForObjectDetection",
+    ),
+    "dn_detr": FamilyMember(
+        name="DN-DETR",
+        paper=_DN_DETR,
+        parent="dab_detr",
+        change="In training, the decoder also restores noisy copies of the objects, for which no matching is needed.",
+        equation="loss += mean over groups of Σᵢ loss(objectᵢ, decode(objectᵢ + noise))",
+        published_ap={50: 0.441},
+        model_class=DnDetrForObjectDetection.__name__,
     ),
     "deformable_detr": FamilyMember(
         name="Deformable DETR",
