@@ -4,6 +4,7 @@ Paper: DN-DETR, https://arxiv.org/abs/2203.01305. Official implementation: IDEA-
 The backbone, encoder and decoder are those of DAB-DETR in transformers. The denoising queries and the loss are DINO's.
 """
 
+import re
 from functools import partial
 from typing import Any
 
@@ -17,7 +18,17 @@ from transformers.utils import can_return_tuple
 
 from .boxes_dino_detr import refine_bboxes
 from .denoising_dino_detr import DinoDetrDenoisingQueries, DinoDetrPlainDenoising, make_decoder_attention_mask
-from .initialization_dino_detr import InitRule, init_as, initialize, normal_embedding, xavier, xavier_zero_bias
+from .initialization_dino_detr import (
+    InitRule,
+    class_prior,
+    init_as,
+    initialize,
+    normal_embedding,
+    pytorch_default,
+    xavier,
+    xavier_zero_bias,
+    zeros,
+)
 from .loss_dino_detr import DinoDetrEffectiveBatch, check_labels, dino_detr_loss, get_num_boxes
 
 
@@ -62,6 +73,10 @@ class DnDetrConfig(DabDetrConfig):
     label_noise_ratio: float | int = 0.2
     box_noise_scale: float | int = 0.4
 
+    def __post_init__(self, **kwargs: Any) -> None:
+        super().__post_init__(**kwargs)
+        self.validate_architecture()  # `@strict` calls it too, but wraps the error
+
     def validate_architecture(self) -> None:
         """Check the fields of denoising, and that there are no patterns. Called by `@strict`.
 
@@ -80,11 +95,17 @@ class DnDetrConfig(DabDetrConfig):
                 raise ValueError(f"{field} must be between {lowest} and {highest}, got {getattr(self, field)}")
 
 
-# As in the official implementation, by the last part of a layer's name; see `DinoDetrSelfAttention` for the gain.
-_IN_PROJ = partial(xavier_zero_bias, gain=0.5**0.5)
+# Initial weights of the official implementation, by names of layers; the first pattern that matches a name counts. In
+# transformers' DAB-DETR all anchors would start in the center of the image: their logits have a deviation of 0.02.
+# The gain is that of one matrix for queries, keys and values.
 INIT_RULES: dict[str, InitRule] = {
-    **dict.fromkeys(("q_proj", "k_proj", "v_proj"), _IN_PROJ),
-    **dict.fromkeys(("out_proj", "output_proj"), xavier_zero_bias),
+    r"model\.query_refpoint_embeddings": normal_embedding,
+    r"model\.input_projection": pytorch_default,
+    r"(model\.decoder\.bbox_embed|bbox_predictor)\.layers\.2": zeros,
+    r"(model\.decoder\.bbox_embed|bbox_predictor)\.layers\.[01]": pytorch_default,
+    r"model\.encoder\..*\.[qkv]_proj": partial(xavier_zero_bias, gain=0.5**0.5),
+    r"model\.(encoder|decoder)\..*\.(out|output)_proj": xavier_zero_bias,
+    r"model\.(encoder|decoder)\..*": xavier,
 }
 
 
@@ -96,8 +117,9 @@ def add_attention_mask(self_attention: Any, args: tuple, kwargs: dict[str, Any])
 class DnDetrForObjectDetection(DabDetrForObjectDetection):
     """DAB-DETR with denoising queries.
 
-    Without labels, or in evaluation mode, it is DAB-DETR whose queries have a learned content, "unknown class", and not
-    zeros. Weights of a DAB-DETR can be loaded; the label embedding and that content are then new.
+    Without labels, or in evaluation mode, it is DAB-DETR, but the content of the queries is learned, "unknown class",
+    instead of zero. `from_pretrained` loads the weights of a DAB-DETR if it gets a [`DnDetrConfig`] as `config`; only
+    the label embedding and that content are then new.
 
     Args:
         config ([`DnDetrConfig`]): Sizes, noise and the weights of the loss.
@@ -119,6 +141,7 @@ class DnDetrForObjectDetection(DabDetrForObjectDetection):
     """
 
     config_class = DnDetrConfig
+    supports_gradient_checkpointing = True
 
     def __init__(self, config: DnDetrConfig):
         super().__init__(config)
@@ -128,15 +151,22 @@ class DnDetrForObjectDetection(DabDetrForObjectDetection):
         self.loss_function = dino_detr_loss
         for layer in self.model.decoder.layers:
             layer.self_attn.register_forward_pre_hook(add_attention_mask, with_kwargs=True)
-        self.initialize_transformer()
+        self.initialize_again()
         self.post_init()
 
-    def initialize_transformer(self) -> None:
-        """Initialize as the official implementation; transformers would put all anchors in the center of the image."""
-        initialize(init_as(normal_embedding, self.model.query_refpoint_embeddings), force=True)
-        for name, layer in [*self.model.encoder.named_modules(), *self.model.decoder.named_modules()]:
-            if isinstance(layer, nn.Linear) and not name.startswith("bbox_embed"):
-                initialize(init_as(INIT_RULES.get(name.rpartition(".")[2], xavier), layer), force=True)
+    def initialize_again(self) -> None:
+        """Apply `INIT_RULES` in place of the rules of DAB-DETR, which its own constructor applied."""
+        init_as(
+            class_prior,
+            self.class_embed,
+            probability=self.config.initializer_bias_prior_prob or 1 / (self.config.num_labels + 1),
+        )
+        for name, layer in self.named_modules():
+            for pattern, rule in INIT_RULES.items():
+                if isinstance(layer, (nn.Linear, nn.Conv2d, nn.Embedding)) and re.fullmatch(pattern, name):
+                    init_as(rule, layer)
+                    break
+            initialize(layer, force=True)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
