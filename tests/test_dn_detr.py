@@ -19,8 +19,8 @@ from transformers import (
 )
 
 from helpers.models import TINY_RESNET, make_labels
+from hf_dino import DnDetrConfig, DnDetrForObjectDetection
 from hf_dino.denoising_dino_detr import NO_OBJECT
-from hf_dino.dn_detr import DnDetrConfig, DnDetrForObjectDetection
 from hf_dino.loss_dino_detr import DinoDetrEffectiveBatch, dino_detr_loss
 
 

@@ -39,9 +39,8 @@ BOX_EPSILON = 1e-5
 @strict
 class DnDetrConfig(DabDetrConfig):
     r"""
-    Configuration of [`DnDetrForObjectDetection`]: that of DAB-DETR in transformers with the fields of denoising. The
-    defaults are the published ones of DN-DETR with a ResNet-50; where they differ from transformers' DAB-DETR, such as
-    in `dropout`, those of the official DAB-DETR are the same.
+    Configuration of [`DnDetrForObjectDetection`]: that of DAB-DETR in transformers, and the fields of denoising. The
+    defaults are the published ones of DN-DETR with a ResNet-50, also those that differ from transformers' DAB-DETR.
 
     Args:
         dropout (`float`, *optional*, defaults to 0.0): Dropout in all layers of the transformer.
@@ -95,14 +94,13 @@ class DnDetrConfig(DabDetrConfig):
                 raise ValueError(f"{field} must be between {lowest} and {highest}, got {getattr(self, field)}")
 
 
-# Initial weights of the official implementation, by names of layers; the first pattern that matches a name counts. In
-# transformers' DAB-DETR all anchors would start in the center of the image: their logits have a deviation of 0.02.
-# The gain is that of one matrix for queries, keys and values.
+# Initial weights of the official implementation, by names of layers: the first pattern that fits counts. transformers
+# would start all anchors in the center of the image, with logits of deviation 0.02. The official encoder has one
+# matrix for queries, keys and values, which decides their Xavier bound.
 INIT_RULES: dict[str, InitRule] = {
     r"model\.query_refpoint_embeddings": normal_embedding,
-    r"model\.input_projection": pytorch_default,
     r"(model\.decoder\.bbox_embed|bbox_predictor)\.layers\.2": zeros,
-    r"(model\.decoder\.bbox_embed|bbox_predictor)\.layers\.[01]": pytorch_default,
+    r"(model\.decoder\.bbox_embed|bbox_predictor)\.layers\..*|model\.input_projection": pytorch_default,
     r"model\.encoder\..*\.[qkv]_proj": partial(xavier_zero_bias, gain=0.5**0.5),
     r"model\.(encoder|decoder)\..*\.(out|output)_proj": xavier_zero_bias,
     r"model\.(encoder|decoder)\..*": xavier,
@@ -110,34 +108,19 @@ INIT_RULES: dict[str, InitRule] = {
 
 
 def add_attention_mask(self_attention: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-    """Pass the mask to self-attention: a hook, because DAB-DETR's decoder gives its layers none."""
+    """Pass its mask to self-attention: a hook, because the decoder of transformers passes none to its layers."""
     return args, {**kwargs, "attention_mask": self_attention.denoising_mask}
 
 
 class DnDetrForObjectDetection(DabDetrForObjectDetection):
     """DAB-DETR with denoising queries.
 
-    Without labels, or in evaluation mode, it is DAB-DETR, but the content of the queries is learned, "unknown class",
-    instead of zero. `from_pretrained` loads the weights of a DAB-DETR if it gets a [`DnDetrConfig`] as `config`; only
+    In evaluation mode, or without labels, it is DAB-DETR, but the content of the queries is learned, "unknown class",
+    and not zero. `from_pretrained` loads the weights of a DAB-DETR if it is given a [`DnDetrConfig`] as `config`; only
     the label embedding and that content are then new.
 
     Args:
         config ([`DnDetrConfig`]): Sizes, noise and the weights of the loss.
-
-    Example:
-
-    ```python
-    >>> import torch
-    >>> from transformers import ResNetConfig
-    >>> tiny = ResNetConfig(embedding_size=8, hidden_sizes=[8, 8], depths=[1, 1], out_features=["stage2"])
-    >>> config = DnDetrConfig(backbone_config=tiny, hidden_size=32, encoder_layers=1, decoder_layers=2, num_queries=10)
-    >>> model = DnDetrForObjectDetection(config)
-    >>> labels = [{"class_labels": torch.tensor([1]), "boxes": torch.tensor([[0.5, 0.5, 0.2, 0.4]])}]
-    >>> outputs = model(torch.randn(1, 3, 96, 128), labels=labels)
-    >>> outputs.logits.shape, outputs.pred_boxes.shape, sorted(outputs.loss_dict)[:3]
-    (torch.Size([1, 10, 2]), torch.Size([1, 10, 4]), ['loss_bbox', 'loss_bbox_0', 'loss_bbox_denoising'])
-
-    ```
     """
 
     config_class = DnDetrConfig
@@ -148,6 +131,7 @@ class DnDetrForObjectDetection(DabDetrForObjectDetection):
         self.denoising = DinoDetrPlainDenoising(config)
         # In the official implementation it is one more row of the label embedding.
         self.unknown_class = init_as(normal_embedding, nn.Embedding(1, config.hidden_size))
+        # Otherwise transformers would select DETR's softmax loss by the name of this class.
         self.loss_function = dino_detr_loss
         for layer in self.model.decoder.layers:
             layer.self_attn.register_forward_pre_hook(add_attention_mask, with_kwargs=True)
@@ -155,18 +139,13 @@ class DnDetrForObjectDetection(DabDetrForObjectDetection):
         self.post_init()
 
     def initialize_again(self) -> None:
-        """Apply `INIT_RULES` in place of the rules of DAB-DETR, which its own constructor applied."""
-        init_as(
-            class_prior,
-            self.class_embed,
-            probability=self.config.initializer_bias_prior_prob or 1 / (self.config.num_labels + 1),
-        )
+        """Initialize by `INIT_RULES`; the constructors of transformers' classes applied their own rules."""
+        prior = self.config.initializer_bias_prior_prob or 1 / (self.config.num_labels + 1)
+        initialize(init_as(class_prior, self.class_embed, probability=prior), force=True)
         for name, layer in self.named_modules():
-            for pattern, rule in INIT_RULES.items():
-                if isinstance(layer, (nn.Linear, nn.Conv2d, nn.Embedding)) and re.fullmatch(pattern, name):
-                    init_as(rule, layer)
-                    break
-            initialize(layer, force=True)
+            rule = next((rule for pattern, rule in INIT_RULES.items() if re.fullmatch(pattern, name)), None)
+            if rule is not None and isinstance(layer, (nn.Embedding, nn.Linear, nn.Conv2d)):
+                initialize(init_as(rule, layer), force=True)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -185,17 +164,7 @@ class DnDetrForObjectDetection(DabDetrForObjectDetection):
     ) -> DabDetrObjectDetectionOutput:
         """
         Args:
-            pixel_values (`torch.Tensor` of shape `(batch_size, 3, height, width)`):
-                Normalized images, padded to the right and below.
-            pixel_mask (`torch.Tensor` of shape `(batch_size, height, width)`, *optional*):
-                1 is image, 0 is padding. All image if not given.
-            labels (`list[dict[str, torch.Tensor]]`, *optional*):
-                Per image `class_labels` `(num_objects,)`, int64 in [0, num_labels), and `boxes` `(num_objects, 4)`:
-                center x, center y, width, height as fractions of the unpadded image. If given, the loss is computed:
-                `dino_detr_loss`, with denoising queries in training mode.
-            effective_batch ([`DinoDetrEffectiveBatch`], *optional*):
-                Object counts over all micro-batches and processes of an optimizer step; see
-                [`DinoDetrForObjectDetection`].
+            pixel_values, pixel_mask, labels, effective_batch: See [`DinoDetrForObjectDetection`].
             output_attentions, output_hidden_states (`bool`, *optional*):
                 Whether to return them. In training mode, those of the decoder begin with the denoising queries.
 
@@ -210,24 +179,23 @@ class DnDetrForObjectDetection(DabDetrForObjectDetection):
         recorded = {"output_attentions": output_attentions, "output_hidden_states": output_hidden_states}
         encoded, decoded = self.encode_and_decode(pixel_values, pixel_mask, denoising, **recorded)
 
-        # as in DAB-DETR, earlier layers predict for the loss only
-        layers = slice(-1 if labels is None or not self.config.auxiliary_loss else None, None)
-        logits, boxes = self.predict(decoded, layers)
+        # As in DAB-DETR, the earlier layers predict for the loss only.
+        first_layer = 0 if labels is not None and self.config.auxiliary_loss else -1
+        states, reference_points = decoded.intermediate_hidden_states, decoded.reference_points
+        logits, boxes = self.predict(states[first_layer:], reference_points[first_layer:])
         loss, loss_dict = None, None
         if labels is not None:
             loss, loss_dict = self.compute_loss(logits, boxes, denoising, labels, effective_batch)
         num_denoising = denoising.inputs_embeds.shape[1]
-        logits, boxes = logits[:, :, num_denoising:], boxes[:, :, num_denoising:]
-        earlier_layers = [
-            {"logits": layer_logits, "pred_boxes": layer_boxes}
-            for layer_logits, layer_boxes in zip(logits[:, :-1].unbind(1), boxes[:, :-1].unbind(1))
+        layers = [
+            {"logits": layer_logits[:, num_denoising:], "pred_boxes": layer_boxes[:, num_denoising:]}
+            for layer_logits, layer_boxes in zip(logits.unbind(1), boxes.unbind(1))
         ]
         return DabDetrObjectDetectionOutput(
+            **layers.pop(),
             loss=loss,
             loss_dict=loss_dict,
-            logits=logits[:, -1],
-            pred_boxes=boxes[:, -1],
-            auxiliary_outputs=earlier_layers or None,
+            auxiliary_outputs=layers or None,
             last_hidden_state=decoded.last_hidden_state[:, num_denoising:],
             decoder_hidden_states=decoded.hidden_states,
             decoder_attentions=decoded.attentions,
@@ -244,14 +212,14 @@ class DnDetrForObjectDetection(DabDetrForObjectDetection):
         denoising: DinoDetrDenoisingQueries,
         **recorded: bool | None,
     ) -> tuple[BaseModelOutput, DabDetrDecoderOutput]:
-        """Return the outputs of encoder and decoder, the latter of the denoising queries and the matching queries."""
+        """Return the outputs of the encoder, and of the decoder for the denoising and then the matching queries."""
         if pixel_mask is None:
             pixel_mask = torch.ones_like(pixel_values[:, 0])
         feature_maps, position_embeddings = self.model.backbone(pixel_values, pixel_mask)
         feature_map, mask = feature_maps[-1]
-        positions, mask = position_embeddings[-1].flatten(2).transpose(1, 2), mask.flatten(1)
         features = self.model.input_projection(feature_map).flatten(2).transpose(1, 2)
-        encoded = self.model.encoder(features, mask, positions, **recorded, return_dict=True)
+        positions, mask = position_embeddings[-1].flatten(2).transpose(1, 2), mask.flatten(1)
+        encoded = self.model.encoder(features, mask, positions, return_dict=True, **recorded)
 
         anchors = self.model.query_refpoint_embeddings.weight.expand(len(pixel_values), -1, -1)
         noisy_anchors = denoising.reference_points.logit().to(anchors.dtype)
@@ -264,14 +232,13 @@ class DnDetrForObjectDetection(DabDetrForObjectDetection):
             encoder_hidden_states=encoded.last_hidden_state,
             memory_key_padding_mask=mask,
             object_queries=positions,
-            **recorded,
             return_dict=True,
+            **recorded,
         )
         return encoded, decoded
 
-    def predict(self, decoded: DabDetrDecoderOutput, layers: slice) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return logits and boxes of some decoder layers: `(batch_size, len(layers), num_total_queries, ...)`."""
-        states, reference_points = decoded.intermediate_hidden_states[layers], decoded.reference_points[layers]
+    def predict(self, states: torch.Tensor, reference_points: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return logits and boxes `(batch_size, num_layers, num_total_queries, ...)`, given the layers' outputs."""
         boxes = refine_bboxes(reference_points, self.bbox_predictor(states), BOX_EPSILON)
         return self.class_embed(states).transpose(0, 1), boxes.transpose(0, 1)
 
@@ -283,7 +250,7 @@ class DnDetrForObjectDetection(DabDetrForObjectDetection):
         labels: list[dict[str, torch.Tensor]],
         effective_batch: DinoDetrEffectiveBatch,
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """Return the loss and its terms; see `dino_detr_loss`."""
+        """Return the loss and its terms, given the predictions for all queries; see `dino_detr_loss`."""
         lengths = [denoising.inputs_embeds.shape[1], self.config.num_queries]
         denoising_logits, logits = logits.split(lengths, dim=2)
         denoising_boxes, boxes = boxes.split(lengths, dim=2)
@@ -296,7 +263,7 @@ class DnDetrForObjectDetection(DabDetrForObjectDetection):
             num_denoising_groups=denoising.num_groups,
             labels=labels,
             config=self.config,
-            # not averaged over processes in evaluation, which may run on one process alone
+            # Not averaged over processes in evaluation, which may run on one process alone.
             num_boxes=effective_batch.num_boxes or get_num_boxes(labels, logits.device, average=self.training),
         )
 

@@ -1,7 +1,7 @@
 """Register DINO, and DN-DETR with dense attention, with the auto classes of transformers.
 
 Importing this module is enough. `import hf_dino` does, and so does every module that loads models by auto classes. The
-classes that it imports are the public names of the package.
+classes of DINO and DN-DETR are the public names of the package.
 
 | auto class | class of DINO | class of DN-DETR |
 |---|---|---|
