@@ -107,6 +107,16 @@ INIT_RULES: dict[str, InitRule] = {
 }
 
 
+def initialize_dab_detr(model: DabDetrForObjectDetection) -> None:
+    """Initialize a DAB-DETR by `INIT_RULES`, after its constructor has applied the rules of transformers."""
+    prior = model.config.initializer_bias_prior_prob or 1 / (model.config.num_labels + 1)
+    initialize(init_as(class_prior, model.class_embed, probability=prior), force=True)
+    for name, layer in model.named_modules():
+        rule = next((rule for pattern, rule in INIT_RULES.items() if re.fullmatch(pattern, name)), None)
+        if rule is not None and isinstance(layer, (nn.Embedding, nn.Linear, nn.Conv2d)):
+            initialize(init_as(rule, layer), force=True)
+
+
 def add_attention_mask(self_attention: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
     """Pass its mask to self-attention: a hook, because the decoder of transformers passes none to its layers."""
     return args, {**kwargs, "attention_mask": self_attention.denoising_mask}
@@ -135,17 +145,8 @@ class DnDetrForObjectDetection(DabDetrForObjectDetection):
         self.loss_function = dino_detr_loss
         for layer in self.model.decoder.layers:
             layer.self_attn.register_forward_pre_hook(add_attention_mask, with_kwargs=True)
-        self.initialize_again()
+        initialize_dab_detr(self)
         self.post_init()
-
-    def initialize_again(self) -> None:
-        """Initialize by `INIT_RULES`; the constructors of transformers' classes applied their own rules."""
-        prior = self.config.initializer_bias_prior_prob or 1 / (self.config.num_labels + 1)
-        initialize(init_as(class_prior, self.class_embed, probability=prior), force=True)
-        for name, layer in self.named_modules():
-            rule = next((rule for pattern, rule in INIT_RULES.items() if re.fullmatch(pattern, name)), None)
-            if rule is not None and isinstance(layer, (nn.Embedding, nn.Linear, nn.Conv2d)):
-                initialize(init_as(rule, layer), force=True)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
