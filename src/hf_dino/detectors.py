@@ -15,7 +15,10 @@ import transformers
 from torch import nn
 from transformers import MODEL_FOR_OBJECT_DETECTION_MAPPING, BaseImageProcessor, PreTrainedConfig, PreTrainedModel
 
+from .ancestor_losses import deformable_detr_missing_loss
+from .dn_detr import DnDetrConfig
 from .image_processing_dino_detr import DinoDetrImageProcessor, DinoDetrImageProcessorPil
+from .loss_dino_detr import DinoDetrEffectiveBatch
 from .modeling_dino_detr import DinoDetrObjectDetectionOutput
 from .registration import DinoDetrConfig  # with the auto classes, which then know DINO models
 from .utils.errors import InputError
@@ -37,6 +40,8 @@ class Convention:
         antialias (`bool`, *optional*, defaults to `True`): Its image processor lowers the resolution of images with
             antialiasing, in 8 bits.
         inputs (`tuple[str, ...]`, *optional*): Arguments of its forward that training and detection pass.
+        missing_loss (`Callable`, *optional*): Takes outputs, labels, configuration and the normalizer, and returns
+            what the loss of transformers lacks of the authors', and the terms of the whole.
     """
 
     image_processor: str
@@ -45,15 +50,17 @@ class Convention:
     takes_one_size: bool = False
     antialias: bool = True
     inputs: tuple[str, ...] = ("pixel_values", "pixel_mask", "labels")
+    missing_loss: Callable[..., tuple[torch.Tensor, dict[str, torch.Tensor]]] | None = None
 
 
+_WITH_EFFECTIVE_BATCH = ("pixel_values", "pixel_mask", "labels", "effective_batch")
 _RT_DETR = Convention("RTDetrImageProcessor", "model.backbone.model", takes_one_size=True)
 
 CONVENTIONS: dict[str, Convention] = {
     DinoDetrConfig.model_type: Convention(
         DinoDetrImageProcessor.__name__,
         "model.backbone.body",
-        inputs=("pixel_values", "pixel_mask", "labels", "effective_batch"),
+        inputs=_WITH_EFFECTIVE_BATCH,
     ),
     "detr": Convention("DetrImageProcessor", "model.backbone.model", has_no_object_class=True),
     "table-transformer": Convention(
@@ -61,7 +68,12 @@ CONVENTIONS: dict[str, Convention] = {
     ),
     "conditional_detr": Convention("ConditionalDetrImageProcessor", "model.backbone.model"),
     "dab-detr": Convention("ConditionalDetrImageProcessor", "model.backbone.conv_encoder.model"),
-    "deformable_detr": Convention("DeformableDetrImageProcessor", "model.backbone.model"),
+    DnDetrConfig.model_type: Convention(
+        "ConditionalDetrImageProcessor", "model.backbone.conv_encoder.model", inputs=_WITH_EFFECTIVE_BATCH
+    ),
+    "deformable_detr": Convention(
+        "DeformableDetrImageProcessor", "model.backbone.model", missing_loss=deformable_detr_missing_loss
+    ),
     "lw_detr": Convention("DeformableDetrImageProcessor", "model.backbone.backbone", takes_one_size=True),
     "rf_detr": Convention("RfDetrImageProcessor", "model.backbone.backbone", takes_one_size=True, antialias=False),
     "rt_detr": _RT_DETR,
@@ -93,6 +105,24 @@ def model_class_of(config: PreTrainedConfig) -> type[PreTrainedModel]:
 def model_inputs(batch: Mapping[str, Any], config: PreTrainedConfig) -> dict[str, Any]:
     """Return the entries of a batch that the model takes as arguments."""
     return {name: batch[name] for name in convention_of(config).inputs if name in batch}
+
+
+def training_loss(
+    outputs: Any, batch: Mapping[str, Any], config: PreTrainedConfig
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Return the loss that a model is trained with, and its terms.
+
+    Args:
+        outputs: Outputs of the model for the batch.
+        batch (`Mapping`): With `labels` and perhaps `effective_batch`, on the model's device.
+        config (`PreTrainedConfig`): The model's configuration.
+    """
+    missing_loss = convention_of(config).missing_loss
+    if missing_loss is None:
+        return outputs.loss, outputs.loss_dict
+    effective_batch = batch.get("effective_batch", DinoDetrEffectiveBatch())
+    missing, terms = missing_loss(outputs, batch["labels"], config, effective_batch.num_boxes)
+    return outputs.loss + missing, terms
 
 
 def detect(model: Callable[..., Any], config: PreTrainedConfig, inputs: Mapping[str, torch.Tensor]) -> Any:
@@ -136,9 +166,9 @@ def sigmoid_logits(logits: torch.Tensor) -> torch.Tensor:
     return scores.logit(eps=1e-7).masked_fill(~is_best, -torch.inf)
 
 
-def num_selected(config: PreTrainedConfig) -> int:
+def num_selected(config: Any) -> int:
     """Return the number of detections of an image: that of the model, or its number of queries."""
-    return getattr(config, "num_select", config.num_queries)
+    return config.num_select if hasattr(config, "num_select") else config.num_queries
 
 
 _SETTINGS = (

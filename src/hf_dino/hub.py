@@ -28,6 +28,7 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
+from .ancestor_initialization import initialize_as_authors, rules_of
 from .configuration_dino_detr import UNUSED_LABEL, DinoDetrConfig
 from .detectors import CONVENTIONS, adopt_processor, convention_of, model_class_of, new_processor, own_processor
 from .family import FAMILY
@@ -262,6 +263,7 @@ def build_model_and_processor(
     model_config = read_config(config, contiguous_id2label(categories), overrides, architecture)
     with _as_input_error(config or _OVERRIDES, "is not a configuration of a detection model"):
         model = model_class_of(model_config)(model_config)
+        initialize_as_authors(model, rules_of(model_config))
         return model, new_processor(model_config, size)
 
 
@@ -440,6 +442,9 @@ def _load_weights(
             f"{model}: its weights are not those of a complete detector; {len(incomplete)} are missing or do not have "
             f"the shape that follows from config.json, such as {incomplete[0]}"
         )
+    for parameter in detector.parameters():  # transformers leaves parts of split tensors as views of the whole
+        if parameter.nbytes < parameter.untyped_storage().nbytes():
+            parameter.data = parameter.data.clone()
     return detector
 
 
