@@ -171,6 +171,16 @@ def _start_memory(device: torch.device) -> int | None:
     return _memory(device, peak=False) if device.type == "cpu" else None
 
 
+def peak_memory(device: torch.device) -> int | None:
+    """Return the most bytes that PyTorch's allocator had on a CUDA device, or this process on a CPU with Linux.
+
+    It is `None` on other systems.
+    """
+    with suppress(OSError):
+        return _memory(device, peak=True) if device.type in ("cpu", "cuda") else None
+    return None
+
+
 def _memory(device: torch.device, *, peak: bool) -> int:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) if peak else torch.cuda.memory_allocated(device)

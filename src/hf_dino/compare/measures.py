@@ -309,10 +309,11 @@ def matching_changes(before: np.ndarray | None, now: np.ndarray) -> float | None
 
 def read_measures(folder: Path) -> list[dict[str, Any]]:
     """Read the rows of measures of a run, up to one that is damaged; none if there is no file."""
-    rows = []
-    with suppress(FileNotFoundError, ValueError):
+    rows: list[dict[str, Any]] = []
+    with suppress(FileNotFoundError, ValueError, TypeError, LookupError):
         for line in (folder / MEASURES_FILE).read_bytes().splitlines():
-            rows.append(json.loads(line))
+            row = json.loads(line)
+            rows.append({**row, "step": int(row["step"]), "ap": float(row["ap"])})
     return rows
 
 

@@ -1,0 +1,172 @@
+"""The cost of the models of a comparison: parameters, FLOPs, time of a step and of an image, memory."""
+
+import statistics
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import BaseImageProcessor, PreTrainedModel
+
+from ..data import DetectionDataset, read_data
+from ..data.dataset import label_of_category
+from ..data.loaders import TrainingCollator
+from ..detectors import convention_of, detect, model_inputs
+from ..hub import load_model_and_processor
+from ..model_info import count_flops, count_parameters, peak_memory
+
+
+ROUNDS = 7
+
+
+@dataclass
+class Trainee:
+    """A trained model that is trained on, on a batch that stays the same.
+
+    Args:
+        model (`PreTrainedModel`): The model.
+        batch (`dict`): From [`TrainingCollator`].
+    """
+
+    model: PreTrainedModel
+    batch: dict[str, Any]
+
+    def __post_init__(self) -> None:
+        # a learning rate of zero: the model stays as it is, and so does the time of its matching
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=0.0, fused=True)
+        self.inputs = model_inputs(self.batch, self.model.config)
+
+    def train(self) -> None:
+        """Take an optimizer step."""
+        self.model.train()
+        self.model(**self.inputs).loss.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    @torch.inference_mode()
+    def detect(self) -> None:
+        """Detect objects in the images of the batch."""
+        self.model.eval()
+        detect(self.model, self.model.config, self.batch)
+
+
+def load_trainee(folder: Path, dataset: str, batch_size: int, device: torch.device) -> Trainee:
+    """Load a trained model, with the first images of the training split, or as many of them as there are.
+
+    Args:
+        folder (`Path`): Directory of a finished run.
+        dataset (`str`): Dataset that it was trained on.
+        batch_size (`int`): Number of images.
+        device (`torch.device`): Where to measure.
+    """
+    model, processor = load_model_and_processor(str(folder))
+    return Trainee(model.to(device), _to_device(make_batch(model, processor, dataset, batch_size), device))
+
+
+def make_batch(model: PreTrainedModel, processor: BaseImageProcessor, dataset: str, batch_size: int) -> dict[str, Any]:
+    """Return a batch of the first images of the training split."""
+    split, config = read_data(dataset, splits=["train"])["train"], model.config
+    convention = convention_of(config)
+    labels = label_of_category(split, config.id2label)
+    collate = TrainingCollator(processor, labels, config.num_labels, True, convention.boxes_include_padding)
+    images = DetectionDataset(split)
+    return collate([images[index] for index in range(min(batch_size, len(images)))])
+
+
+def _to_device(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    labels = [{name: value.to(device) for name, value in label.items()} for label in batch["labels"]]
+    return {"labels": labels, **{name: batch[name].to(device) for name in ("pixel_values", "pixel_mask")}}
+
+
+def measure_speed(
+    folders: dict[str, Path], dataset: str, batch_size: int, rounds: int = ROUNDS
+) -> dict[str, dict[str, Any]]:
+    """Measure trained models in turns, so that what else the machine does slows all of them alike.
+
+    Args:
+        folders (`dict[str, Path]`): Directory of a finished run by the name of its row.
+        dataset (`str`): Dataset that they were trained on.
+        batch_size (`int`): Images of a step.
+        rounds (`int`, *optional*, defaults to 7): Number of times that each model is timed.
+
+    Returns:
+        `dict`: For each row `parameters`; `flops` of one image; `step_seconds` and `inference_seconds`, medians, of a
+        batch of `batch_size` images; `images`, the size of that batch; `training_memory`, in bytes, of a process that
+        trains, beyond what it needs before there is a model, or `None`.
+    """
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    trainees = {row: load_trainee(folder, dataset, batch_size, device) for row, folder in folders.items()}
+    steps = take_turns({row: each.train for row, each in trainees.items()}, rounds)
+    detections = take_turns({row: each.detect for row, each in trainees.items()}, rounds)
+    counts = {row: _count(each) for row, each in trainees.items()}
+    images = {row: len(each.batch["labels"]) for row, each in trainees.items()}
+    trainees.clear()
+    return {
+        row: {
+            **counts[row],
+            "images": images[row],
+            "step_seconds": statistics.median(steps[row]),
+            "inference_seconds": statistics.median(detections[row]),
+            "training_memory": measure_memory(folder, dataset, batch_size),
+        }
+        for row, folder in folders.items()
+    }
+
+
+def _count(trainee: Trainee) -> dict[str, int]:
+    model = trainee.model.eval()
+    flops = count_flops(model, trainee.batch["pixel_values"][:1])
+    return {"parameters": count_parameters(model).total(), "flops": flops.total()}
+
+
+def take_turns(actions: dict[str, Callable[[], None]], rounds: int) -> dict[str, list[float]]:
+    """Return the seconds of each action in each round, after one round to warm up.
+
+    Example:
+
+    ```python
+    >>> {name: len(seconds) for name, seconds in take_turns({"one": lambda: None, "two": lambda: None}, 3).items()}
+    {'one': 3, 'two': 3}
+
+    ```
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in actions}
+    for _ in range(rounds + 1):
+        for name, action in actions.items():
+            start = time.perf_counter()
+            action()
+            _synchronize()
+            seconds[name].append(time.perf_counter() - start)
+    return {name: each[1:] for name, each in seconds.items()}
+
+
+def _synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def measure_memory(folder: Path, dataset: str, batch_size: int) -> int | None:
+    """Train a model for two steps in a new process and return the memory that this took, in bytes.
+
+    Args:
+        folder (`Path`): Directory of a finished run.
+        dataset (`str`): Dataset that it was trained on.
+        batch_size (`int`): Images of a step.
+    """
+    with ProcessPoolExecutor(max_workers=1, mp_context=get_context("spawn")) as pool:
+        return pool.submit(_use_memory, folder, dataset, batch_size, torch.get_num_threads()).result()
+
+
+def _use_memory(folder: Path, dataset: str, batch_size: int, threads: int) -> int | None:
+    torch.set_num_threads(threads)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    before = peak_memory(device)
+    trainee = load_trainee(folder, dataset, batch_size, device)
+    for _ in range(2):  # the second step has the optimizer's state
+        trainee.train()
+    after = peak_memory(device)
+    return None if before is None or after is None else after - before
