@@ -4,12 +4,13 @@ Ancestors without deformable attention, and Deformable DETR, are classes of tran
 each model is [`DinoDetrForObjectDetection`] with a few fields of its configuration changed.
 """
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import transformers
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from .modeling_dino_detr import DinoDetrForObjectDetection
 
@@ -40,15 +41,33 @@ class FamilyMember:
     published_ap: Mapping[int, float] = field(default_factory=dict)
     model_class: str = DinoDetrForObjectDetection.__name__
 
+    @property
+    def _class(self) -> type[PreTrainedModel]:
+        ours = {DinoDetrForObjectDetection.__name__: DinoDetrForObjectDetection}
+        return ours.get(self.model_class) or getattr(transformers, self.model_class)
+
+    @property
+    def config_class(self) -> type[PreTrainedConfig]:
+        """Class of its configuration."""
+        config_class = self._class.config_class
+        assert config_class is not None
+        return config_class
+
+    def make_config(self, **overrides: Any) -> PreTrainedConfig:
+        """Make its configuration.
+
+        Args:
+            **overrides: Fields to change, such as sizes.
+        """
+        return self.config_class(**{**self.config, **overrides})
+
     def make_model(self, **overrides: Any) -> PreTrainedModel:
         """Build the model with random weights.
 
         Args:
             **overrides: Fields of the configuration to change, such as sizes.
         """
-        ours = {DinoDetrForObjectDetection.__name__: DinoDetrForObjectDetection}
-        model_class: Any = ours.get(self.model_class) or getattr(transformers, self.model_class)
-        return model_class(model_class.config_class(**{**self.config, **overrides}))
+        return self._class(self.make_config(**overrides))
 
 
 _DETR = "https://arxiv.org/abs/2005.12872"
@@ -188,3 +207,74 @@ FAMILY: dict[str, FamilyMember] = {
         published_ap={12: 0.494, 24: 0.513, 36: 0.512},
     ),
 }
+
+
+_TINY_BACKBONE = {
+    "model_type": "convnext",
+    "hidden_sizes": [24, 48, 96, 192],
+    "depths": [1, 1, 2, 1],
+    "layer_scale_init_value": 1.0,
+}
+_TINY = {
+    "encoder_layers": 2,
+    "encoder_ffn_dim": 256,
+    "encoder_attention_heads": 4,
+    "decoder_layers": 3,
+    "decoder_ffn_dim": 256,
+    "decoder_attention_heads": 4,
+    "num_queries": 60,
+    "dropout": 0.0,
+    "d_model": 128,
+}
+_TINY_BY_CLASS: dict[str, dict[str, Any]] = {
+    "DeformableDetrForObjectDetection": {"two_stage_num_proposals": 60},
+    DinoDetrForObjectDetection.__name__: {"num_denoising": 40, "num_select": 100, "cls_loss_coefficient": 2.0},
+}
+
+
+def tiny_fields(key: str) -> dict[str, Any]:
+    """Return the fields that make a model of the family small enough to train on a CPU in minutes.
+
+    All rows have a small ConvNeXt as backbone, because transformers' ancestors of DINO freeze the batch norms of a
+    ResNet, with which none can be trained from random weights. The finest map that rows read has a stride of 16, but
+    for DINO-5scale, which reads one more map than the others.
+
+    Args:
+        key (`str`): A key of [`FAMILY`].
+    """
+    member = FAMILY[key]
+    names = {each.name for each in dataclasses.fields(member.config_class)}
+    num_levels = 1 + member.config.get("num_feature_levels", 4) - 4 + 2 if "num_feature_levels" in names else 1
+    stages = ["stage2", "stage3", "stage4"][-num_levels + 1 :] if num_levels > 1 else ["stage3"]
+    fields = {**_TINY, "num_feature_levels": num_levels, **_TINY_BY_CLASS.get(member.model_class, {})}
+    if "d_model" not in names:
+        fields["hidden_size"] = fields["d_model"]
+    fields = {name: value for name, value in fields.items() if name in names}
+    return {**fields, "backbone_config": {**_TINY_BACKBONE, "out_features": stages}}
+
+
+_CHOICES = (
+    "denoising", "query_selection", "box_refinement", "positional_query", "decoder_norm",
+    "with_box_refine", "two_stage",
+)  # fmt: skip
+"""Fields that tell the rows of one class apart, but for the sizes of DINO."""
+
+
+def member_of(config: PreTrainedConfig) -> FamilyMember | None:
+    """Return the model of the family that a configuration describes, whatever its sizes; `None` for any other.
+
+    Example:
+
+    ```python
+    >>> from transformers import DeformableDetrConfig
+    >>> member_of(DeformableDetrConfig(with_box_refine=True)).name
+    'Deformable DETR, iterative bounding box refinement'
+
+    ```
+    """
+
+    def choices(of: PreTrainedConfig) -> list[Any]:
+        return [getattr(of, name, None) for name in _CHOICES]
+
+    of_this_type = (each for each in FAMILY.values() if each.config_class is type(config))
+    return next((each for each in of_this_type if choices(each.make_config()) == choices(config)), None)

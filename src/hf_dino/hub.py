@@ -5,10 +5,11 @@ import functools
 import json
 import logging
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from difflib import get_close_matches
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,19 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import nn
 from torchvision.models import get_model
-from transformers import AutoConfig, AutoImageProcessor, BaseImageProcessor, PreTrainedModel
+from transformers import (
+    CONFIG_MAPPING,
+    AutoConfig,
+    AutoImageProcessor,
+    BaseImageProcessor,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers.utils import logging as transformers_logging
 
 from .configuration_dino_detr import UNUSED_LABEL, DinoDetrConfig
+from .detectors import CONVENTIONS, adopt_processor, convention_of, model_class_of, own_processor
+from .family import FAMILY
 from .image_processing_dino_detr import (
     LONGEST_EDGE,
     SHORTEST_EDGE,
@@ -36,10 +46,29 @@ from .utils.names import match_names, named_classes
 logger = logging.getLogger(__name__)
 
 ModelAndProcessor = tuple[DinoDetrForObjectDetection, BaseImageProcessor]
+DetectorAndProcessor = tuple[PreTrainedModel, BaseImageProcessor]
+
+
+def load_detector(model: str, backend: str | None = None) -> DetectorAndProcessor:
+    """Load a detection model of any type in [`~detectors.CONVENTIONS`], in evaluation mode, and an image processor.
+
+    Args:
+        model (`str`): A directory written by `save_pretrained`, or a name on the Hub.
+        backend (`str`, *optional*): Backend of the image processor, see [`load_model_and_processor`].
+
+    Returns:
+        `tuple[PreTrainedModel, BaseImageProcessor]`: The processor is a [`DinoDetrImageProcessor`], with the settings
+        of the model's own.
+
+    Raises:
+        InputError: If the model is not found, has another type or is incomplete.
+    """
+    config = load_detector_config(model)
+    return _load_weights(model, config, config.id2label, {}), _load_processor(model, config, {"backend": backend})
 
 
 def load_model_and_processor(model: str, backend: str | None = None) -> ModelAndProcessor:
-    """Load a model, in evaluation mode, and its image processor.
+    """Load a DINO model, in evaluation mode, and its image processor.
 
     Args:
         model (`str`): A directory written by `save_pretrained`, or a name on the Hub.
@@ -53,7 +82,7 @@ def load_model_and_processor(model: str, backend: str | None = None) -> ModelAnd
         InputError: If the model is not found, has another type or is incomplete.
     """
     config = load_config(model)
-    return _load_weights(model, config.id2label, {}), _load_processor(model, {"backend": backend})
+    return _load_weights(model, config, config.id2label, {}), _load_processor(model, config, {"backend": backend})
 
 
 def load_pretrained_for_categories(
@@ -61,7 +90,7 @@ def load_pretrained_for_categories(
     categories: Mapping[int, str],
     size: Mapping[str, int] | None = None,
     overrides: Mapping[str, Any] | None = None,
-) -> ModelAndProcessor:
+) -> DetectorAndProcessor:
     """Load a model for fine-tuning on the classes of a dataset, in float32.
 
     A model that already has exactly these classes is loaded unchanged, including its label ids. Otherwise the classes
@@ -74,27 +103,28 @@ def load_pretrained_for_categories(
         model (`str`): A directory written by `save_pretrained`, or a name on the Hub.
         categories (`Mapping[int, str]`): Names of the dataset's classes by category id.
         size (`Mapping[str, int]`, *optional*): Image size for the image processor; by default unchanged.
-        overrides (`Mapping[str, Any]`, *optional*): Fields of [`DinoDetrConfig`] to change.
+        overrides (`Mapping[str, Any]`, *optional*): Fields of the model's configuration to change.
+
+    Returns:
+        `tuple[PreTrainedModel, BaseImageProcessor]`: As from [`load_detector`].
 
     Raises:
         InputError: If the model is not found, has another type or is incomplete, or a field has an illegal value.
     """
-    config = load_config(model)
-    processor = _load_processor(model, {"size": size})
+    config = load_detector_config(model)
+    for name in overrides or ():
+        check_config_field(name, type(config))
+    processor = _load_processor(model, config, {"size": size})
     # updates as small as those of training are lost in half precision, in which a model may have been saved
     overrides = {**(overrides or {}), "dtype": torch.float32}
-    num_queries = overrides.pop("num_queries", config.num_queries)
+    is_dino = isinstance(config, DinoDetrConfig)
+    num_queries = overrides.pop("num_queries", config.num_queries) if is_dino else config.num_queries
     if set(config.id2label.values()) - {UNUSED_LABEL} == set(categories.values()):
-        return _set_num_queries(_load_weights(model, config.id2label, overrides), num_queries), processor
+        return _set_num_queries(_load_weights(model, config, config.id2label, overrides), num_queries), processor
     id2label = contiguous_id2label(categories)
-    # the classes that only rank tokens are those of the old dataset
-    changed = {**overrides, "num_ranking_labels": 0}
-    old_numbers = (config.num_labels, config.num_labels + config.num_ranking_labels)
-    detector = _load_weights(model, id2label, changed, old_numbers)
-    detector.reset_class_layers()  # an equal number of classes may be other classes, whose weights were loaded
     known = match_names(id2label, named_classes(config.id2label))
-    if known:
-        _copy_classes(_load_weights(model, config.id2label, overrides), detector, known)
+    replace_classes = _replace_classes_of_dino if is_dino else _replace_classes
+    detector = replace_classes(model, config, id2label, known, overrides)
     copied = [id2label[label] for label in known]
     new = [name for label, name in id2label.items() if label not in known]
     logger.warning(
@@ -104,6 +134,60 @@ def load_pretrained_for_categories(
         summarize_list(new, 20) or "none",
     )
     return _set_num_queries(detector, num_queries), processor
+
+
+def _replace_classes_of_dino(
+    model: str,
+    config: DinoDetrConfig,
+    id2label: dict[int, str],
+    known: Mapping[int, int],
+    overrides: dict[str, Any],
+) -> DinoDetrForObjectDetection:
+    """Load a DINO model with other classes; `known` maps their labels to labels of the saved model."""
+    # the classes that only rank tokens are those of the old dataset
+    changed = {**overrides, "num_ranking_labels": 0}
+    old_numbers = (config.num_labels, config.num_labels + config.num_ranking_labels)
+    detector: Any = _load_weights(model, config, id2label, changed, may_differ=lambda _, rows: rows in old_numbers)
+    detector.reset_class_layers()  # an equal number of classes may be other classes, whose weights were loaded
+    if known:
+        _copy_classes(_load_weights(model, config, config.id2label, overrides), detector, known)
+    return detector
+
+
+def _replace_classes(
+    model: str,
+    config: PreTrainedConfig,
+    id2label: dict[int, str],
+    known: Mapping[int, int],
+    overrides: dict[str, Any],
+) -> PreTrainedModel:
+    """Load a model of transformers with other classes; `known` maps their labels to labels of the saved model.
+
+    Rows behind those of the classes, such as that of "no object", are kept.
+    """
+    names = weights_with_rows_per_class(config)
+    detector = _load_weights(model, config, id2label, overrides, may_differ=lambda name, _: name in names)
+    saved = _load_weights(model, config, config.id2label, overrides).state_dict()
+    new = model_class_of(config)(detector.config).state_dict()  # the loaded classes may be others in equal number
+    labels, from_labels = list(known), list(known.values())
+    for name in names:
+        new[name][labels] = saved[name][from_labels]
+        new[name][len(id2label) :] = saved[name][config.num_labels :]
+    detector.load_state_dict({name: new[name] for name in names}, strict=False)
+    return detector
+
+
+def weights_with_rows_per_class(config: PreTrainedConfig) -> set[str]:
+    """Return the names of a model's weights whose number of rows depends on the number of classes."""
+
+    def shapes(num_labels: int) -> dict[str, torch.Size]:
+        changed = deepcopy(config)
+        changed.num_labels = num_labels
+        with torch.device("meta"):
+            return {name: value.shape for name, value in model_class_of(config)(changed).state_dict().items()}
+
+    fewer, more = shapes(config.num_labels), shapes(config.num_labels + 1)
+    return {name for name, shape in fewer.items() if shape != more[name]}
 
 
 def contiguous_id2label(categories: Mapping[int, str]) -> dict[int, str]:
@@ -124,8 +208,8 @@ _QUERY_WEIGHTS = ("query_selection.content_queries.weight", "query_selection.anc
 """Ends of the names of weights with a row per query."""
 
 
-def _set_num_queries(detector: DinoDetrForObjectDetection, num_queries: int) -> DinoDetrForObjectDetection:
-    """Change the number of queries; additional ones begin as copies of the others."""
+def _set_num_queries(detector: PreTrainedModel, num_queries: int) -> PreTrainedModel:
+    """Change the number of queries of a DINO model; additional ones begin as copies of the others."""
     config, old = deepcopy(detector.config), detector.config.num_queries
     if num_queries == old:
         return detector
@@ -159,36 +243,38 @@ def build_model_and_processor(
     categories: Mapping[int, str],
     size: Mapping[str, int] | None = None,
     overrides: Mapping[str, Any] | None = None,
-) -> ModelAndProcessor:
+    architecture: str | None = None,
+) -> DetectorAndProcessor:
     """Build a model with random weights for the classes of a dataset.
 
     Args:
         config (`Path`, *optional*): JSON file, see [`read_config`]; by default DINO with a ResNet-50 and 4 feature
             levels.
         categories (`Mapping[int, str]`): Names of the dataset's classes by category id.
-        size (`Mapping[str, int]`, *optional*): Image size for the image processor; by default that of the official
-            implementation.
-        overrides (`Mapping[str, Any]`, *optional*): Fields of [`DinoDetrConfig`] that take precedence over the file.
+        size (`Mapping[str, int]`, *optional*): Image size for the image processor; by default that of the model's
+            authors.
+        overrides (`Mapping[str, Any]`, *optional*): Fields of the configuration that take precedence over the file.
+        architecture (`str`, *optional*): Key of [`~family.FAMILY`] whose fields the file and the overrides change.
 
     Raises:
         InputError: If the file cannot be read, or has an unknown field or an illegal value.
     """
-    model_config = read_config(config, contiguous_id2label(categories), overrides)
-    with _as_input_error(config or _OVERRIDES, "is not a configuration of a DINO model"):
-        model = DinoDetrForObjectDetection(model_config)
-    return model, DinoDetrImageProcessor(**_drop_none({"size": size}))
+    model_config = read_config(config, contiguous_id2label(categories), overrides, architecture)
+    with _as_input_error(config or _OVERRIDES, "is not a configuration of a detection model"):
+        model = model_class_of(model_config)(model_config)
+        processor = adopt_processor(own_processor(model_config, DinoDetrImageProcessor()))
+    return model, processor if size is None else DinoDetrImageProcessor(size=size)
 
 
-def warn_if_batch_norms_frozen(model: DinoDetrForObjectDetection) -> None:
+def warn_if_batch_norms_frozen(model: PreTrainedModel) -> None:
     """Warn if randomly initialized batch norms are frozen."""
-    if model.config.freeze_backbone_batch_norms and any(
-        isinstance(layer, nn.BatchNorm2d) for layer in model.modules()
-    ):
+    is_frozen = getattr(model.config, "freeze_backbone_batch_norms", False)
+    if is_frozen and any(isinstance(layer, nn.BatchNorm2d) for layer in model.modules()):
         logger.warning("training from scratch with frozen batch norms: set freeze_backbone_batch_norms to false")
 
 
 def load_config(model: str) -> DinoDetrConfig:
-    """Read the configuration of a model.
+    """Read the configuration of a DINO model.
 
     Args:
         model (`str`): A directory written by `save_pretrained`, or a name on the Hub.
@@ -196,51 +282,117 @@ def load_config(model: str) -> DinoDetrConfig:
     Raises:
         InputError: If the model is not found or has another type.
     """
-    is_local = Path(model).exists()
-    if is_local and not (Path(model) / "config.json").is_file():
-        raise InputError(f"{model}: is not a model directory (it has no config.json)")
-    problem = "has no usable config.json" if is_local else "is neither a directory nor a model on the Hub"
-    with _as_input_error(model, problem):
-        config = AutoConfig.from_pretrained(model)
+    config = _read_model_config(model)
     if not isinstance(config, DinoDetrConfig):
         raise InputError(f"{model}: contains a model of type {config.model_type!r}, not {DinoDetrConfig.model_type!r}")
     return config
 
 
+def load_detector_config(model: str) -> PreTrainedConfig:
+    """Read the configuration of a detection model of any type in [`~detectors.CONVENTIONS`].
+
+    Args:
+        model (`str`): A directory written by `save_pretrained`, or a name on the Hub.
+
+    Raises:
+        InputError: If the model is not found or has another type.
+    """
+    config = _read_model_config(model)
+    try:
+        convention_of(config)
+    except InputError as error:
+        raise InputError(f"{model}: {error}") from None
+    return config
+
+
+def _read_model_config(model: str) -> PreTrainedConfig:
+    is_local = Path(model).exists()
+    if is_local and not (Path(model) / "config.json").is_file():
+        raise InputError(f"{model}: is not a model directory (it has no config.json)")
+    problem = "has no usable config.json" if is_local else "is neither a directory nor a model on the Hub"
+    with _as_input_error(model, problem):
+        return AutoConfig.from_pretrained(model)
+
+
 def read_config(
-    path: Path | None, id2label: dict[int, str], overrides: Mapping[str, Any] | None = None
-) -> DinoDetrConfig:
+    path: Path | None,
+    id2label: dict[int, str],
+    overrides: Mapping[str, Any] | None = None,
+    architecture: str | None = None,
+) -> PreTrainedConfig:
     """Read the configuration of a new model from a JSON file with fields of [`DinoDetrConfig`].
 
     Args:
-        path (`Path`, *optional*): The file. Fields that it omits have their defaults.
+        path (`Path`, *optional*): The file. Fields that it omits have their defaults. A `model_type` in it makes it
+            the configuration of another model of transformers.
         id2label (`dict[int, str]`): Class names by label, which take precedence over the file.
         overrides (`Mapping[str, Any]`, *optional*): Fields that take precedence over the file.
+        architecture (`str`, *optional*): Key of [`~family.FAMILY`] whose fields the file and the overrides change.
 
     Raises:
         InputError: If the file cannot be read, or has an unknown field or an illegal value.
     """
-    fields = _read_fields(path) if path else {}
-    with _as_input_error(path or _OVERRIDES, "is not a configuration of a DINO model"):
-        return DinoDetrConfig(**{**fields, **(overrides or {}), "id2label": id2label})
+    given = _read_json_object(path) if path else {}
+    config_class, fields = _base_config(path, given.get("model_type"), architecture)
+    given = {name: value for name, value in given.items() if name not in ("model_type", "id2label", "label2id")}
+    for name in given:
+        try:
+            check_config_field(name, config_class)
+        except InputError as error:
+            raise InputError(f"{path}: {error}") from None
+    for name in overrides or ():
+        check_config_field(name, config_class)
+    name = "DINO" if config_class is DinoDetrConfig else config_class.model_type
+    with _as_input_error(path or _OVERRIDES, f"is not a configuration of a {name} model"):
+        return config_class(**{**fields, **given, **(overrides or {}), "id2label": id2label})
 
 
-def _read_fields(path: Path) -> dict[str, Any]:
+def _base_config(
+    path: Path | None, model_type: str | None, architecture: str | None
+) -> tuple[type[PreTrainedConfig], Mapping[str, Any]]:
+    """Return the class of a configuration, and the fields that an architecture sets."""
+    if architecture is not None:
+        member = FAMILY[architecture]
+        if model_type not in (None, member.config_class.model_type):
+            raise InputError(f"{path}: has the model_type {model_type!r}, which is not that of {architecture}")
+        return member.config_class, member.config
+    if model_type is not None and model_type not in CONVENTIONS:
+        raise InputError(f"{path}: the model_type {model_type!r} is none of {', '.join(CONVENTIONS)}")
+    return CONFIG_MAPPING[model_type or DinoDetrConfig.model_type], {}
+
+
+def check_config_fields(names: Iterable[str]) -> None:
+    """Check that some configuration has each of these fields, before it is known which one is used.
+
+    Raises:
+        InputError: If none has; the message suggests a field of [`DinoDetrConfig`].
+    """
+    for name in names:
+        if name in _CLASS_FIELDS or not any(name in _field_names(CONFIG_MAPPING[each]) for each in CONVENTIONS):
+            check_config_field(name)
+
+
+def _field_names(config_class: type[PreTrainedConfig]) -> Collection[str]:
+    if dataclasses.is_dataclass(config_class):
+        return [each.name for each in dataclasses.fields(config_class)]
+    return signature(config_class).parameters
+
+
+def _read_json_object(path: Path) -> dict[str, Any]:
     text = read_text(path)
     with _as_input_error(path, "cannot be read as JSON"):
         fields = json.loads(text)
     if not isinstance(fields, dict):
         raise InputError(f"{path}: must contain an object with fields of DinoDetrConfig, got {type(fields).__name__}")
-    for name in fields.keys() - {"model_type", "id2label", "label2id"}:
-        try:
-            check_config_field(name)
-        except InputError as error:
-            raise InputError(f"{path}: {error}") from None
     return fields
 
 
-def check_config_field(name: str) -> None:
-    """Check that a field of [`DinoDetrConfig`] can be set. The class itself accepts any keyword, also misspelled ones.
+def check_config_field(name: str, config_class: type[PreTrainedConfig] = DinoDetrConfig) -> None:
+    """Check that a field of a configuration can be set. The class itself accepts any keyword, also misspelled ones.
+
+    Args:
+        name (`str`): The field.
+        config_class (`type[PreTrainedConfig]`, *optional*): Class of the configuration.
 
     Raises:
         InputError: If there is no field of this name, where the message suggests a similar one, or if the field
@@ -248,19 +400,21 @@ def check_config_field(name: str) -> None:
     """
     if name in _CLASS_FIELDS:
         raise InputError(f"{name} cannot be set: the classes are those of the dataset; remove it")
-    fields = [field.name for field in dataclasses.fields(DinoDetrConfig)]
+    module, fields = config_class.__module__.partition(".")[0], _field_names(config_class)
     if name not in fields:
         close = get_close_matches(name, fields, n=1)
-        hint = f"did you mean {close[0]}?" if close else "python -m pydoc hf_dino.DinoDetrConfig lists them"
-        raise InputError(f"DinoDetrConfig has no field {name!r}; {hint}")
+        hint = f"did you mean {close[0]}?" if close else f"python -m pydoc {module}.{config_class.__name__} lists them"
+        raise InputError(f"{config_class.__name__} has no field {name!r}; {hint}")
 
 
-def _load_processor(model: str, options: Mapping[str, Any]) -> BaseImageProcessor:
+def _load_processor(model: str, config: PreTrainedConfig, options: Mapping[str, Any]) -> BaseImageProcessor:
     with _as_input_error(model, "has no usable image processor, preprocessor_config.json"):
         processor = AutoImageProcessor.from_pretrained(model, **_drop_none(options))
+        _check_size(dict(processor.size))
+        if not isinstance(config, DinoDetrConfig):
+            return adopt_processor(processor, options.get("backend"))
         if not isinstance(processor, DinoDetrImageProcessor | DinoDetrImageProcessorPil):
             raise TypeError(f"it is a {type(processor).__name__}, not a {DinoDetrImageProcessor.__name__}")
-        _check_size(dict(processor.size))
     return processor
 
 
@@ -270,14 +424,18 @@ def _check_size(size: Mapping[str, int]) -> None:
 
 
 def _load_weights(
-    model: str, id2label: dict[int, str], overrides: Mapping[str, Any], old_numbers: Sequence[int] = ()
-) -> DinoDetrForObjectDetection:
-    """Load all weights. Those with one row per class may have been saved with one of `old_numbers` of rows."""
+    model: str,
+    config: PreTrainedConfig,
+    id2label: dict[int, str],
+    overrides: Mapping[str, Any],
+    may_differ: Callable[[str, int], bool] = lambda name, rows: False,
+) -> Any:
+    """Load all weights. `may_differ` tells of which ones another number of rows may have been saved."""
     with _as_input_error(model, "has no usable weights"), _quiet_transformers():
-        detector, info = DinoDetrForObjectDetection.from_pretrained(
+        detector, info = model_class_of(config).from_pretrained(
             model, id2label=id2label, ignore_mismatched_sizes=True, output_loading_info=True, **overrides
         )
-    wrong = [name for name, saved, _ in info["mismatched_keys"] if saved[0] not in old_numbers]
+    wrong = [name for name, saved, _ in info["mismatched_keys"] if not may_differ(name, saved[0])]
     if incomplete := sorted({*wrong, *info["missing_keys"]}):
         raise InputError(
             f"{model}: its weights are not those of a complete detector; {len(incomplete)} are missing or do not have "
@@ -329,6 +487,7 @@ def _as_input_error(source: str | Path, problem: str) -> Iterator[None]:
 
 
 _TORCHVISION = "torchvision/"
+_COUNTS = ".num_batches_tracked"
 
 TORCHVISION_RESNET_KEYS = (
     ("conv1.@", "embedder.embedder.convolution.@"),
@@ -391,11 +550,11 @@ def fill_key(template: str, parts: Sequence[str]) -> str:
     return re.sub(r"[*#@]", lambda _: next(remaining), template)
 
 
-def load_backbone_weights(model: DinoDetrForObjectDetection, name: str) -> None:
+def load_backbone_weights(model: PreTrainedModel, name: str) -> None:
     """Load pretrained weights into the backbone of a detector.
 
     Args:
-        model (`DinoDetrForObjectDetection`): The detector; its `config.backbone_config` describes the architecture of
+        model (`PreTrainedModel`): The detector; its `config.backbone_config` describes the architecture of
             the weights.
         name (`str`): `torchvision/resnet50` and the like for the ImageNet weights of torchvision (IMAGENET1K_V1), from
             which the authors of DINO trained their ResNets. Or the Hub name or directory of a backbone or classifier
@@ -404,10 +563,12 @@ def load_backbone_weights(model: DinoDetrForObjectDetection, name: str) -> None:
     Raises:
         InputError: If the weights are not found or do not fit.
     """
-    body = model.model.backbone.body
+    body: Any = model.get_submodule(convention_of(model.config).backbone)
     read = _read_torchvision if name.startswith(_TORCHVISION) else _read_transformers
     try:
-        body.load_state_dict(read(name, body))
+        weights, own = read(name, body), body.state_dict()
+        # transformers' ancestors of DINO have batch norms that do not count batches
+        body.load_state_dict({key: value for key, value in weights.items() if key in own or not key.endswith(_COUNTS)})
     except (OSError, ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())
         raise InputError(
@@ -441,12 +602,12 @@ def save_detector(folder: Path, model: PreTrainedModel, processor: BaseImageProc
 
     Args:
         folder (`Path`): Created if it does not exist.
-        model (`PreTrainedModel`): A `DinoDetrForObjectDetection`.
-        processor (`BaseImageProcessor`): Its image processor.
+        model (`PreTrainedModel`): A detection model.
+        processor (`BaseImageProcessor`): A DINO image processor. The model's own, with the same settings, is written.
         card (`str`): Its model card, from [`~model_card.converted_card`] or [`~model_card.finetuned_card`].
     """
     model.save_pretrained(folder)
-    processor.save_pretrained(folder)
+    own_processor(model.config, processor).save_pretrained(folder)
     readme = folder / "README.md"
     readme.write_text(card, encoding="utf-8")
     for weights in folder.glob("*.safetensors"):

@@ -12,11 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from transformers import PreTrainedConfig
 
 from .configuration_dino_detr import UNUSED_LABEL, DinoDetrConfig
+from .family import FAMILY, member_of
 
 
 TAGS = ["object-detection", "vision", "detr", "dino", "dino-detr", "hf_dino"]
+OTHER_TAGS = ["object-detection", "vision", "detr", "hf_dino"]
 
 METRIC_NAMES = {
     "ap": "AP@[.50:.95]",
@@ -195,8 +198,8 @@ def converted_card(
         f"tensors and does not change their values. {changes}",
         _embedding(config, embedding_source),
         f"## Differences to {code_base.name}\n\n{code_base.differences}" if code_base.differences else "",
-        _usage(),
-        _preprocessing(size),
+        _usage(config),
+        _preprocessing(size, config),
         _labels(config) + (_names_of_coco(source_format) if coco and not published else ""),
         _published(published_ap, published_hash_known),
         _LIMITS,
@@ -242,7 +245,7 @@ def _shorten_path(match: re.Match[str]) -> str:
 
 
 def finetuned_card(
-    config: DinoDetrConfig,
+    config: PreTrainedConfig,
     *,
     metrics: Mapping[str, float],
     dataset: str,
@@ -256,7 +259,7 @@ def finetuned_card(
     """Write the card of a model trained or fine-tuned with hf_dino.
 
     Args:
-        config (`DinoDetrConfig`): The model's configuration.
+        config (`PreTrainedConfig`): The model's configuration.
         metrics (`dict[str, float]`): Measured metrics, as fractions of 1, with keys of `METRIC_NAMES`; may be empty.
             Negative and non-finite values, which pycocotools returns where there are no such objects, are omitted.
         dataset (`str`): Display name of the training dataset.
@@ -273,27 +276,28 @@ def finetuned_card(
         `str`: Markdown with a metadata block, to be saved as `README.md`.
     """
     measured = _measurable(metrics)
-    name = f"dino-detr-{_slug(dataset)}"
+    is_dino = isinstance(config, DinoDetrConfig)
+    name = f"{'dino-detr' if is_dino else _slug(config.model_type)}-{_slug(dataset)}"
     on_hub = base_model is not None and _is_hub_id(base_model)
     data = ModelCardData(
         library_name="transformers",
         pipeline_tag="object-detection",
-        tags=TAGS,
+        tags=TAGS if is_dino else OTHER_TAGS,
         base_model=base_model if on_hub else None,
         model_name=name if measured else None,
         eval_results=_eval_results(measured, dataset, split, max_detections) or None,
     )
     sections = [
-        f"# DINO, {backbone_name(config)}, trained on {dataset}",
-        _DESCRIPTION,
+        f"# {_model_name(config)}, {backbone_name(config)}, trained on {dataset}",
+        _description(config),
         f"Trained {_start(base_model, backbone)} on {dataset}, with this command:\n\n```bash\n{command.strip()}\n```",
         _measured(measured, dataset, split, describe_max_detections(max_detections)),
-        _usage(),
-        _preprocessing(size) if size else "",
+        _usage(config),
+        _preprocessing(size, config) if size else "",
         _labels(config),
         _LIMITS,
         _LICENSE,
-        _CITATION,
+        _CITATION if is_dino else "",
     ]
     return _card(data, sections)
 
@@ -388,11 +392,38 @@ _DESCRIPTION = (
 )
 
 
-def _usage() -> str:
-    return """## Usage
+def _model_name(config: PreTrainedConfig) -> str:
+    member = member_of(config)
+    if member is None:
+        return str(config.model_type).upper().replace("_", "-")
+    is_dino = member in (FAMILY["dino_4scale"], FAMILY["dino_5scale"])
+    return "DINO" if is_dino else member.name
+
+
+def _description(config: PreTrainedConfig) -> str:
+    """Return which model it is, with its paper."""
+    member, name = member_of(config), _model_name(config)
+    if name == "DINO":
+        return _DESCRIPTION
+    paper = f": {member.paper}" if member else ""
+    if isinstance(config, DinoDetrConfig):
+        return f"{_DESCRIPTION}\n\nThis is {name}, an ancestor or ablation of DINO{paper}."
+    return f"An object detector of the DETR family, {name}{paper}, trained with hf_dino."
+
+
+def _usage(config: PreTrainedConfig) -> str:
+    code = _USAGE if _needs_package(config) else _USAGE.replace("import hf_dino  # registers the model\n", "")
+    if not isinstance(config, DinoDetrConfig):
+        return code
+    return (
+        code.replace("registers the model\n", "registers the model; without the package see below\n") + _USAGE_WITHOUT
+    )
+
+
+_USAGE = """## Usage
 
 ```python
-import hf_dino  # registers the model; without the package see below
+import hf_dino  # registers the model
 import torch
 from PIL import Image, ImageOps
 from transformers import AutoImageProcessor, AutoModelForObjectDetection
@@ -409,14 +440,20 @@ with torch.no_grad():
 )
 for score, label, box in zip(detections["scores"], detections["labels"], detections["boxes"]):
     print(f"{model.config.id2label[label.item()]} {score:.2f}", box.tolist())  # x0, y0, x1, y1 in pixels
-```
+```"""
+
+_USAGE_WITHOUT = """
 
 The directory contains the model code, so hf_dino need not be installed (torch, torchvision, transformers, scipy,
 pillow and numpy must be): omit `import hf_dino` and, after reading that code, pass `trust_remote_code=True` to both
 calls of `from_pretrained`. `pipeline("object-detection", model=model_id)` works either way."""
 
 
-def _preprocessing(size: Mapping[str, int]) -> str:
+def _needs_package(config: PreTrainedConfig) -> bool:
+    return type(config).__module__.startswith(__package__ or "hf_dino")
+
+
+def _preprocessing(size: Mapping[str, int], config: PreTrainedConfig) -> str:
     if "shortest_edge" in size:
         resized = (
             f"so that the shorter side has {size['shortest_edge']} pixels, or fewer if the longer side would exceed "
@@ -424,6 +461,8 @@ def _preprocessing(size: Mapping[str, int]) -> str:
         )
     else:
         resized = f"to {size['height']} x {size['width']} pixels (height x width), regardless of the aspect ratio"
+    if not isinstance(config, DinoDetrConfig):
+        return f"## Preprocessing\n\nThe image processor resizes images {resized}."
     return (
         f"## Preprocessing\n\nThe image processor resizes images {resized}, and normalizes them with the mean and "
         f"standard deviation of ImageNet. Images of different sizes are padded at the right and at the bottom to form "
@@ -432,7 +471,7 @@ def _preprocessing(size: Mapping[str, int]) -> str:
     )
 
 
-def _labels(config: DinoDetrConfig) -> str:
+def _labels(config: PreTrainedConfig) -> str:
     names = [config.id2label[label] for label in sorted(config.id2label)]
     unused = [str(label) for label, name in enumerate(names) if name == UNUSED_LABEL]
     text = f"## Labels\n\n{len(names)} labels, named in `config.id2label`."
@@ -531,7 +570,7 @@ _RESNET_NAMES = {(3, 4, 6, 3): "ResNet-50", (3, 4, 23, 3): "ResNet-101"}
 _SWIN_NAMES = {(96, 6): "Swin-T", (96, 18): "Swin-S", (128, 18): "Swin-B", (192, 18): "Swin-L"}
 
 
-def backbone_name(config: DinoDetrConfig) -> str:
+def backbone_name(config: Any) -> str:
     """Return the display name of a backbone: the usual one if it has one, otherwise its type."""
     backbone: Any = config.backbone_config
     if backbone.model_type == "resnet" and backbone.layer_type == "bottleneck":

@@ -105,11 +105,19 @@ def _list(parse: Callable[[Any], Any]) -> Callable[[Any], list[Any]]:
 
 
 def _overrides(value: Any) -> dict[str, Any]:
-    """Read fields of [`DinoDetrConfig`] from a mapping, or from `FIELD=VALUE` with the value as JSON or plain text."""
+    """Read fields of a configuration from a mapping, or from `FIELD=VALUE` with the value as JSON or plain text."""
+    from .hub import check_config_fields  # imports transformers and torch, only for a run that overrides something
+
     overrides = dict(value.items() if isinstance(value, dict) else map(_split_override, _list(_text)(value)))
-    for name in overrides:
-        _check_config_field(name)
+    check_config_fields(overrides)
     return overrides
+
+
+def _architecture(value: Any) -> str:
+    """Read a key of the family."""
+    from .family import FAMILY  # imports transformers and torch, only for a run that names one
+
+    return _choice(list(FAMILY), value)
 
 
 def _columns(value: Any) -> dict[str, str]:
@@ -124,12 +132,6 @@ def _columns(value: Any) -> dict[str, str]:
             )
         columns[content] = name
     return columns
-
-
-def _check_config_field(name: str) -> None:
-    from .hub import check_config_field  # imports transformers and torch, only for a run that overrides something
-
-    check_config_field(name)
 
 
 def _split_override(text: str) -> tuple[str, Any]:
@@ -187,10 +189,18 @@ class FineTuningArguments:
 
     # the model
     model_name_or_path: str | None = _option(
-        None, _text, "Directory or Hub id (OWNER/NAME) of the DINO model to fine-tune.", "NAME"
+        None, _text, "Directory or Hub id (OWNER/NAME) of the model to fine-tune: DINO or another DETR.", "NAME"
+    )
+    architecture: str | None = _option(
+        None,
+        _architecture,
+        "Model to train from scratch: a row of the family from DETR to DINO, such as deformable_detr or dino_4scale.",
+        "NAME",
     )
     config_name: Path | None = _option(
-        None, _path, "JSON file with fields of DinoDetrConfig, to train a model from scratch."
+        None,
+        _path,
+        "JSON file with fields of DinoDetrConfig, to train a model from scratch; with a model_type, of another model.",
     )
     backbone_weights: str | None = _option(
         None,
@@ -199,7 +209,7 @@ class FineTuningArguments:
         "NAME",
     )
     config_overrides: dict[str, Any] = _option(
-        {}, _overrides, "Fields of DinoDetrConfig to change, e.g. box_noise_scale=1.0.", "FIELD=VALUE"
+        {}, _overrides, "Fields of the configuration to change, e.g. box_noise_scale=1.0.", "FIELD=VALUE"
     )
     freeze: list[str] | None = _option(
         None,
@@ -342,12 +352,16 @@ class FineTuningArguments:
         has_milestones = self.lr_milestones not in ([], default_of("lr_milestones"))
         checks = [
             (
-                not (self.model_name_or_path or self.config_name or self.backbone_weights),
-                "give --model_name_or_path, or --config_name and/or --backbone_weights",
+                not (self.model_name_or_path or self.architecture or self.config_name or self.backbone_weights),
+                "give --model_name_or_path, or --architecture, --config_name and/or --backbone_weights",
             ),
             (
                 self.model_name_or_path and self.config_name,
                 "--model_name_or_path has its own configuration; remove --config_name",
+            ),
+            (
+                self.model_name_or_path and self.architecture,
+                "--model_name_or_path has its own architecture; remove --architecture",
             ),
             (
                 self.model_name_or_path and self.backbone_weights,

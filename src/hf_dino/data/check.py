@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ..configuration_dino_detr import DinoDetrConfig
+from ..detectors import num_selected
 from ..model_card import COCO_MAX_DETECTIONS
 from ..utils.errors import BrokenInputError, InputError, summarize_list
 from ..utils.names import match_names, normalize_name, similar_names
@@ -337,13 +338,13 @@ def object_limits(config: Any, max_detections: int = COCO_MAX_DETECTIONS) -> dic
         max_detections (`int`, *optional*): Detections per image and class that are evaluated; by default COCO's.
 
     Returns:
-        `dict[str, int]`: `num_queries`, `num_denoising` and `num_select`, of those that the configuration has, and
-        `max_detections`. The last one is for objects of one class, and `num_select` is at least as large if it is not
-        COCO's.
+        `dict[str, int]`: `num_queries`, `num_select`, `num_denoising` if that is a limit, and `max_detections`. The
+        last one is for objects of one class, and `num_select` is at least as large if it is not COCO's.
     """
     has_denoising = getattr(config, "denoising", "none") != "none"
-    names = ("num_queries", "num_select", *(["num_denoising"] if has_denoising else []))
-    limits = {name: getattr(config, name) for name in names if hasattr(config, name)}
+    names = ("num_queries", *(["num_denoising"] if has_denoising else []))
+    limits = {name: getattr(config, name) for name in names}
+    limits["num_select"] = num_selected(config)
     if max_detections > COCO_MAX_DETECTIONS:
         limits["num_select"] = max(limits["num_select"], max_detections)
     return {**limits, "max_detections": max_detections}

@@ -17,6 +17,7 @@ from transformers.utils import logging
 from ..data.check import object_limits
 from ..data.dataset import DetectionSplit, label_of_category, xyxy_to_xywh
 from ..data.loaders import evaluation_loader
+from ..detectors import detect, num_selected
 from ..model_card import COCO_MAX_DETECTIONS
 from ..utils.distributed import summon_full_params
 from ..utils.errors import summarize_list
@@ -154,9 +155,9 @@ def collect_detections(
     with eval_mode(network), summon_full_params(network):
         for batch in loader:
             tensors = {name: batch[name] for name in ("pixel_values", "pixel_mask")}
-            outputs = network(**send_to_device(tensors, accelerator.device, non_blocking=True))
+            outputs = detect(network, network.config, send_to_device(tensors, accelerator.device, non_blocking=True))
             results = processor.post_process_object_detection(
-                outputs, threshold=0.0, target_sizes=batch["target_sizes"], top_k=top_k or network.config.num_select
+                outputs, threshold=0.0, target_sizes=batch["target_sizes"], top_k=top_k or num_selected(network.config)
             )
             for image_id, result in zip(batch["image_ids"], results, strict=True):
                 own.append(_to_detections(image_id, result, label_to_category_id))

@@ -9,11 +9,11 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 from PIL import Image
-from transformers import BaseImageProcessor
+from transformers import BaseImageProcessor, PreTrainedModel
 
 from ..data.images import read_image, warn_once
 from ..data.large_images import LargeImage, open_image
-from ..registration import DinoDetrForObjectDetection
+from ..detectors import detect, num_selected
 from ..utils.errors import InputError
 from ..utils.names import named_classes
 from .sources import DecodedImage, ImageInput, Video
@@ -104,7 +104,7 @@ class Detector:
     depend on the batch.
 
     Args:
-        model (`DinoDetrForObjectDetection`): In evaluation mode, on any device.
+        model (`PreTrainedModel`): In evaluation mode, on any device.
         processor (`BaseImageProcessor`): The model's image processor.
         options (`DetectionOptions`, *optional*): Which detections are kept.
         batch_size (`int`, *optional*, defaults to 1): Maximum number of images in a batch.
@@ -124,7 +124,7 @@ class Detector:
 
     def __init__(
         self,
-        model: DinoDetrForObjectDetection,
+        model: PreTrainedModel,
         processor: BaseImageProcessor,
         options: DetectionOptions = DetectionOptions(),
         *,
@@ -250,7 +250,7 @@ class Detector:
 
     @property
     def _top_k(self) -> int:
-        return self.options.top_k or self.model.config.num_select
+        return self.options.top_k or num_selected(self.model.config)
 
     @torch.inference_mode()
     def _detect(self, views: list[View]) -> list[Detections]:
@@ -261,7 +261,7 @@ class Detector:
         }
         lower = self.dtype != torch.float32
         with torch.autocast(device.type, self.dtype) if lower else nullcontext():
-            outputs = self.model(**inputs)
+            outputs = detect(self.model, self.model.config, inputs)
         outputs.logits = outputs.logits.float().masked_fill(self.unwanted, -torch.inf)
         outputs.pred_boxes = outputs.pred_boxes.float()
         return self.processor.post_process_object_detection(
@@ -281,12 +281,12 @@ class Detector:
 
 
 def detect_objects(
-    model: DinoDetrForObjectDetection, processor: BaseImageProcessor, image: Image.Image, threshold: float
+    model: PreTrainedModel, processor: BaseImageProcessor, image: Image.Image, threshold: float
 ) -> list[dict[str, Any]]:
     """Detect the objects in an image.
 
     Args:
-        model (`DinoDetrForObjectDetection`): In evaluation mode, on any device.
+        model (`PreTrainedModel`): In evaluation mode, on any device.
         processor (`BaseImageProcessor`): The model's image processor.
         image (`PIL.Image.Image`): The image.
         threshold (`float`): Lowest score of a detection.

@@ -13,11 +13,13 @@ from accelerate import Accelerator, PartialState
 from accelerate.utils import broadcast_object_list
 from transformers import BaseImageProcessor, PreTrainedModel
 
+from ..configuration_dino_detr import DinoDetrConfig
 from ..data.augmentation import Augmentation, make_augmentation
 from ..data.check import check_data, dense_images, object_limits
 from ..data.dataset import DetectionSplit, label_of_category
 from ..data.dataset import logger as reader_logger
 from ..data.loaders import TrainingCollator, get_processed_shape
+from ..detectors import convention_of, detect
 from ..evaluation.coco_eval import warn_about_dense_images
 from ..evaluation.predictions import eval_mode
 from ..loss_dino_detr import DinoDetrEffectiveBatch
@@ -84,7 +86,7 @@ def build_training_pipeline(
     Images with more objects than the model or an evaluation takes are warned about.
 
     Args:
-        model (`PreTrainedModel`): A `DinoDetrForObjectDetection`, before `accelerator.prepare`.
+        model (`PreTrainedModel`): A detection model, before `accelerator.prepare`.
         processor (`BaseImageProcessor`): Its image processor, with the training size, which is changed to the
             evaluation size of the augmentation.
         data (`Mapping[str, DetectionSplit]`): The dataset by the names of splits; `"train"` is trained on.
@@ -105,9 +107,14 @@ def build_training_pipeline(
         model,
         (shape_of[name](image.height, image.width) for name, split in data.items() for image in split.images),
     )
-    return TrainingPipeline(
-        chosen, TrainingCollator(processor, labels["train"], model.config.num_labels, do_resize=not chosen.resizes)
+    collate = TrainingCollator(
+        processor,
+        labels["train"],
+        model.config.num_labels,
+        do_resize=not chosen.resizes,
+        boxes_include_padding=convention_of(model.config).boxes_include_padding,
     )
+    return TrainingPipeline(chosen, collate)
 
 
 def _warn_about_dense_images(data: Mapping[str, DetectionSplit], limits: Mapping[str, int]) -> None:
@@ -119,28 +126,38 @@ def _warn_about_dense_images(data: Mapping[str, DetectionSplit], limits: Mapping
 
 @torch.no_grad()
 def check_min_image_size(model: PreTrainedModel, shapes: Iterable[tuple[int, int]]) -> None:
-    """Check that the model can select its queries from the features of the smallest image.
+    """Check that the model can be used with the smallest image.
 
     Args:
-        model (`PreTrainedModel`): A `DinoDetrForObjectDetection`, before `accelerator.prepare`.
+        model (`PreTrainedModel`): A detection model, before `accelerator.prepare`.
         shapes (`Iterable[tuple[int, int]]`): `(height, width)` in pixels of the preprocessed images.
 
     Raises:
-        InputError: If that image has too few features.
+        InputError: If that image has too few features, or a size that the model does not take.
     """
     height, width = min(shapes, key=math.prod)
-    base = model.model
     # two, because group norm rejects a level of a single cell in a single image
     images = torch.zeros(2, 3, height, width, device=model.device, dtype=model.dtype)
+    try_images = _select_queries if isinstance(model.config, DinoDetrConfig) else _detect
     with eval_mode(model):
-        levels = base.backbone(images, torch.ones_like(images[:, 0]))
         try:
-            base.query_selection(levels.features, levels)
-        except ValueError as error:
+            try_images(model, images, torch.ones_like(images[:, 0]))
+        except (ValueError, RuntimeError) as error:
+            reason = str(error).partition("\n")[0]
             raise InputError(
-                f"images become as small as {height} x {width} pixels: {error}. Options: --image_size, "
+                f"images become as small as {height} x {width} pixels: {reason}. Options: --image_size, "
                 "--augmentation, --config_overrides num_queries=NUMBER"
             ) from None
+
+
+def _select_queries(model: PreTrainedModel, images: torch.Tensor, mask: torch.Tensor) -> None:
+    """Do what fails first in DINO, and no more, because its images may be large."""
+    levels = model.model.backbone(images, mask)
+    model.model.query_selection(levels.features, levels)
+
+
+def _detect(model: PreTrainedModel, images: torch.Tensor, mask: torch.Tensor) -> None:
+    detect(model, model.config, {"pixel_values": images, "pixel_mask": mask.long()})
 
 
 def effective_batch(

@@ -26,8 +26,8 @@ from accelerate.utils import load
 from safetensors import SafetensorError
 from torch import nn
 
-from ..configuration_dino_detr import DinoDetrConfig
 from ..data.dataset import DetectionSplit
+from ..detectors import CONVENTIONS
 from ..utils.distributed import SHARDED_DISTRIBUTED_TYPES, all_gather_unique, all_reduce_max
 from ..utils.errors import InputError, import_if_available
 from ..utils.io import fsync, fsync_tree, read_text, write_json
@@ -150,7 +150,7 @@ def _contains_run(output_dir: Path, checkpoints: Path) -> bool:
         return True
     try:
         config = json.loads((output_dir / "config.json").read_text(encoding="utf-8"))
-        return config["model_type"] == DinoDetrConfig.model_type
+        return config["model_type"] in CONVENTIONS
     except (OSError, ValueError, LookupError, TypeError):
         return False
 

@@ -31,6 +31,7 @@ from ..data import (
 )
 from ..data.images import set_max_image_pixels
 from ..data.split import missing_split_message
+from ..detectors import model_class_of, model_inputs
 from ..evaluation import CocoScores, evaluate_model
 from ..hub import (
     build_model_and_processor,
@@ -41,7 +42,6 @@ from ..hub import (
     warn_if_batch_norms_frozen,
 )
 from ..model_card import finetuned_card, training_command
-from ..modeling_dino_detr import DinoDetrForObjectDetection
 from ..training_arguments import RESUME_IGNORED_ARGS, SPLIT_PREFIXES, FineTuningArguments, reproduction_argv
 from ..utils.distributed import create_accelerator
 from ..utils.errors import InputError
@@ -81,7 +81,7 @@ logger = logging.getLogger(__name__)
 
 
 class FineTuner:
-    """Fine-tune DINO on a dataset, or train it from scratch.
+    """Fine-tune DINO, or another detection model, on a dataset, or train it from scratch.
 
     A step gives the same result however its images are divided among processes and accumulated micro-batches. A run
     that was stopped or killed resumes from its last checkpoint and ends with bitwise-identical weights. Everything
@@ -119,6 +119,7 @@ class FineTuner:
         self.pipeline = build_training_pipeline(
             model, self.processor, splits, arguments.augmentation, arguments.max_detections
         )
+        self.config = model.config
         self._prepare(model)
         self._plan_steps()
         set_seed(arguments.seed, device_specific=True)  # from here on, each process samples its own noise
@@ -266,7 +267,8 @@ class FineTuner:
             get_shape=predict_batch_shapes(dataset, collate) if args.group_by_aspect_ratio else None,
         )
         loader = training_loader(dataset, collate, sampler, num_workers=args.dataloader_num_workers)
-        return with_effective_batch(loader, accelerator)
+        batches = with_effective_batch(loader, accelerator)
+        return (model_inputs(batch, self.config) for batch in batches)
 
     def training_step(self, batch: dict[str, Any]) -> dict[str, float] | None:
         """Train on a micro-batch. Return the mean losses of the step after its last one, `None` before."""
@@ -387,7 +389,7 @@ class FineTuner:
 
     def _model_card(self, model: PreTrainedModel, scores: CocoScores, split: str) -> str:
         return finetuned_card(
-            model.config,
+            self.config,
             metrics=scores.metrics,
             dataset=self.arguments.dataset_label or self.train_split.name,
             command=self.command,
@@ -490,7 +492,7 @@ def resume_settings(
 
 def build_model(
     arguments: FineTuningArguments, train: DetectionSplit, *, is_new: bool
-) -> tuple[DinoDetrForObjectDetection, BaseImageProcessor]:
+) -> tuple[PreTrainedModel, BaseImageProcessor]:
     """Load or make the model for the classes of a dataset, with frozen stages, and its image processor.
 
     Args:
@@ -503,7 +505,7 @@ def build_model(
     if arguments.model_name_or_path:
         model, processor = load_pretrained_for_categories(arguments.model_name_or_path, *settings)
     else:
-        model, processor = build_model_and_processor(arguments.config_name, *settings)
+        model, processor = build_model_and_processor(arguments.config_name, *settings, arguments.architecture)
         _initialize_backbone(model, arguments.backbone_weights, is_new=is_new)
     if arguments.gradient_checkpointing:
         enable_gradient_checkpointing(model)
@@ -513,7 +515,7 @@ def build_model(
     return model, processor
 
 
-def _initialize_backbone(model: DinoDetrForObjectDetection, weights: str | None, *, is_new: bool) -> None:
+def _initialize_backbone(model: PreTrainedModel, weights: str | None, *, is_new: bool) -> None:
     """Load pretrained weights into the backbone of a new model, or warn if it would be frozen as initialized."""
     if not weights:
         warn_if_batch_norms_frozen(model)
@@ -526,13 +528,13 @@ def gather_full_model(accelerator: Accelerator, model: torch.nn.Module) -> PreTr
 
     Args:
         accelerator (`Accelerator`): The accelerator, of which every process calls this.
-        model (`nn.Module`): The `DinoDetrForObjectDetection` that it prepared.
+        model (`nn.Module`): The model that it prepared.
     """
     unwrapped = accelerator.unwrap_model(model)
     if accelerator.distributed_type != DistributedType.FSDP:
         return unwrapped
     weights = accelerator.get_state_dict(model)
-    copy = DinoDetrForObjectDetection(unwrapped.config)  # FSDP has replaced the class of the other
+    copy = model_class_of(unwrapped.config)(unwrapped.config)  # FSDP has replaced the class of the other
     if accelerator.is_main_process:
         copy.load_state_dict(weights)
     return copy

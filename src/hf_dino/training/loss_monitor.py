@@ -20,7 +20,8 @@ from ..utils.errors import summarize_list
 
 # A GradScaler halves its scale after each non-finite gradient; more in a row than this are not due to the scale.
 MAX_CONSECUTIVE_NONFINITE = 10
-_IN_HISTORY = ("loss", "loss_ce", "loss_bbox", "loss_giou")
+# of those that a model has; RT-DETR and its descendants have other losses of the class
+_IN_HISTORY = ("loss", "loss_ce", "loss_vfl", "loss_mal", "loss_bbox", "loss_giou")
 
 
 @dataclass(frozen=True)
@@ -81,9 +82,8 @@ class LossMonitor:
         self.files = files or {}
         self.max_nonfinite = 0 if accelerator.scaler is None else MAX_CONSECUTIVE_NONFINITE
         self._num_nonfinite = 0  # consecutive steps up to now
-        self._names: list[str] = []
         self._batches: list[_Batch] = []  # of this step
-        self._losses: list[torch.Tensor] = []  # of this step, on the device
+        self._losses: list[tuple[list[str], torch.Tensor]] = []  # names and values of this step, on the device
         self._rows: list[dict[str, float]] = []
 
     def begin(self, batch: Mapping[str, Any]) -> None:
@@ -102,8 +102,8 @@ class LossMonitor:
             loss (`torch.Tensor` of shape `()`): The loss.
             loss_dict (`Mapping[str, torch.Tensor]`): Its terms.
         """
-        self._names = ["loss", *loss_dict]
-        self._losses.append(torch.stack([loss.detach(), *(term.detach() for term in loss_dict.values())]))
+        values = torch.stack([loss.detach(), *(term.detach() for term in loss_dict.values())])
+        self._losses.append((["loss", *loss_dict], values))
 
     def check(self, step: int, gradient_norm: torch.Tensor | float | None = None) -> dict[str, float]:
         """Read the losses of a step before the optimizer takes it; called by every process.
@@ -148,12 +148,13 @@ class LossMonitor:
 
     def _read(self, gradient_norm: torch.Tensor | float | None) -> tuple[float, list[dict[str, float]]]:
         """Read the norm and the losses of each micro-batch, in one transfer."""
-        losses, self._losses = torch.stack(self._losses), []
+        names, losses = zip(*self._losses)
+        self._losses = []
         full = gradient_norm.full_tensor() if isinstance(gradient_norm, DTensor) else gradient_norm
-        norm = torch.as_tensor(0.0 if full is None else full).to(losses).reshape(1)
-        values = torch.cat([norm, losses.flatten()]).tolist()
-        width = len(self._names)
-        return values[0], [dict(zip(self._names, values[i : i + width])) for i in range(1, len(values), width)]
+        norm = torch.as_tensor(0.0 if full is None else full).to(losses[0]).reshape(1)
+        first, *values = torch.cat([norm, *losses]).tolist()
+        remaining = iter(values)
+        return first, [{name: next(remaining) for name in each} for each in names]
 
     def _stop(self, step: int, norm: float, rows: list[dict[str, float]], batches: list[_Batch]) -> NoReturn:
         """Save the state, find the cause, and raise one error with the findings of all processes."""
@@ -193,7 +194,7 @@ class LossMonitor:
 
 
 def _means(rows: list[dict[str, float]]) -> dict[str, float]:
-    return {name: fmean(row[name] for row in rows) for name in _IN_HISTORY} if rows else {}
+    return {name: fmean(row[name] for row in rows) for name in _IN_HISTORY if rows and name in rows[0]}
 
 
 def find_first_nonfinite(

@@ -17,11 +17,10 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from ..configuration_dino_detr import DinoDetrConfig
+from ..detectors import convention_of
 from ..utils.errors import InputError, summarize_list
 
-
-# The "backbone" of the official implementation: without the input projections, which are never pretrained.
-BACKBONE = "model.backbone.body."
 
 # Stages of a backbone in transformers and timm: `stages.0.`, `layers_0.`, `layer1.`, `blocks.0.`
 _STAGE = re.compile(r"\b(?:stages|layers|layer|blocks)[._]?(\d+)\.")
@@ -33,9 +32,16 @@ _SAMPLING = r"\.(sampling_offsets|reference_points)\."
 
 
 def enable_gradient_checkpointing(model: PreTrainedModel) -> None:
-    """Recompute the layers' activations in the backward pass instead of storing them: less memory, more time."""
+    """Recompute the layers' activations in the backward pass instead of storing them: less memory, more time.
+
+    Raises:
+        InputError: If the model cannot do this.
+    """
     newer, older = "activation_checkpointing_enable", "gradient_checkpointing_enable"  # since transformers 5.23
-    getattr(model, newer if hasattr(model, newer) else older)()
+    try:
+        getattr(model, newer if hasattr(model, newer) else older)()
+    except ValueError as error:
+        raise InputError(f"--gradient_checkpointing: {error}") from None
 
 
 def compile_layers(model: PreTrainedModel) -> None:
@@ -47,7 +53,12 @@ def compile_layers(model: PreTrainedModel) -> None:
 
     Args:
         model (`PreTrainedModel`): A `DinoDetrForObjectDetection`, before `accelerator.prepare`.
+
+    Raises:
+        InputError: If it is another model.
     """
+    if not isinstance(model.config, DinoDetrConfig):
+        raise InputError(f"a model of type {model.config.model_type!r} cannot be compiled; leave out this option")
     for layer in (*model.model.encoder.layers, *model.model.decoder.layers):
         layer.compile(dynamic=True)
 
@@ -56,14 +67,14 @@ def freezable_stages(model: PreTrainedModel) -> dict[str, list[str]]:
     """Return the stages that [`freeze`] accepts.
 
     Args:
-        model (`PreTrainedModel`): A `DinoDetrForObjectDetection`.
+        model (`PreTrainedModel`): A detection model.
 
     Returns:
         `dict[str, list[str]]`: Names of parameters by stage: `stem`, which is everything up to and including the
         backbone's first stage, `backbone`, `backbone.stage1` and so on, `encoder` and `decoder`.
     """
     names = [name for name, _ in model.named_parameters()]
-    body = [name for name in names if name.startswith(BACKBONE)]
+    body = [name for name in names if name.startswith(_backbone_of(model))]
     by_number: dict[int, list[str]] = {}
     for name in body:
         if found := _STAGE.search(name):
@@ -78,21 +89,31 @@ def freezable_stages(model: PreTrainedModel) -> dict[str, list[str]]:
     }
 
 
+def _backbone_of(model: Any) -> str:
+    """Return what the names of the pretrained weights begin with.
+
+    This is the "backbone" of the official implementation: without the input projections, which are never pretrained.
+    """
+    return convention_of(model.config).backbone + "."
+
+
 def freeze(model: PreTrainedModel, stages: Collection[str] | None = None) -> None:
     """Freeze stages of a model: their parameters and the statistics of their batch norms do not change.
 
     Args:
-        model (`PreTrainedModel`): A `DinoDetrForObjectDetection`.
+        model (`PreTrainedModel`): A detection model.
         stages (`Collection[str]`, *optional*): Keys of [`freezable_stages`]. By default what the official
             implementation freezes: the stem of a pretrained ResNet, and nothing of other backbones or of one that is
-            trained from scratch, which has `freeze_backbone_batch_norms=False`.
+            trained from scratch, which has `freeze_backbone_batch_norms=False`. Models of transformers decide
+            themselves.
 
     Raises:
         InputError: If the model does not have a stage.
     """
     if stages is None:
-        config = model.config
-        is_pretrained_resnet = config.freeze_backbone_batch_norms and config.backbone_config.model_type == "resnet"
+        config: Any = model.config
+        is_frozen = getattr(config, "freeze_backbone_batch_norms", False)
+        is_pretrained_resnet = is_frozen and config.backbone_config.model_type == "resnet"
         stages = ["stem"] if is_pretrained_resnet else []
     names_of_stage = freezable_stages(model)
     if unknown := [stage for stage in stages if stage not in names_of_stage]:
@@ -112,7 +133,7 @@ def get_param_groups(
     """Group the trained parameters by learning rate.
 
     Args:
-        model (`nn.Module`): A `DinoDetrForObjectDetection`.
+        model (`nn.Module`): A detection model.
         learning_rate (`float`): Learning rate of all other parameters.
         backbone_lr_multiplier (`float`): Multiplier on `learning_rate` for the backbone.
         sampling_lr_multiplier (`float`, *optional*, defaults to 1.0): Multiplier on `learning_rate` for the layers
@@ -127,7 +148,7 @@ def get_param_groups(
         InputError: If all parameters are frozen.
     """
     # the first pattern that is found in a name decides
-    multipliers = {re.escape(BACKBONE): backbone_lr_multiplier, _SAMPLING: sampling_lr_multiplier, "": 1.0}
+    multipliers = {re.escape(_backbone_of(model)): backbone_lr_multiplier, _SAMPLING: sampling_lr_multiplier, "": 1.0}
     groups: dict[float, list[nn.Parameter]] = {multiplier: [] for multiplier in reversed(multipliers.values())}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
