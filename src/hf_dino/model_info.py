@@ -5,8 +5,8 @@ import math
 import re
 import time
 from collections import Counter
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -119,7 +119,8 @@ def count_flops(model: nn.Module, *inputs: torch.Tensor) -> Counter[str]:
     Returns:
         `Counter[str]`: FLOPs by part; their total is that of the whole pass.
     """
-    with FlopCounterMode(display=False, custom_mapping=flop_formulas(inputs[0].device)) as counter:
+    formulas = flop_formulas(inputs[0].device)
+    with _frozen(model), FlopCounterMode(display=False, custom_mapping=formulas) as counter:
         model(*inputs)
     root = type(model).__name__
     of_modules = {name: sum(flops.values()) for name, flops in counter.get_flop_counts().items() if name != "Global"}
@@ -129,6 +130,19 @@ def count_flops(model: nn.Module, *inputs: torch.Tensor) -> Counter[str]:
         if name != root:  # a module counts what it calls, too
             counts[part_of(_caller(name, of_modules).removeprefix(f"{root}."))] -= flops
     return counts
+
+
+@contextmanager
+def _frozen(model: nn.Module) -> Iterator[None]:
+    """Let no parameter require a gradient: PyTorch's counter fails at views of one that does."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in trained:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in trained:
+            parameter.requires_grad_(True)
 
 
 def _caller(name: str, modules: dict[str, int]) -> str:

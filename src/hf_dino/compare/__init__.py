@@ -2,7 +2,18 @@
 
 from .measures import MeasuringFineTuner, matching_changes
 from .plan import ComparisonSettings, Run, plan_runs
+from .report import report_comparison
 from .run import compare
+from .speed import measure_comparison
 
 
-__all__ = ["ComparisonSettings", "MeasuringFineTuner", "Run", "compare", "matching_changes", "plan_runs"]
+__all__ = [
+    "ComparisonSettings",
+    "MeasuringFineTuner",
+    "Run",
+    "compare",
+    "matching_changes",
+    "measure_comparison",
+    "plan_runs",
+    "report_comparison",
+]

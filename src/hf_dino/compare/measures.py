@@ -6,8 +6,9 @@ section 3.2; the recall of query selection: DINO, https://arxiv.org/abs/2203.036
 
 import json
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, suppress
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -21,16 +22,13 @@ from ..configuration_dino_detr import DinoDetrConfig
 from ..data.dataset import label_of_category
 from ..data.loaders import TrainingCollator, evaluation_loader
 from ..denoising_dino_detr import DinoDetrDenoising
+from ..detectors import detect
 from ..evaluation import CocoScores
 from ..evaluation.predictions import eval_mode
 from ..loss_dino_detr import hungarian_match
 from ..training import FineTuner
 from ..utils.distributed import summon_full_params
 from ..utils.io import atomic_write
-
-
-def detect(model, config, inputs):
-    return model(**inputs)
 
 
 logger = logging.getLogger(__name__)
@@ -46,6 +44,14 @@ COUNTS = {
     "denoising_after": "denoising_queries",
 }
 """Shares that are measured: how many there are, of how many. A share that a model has not is null."""
+
+
+_REFERENCES: dict[str, Callable[[Any], torch.Tensor]] = {
+    "detr": lambda core: core.last_hidden_state[..., :0],
+    "conditional_detr": lambda core: core.reference_points.transpose(0, 1),
+    "dab-detr": lambda core: core.reference_points[0],  # of the first layer
+}
+"""Models whose output does not have the first reference points as `init_reference_points`, by their type."""
 
 
 class MeasuringFineTuner(FineTuner):
@@ -103,7 +109,7 @@ class MeasuringFineTuner(FineTuner):
 
     def measuring_loader(self) -> DataLoader:
         """Load this process's share of the validation images with their labels, in batches without padding."""
-        split, accelerator, config = self.eval_splits["validation"], self.accelerator, self._config
+        split, accelerator, config = self.eval_splits["validation"], self.accelerator, self.config
         labels = label_of_category(split, config.id2label)
         return evaluation_loader(
             split,
@@ -114,10 +120,6 @@ class MeasuringFineTuner(FineTuner):
             num_workers=self.arguments.dataloader_num_workers,
             collate=TrainingCollator(self.processor, labels, config.num_labels, do_resize=True),
         )
-
-    @property
-    def _config(self) -> Any:
-        return self.accelerator.unwrap_model(self.model).config
 
     def exit_if_stopped(self) -> None:
         """End the process if a signal to stop was received."""
@@ -175,7 +177,7 @@ class Probe:
         outputs = detect(self.model, self.model.config, inputs)
         costs = DinoDetrConfig()  # one cost for all rows, so that they are matched alike
         matched = hungarian_match(outputs.logits[:, None], outputs.pred_boxes[:, None], self.labels, costs)[:, 0]
-        references = initial_references(self.seen["core"], len(self.labels))
+        references = initial_references(self.seen["core"], self.model.config.model_type)
         denoised = self._denoised() if self.labels and "queries" in self.seen else [{}] * len(self.labels)
         for index, label in enumerate(self.labels):
             found = count_found(references[index], label["boxes"])
@@ -199,23 +201,17 @@ class Probe:
         ]
 
 
-def initial_references(core: Any, batch_size: int) -> torch.Tensor:
-    """Return where the queries of each image start, as fractions of the image, if the model has such a place.
+def initial_references(core: Any, model_type: str) -> torch.Tensor:
+    """Return where the queries of each image start in the decoder, as fractions of the image.
 
     Args:
-        core: Output of the base model. Deformable models and DINO have `init_reference_points`; DAB-DETR has
-            `reference_points` of all layers, and Conditional DETR of its only set, which all images share.
-        batch_size (`int`): Number of images.
+        core: Output of the base model.
+        model_type (`str`): That of its configuration.
 
     Returns:
-        `torch.Tensor` of shape `(batch_size, num_queries, 2 or 4)`; without queries for a model such as DETR.
+        `torch.Tensor` of shape `(batch_size, num_queries, size)`: Points, boxes or, of size 0, nothing.
     """
-    points = getattr(core, "init_reference_points", None)
-    if points is None:
-        points = getattr(core, "reference_points", None)
-    if points is None:
-        return torch.zeros(batch_size, 0, 0)
-    return points
+    return _REFERENCES.get(model_type, attrgetter("init_reference_points"))(core)
 
 
 def count_found(references: torch.Tensor, boxes: torch.Tensor) -> dict[str, int]:
@@ -289,7 +285,7 @@ def shares(totals: Mapping[str, int]) -> dict[str, float | None]:
 
 
 def matching_changes(before: np.ndarray | None, now: np.ndarray) -> float | None:
-    """Return the matching instability: in the mean over images, how many queries changed the object they are matched to.
+    """Return the matching instability: how many queries of an image changed their object, in the mean.
 
     Args:
         before (`np.ndarray` of shape `(num_images, num_queries)`, *optional*): Index of the object of each query in

@@ -1,8 +1,10 @@
 """What a comparison trains: its settings, the same for all rows, and a directory for each row and seed."""
 
 import json
+import time
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,8 +13,8 @@ from ..data import DetectionSplit, ReadOptions, read_data
 from ..data.dataset import to_annotation_array
 from ..data.shapes import generate_shapes
 from ..data.split import missing_split_message
-from ..family import FAMILY
-from ..training.checkpoint import data_fingerprint
+from ..family import FAMILY, tiny_fields
+from ..training.checkpoint import data_fingerprint, lock_directory
 from ..training_arguments import FineTuningArguments
 from ..utils.errors import InputError
 from ..utils.io import read_text, write_json
@@ -20,6 +22,10 @@ from ..utils.io import read_text, write_json
 
 SHAPES = "shapes"
 SETTINGS_FILE = "comparison.json"
+_POLL_SECONDS = 0.2
+
+SIZES = {"tiny": tiny_fields}
+"""Functions that return the fields of a row that make its model as large as those of the other rows."""
 
 RECIPE: dict[str, Any] = {
     "augmentation": "flip",
@@ -130,7 +136,8 @@ def prepare_comparison(output_dir: Path, dataset: str | None, settings: Comparis
 
     Args:
         output_dir (`Path`): Directory of the comparison.
-        dataset (`str`, *optional*): Dataset to train on; by default, `shapes` is generated in `output_dir`.
+        dataset (`str`, *optional*): Dataset to train on; by default the one that the comparison began with. For a new
+            one, `shapes` is generated in `output_dir`.
         settings (`ComparisonSettings`): Its settings.
 
     Returns:
@@ -140,22 +147,25 @@ def prepare_comparison(output_dir: Path, dataset: str | None, settings: Comparis
         InputError: If `output_dir` has other files or a comparison with other settings or data.
     """
     path = output_dir / SETTINGS_FILE
-    if (
-        not path.is_file()
-        and output_dir.is_dir()
-        and not {each.name for each in output_dir.iterdir()} <= {SHAPES, "locks"}
-    ):
+    is_new = not path.is_file()
+    if is_new and output_dir.is_dir() and not {each.name for each in output_dir.iterdir()} <= {SHAPES, "locks"}:
         raise InputError(f"{output_dir}: has files that are not of a comparison; use a different --output_dir")
-    name = str(generate_shapes(output_dir / SHAPES)) if dataset is None else dataset
+    before = {"dataset": dataset} if is_new else read_settings(output_dir)
+    name = dataset_of(output_dir, dataset, before)
     now = {**asdict(settings), "recipe": RECIPE, "data": fingerprint(_read(name))}
-    if not path.is_file():
-        write_json(path, now)
-    if changed := describe_changes(read_settings(output_dir), now):
+    if is_new:
+        write_json(path, {**now, "dataset": dataset})
+    elif changed := describe_changes(before, now):
         raise InputError(
             f"{path}: a comparison continues with the settings it began with ({changed}); use those, or a different "
             "--output_dir"
         )
     return name
+
+
+def dataset_of(output_dir: Path, dataset: str | None, settings: Mapping[str, Any]) -> str:
+    """Return the dataset that is given or, in this order, that of the settings or `shapes`, which is generated."""
+    return dataset or settings.get("dataset") or str(generate_shapes(output_dir / SHAPES))
 
 
 def describe_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
@@ -218,7 +228,8 @@ def run_arguments(run: Run, dataset: str, settings: ComparisonSettings, **machin
         machine: Options that change no result, such as `dataloader_num_workers`.
     """
     return FineTuningArguments(
-        **_model_options(run, settings.size),
+        architecture=run.row,
+        config_overrides=SIZES[settings.size](run.row),
         dataset=dataset,
         output_dir=run.folder,
         resume_from_checkpoint=(run.folder / "checkpoints").is_dir(),
@@ -234,12 +245,14 @@ def run_arguments(run: Run, dataset: str, settings: ComparisonSettings, **machin
     )
 
 
-_TINY = {
-    **json.loads((Path(__file__).parents[3] / "examples" / "configs" / "tiny.json").read_text()),
-}
-
-
-def _model_options(run: Run, size: str) -> dict[str, Any]:
-    config = run.lock.with_suffix(".json")
-    write_json(config, _TINY | dict(FAMILY[run.row].config) | {"num_queries": 60, "num_feature_levels": 3})
-    return {"config_name": config}
+@contextmanager
+def wait_for_lock(folder: Path) -> Iterator[None]:
+    """Hold the lock of a directory, after waiting for other processes to release it."""
+    with ExitStack() as stack:
+        while True:
+            try:
+                stack.enter_context(lock_directory(folder))
+                break
+            except InputError:
+                time.sleep(_POLL_SECONDS)
+        yield

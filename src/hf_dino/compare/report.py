@@ -1,7 +1,6 @@
 """Report a comparison: every number in JSON, curves as images, and one HTML file that has both."""
 
 import base64
-import json
 import os
 import platform
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,15 +13,15 @@ from jinja2 import Environment, StrictUndefined
 from ..export.benchmark import processor_name
 from ..family import FAMILY
 from ..utils.errors import InputError
-from ..utils.io import atomic_write, read_text, write_json
+from ..utils.io import atomic_write, write_json
 from .figures import Curve, plot_curves, short_name, summarize
 from .measures import read_measures
-from .plan import Run, find_runs, read_settings
+from .plan import Run, find_runs, read_settings, wait_for_lock
+from .speed import read_speed
 
 
 _TEMPLATE = Path(__file__).with_name("report.html")
 _PACKAGES = ("hf_dino", "torch", "transformers", "pycocotools")
-SPEED_FILE = "speed.json"
 REFERENCE_ROW = "dino_4scale"
 SHARE_OF_FINAL = 0.9  # of the final AP, at which a row counts as nearly done
 
@@ -35,8 +34,8 @@ FIGURES = {
         "Matching instability",
         "share of twice the objects",
         "Queries that changed the object they are matched to since the evaluation before, as DN-DETR defines it, "
-        "divided by the most that can change, twice the objects. All rows are matched with DINO's costs. Where queries "
-        "are selected from the image, a query is a rank among them, which changes also if only the ranks do.",
+        "divided by the most that can change, twice the objects. All rows are matched with DINO's costs. Where "
+        "queries are selected from the image, a query is a rank among them, which changes also if only the ranks do.",
     ),
     "recall_boxes": (
         "recall.png",
@@ -55,8 +54,8 @@ FIGURES = {
         "denoising.png",
         "Denoising accuracy",
         "share of the positive queries",
-        "Positive denoising queries that the decoder gives the class of their object and a box with an IoU of at least "
-        "0.5, with the same noise at each evaluation.",
+        "Positive denoising queries that the decoder gives the class of their object and a box with an IoU of at "
+        "least 0.5, with the same noise at each evaluation.",
     ),
 }
 """Measures that have a figure: file, title, label of the axis, and explanation."""
@@ -64,8 +63,10 @@ FIGURES = {
 MEASURES = ("ap", "ap50", "ap75", "instability", *FIGURES, "denoising_before")
 
 
-def write_report(output_dir: Path, command: str) -> dict[str, Any]:
+def report_comparison(output_dir: Path, command: str) -> dict[str, Any]:
     """Write `report.json`, `report.html` and the figures of a comparison, of the rows that there are so far.
+
+    Processes that share a comparison write it one after the other.
 
     Args:
         output_dir (`Path`): Directory of the comparison.
@@ -77,7 +78,12 @@ def write_report(output_dir: Path, command: str) -> dict[str, Any]:
     Raises:
         InputError: If there is no comparison, or no evaluation yet.
     """
-    report = collect(output_dir, command)
+    read_settings(output_dir)  # else there would be a lock where there is no comparison
+    with wait_for_lock(output_dir / "locks" / "report"):
+        return _write(output_dir, collect(output_dir, command))
+
+
+def _write(output_dir: Path, report: dict[str, Any]) -> dict[str, Any]:
     shown = {name: row for name, row in report["rows"].items() if row["curves"]["ap"]["x"]}
     if not shown:
         raise InputError(f"{output_dir}: has no evaluation yet; a report can be made after the first one")
@@ -208,21 +214,6 @@ def _ancestor(row: str, known: Mapping[str, Any]) -> str | None:
     """Return the closest ancestor of a row that is known."""
     parent = FAMILY[row].parent
     return parent if parent is None or parent in known else _ancestor(parent, known)
-
-
-def read_speed(output_dir: Path) -> dict[str, Any]:
-    """Read what [`measure_speed`] measured; empty if it was not measured yet.
-
-    Raises:
-        InputError: If the file is damaged.
-    """
-    path = output_dir / SPEED_FILE
-    if not path.is_file():
-        return {}
-    try:
-        return dict(json.loads(read_text(path)))
-    except (ValueError, TypeError) as error:
-        raise InputError(f"{path}: is damaged ({error}); remove it, and measure again with --speed") from None
 
 
 def versions() -> dict[str, str]:

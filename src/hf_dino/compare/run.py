@@ -2,9 +2,8 @@
 
 import gc
 import logging
-import time
-from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Collection, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -15,12 +14,10 @@ from ..training import make_accelerator
 from ..training.checkpoint import lock_directory, remove_checkpoints
 from ..utils.errors import InputError
 from .measures import MeasuringFineTuner
-from .plan import ComparisonSettings, Run, prepare_comparison, run_arguments
+from .plan import ComparisonSettings, Run, prepare_comparison, run_arguments, wait_for_lock
 
 
 logger = logging.getLogger(__name__)
-
-_POLL_SECONDS = 0.2
 
 Value = TypeVar("Value")
 
@@ -70,9 +67,17 @@ def compare(
                 failures[run] = str(error)
                 logger.error("%s, seed %d: %s", run.row, run.seed, error)
         if accelerator.is_main_process:
-            on_finished()
+            _inform(on_finished)
     accelerator.end_training()
     return failures
+
+
+def _inform(write_report: Callable[[], object]) -> None:
+    """Write a report of what there is. A file that only informs does not end the trainings."""
+    try:
+        write_report()
+    except (InputError, OSError) as error:
+        logger.warning("no report was written: %s", error)
 
 
 def _prepare(output_dir: Path, dataset: str | None, settings: ComparisonSettings) -> str:
@@ -106,19 +111,6 @@ def _claim(runs: Sequence[Run], failed: Collection[Run], lock: ExitStack) -> Run
             return run
         attempt.close()
     return None
-
-
-@contextmanager
-def wait_for_lock(folder: Path) -> Iterator[None]:
-    """Hold the lock of a directory, after waiting for other processes to release it."""
-    with ExitStack() as stack:
-        while True:
-            try:
-                stack.enter_context(lock_directory(folder))
-                break
-            except InputError:
-                time.sleep(_POLL_SECONDS)
-        yield
 
 
 def _from_main(accelerator: Accelerator, function: Callable[[], Value]) -> Value:

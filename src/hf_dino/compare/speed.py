@@ -1,5 +1,6 @@
 """The cost of the models of a comparison: parameters, FLOPs, time of a step and of an image, memory."""
 
+import json
 import statistics
 import time
 from collections.abc import Callable
@@ -16,11 +17,52 @@ from ..data import DetectionDataset, read_data
 from ..data.dataset import label_of_category
 from ..data.loaders import TrainingCollator
 from ..detectors import convention_of, detect, model_inputs
-from ..hub import load_model_and_processor
+from ..export.benchmark import processor_name
+from ..hub import load_detector
 from ..model_info import count_flops, count_parameters, peak_memory
+from ..utils.errors import InputError, count_of
+from ..utils.io import read_text, write_json
+from .plan import dataset_of, find_runs, read_settings
 
 
+SPEED_FILE = "speed.json"
 ROUNDS = 7
+
+
+def measure_comparison(output_dir: Path, dataset: str | None = None, *, again: bool = False) -> None:
+    """Measure all finished rows of a comparison and write `speed.json`.
+
+    Args:
+        output_dir (`Path`): Directory of the comparison.
+        dataset (`str`, *optional*): Dataset that it trains on; by default the one it began with.
+        again (`bool`, *optional*, defaults to `False`): Measure also if training goes on, or all rows were measured.
+    """
+    runs = find_runs(output_dir)
+    folders = {run.row: run.folder for run in reversed(runs) if run.is_finished}  # the first seed of each row
+    is_due = (
+        all(run.is_finished for run in runs) and not folders.keys() <= read_speed(output_dir).get("rows", {}).keys()
+    )
+    if not folders or not (is_due or again):
+        return
+    settings = read_settings(output_dir)
+    print(f"measuring the speed of {count_of(len(folders), 'model')}")
+    rows = measure_speed(folders, dataset_of(output_dir, dataset, settings), settings["global_batch_size"])
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else processor_name()
+    facts = {"device": device, "threads": torch.get_num_threads(), "rounds": ROUNDS}
+    write_json(output_dir / SPEED_FILE, {**facts, "rows": rows})
+
+
+def read_speed(output_dir: Path) -> dict[str, Any]:
+    """Read what [`measure_comparison`] measured; empty if nothing was measured yet.
+
+    Raises:
+        InputError: If the file is damaged.
+    """
+    path = output_dir / SPEED_FILE
+    try:
+        return dict(json.loads(read_text(path))) if path.is_file() else {}
+    except (ValueError, TypeError) as error:
+        raise InputError(f"{path}: is damaged ({error}); remove it, and measure again with --speed") from None
 
 
 @dataclass
@@ -63,7 +105,7 @@ def load_trainee(folder: Path, dataset: str, batch_size: int, device: torch.devi
         batch_size (`int`): Number of images.
         device (`torch.device`): Where to measure.
     """
-    model, processor = load_model_and_processor(str(folder))
+    model, processor = load_detector(str(folder))
     return Trainee(model.to(device), _to_device(make_batch(model, processor, dataset, batch_size), device))
 
 
