@@ -159,12 +159,12 @@ def measure_forward(model: nn.Module, pixel_values: torch.Tensor) -> tuple[float
     `None` on other systems.
     """
     device = pixel_values.device
-    before = _start_memory(device)
+    before = start_memory(device)
     start = time.perf_counter()
     model(pixel_values)
     _synchronize(device)
     seconds = time.perf_counter() - start
-    return seconds, None if before is None else _memory(device, peak=True) - before
+    return seconds, None if before is None else peak_memory(device) - before
 
 
 def _synchronize(device: torch.device) -> None:
@@ -172,8 +172,11 @@ def _synchronize(device: torch.device) -> None:
         torch.get_device_module(device).synchronize()
 
 
-def _start_memory(device: torch.device) -> int | None:
-    """Reset the peak and return the memory in use; `None` if it cannot be measured."""
+def start_memory(device: torch.device) -> int | None:
+    """Reset the peak and return the bytes in use, of PyTorch's allocator on a CUDA device, else of this process.
+
+    They are `None` if they cannot be measured: on a CPU without Linux, and on other devices.
+    """
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         return _memory(device, peak=False)
@@ -185,14 +188,9 @@ def _start_memory(device: torch.device) -> int | None:
     return _memory(device, peak=False) if device.type == "cpu" else None
 
 
-def peak_memory(device: torch.device) -> int | None:
-    """Return the most bytes that PyTorch's allocator had on a CUDA device, or this process on a CPU with Linux.
-
-    It is `None` on other systems.
-    """
-    with suppress(OSError):
-        return _memory(device, peak=True) if device.type in ("cpu", "cuda") else None
-    return None
+def peak_memory(device: torch.device) -> int:
+    """Return the most bytes that were in use since [`start_memory`], where that returned a number."""
+    return _memory(device, peak=True)
 
 
 def _memory(device: torch.device, *, peak: bool) -> int:

@@ -89,22 +89,24 @@ def appearance(row: str) -> dict[str, Any]:
 
 
 def plot_curves(path: Path, panels: Sequence[tuple[str, str, Sequence[Curve]]], *, percent: bool = False) -> None:
-    """Plot curves over steps and, in a second panel, the same over time, into an image file.
+    """Plot curves over steps and, in a second panel, the same over time, with one column of names for both.
 
     Args:
         path (`Path`): The file. Written atomically.
         panels (`list[tuple[str, str, list[Curve]]]`): Labels of both axes, and the curves.
         percent (`bool`, *optional*, defaults to `False`): Whether the values are shares, from 0 to 1.
     """
-    figure = Figure(figsize=(8.6 if len(panels) == 1 else 15, 6), layout="constrained")
+    figure = Figure(figsize=(8.6 if len(panels) == 1 else 14, 6), layout="constrained")
     FigureCanvasAgg(figure)  # draws in memory, so it needs no display and does not touch pyplot's global state
-    for axes, (x_label, y_label, curves) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels):
+    all_axes = figure.subplots(1, len(panels), squeeze=False, sharey=True)[0]
+    for axes, (x_label, y_label, curves) in zip(all_axes, panels):
         _plot(axes, curves)
         axes.set(xlabel=x_label, ylabel=y_label, xlim=(0, None), ylim=(0, 1 if percent else None))
         axes.xaxis.set_major_locator(MaxNLocator(nbins=6))
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
-        _label(axes, curves)
+        axes.tick_params(labelleft=True)
+    _label(all_axes[0], panels[0][2])
     with atomic_write(path) as temporary:
         figure.savefig(temporary, dpi=110)
 
@@ -133,7 +135,7 @@ def _label(axes: Any, curves: Sequence[Curve]) -> None:
 
 
 def spread(heights: Sequence[float], gap: float) -> list[float]:
-    """Move ascending numbers apart, so that none is closer to the next than `gap`, and each stays near its place.
+    """Move ascending numbers apart within [0, 1]: none is closer to the next than `gap`, and each is near its place.
 
     Example:
 
@@ -153,7 +155,8 @@ def spread(heights: Sequence[float], gap: float) -> list[float]:
 
 def _bottom(group: Sequence[float], gap: float) -> float:
     """Return the lowest place of a group that is stacked around its mean."""
-    return sum(group) / len(group) - gap * (len(group) - 1) / 2
+    height = gap * (len(group) - 1)
+    return max(0.0, min(sum(group) / len(group) - height / 2, 1 - height))
 
 
 def _top(group: Sequence[float], gap: float) -> float:

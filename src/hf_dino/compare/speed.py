@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from transformers import BaseImageProcessor, PreTrainedModel
+from transformers.utils import logging as transformers_logging
 
 from ..data import DetectionDataset, read_data
 from ..data.dataset import label_of_category
@@ -19,7 +20,7 @@ from ..data.loaders import TrainingCollator
 from ..detectors import convention_of, detect, model_inputs
 from ..export.benchmark import processor_name
 from ..hub import load_detector
-from ..model_info import count_flops, count_parameters, peak_memory
+from ..model_info import count_flops, count_parameters, peak_memory, start_memory
 from ..utils.errors import InputError, count_of
 from ..utils.io import read_text, write_json
 from .plan import dataset_of, find_runs, read_settings
@@ -138,24 +139,25 @@ def measure_speed(
     Returns:
         `dict`: For each row `parameters`; `flops` of one image; `step_seconds` and `inference_seconds`, medians, of a
         batch of `batch_size` images; `images`, the size of that batch; `training_memory`, in bytes, of a process that
-        trains, beyond what it needs before there is a model, or `None`.
+        trains, beyond what it has before there is a model; `None` where it cannot be read.
     """
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = _device()
     trainees = {row: load_trainee(folder, dataset, batch_size, device) for row, folder in folders.items()}
     steps = take_turns({row: each.train for row, each in trainees.items()}, rounds)
     detections = take_turns({row: each.detect for row, each in trainees.items()}, rounds)
     counts = {row: _count(each) for row, each in trainees.items()}
     images = {row: len(each.batch["labels"]) for row, each in trainees.items()}
     trainees.clear()
+    memory = measure_memory(folders, dataset, batch_size)
     return {
         row: {
             **counts[row],
             "images": images[row],
             "step_seconds": statistics.median(steps[row]),
             "inference_seconds": statistics.median(detections[row]),
-            "training_memory": measure_memory(folder, dataset, batch_size),
+            "training_memory": memory[row],
         }
-        for row, folder in folders.items()
+        for row in folders
     }
 
 
@@ -191,24 +193,34 @@ def _synchronize() -> None:
         torch.cuda.synchronize()
 
 
-def measure_memory(folder: Path, dataset: str, batch_size: int) -> int | None:
-    """Train a model for two steps in a new process and return the memory that this took, in bytes.
+def measure_memory(folders: dict[str, Path], dataset: str, batch_size: int) -> dict[str, int | None]:
+    """Train each model for two steps in a new process and return the memory that this took, in bytes.
 
     Args:
-        folder (`Path`): Directory of a finished run.
-        dataset (`str`): Dataset that it was trained on.
+        folders (`dict[str, Path]`): Directory of a finished run by the name of its row.
+        dataset (`str`): Dataset that they were trained on.
         batch_size (`int`): Images of a step.
     """
     with ProcessPoolExecutor(max_workers=1, mp_context=get_context("spawn")) as pool:
-        return pool.submit(_use_memory, folder, dataset, batch_size, torch.get_num_threads()).result()
+        return pool.submit(_measure_memory, folders, dataset, batch_size, torch.get_num_threads()).result()
 
 
-def _use_memory(folder: Path, dataset: str, batch_size: int, threads: int) -> int | None:
+def _measure_memory(folders: dict[str, Path], dataset: str, batch_size: int, threads: int) -> dict[str, int | None]:
     torch.set_num_threads(threads)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    before = peak_memory(device)
+    transformers_logging.disable_progress_bar()
+    first = next(iter(folders.values()))
+    _use_memory(first, dataset, batch_size)  # so that no model pays for what is loaded once
+    return {row: _use_memory(folder, dataset, batch_size) for row, folder in folders.items()}
+
+
+def _use_memory(folder: Path, dataset: str, batch_size: int) -> int | None:
+    device = _device()
+    before = start_memory(device)
     trainee = load_trainee(folder, dataset, batch_size, device)
     for _ in range(2):  # the second step has the optimizer's state
         trainee.train()
-    after = peak_memory(device)
-    return None if before is None or after is None else after - before
+    return None if before is None else peak_memory(device) - before
+
+
+def _device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
