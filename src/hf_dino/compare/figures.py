@@ -131,7 +131,7 @@ def _label(axes: Any, curves: Sequence[Curve]) -> None:
         axes.plot([end[0], 1.03], [end[1], height], color=look["color"], linewidth=0.6, alpha=0.6, **options)
         axes.plot([1.03, 1.08], [height, height], **look, **options)
         text = f"{short_name(curve.row)}{curve.note}  {curve.mean[-1]:.3f}"
-        axes.text(1.09, height, text, color=look["color"], va="center", fontsize=9.5, transform=axes.transAxes)
+        axes.text(1.09, height, text, color="#1c2733", va="center", fontsize=9.5, transform=axes.transAxes)
 
 
 def spread(heights: Sequence[float], gap: float) -> list[float]:
