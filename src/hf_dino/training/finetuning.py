@@ -14,9 +14,10 @@ import torch
 import transformers
 from accelerate import Accelerator, DistributedType
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import send_to_device, set_seed
+from accelerate.utils import DistributedDataParallelKwargs, send_to_device, set_seed
 from transformers import BaseImageProcessor, PreTrainedModel
 
+from ..configuration_dino_detr import DinoDetrConfig
 from ..data import (
     DetectionDataset,
     DetectionSplit,
@@ -129,6 +130,8 @@ class FineTuner:
         args, accelerator = self.arguments, self.accelerator
         groups = get_param_groups(model, args.learning_rate, args.backbone_lr_multiplier, args.sampling_lr_multiplier)
         optimizer = torch.optim.AdamW(groups, weight_decay=args.weight_decay, fused=True)
+        if not isinstance(self.config, DinoDetrConfig):  # others have parts that no loss reaches
+            accelerator.ddp_handler = DistributedDataParallelKwargs(find_unused_parameters=True)
         self.model, self.optimizer = accelerator.prepare(model, optimizer)
         unwrapped = accelerator.unwrap_model(self.model)
         self.average = ExponentialMovingAverage(unwrapped, args.ema_decay) if args.ema_decay is not None else None
