@@ -45,7 +45,7 @@ def tiny_sizes(member: FamilyMember) -> dict:
         return {name: getattr(sizes, name) for name in names} | {"num_feature_levels": levels}
     deformable = "Deformable" in member.model_class
     levels = {"num_feature_levels": 2, "two_stage_num_proposals": 12} if deformable else {}
-    width = {"hidden_size" if "Dab" in member.model_class else "d_model": 32}
+    width = {"hidden_size" if member.model_class.startswith(("Dab", "Dn")) else "d_model": 32}
     stages = ["stage3", "stage4"] if deformable else ["stage4"]
     backbone = ResNetConfig(**{key: value for key, value in TINY_RESNET.items() if key != "out_features"})
     backbone.out_features = stages

@@ -56,8 +56,8 @@ DAMAGES = {
     "truncated config": (lambda folder: truncate(folder / "config.json"), r"has no usable config\.json"),
     "no config": (lambda folder: (folder / "config.json").unlink(), r".*it has no config\.json"),
     "another model": (
-        lambda folder: (folder / "config.json").write_text('{"model_type": "detr"}'),
-        "contains a model of type 'detr', not 'dino_detr'",
+        lambda folder: (folder / "config.json").write_text('{"model_type": "yolos"}'),
+        "(contains a model of type 'yolos', not 'dino_detr'|models of type 'yolos' cannot be used)",
     ),
     "truncated weights": (lambda folder: truncate(folder / "model.safetensors"), "has no usable weights"),
     "no weights": (lambda folder: (folder / "model.safetensors").unlink(), "has no usable weights .*no file named"),

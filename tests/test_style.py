@@ -67,10 +67,10 @@ RANKS = {
     name: rank
     for rank, names in enumerate(
         [
-            ("core", "registration"),
+            ("core", "dn_detr", "registration"),
             ("utils", "visualization"),
             ("kernels",),
-            ("data", "hub", "model_card", "publishing", "family", "__init__"),
+            ("data", "detectors", "hub", "model_card", "publishing", "family", "__init__"),
             ("conversion",),
             ("evaluation", "inference", "model_info", "exported"),
             ("export", "inspection"),

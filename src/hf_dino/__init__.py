@@ -1,7 +1,7 @@
 """DINO (DETR with Improved DeNoising Anchor Boxes, https://arxiv.org/abs/2203.03605) for Hugging Face transformers.
 
 Importing the package registers its classes, so `AutoModelForObjectDetection`, `AutoImageProcessor` and
-`pipeline("object-detection")` support DINO models.
+`pipeline("object-detection")` support DINO models, and DN-DETR.
 """
 
 import sys
@@ -20,6 +20,8 @@ __all__ = [
     "DinoDetrImageProcessorPil",
     "DinoDetrModel",
     "DinoDetrPreTrainedModel",
+    "DnDetrConfig",
+    "DnDetrForObjectDetection",
 ]
 
 
@@ -40,6 +42,8 @@ if TYPE_CHECKING or not _is_command_line():
         DinoDetrImageProcessorPil,
         DinoDetrModel,
         DinoDetrPreTrainedModel,
+        DnDetrConfig,
+        DnDetrForObjectDetection,
     )
 
 

@@ -15,7 +15,10 @@ import transformers
 from torch import nn
 from transformers import MODEL_FOR_OBJECT_DETECTION_MAPPING, BaseImageProcessor, PreTrainedConfig, PreTrainedModel
 
+from .ancestor_losses import deformable_detr_missing_loss
+from .dn_detr import DnDetrConfig
 from .image_processing_dino_detr import DinoDetrImageProcessor, DinoDetrImageProcessorPil
+from .loss_dino_detr import DinoDetrEffectiveBatch
 from .modeling_dino_detr import DinoDetrObjectDetectionOutput
 from .registration import DinoDetrConfig  # with the auto classes, which then know DINO models
 from .utils.errors import InputError
@@ -31,25 +34,33 @@ class Convention:
         has_no_object_class (`bool`, *optional*, defaults to `False`): The last logit is "no object", scores are a
             softmax, and a query is at most one detection, of its best class. Otherwise scores are sigmoids, and a
             query can be a detection of several classes.
-        boxes_include_padding (`bool`, *optional*, defaults to `False`): Boxes are fractions of the padded batch
-            instead of the image, because the model does not know where the image ends.
+        takes_one_size (`bool`, *optional*, defaults to `False`): All images are resized to one height and width, so
+            that none is padded: the model does not know where an image ends, or divides it into equal windows. Boxes
+            are then fractions of the image in any case.
+        antialias (`bool`, *optional*, defaults to `True`): Its image processor lowers the resolution of images with
+            antialiasing, in 8 bits.
         inputs (`tuple[str, ...]`, *optional*): Arguments of its forward that training and detection pass.
+        missing_loss (`Callable`, *optional*): Takes outputs, labels, configuration and the normalizer, and returns
+            what the loss of transformers lacks of the authors', and the terms of the whole.
     """
 
     image_processor: str
     backbone: str
     has_no_object_class: bool = False
-    boxes_include_padding: bool = False
+    takes_one_size: bool = False
+    antialias: bool = True
     inputs: tuple[str, ...] = ("pixel_values", "pixel_mask", "labels")
+    missing_loss: Callable[..., tuple[torch.Tensor, dict[str, torch.Tensor]]] | None = None
 
 
-_RT_DETR = Convention("RTDetrImageProcessor", "model.backbone.model", boxes_include_padding=True)
+_WITH_EFFECTIVE_BATCH = ("pixel_values", "pixel_mask", "labels", "effective_batch")
+_RT_DETR = Convention("RTDetrImageProcessor", "model.backbone.model", takes_one_size=True)
 
 CONVENTIONS: dict[str, Convention] = {
     DinoDetrConfig.model_type: Convention(
         DinoDetrImageProcessor.__name__,
         "model.backbone.body",
-        inputs=("pixel_values", "pixel_mask", "labels", "effective_batch"),
+        inputs=_WITH_EFFECTIVE_BATCH,
     ),
     "detr": Convention("DetrImageProcessor", "model.backbone.model", has_no_object_class=True),
     "table-transformer": Convention(
@@ -57,13 +68,18 @@ CONVENTIONS: dict[str, Convention] = {
     ),
     "conditional_detr": Convention("ConditionalDetrImageProcessor", "model.backbone.model"),
     "dab-detr": Convention("ConditionalDetrImageProcessor", "model.backbone.conv_encoder.model"),
-    "deformable_detr": Convention("DeformableDetrImageProcessor", "model.backbone.model"),
-    "lw_detr": Convention("DeformableDetrImageProcessor", "model.backbone.backbone"),
-    "rf_detr": Convention("RfDetrImageProcessor", "model.backbone.backbone"),
+    DnDetrConfig.model_type: Convention(
+        "ConditionalDetrImageProcessor", "model.backbone.conv_encoder.model", inputs=_WITH_EFFECTIVE_BATCH
+    ),
+    "deformable_detr": Convention(
+        "DeformableDetrImageProcessor", "model.backbone.model", missing_loss=deformable_detr_missing_loss
+    ),
+    "lw_detr": Convention("DeformableDetrImageProcessor", "model.backbone.backbone", takes_one_size=True),
+    "rf_detr": Convention("RfDetrImageProcessor", "model.backbone.backbone", takes_one_size=True, antialias=False),
     "rt_detr": _RT_DETR,
     "rt_detr_v2": _RT_DETR,
     "d_fine": _RT_DETR,
-    "deimv2": dataclasses.replace(_RT_DETR, backbone="model.conv_encoder.backbone"),
+    "deimv2": dataclasses.replace(_RT_DETR, backbone="model.conv_encoder.model"),
 }
 """Conventions by `config.model_type`."""
 
@@ -91,6 +107,24 @@ def model_inputs(batch: Mapping[str, Any], config: PreTrainedConfig) -> dict[str
     return {name: batch[name] for name in convention_of(config).inputs if name in batch}
 
 
+def training_loss(
+    outputs: Any, batch: Mapping[str, Any], config: PreTrainedConfig
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Return the loss that a model is trained with, and its terms.
+
+    Args:
+        outputs: Outputs of the model for the batch.
+        batch (`Mapping`): With `labels` and perhaps `effective_batch`, on the model's device.
+        config (`PreTrainedConfig`): The model's configuration.
+    """
+    missing_loss = convention_of(config).missing_loss
+    if missing_loss is None:
+        return outputs.loss, outputs.loss_dict
+    effective_batch = batch.get("effective_batch", DinoDetrEffectiveBatch())
+    missing, terms = missing_loss(outputs, batch["labels"], config, effective_batch.num_boxes)
+    return outputs.loss + missing, terms
+
+
 def detect(model: Callable[..., Any], config: PreTrainedConfig, inputs: Mapping[str, torch.Tensor]) -> Any:
     """Run a model on images, without labels.
 
@@ -101,8 +135,8 @@ def detect(model: Callable[..., Any], config: PreTrainedConfig, inputs: Mapping[
 
     Returns:
         Outputs with `logits` `(batch_size, num_queries, num_labels)`, whose sigmoids are scores, and `pred_boxes`
-        `(batch_size, num_queries, 4)`, center x, center y, width, height as fractions of the image, which must not be
-        padded if `boxes_include_padding`. [`DinoDetrImageProcessor`] turns them into detections.
+        `(batch_size, num_queries, 4)`, center x, center y, width, height as fractions of the image.
+        [`DinoDetrImageProcessor`] turns them into detections.
     """
     outputs = model(**model_inputs(inputs, config))
     if not convention_of(config).has_no_object_class:
@@ -132,21 +166,9 @@ def sigmoid_logits(logits: torch.Tensor) -> torch.Tensor:
     return scores.logit(eps=1e-7).masked_fill(~is_best, -torch.inf)
 
 
-def num_selected(config: PreTrainedConfig) -> int:
+def num_selected(config: Any) -> int:
     """Return the number of detections of an image: that of the model, or its number of queries."""
-    return getattr(config, "num_select", config.num_queries)
-
-
-def include_padding(labels: list[dict[str, torch.Tensor]], height: int, width: int) -> list[dict[str, torch.Tensor]]:
-    """Convert boxes from fractions of each image to fractions of the padded batch.
-
-    Args:
-        labels (`list[dict[str, torch.Tensor]]`): Per image `boxes` `(num_objects, 4)`, and `size`, its height and
-            width in pixels without padding.
-        height, width (`int`): Of the batch, in pixels.
-    """
-    padded = torch.tensor([width, height] * 2)
-    return [{**label, "boxes": label["boxes"] * label["size"].flip(0).repeat(2) / padded} for label in labels]
+    return config.num_select if hasattr(config, "num_select") else config.num_queries
 
 
 _SETTINGS = (
@@ -162,19 +184,29 @@ _SETTINGS = (
 """Settings that all image processors have; only padding is always ours, with a mask."""
 
 
-def adopt_processor(own: BaseImageProcessor, backend: str | None = None) -> BaseImageProcessor:
+class AliasedImageProcessor(DinoDetrImageProcessor):
+    """Resizes as RF-DETR does: floats, without antialiasing."""
+
+    def resize(self, image: Any, *args: Any, **kwargs: Any) -> Any:
+        return super().resize(image.float(), *args, **{**kwargs, "antialias": False})
+
+
+def adopt_processor(own: BaseImageProcessor, convention: Convention, backend: str | None = None) -> BaseImageProcessor:
     """Return a DINO image processor with the settings of another one.
 
     Args:
         own (`BaseImageProcessor`): The model's own image processor.
+        convention (`Convention`): Conventions of the model.
         backend (`str`, *optional*): `"torchvision"` or `"pil"`; by default `"torchvision"`.
 
     Raises:
         ValueError: If the two give other pixels, as for a processor that crops or rounds sizes.
     """
-    ours = DinoDetrImageProcessorPil if backend == "pil" else DinoDetrImageProcessor
+    ours = DinoDetrImageProcessor if convention.antialias else AliasedImageProcessor
+    if backend == "pil":
+        ours = DinoDetrImageProcessorPil
     adopted = ours(**_settings_of(own))
-    image = torch.arange(3 * 97 * 131, dtype=torch.uint8).reshape(3, 97, 131)
+    image = (torch.arange(3 * 97 * 131) % 256).to(torch.uint8).reshape(3, 97, 131)
     first, second = (processor(images=[image], return_tensors="pt")["pixel_values"] for processor in (own, adopted))
     if first.shape != second.shape or (backend != "pil" and not torch.allclose(first, second, atol=0.05)):
         raise ValueError(
@@ -182,6 +214,20 @@ def adopt_processor(own: BaseImageProcessor, backend: str | None = None) -> Base
             f"{tuple(second.shape)} or other values"
         )
     return adopted
+
+
+def new_processor(config: PreTrainedConfig, size: Mapping[str, int] | None = None) -> BaseImageProcessor:
+    """Return the image processor of a new model: a DINO image processor with the defaults of the model's own class.
+
+    Args:
+        config (`PreTrainedConfig`): The model's configuration.
+        size (`Mapping[str, int]`, *optional*): Size of the images, by default that of the class.
+    """
+    given = {"size": dict(size)} if size else {}
+    if isinstance(config, DinoDetrConfig):
+        return DinoDetrImageProcessor(**given)
+    convention = convention_of(config)
+    return adopt_processor(getattr(transformers, convention.image_processor)(**given), convention)
 
 
 def own_processor(config: PreTrainedConfig, processor: BaseImageProcessor) -> BaseImageProcessor:

@@ -1,7 +1,7 @@
 """The family of DINO: which equation each model changes in its parent, its configuration, and its published AP.
 
-Ancestors without deformable attention, and Deformable DETR, are classes of transformers. From DAB-Deformable-DETR on,
-each model is [`DinoDetrForObjectDetection`] with a few fields of its configuration changed.
+Ancestors without deformable attention, and Deformable DETR, are classes of transformers, except DN-DETR. From
+DAB-Deformable-DETR on, each model is [`DinoDetrForObjectDetection`] with a few fields of its configuration changed.
 """
 
 import dataclasses
@@ -12,7 +12,14 @@ from typing import Any
 import transformers
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from .ancestor_initialization import initialize_as_authors, rules_of
+from .dn_detr import DnDetrForObjectDetection
 from .modeling_dino_detr import DinoDetrForObjectDetection
+
+
+_OURS: dict[str, type[PreTrainedModel]] = {
+    ours.__name__: ours for ours in (DinoDetrForObjectDetection, DnDetrForObjectDetection)
+}
 
 
 @dataclass(frozen=True)
@@ -43,8 +50,7 @@ class FamilyMember:
 
     @property
     def _class(self) -> type[PreTrainedModel]:
-        ours = {DinoDetrForObjectDetection.__name__: DinoDetrForObjectDetection}
-        return ours.get(self.model_class) or getattr(transformers, self.model_class)
+        return _OURS.get(self.model_class) or getattr(transformers, self.model_class)
 
     @property
     def config_class(self) -> type[PreTrainedConfig]:
@@ -62,12 +68,14 @@ class FamilyMember:
         return self.config_class(**{**self.config, **overrides})
 
     def make_model(self, **overrides: Any) -> PreTrainedModel:
-        """Build the model with random weights.
+        """Build the model with random weights, as initialized by its authors.
 
         Args:
             **overrides: Fields of the configuration to change, such as sizes.
         """
-        return self._class(self.make_config(**overrides))
+        model = self._class(self.make_config(**overrides))
+        initialize_as_authors(model, rules_of(model.config))
+        return model
 
 
 _DETR = "https://arxiv.org/abs/2005.12872"
@@ -77,6 +85,11 @@ _DAB_DETR = "https://arxiv.org/abs/2201.12329"
 _DN_DETR = "https://arxiv.org/abs/2203.01305"
 _DINO = "https://arxiv.org/abs/2203.03605"
 
+# As in the papers, all decoder layers are trained. The default of transformers is the last one only.
+_ALL_LAYERS = {"auxiliary_loss": True}
+# DAB-DETR's code has no dropout, and its class heads begin with this probability of each class.
+_DEFORMABLE = {**_ALL_LAYERS, "class_cost": 2, "activation_dropout": 0.1, "attention_dropout": 0.1}
+_DAB = {**_ALL_LAYERS, "dropout": 0.0, "initializer_bias_prior_prob": 0.01}
 _DAB_DEFORMABLE = {
     "num_queries": 300,
     "num_select": 100,
@@ -97,6 +110,7 @@ FAMILY: dict[str, FamilyMember] = {
         parent=None,
         change="Detection is the prediction of a set: each object is matched to one query, and nothing is suppressed.",
         equation="loss = min over permutations π of Σᵢ loss(objectᵢ, prediction_π(i))",
+        config=_ALL_LAYERS,
         published_ap={500: 0.420},
         model_class="DetrForObjectDetection",
     ),
@@ -106,6 +120,7 @@ FAMILY: dict[str, FamilyMember] = {
         parent="detr",
         change="The positional query of cross-attention is the embedded reference point, scaled by the content.",
         equation="query = [c, MLP(c) ⊙ PE(x, y)]",
+        config=_ALL_LAYERS,
         published_ap={108: 0.430},
         model_class="ConditionalDetrForObjectDetection",
     ),
@@ -115,8 +130,18 @@ FAMILY: dict[str, FamilyMember] = {
         parent="conditional_detr",
         change="The reference point becomes an anchor box, which every layer moves and whose size shapes attention.",
         equation="query = [c, MLP(c) ⊙ PE(b)], b' = σ(Δb + σ⁻¹(b))",
+        config=_DAB,
         published_ap={50: 0.422},
         model_class="DabDetrForObjectDetection",
+    ),
+    "dn_detr": FamilyMember(
+        name="DN-DETR",
+        paper=_DN_DETR,
+        parent="dab_detr",
+        change="In training, the decoder also restores noisy copies of the objects, for which no matching is needed.",
+        equation="loss += mean over groups of Σᵢ loss(objectᵢ, decode(objectᵢ + noise))",
+        published_ap={50: 0.441},
+        model_class=DnDetrForObjectDetection.__name__,
     ),
     "deformable_detr": FamilyMember(
         name="Deformable DETR",
@@ -124,6 +149,7 @@ FAMILY: dict[str, FamilyMember] = {
         parent="detr",
         change="Attention samples a few points around a reference point p on all levels instead of all cells of one.",
         equation="attention(c, p) = Σ over heads, levels l and points k of aₗₖ · W m(p + Δpₗₖ)",
+        config=_DEFORMABLE,
         published_ap={50: 0.438},
         model_class="DeformableDetrForObjectDetection",
     ),
@@ -133,7 +159,7 @@ FAMILY: dict[str, FamilyMember] = {
         parent="deformable_detr",
         change="Each decoder layer refines the box of the layer before.",
         equation="b' = σ(Δb + σ⁻¹(sg(b)))",
-        config={"with_box_refine": True},
+        config={**_DEFORMABLE, "with_box_refine": True},
         published_ap={50: 0.454},
         model_class="DeformableDetrForObjectDetection",
     ),
@@ -143,7 +169,7 @@ FAMILY: dict[str, FamilyMember] = {
         parent="deformable_detr_refine",
         change="The queries are made of the boxes that the best encoder tokens predict.",
         equation="(c, position) = W PE(b), b = σ(Δb(m) + σ⁻¹(proposal)) of the tokens m with the best scores",
-        config={"with_box_refine": True, "two_stage": True},
+        config={**_DEFORMABLE, "with_box_refine": True, "two_stage": True},
         published_ap={50: 0.462},
         model_class="DeformableDetrForObjectDetection",
     ),
@@ -213,7 +239,6 @@ _TINY_BACKBONE = {
     "model_type": "convnext",
     "hidden_sizes": [24, 48, 96, 192],
     "depths": [1, 1, 2, 1],
-    "layer_scale_init_value": 1.0,
 }
 _TINY = {
     "encoder_layers": 2,
@@ -224,10 +249,13 @@ _TINY = {
     "decoder_attention_heads": 4,
     "num_queries": 60,
     "dropout": 0.0,
+    "activation_dropout": 0.0,
+    "attention_dropout": 0.0,
     "d_model": 128,
 }
 _TINY_BY_CLASS: dict[str, dict[str, Any]] = {
     "DeformableDetrForObjectDetection": {"two_stage_num_proposals": 60},
+    DnDetrForObjectDetection.__name__: {"num_denoising": 40, "cls_loss_coefficient": 2.0},
     DinoDetrForObjectDetection.__name__: {"num_denoising": 40, "num_select": 100, "cls_loss_coefficient": 2.0},
 }
 

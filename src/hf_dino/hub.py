@@ -28,8 +28,9 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
+from .ancestor_initialization import initialize_as_authors, rules_of
 from .configuration_dino_detr import UNUSED_LABEL, DinoDetrConfig
-from .detectors import CONVENTIONS, adopt_processor, convention_of, model_class_of, own_processor
+from .detectors import CONVENTIONS, adopt_processor, convention_of, model_class_of, new_processor, own_processor
 from .family import FAMILY
 from .image_processing_dino_detr import (
     LONGEST_EDGE,
@@ -262,8 +263,8 @@ def build_model_and_processor(
     model_config = read_config(config, contiguous_id2label(categories), overrides, architecture)
     with _as_input_error(config or _OVERRIDES, "is not a configuration of a detection model"):
         model = model_class_of(model_config)(model_config)
-        processor = adopt_processor(own_processor(model_config, DinoDetrImageProcessor()))
-    return model, processor if size is None else DinoDetrImageProcessor(size=size)
+        initialize_as_authors(model, rules_of(model_config))
+        return model, new_processor(model_config, size)
 
 
 def warn_if_batch_norms_frozen(model: PreTrainedModel) -> None:
@@ -412,7 +413,7 @@ def _load_processor(model: str, config: PreTrainedConfig, options: Mapping[str, 
         processor = AutoImageProcessor.from_pretrained(model, **_drop_none(options))
         _check_size(dict(processor.size))
         if not isinstance(config, DinoDetrConfig):
-            return adopt_processor(processor, options.get("backend"))
+            return adopt_processor(processor, convention_of(config), options.get("backend"))
         if not isinstance(processor, DinoDetrImageProcessor | DinoDetrImageProcessorPil):
             raise TypeError(f"it is a {type(processor).__name__}, not a {DinoDetrImageProcessor.__name__}")
     return processor
@@ -441,6 +442,9 @@ def _load_weights(
             f"{model}: its weights are not those of a complete detector; {len(incomplete)} are missing or do not have "
             f"the shape that follows from config.json, such as {incomplete[0]}"
         )
+    for parameter in detector.parameters():  # transformers leaves parts of split tensors as views of the whole
+        if parameter.nbytes < parameter.untyped_storage().nbytes():
+            parameter.data = parameter.data.clone()
     return detector
 
 

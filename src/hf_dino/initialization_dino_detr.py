@@ -108,10 +108,10 @@ def sampling_offset_bias(module: Any, **counts: int) -> None:
     init.copy_(module.bias, initial_sampling_offsets(**counts).flatten())
 
 
-def class_prior(module: Any) -> None:
+def class_prior(module: Any, probability: float = CLASS_PRIOR) -> None:
     """Start with a low probability of every class; otherwise the first focal loss is huge (RetinaNet, section 3.3)."""
     init.kaiming_uniform_(module.weight, a=math.sqrt(5))
-    init.constant_(module.bias, -math.log((1 - CLASS_PRIOR) / CLASS_PRIOR))
+    init.constant_(module.bias, -math.log((1 - probability) / probability))
 
 
 def xavier_embedding(module: Any) -> None:

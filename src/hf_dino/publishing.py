@@ -23,7 +23,7 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import validate_repo_id
 from yaml import YAMLError
 
-from .hub import load_model_and_processor
+from .hub import load_detector
 from .utils.errors import BrokenInputError, InputError, summarize_list
 from .utils.io import sha256
 
@@ -154,7 +154,7 @@ def check_upload(upload: Upload, folder: Path) -> list[str]:
     """
     validate_id(upload.repo_id)
     if upload.repo_type == "model":
-        load_model_and_processor(str(folder))
+        load_detector(str(folder))
         problems = _missing_files(upload.files)
     else:
         problems = [] if space_sdk(upload) else [f"{CARD}: has no `sdk` in its metadata, such as `sdk: gradio`"]

@@ -111,7 +111,7 @@ def evaluate(
 
     from ..evaluation import evaluate_model
     from ..exported import is_exported, load_exported
-    from ..hub import load_model_and_processor
+    from ..hub import load_detector
     from ..publishing import CARD, read_metadata
     from ..training import read_and_check
     from ..utils.distributed import create_accelerator
@@ -127,7 +127,7 @@ def evaluate(
     accelerator = create_accelerator(mixed_precision)
     options = read_options(box_format, rotated_boxes, columns)
     (data,) = read_and_check(partial(_read_split, dataset, split, images, annotations, options)).values()
-    load = load_exported if exported else load_model_and_processor
+    load = load_exported if exported else load_detector
     model, processor = load(model_name_or_path, backend=image_processor_backend)
 
     with Progress(disable=not accelerator.is_main_process) as progress:

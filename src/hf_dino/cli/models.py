@@ -7,7 +7,7 @@ from ..utils.errors import InputError
 
 
 if TYPE_CHECKING:
-    from ..hub import DinoDetrForObjectDetection
+    from transformers import PreTrainedModel
 
 
 def load_model(name: str, device: str | None = None, dtype: str = "float32", compile: bool = False) -> tuple[Any, Any]:
@@ -23,7 +23,7 @@ def load_model(name: str, device: str | None = None, dtype: str = "float32", com
         InputError: If the model is not found, the device cannot be used, or the model does not have these options.
     """
     from ..exported import is_exported, load_exported
-    from ..hub import load_model_and_processor
+    from ..hub import load_detector
 
     if is_exported(name):
         if dtype != "float32" or compile:
@@ -34,7 +34,7 @@ def load_model(name: str, device: str | None = None, dtype: str = "float32", com
     device = choose_device(device)
     if dtype == "float16" and device.partition(":")[0] == "cpu":
         raise InputError("--dtype float16 needs a GPU; use bfloat16 or float32")
-    model, processor = load_model_and_processor(name)
+    model, processor = load_detector(name)
     move_to_device(model, device)
     if compile:
         from ..training import compile_layers
@@ -52,7 +52,7 @@ def choose_device(device: str | None) -> str:
     return local_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
-def move_to_device(model: "DinoDetrForObjectDetection", device: str) -> None:
+def move_to_device(model: "PreTrainedModel", device: str) -> None:
     """Move a model to a device.
 
     Raises:

@@ -1,4 +1,4 @@
-"""`hf-dino train`: fine-tune DINO, with the fields of `FineTuningArguments` as options."""
+"""`hf-dino train`: fine-tune DINO or another DETR, with the fields of `FineTuningArguments` as options."""
 
 import inspect
 import logging
@@ -28,7 +28,7 @@ SECOND_SPELLINGS = {"dataset": ("--data",), "model_name_or_path": ("--model",)}
 
 
 def train(recipe: Path | None = None, json: bool = False, **options: Any) -> Facts | None:
-    """Fine-tune DINO on a dataset, or train it from scratch.
+    """Fine-tune DINO, or another DETR of transformers, on a dataset, or train it from scratch.
 
     The dataset is a directory in the format of COCO, Pascal VOC, YOLO or Hugging Face datasets, or on the Hub, with a
     train and a validation split. The defaults are the official recipe for COCO. `accelerate launch -m hf_dino train`

@@ -343,7 +343,7 @@ def object_limits(config: Any, max_detections: int = COCO_MAX_DETECTIONS) -> dic
     """
     has_denoising = getattr(config, "denoising", "none") != "none"
     names = ("num_queries", *(["num_denoising"] if has_denoising else []))
-    limits = {name: getattr(config, name) for name in names}
+    limits = {name: getattr(config, name) for name in names if hasattr(config, name)}
     limits["num_select"] = num_selected(config)
     if max_detections > COCO_MAX_DETECTIONS:
         limits["num_select"] = max(limits["num_select"], max_detections)

@@ -13,7 +13,6 @@ from PIL import Image
 from torch.utils.data import DataLoader, Sampler
 from transformers import BaseImageProcessor
 
-from ..detectors import include_padding
 from ..loss_dino_detr import check_labels
 from ..utils.errors import InputError
 from .augmentation import get_resized_shape, seed_per_image
@@ -146,14 +145,12 @@ class TrainingCollator:
         category_id_to_label (`Mapping[int, int]`): From [`label_of_category`].
         num_labels (`int`): Number of labels of the model.
         do_resize (`bool`): False if the augmentation resizes already.
-        boxes_include_padding (`bool`, *optional*, defaults to `False`): See [`~detectors.Convention`].
     """
 
     processor: BaseImageProcessor
     category_id_to_label: Mapping[int, int]
     num_labels: int
     do_resize: bool
-    boxes_include_padding: bool = False
 
     def __call__(self, items: list[dict[str, Any]]) -> dict[str, Any]:
         """Return `pixel_values`, `pixel_mask` and `labels`.
@@ -173,8 +170,6 @@ class TrainingCollator:
             check_labels(labels, len(items), self.num_labels)
         except ValueError as error:
             raise InputError(str(error)) from None
-        if self.boxes_include_padding:
-            labels = include_padding(labels, *batch["pixel_values"].shape[-2:])
         return {"pixel_values": batch["pixel_values"], "pixel_mask": batch["pixel_mask"], "labels": labels}
 
 

@@ -94,27 +94,26 @@ def build_training_pipeline(
         max_detections (`int`, *optional*, defaults to 100): Detections of a class in an image that evaluations count.
 
     Raises:
-        InputError: If a category with objects is not a class of the model, the augmentation cannot be used, or an
-            image becomes too small for the model.
+        InputError: If a category with objects is not a class of the model, the augmentation cannot be used, an image
+            becomes too small for the model, or the model needs images of one size.
     """
     labels = {name: label_of_category(split, model.config.id2label) for name, split in data.items()}
     if PartialState().is_main_process:
         _warn_about_dense_images(data, object_limits(model.config, max_detections))
     chosen = make_augmentation(augmentation, dict(processor.size))
     processor.size = dict(chosen.evaluation_size)
+    if convention_of(model.config).takes_one_size and "height" not in processor.size:
+        raise InputError(
+            f"a model of type {model.config.model_type!r} needs images of one size; give --image_size HEIGHTxWIDTH"
+        )
     shape_of = {name: partial(get_processed_shape, processor) for name in data} | {"train": chosen.min_output_shape}
     check_min_image_size(
         model,
         (shape_of[name](image.height, image.width) for name, split in data.items() for image in split.images),
     )
-    collate = TrainingCollator(
-        processor,
-        labels["train"],
-        model.config.num_labels,
-        do_resize=not chosen.resizes,
-        boxes_include_padding=convention_of(model.config).boxes_include_padding,
+    return TrainingPipeline(
+        chosen, TrainingCollator(processor, labels["train"], model.config.num_labels, do_resize=not chosen.resizes)
     )
-    return TrainingPipeline(chosen, collate)
 
 
 def _warn_about_dense_images(data: Mapping[str, DetectionSplit], limits: Mapping[str, int]) -> None:

@@ -32,7 +32,7 @@ from ..data import (
 )
 from ..data.images import set_max_image_pixels
 from ..data.split import missing_split_message
-from ..detectors import model_class_of, model_inputs
+from ..detectors import model_class_of, model_inputs, training_loss
 from ..evaluation import CocoScores, evaluate_model
 from ..hub import (
     build_model_and_processor,
@@ -255,7 +255,7 @@ class FineTuner:
                 self.history.plot()
 
     def epoch_dataloader(self, epoch: int, first_step: int) -> Iterator[dict[str, Any]]:
-        """Return the micro-batches of this process in an epoch, from a step on, as arguments of the model."""
+        """Return the micro-batches of this process in an epoch, from a step on."""
         args, accelerator, collate = self.arguments, self.accelerator, self.pipeline.collate
         dataset = DetectionDataset(self.train_split, self.pipeline.augmentation, args.seed, epoch)
         sampler = TrainingBatchSampler(
@@ -270,8 +270,7 @@ class FineTuner:
             get_shape=predict_batch_shapes(dataset, collate) if args.group_by_aspect_ratio else None,
         )
         loader = training_loader(dataset, collate, sampler, num_workers=args.dataloader_num_workers)
-        batches = with_effective_batch(loader, accelerator)
-        return (model_inputs(batch, self.config) for batch in batches)
+        return with_effective_batch(loader, accelerator)
 
     def training_step(self, batch: dict[str, Any]) -> dict[str, float] | None:
         """Train on a micro-batch. Return the mean losses of the step after its last one, `None` before."""
@@ -280,9 +279,11 @@ class FineTuner:
         self.monitor.begin(batch)
         losses = None
         with accelerator.accumulate(model):
-            outputs = model(**send_to_device(batch, accelerator.device, non_blocking=True))
-            accelerator.backward(outputs.loss)
-            self.monitor.add(outputs.loss, outputs.loss_dict)
+            batch = send_to_device(batch, accelerator.device, non_blocking=True)
+            outputs = model(**model_inputs(batch, self.config))
+            loss, terms = training_loss(outputs, batch, self.config)
+            accelerator.backward(loss)
+            self.monitor.add(loss, terms)
             if accelerator.sync_gradients:
                 norm = accelerator.clip_grad_norm_(model.parameters(), self.arguments.max_grad_norm)
                 losses = self.monitor.check(self.state.step, norm)

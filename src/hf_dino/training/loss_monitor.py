@@ -14,6 +14,7 @@ from accelerate.utils import recursively_apply, send_to_device
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from ..detectors import model_inputs, training_loss
 from ..utils.distributed import SHARDED_DISTRIBUTED_TYPES, all_gather_unique, all_reduce_max, all_reduce_mean
 from ..utils.errors import summarize_list
 
@@ -198,7 +199,7 @@ def _means(rows: list[dict[str, float]]) -> dict[str, float]:
 
 
 def find_first_nonfinite(
-    model: nn.Module, batch: Mapping[str, Any], random_state: RandomState, loss_scale: float = 1.0
+    model: Any, batch: Mapping[str, Any], random_state: RandomState, loss_scale: float = 1.0
 ) -> str | None:
     """Repeat a micro-batch and name its first NaN or infinite tensor, in the order of computation.
 
@@ -208,7 +209,7 @@ def find_first_nonfinite(
     gradients, prints pages, and never removes its hooks.
 
     Args:
-        model (`nn.Module`): A `DinoDetrForObjectDetection` with the weights that the step began with.
+        model (`PreTrainedModel`): A detection model with the weights that the step began with.
         batch (`Mapping`): Arguments of the model, on any device.
         random_state (`RandomState`): State before the model was called.
         loss_scale (`float`, *optional*, defaults to 1.0): Scale of a `GradScaler`.
@@ -221,13 +222,14 @@ def find_first_nonfinite(
         recursively_apply(partial(_check_finite, found, f"the input {name}"), value)
     random_state.restore()
     with _check_outputs(model, found):
-        outputs = model(**send_to_device(batch, next(iter(parameters.values())).device))
-        for name, term in {"loss": outputs.loss, **outputs.loss_dict}.items():
+        batch = send_to_device(batch, next(iter(parameters.values())).device)
+        outputs = model(**model_inputs(batch, model.config))
+        loss, terms = training_loss(outputs, batch, model.config)
+        for name, term in {"loss": loss, **terms}.items():
             _check_finite(found, f"the loss term {name}", term)
         if not found:
             trained = {name: parameter for name, parameter in parameters.items() if parameter.requires_grad}
-            loss = outputs.loss * loss_scale
-            gradients = torch.autograd.grad(loss, list(trained.values()), materialize_grads=True)
+            gradients = torch.autograd.grad(loss * loss_scale, list(trained.values()), materialize_grads=True)
             for name, gradient in zip(trained, gradients):
                 _check_finite(found, f"the gradient of {name}", gradient)
     return next(iter(found), None)

@@ -1,0 +1,221 @@
+"""Detection models of transformers through the tools of hf_dino: opened, trained, evaluated, saved and run."""
+
+import json
+import re
+
+import pytest
+import torch
+from PIL import Image
+from transformers import AutoConfig, AutoImageProcessor, AutoModelForObjectDetection, pipeline
+
+from helpers.command_line import hf_dino
+from helpers.detectors import SMALL, small_detector
+from hf_dino.data.shapes import generate_shapes
+from hf_dino.detectors import CONVENTIONS, adopt_processor, convention_of, detect, own_processor
+from hf_dino.family import FAMILY, member_of, tiny_fields
+from hf_dino.hub import load_detector, load_model_and_processor, load_pretrained_for_categories
+from hf_dino.image_processing_dino_detr import DinoDetrImageProcessor
+from hf_dino.training import FineTuner, FineTuningArguments
+from hf_dino.training_arguments import reproduction_argv
+from hf_dino.utils.errors import InputError
+
+
+NAMES = {0: "circle", 1: "lamp", 2: "star"}  # two of them are classes of the `shapes` dataset
+FOREIGN = [each for each in CONVENTIONS if each in SMALL]
+
+
+def size_of(model_type):
+    edge = 112 if model_type == "rf_detr" else 128
+    return {"height": edge, "width": edge}
+
+
+@pytest.fixture(scope="module")
+def shapes(tmp_path_factory):
+    return generate_shapes(tmp_path_factory.mktemp("data"), num_train=8, num_val=3, num_test=2, image_size=96)
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """Return a function that saves a model of a type, once, as transformers does."""
+    folders = {}
+
+    def save(model_type):
+        if model_type not in folders:
+            torch.manual_seed(0)
+            folders[model_type] = tmp_path_factory.mktemp(model_type)
+            model = small_detector(model_type, id2label=NAMES)
+            model.save_pretrained(folders[model_type])
+            own_processor(model.config, DinoDetrImageProcessor(size=size_of(model_type))).save_pretrained(
+                folders[model_type]
+            )
+        return folders[model_type]
+
+    return save
+
+
+def options(shapes, folder, size, **more):
+    return FineTuningArguments(
+        dataset=str(shapes),
+        output_dir=folder,
+        image_size=[f"{size['height']}x{size['width']}"],
+        augmentation="flip",
+        global_batch_size=4,
+        dataloader_num_workers=0,
+        num_train_epochs=1,
+        **more,
+    )
+
+
+def train(arguments):
+    tuner = FineTuner(arguments)
+    scores = tuner.train()
+    rows = [json.loads(line) for line in (arguments.output_dir / "history.jsonl").read_text().splitlines()]
+    assert {"loss", "loss_bbox", "loss_giou"} <= rows[0].keys() and rows[0]["loss"] > 0
+    return scores
+
+
+def check_saved(folder, shapes, scores, tmp_path):
+    """A saved model is evaluated to the same AP, works without hf_dino's tools, has a card, and detects."""
+    loaded, processor = load_detector(str(folder))
+    metrics = tmp_path / "metrics.json"
+    assert hf_dino(["evaluate", "--model_name_or_path", folder, "--data", shapes, "--metrics_json", metrics]) == 0
+    assert json.loads(metrics.read_text())["ap"] == pytest.approx(scores["validation"].metrics["ap"], abs=1e-6)
+    found = tmp_path / "found"
+    images = shapes / "test"
+    assert (
+        hf_dino(["predict", images, "--model", folder, "--output", found, "--threshold", "0", "--save", "json"]) == 0
+    )
+    own = AutoImageProcessor.from_pretrained(folder)
+    assert type(own).__name__.removesuffix("Pil") == convention_of(loaded.config).image_processor
+    image = Image.open(next((shapes / "test").iterdir()))
+    boxes = pipeline("object-detection", model=str(folder), image_processor=own, threshold=0.0)(image)
+    assert boxes and {each["label"] for each in boxes} <= {"circle", "square", "triangle", "star", "cross"}
+    card = (folder / "README.md").read_text()
+    assert "trained on" in card and "hf_dino train" in card
+    return loaded, processor
+
+
+@pytest.mark.parametrize("key", FAMILY)
+def test_every_member_of_the_family_is_trained_evaluated_saved_loaded_and_run(key, shapes, tmp_path):
+    folder = tmp_path / "run"
+    fields = tiny_fields(key) | {"encoder_layers": 1, "decoder_layers": 2, "num_queries": 20}
+    arguments = options(shapes, folder, size_of(key), architecture=key, config_overrides=fields)
+    scores = train(arguments)
+    loaded, _ = check_saved(folder, shapes, scores, tmp_path)
+    member = member_of(loaded.config)
+    assert type(loaded).__name__ == FAMILY[key].model_class
+    assert member is not None and FAMILY[key].config.items() >= {**member.config, **FAMILY[key].config}.items()
+    assert "--architecture" in reproduction_argv(arguments)
+
+
+@pytest.mark.parametrize("model_type", [each for each in FOREIGN if each not in ("detr", "conditional_detr")])
+def test_a_pretrained_model_is_fine_tuned_on_other_classes(model_type, shapes, saved, tmp_path):
+    folder = tmp_path / "run"
+    arguments = options(shapes, folder, size_of(model_type), model_name_or_path=str(saved(model_type)))
+    scores = train(arguments)
+    loaded, _ = check_saved(folder, shapes, scores, tmp_path)
+    assert loaded.config.model_type == model_type and loaded.config.num_labels == 5
+
+
+@pytest.mark.parametrize("model_type", FOREIGN)
+def test_detections_are_those_of_the_own_image_processor(model_type, saved):
+    model, processor = load_detector(str(saved(model_type)))
+    own = AutoImageProcessor.from_pretrained(saved(model_type))
+    image = torch.randint(256, (3, 90, 120), dtype=torch.uint8)
+    theirs, ours = (each(images=image, return_tensors="pt") for each in (own, processor))
+    torch.testing.assert_close(ours["pixel_values"], theirs["pixel_values"])
+    with torch.no_grad():
+        outputs, standard = model(ours["pixel_values"]), detect(model, model.config, ours)
+    (expected,) = own.post_process_object_detection(outputs, threshold=0.0, target_sizes=[(90, 120)])
+    order = expected["scores"].argsort(descending=True, stable=True)
+    (found,) = processor.post_process_object_detection(
+        standard, threshold=0.0, target_sizes=[(90, 120)], top_k=len(order)
+    )
+    torch.testing.assert_close(found["scores"], expected["scores"][order])
+    # equal scores may be in another order
+    first, second = (
+        torch.cat([each["boxes"], each["labels"][:, None]], dim=1).sort(dim=0).values for each in (found, expected)
+    )
+    torch.testing.assert_close(first, second, atol=1e-3, rtol=1e-5)
+
+
+@pytest.mark.parametrize("model_type", FOREIGN)
+def test_known_classes_keep_their_rows_and_others_are_new(model_type, saved):
+    before, _ = load_detector(str(saved(model_type)))
+    after, _ = load_pretrained_for_categories(str(saved(model_type)), {4: "star", 5: "pear", 9: "Circle"})
+    assert after.config.id2label == {0: "star", 1: "pear", 2: "Circle"}
+    old, new = before.state_dict(), after.state_dict()
+    with_classes = [name for name in old if re.search("class|score_head", name) and len(old[name]) in (3, 4)]
+    assert with_classes
+    for name in with_classes:
+        assert new[name][[0, 2]].equal(old[name][[2, 0]]) and new[name][3:].equal(old[name][3:])
+    others = [name for name in old if name not in with_classes]
+    assert all(new[name].equal(old[name]) for name in others)
+    assert any(not new[name][1].equal(old[name][1]) for name in with_classes)
+
+
+def test_all_classes_of_the_same_names_are_loaded_unchanged(saved):
+    before, _ = load_detector(str(saved("rt_detr")))
+    after, _ = load_pretrained_for_categories(str(saved("rt_detr")), {7: "circle", 8: "star", 9: "lamp"})
+    assert after.config.id2label == before.config.id2label
+    assert all(value.equal(after.state_dict()[name]) for name, value in before.state_dict().items())
+
+
+def test_types_with_unknown_conventions_are_refused(tmp_path):
+    config = AutoConfig.for_model("yolos", num_hidden_layers=1)
+    config.save_pretrained(tmp_path)
+    with pytest.raises(InputError, match=r"models of type 'yolos' cannot be used; .* dino_detr, detr, "):
+        load_detector(str(tmp_path))
+
+
+def test_other_models_are_not_dino(saved):
+    with pytest.raises(InputError, match="contains a model of type 'detr', not 'dino_detr'"):
+        load_model_and_processor(str(saved("detr")))
+
+
+def test_a_processor_that_changes_images_otherwise_is_refused():
+    own = own_processor(AutoConfig.for_model("detr"), DinoDetrImageProcessor(size={"height": 32, "width": 32}))
+    assert adopt_processor(own, CONVENTIONS["detr"]).size == own.size
+    own.pad_size = {"height": 64, "width": 64}
+    with pytest.raises(ValueError, match=r"DetrImageProcessor gives .* hf_dino"):
+        adopt_processor(own, CONVENTIONS["detr"])
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"image_size": ["64"]}, "a model of type 'rt_detr' needs images of one size; give --image_size HEIGHTxWIDTH"),
+        ({"image_size": ["80x80"]}, "images become as small as 80 x 80 pixels"),
+        ({"config_overrides": {"box_refinement": "look_forward_once"}}, "RTDetrConfig has no field 'box_refinement'"),
+        ({"torch_compile": True}, "a model of type 'rt_detr' cannot be compiled"),
+        ({"freeze": ["head"]}, "this model has no stage head to freeze; it has stem, backbone, backbone.stage1"),
+    ],
+)
+def test_what_a_model_cannot_do_is_one_error(given, message, shapes, saved, tmp_path):
+    arguments = options(shapes, tmp_path / "run", size_of("rt_detr"), model_name_or_path=str(saved("rt_detr")))
+    for name, value in given.items():
+        setattr(arguments, name, value)
+    with pytest.raises(InputError, match=message):
+        FineTuner(arguments)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"architecture": "yolo"}, "--architecture: must be one of detr, conditional_detr, .* got 'yolo'"),
+        ({"architecture": "detr", "model_name_or_path": "m"}, "--model_name_or_path has its own architecture"),
+        ({"architecture": "detr", "config_overrides": {"num_querys": 3}}, "no field 'num_querys'; did you mean"),
+    ],
+)
+def test_wrong_architectures_are_refused_at_once(given, message, tmp_path):
+    with pytest.raises(InputError, match=message):
+        FineTuningArguments(dataset="d", output_dir=tmp_path / "run", **given)
+
+
+def test_conventions_name_modules_and_processors_that_exist():
+    for model_type in FOREIGN:
+        model = small_detector(model_type)
+        backbone = convention_of(model.config).backbone
+        assert any(name.startswith(f"{backbone}.") for name, _ in model.named_parameters())
+        assert type(AutoModelForObjectDetection.from_config(model.config)) is type(model)
