@@ -8,9 +8,8 @@ import json
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, suppress
-from operator import attrgetter
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -46,12 +45,51 @@ COUNTS = {
 """Shares that are measured: how many there are, of how many. A share that a model has not is null."""
 
 
-_REFERENCES: dict[str, Callable[[Any], torch.Tensor]] = {
-    "detr": lambda core: core.last_hidden_state[..., :0],
-    "conditional_detr": lambda core: core.reference_points.transpose(0, 1),
-    "dab-detr": lambda core: core.reference_points[0],  # of the first layer
+class Reading(NamedTuple):
+    """How a type of model is read from outside.
+
+    Attributes:
+        module (`str`): Name of the module whose output is read.
+        references (`Callable`): Returns where the queries of each image start in the decoder, as fractions of the
+            image, given that output and the number of queries: points or boxes `(batch_size, num_queries, 2 or 4)`, or
+            a tensor `(..., 0)` of a model that has no such place.
+        denoised (`Callable`, *optional*): Returns logits and boxes that the last layer predicts for the denoising
+            queries, which come first, given the model and that output.
+    """
+
+    module: str
+    references: Callable[[Any, int], torch.Tensor]
+    denoised: Callable[[Any, Any], tuple[torch.Tensor, torch.Tensor]] = lambda model, output: (None, None)
+
+
+def _denoised_by_dino(model: Any, output: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    states = output.denoising.intermediate_hidden_states
+    layer = range(states.shape[1])[-1:]
+    return model.predict_classes(states, layer)[:, 0], output.denoising.intermediate_boxes[:, -1]
+
+
+def _denoised_by_dn_detr(model: Any, output: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    logits, boxes = model.predict(output.intermediate_hidden_states[-1:], output.reference_points[-1:])
+    return logits[:, 0], boxes[:, 0]
+
+
+def _initial_points(output: Any, num_queries: int) -> torch.Tensor:
+    return output.init_reference_points
+
+
+def _points_of_first_layer(output: Any, num_queries: int) -> torch.Tensor:
+    return output.reference_points[0, :, -num_queries:]  # denoising queries come before
+
+
+READINGS = {
+    "detr": Reading("model", lambda output, _: output.last_hidden_state[..., :0]),
+    "conditional_detr": Reading("model", lambda output, _: output.reference_points.transpose(0, 1)),
+    "dab-detr": Reading("model.decoder", _points_of_first_layer),
+    "dn_detr": Reading("model.decoder", _points_of_first_layer, _denoised_by_dn_detr),
+    "deformable_detr": Reading("model", _initial_points),
+    "dino_detr": Reading("model", _initial_points, _denoised_by_dino),
 }
-"""Models whose output does not have the first reference points as `init_reference_points`, by their type."""
+"""By `config.model_type`."""
 
 
 class MeasuringFineTuner(FineTuner):
@@ -140,13 +178,15 @@ class Probe:
 
     def __init__(self, model: Any):
         self.model = model
+        self.reading = READINGS[model.config.model_type]
         self.seen: dict[str, Any] = {}
         self.labels: list[dict[str, torch.Tensor]] | None = None
         self._hooks = ExitStack()
 
     def __enter__(self) -> "Probe":
         keep = self._hooks.enter_context
-        keep(self.model.base_model.register_forward_hook(lambda _, args, output: self._see("core", output)))
+        core = self.model.get_submodule(self.reading.module)
+        keep(core.register_forward_hook(lambda _, args, output: self._see("output", output)))
         for module in self._denoising():
             keep(module.register_forward_pre_hook(lambda _, args: (self.labels, *args[1:])))
             keep(module.register_forward_hook(lambda _, args, output: self._see("queries", output)))
@@ -177,41 +217,27 @@ class Probe:
         outputs = detect(self.model, self.model.config, inputs)
         costs = DinoDetrConfig()  # one cost for all rows, so that they are matched alike
         matched = hungarian_match(outputs.logits[:, None], outputs.pred_boxes[:, None], self.labels, costs)[:, 0]
-        references = initial_references(self.seen["core"], self.model.config.model_type)
-        denoised = self._denoised() if self.labels and "queries" in self.seen else [{}] * len(self.labels)
+        references = self.reading.references(self.seen["output"], outputs.logits.shape[1])
+        denoised = self._denoised(self.labels) if "queries" in self.seen else [{}] * len(self.labels)
         for index, label in enumerate(self.labels):
             found = count_found(references[index], label["boxes"])
             counts = {"objects": len(label["boxes"]), **found, **denoised[index]}
             yield int(label["image_id"]), matched[index].tolist(), counts
 
-    def _denoised(self) -> list[dict[str, int]]:
+    def _denoised(self, labels: list[dict[str, torch.Tensor]]) -> list[dict[str, int]]:
         """Count, for each image, the positive denoising queries that have their object's class and box."""
-        queries, output = self.seen["queries"], self.seen["core"].denoising
-        layer = range(output.intermediate_boxes.shape[1])[-1:]
-        classes = self.model.predict_classes(output.intermediate_hidden_states, layer)[:, 0].argmax(dim=-1)
+        queries = self.seen["queries"]
+        logits, boxes = self.reading.denoised(self.model, self.seen["output"])
         before = (self.seen["classes"].flatten(1), queries.reference_points)
-        after = (classes, output.intermediate_boxes[:, -1])
+        after = (logits.argmax(dim=-1), boxes)
         return [
             {
                 "denoising_queries": int((objects >= 0).sum()),
                 "denoising_before": count_right(before[0][image], before[1][image], objects, label),
                 "denoising_after": count_right(after[0][image], after[1][image], objects, label),
             }
-            for image, (objects, label) in enumerate(zip(queries.object_index, self.labels or ()))
+            for image, (objects, label) in enumerate(zip(queries.object_index, labels))
         ]
-
-
-def initial_references(core: Any, model_type: str) -> torch.Tensor:
-    """Return where the queries of each image start in the decoder, as fractions of the image.
-
-    Args:
-        core: Output of the base model.
-        model_type (`str`): That of its configuration.
-
-    Returns:
-        `torch.Tensor` of shape `(batch_size, num_queries, size)`: Points, boxes or, of size 0, nothing.
-    """
-    return _REFERENCES.get(model_type, attrgetter("init_reference_points"))(core)
 
 
 def count_found(references: torch.Tensor, boxes: torch.Tensor) -> dict[str, int]:

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from transformers.utils import logging as transformers_logging
 from ..data import DetectionDataset, read_data
 from ..data.dataset import label_of_category
 from ..data.loaders import TrainingCollator
-from ..detectors import convention_of, detect, model_inputs
+from ..detectors import detect, model_inputs
 from ..export.benchmark import processor_name
 from ..hub import load_detector
 from ..model_info import count_flops, count_parameters, peak_memory, start_memory
@@ -47,9 +48,11 @@ def measure_comparison(output_dir: Path, dataset: str | None = None, *, again: b
         return
     settings = read_settings(output_dir)
     print(f"measuring the speed of {count_of(len(folders), 'model')}")
-    rows = measure_speed(folders, dataset_of(output_dir, dataset, settings), settings["global_batch_size"])
+    data, threads = dataset_of(output_dir, dataset, settings), torch.get_num_threads()
+    with ProcessPoolExecutor(max_workers=1, mp_context=get_context("spawn")) as pool:  # alone, and without leftovers
+        rows = pool.submit(measure_speed, folders, data, settings["global_batch_size"], threads).result()
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else processor_name()
-    facts = {"device": device, "threads": torch.get_num_threads(), "rounds": ROUNDS}
+    facts = {"device": device, "threads": threads, "rounds": ROUNDS}
     write_json(output_dir / SPEED_FILE, {**facts, "rows": rows})
 
 
@@ -113,9 +116,8 @@ def load_trainee(folder: Path, dataset: str, batch_size: int, device: torch.devi
 def make_batch(model: PreTrainedModel, processor: BaseImageProcessor, dataset: str, batch_size: int) -> dict[str, Any]:
     """Return a batch of the first images of the training split."""
     split, config = read_data(dataset, splits=["train"])["train"], model.config
-    convention = convention_of(config)
     labels = label_of_category(split, config.id2label)
-    collate = TrainingCollator(processor, labels, config.num_labels, True, convention.boxes_include_padding)
+    collate = TrainingCollator(processor, labels, config.num_labels, do_resize=True)
     images = DetectionDataset(split)
     return collate([images[index] for index in range(min(batch_size, len(images)))])
 
@@ -126,7 +128,7 @@ def _to_device(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
 
 
 def measure_speed(
-    folders: dict[str, Path], dataset: str, batch_size: int, rounds: int = ROUNDS
+    folders: dict[str, Path], dataset: str, batch_size: int, threads: int, rounds: int = ROUNDS
 ) -> dict[str, dict[str, Any]]:
     """Measure trained models in turns, so that what else the machine does slows all of them alike.
 
@@ -134,31 +136,42 @@ def measure_speed(
         folders (`dict[str, Path]`): Directory of a finished run by the name of its row.
         dataset (`str`): Dataset that they were trained on.
         batch_size (`int`): Images of a step.
+        threads (`int`): Threads of PyTorch, which are set.
         rounds (`int`, *optional*, defaults to 7): Number of times that each model is timed.
 
     Returns:
         `dict`: For each row `parameters`; `flops` of one image; `step_seconds` and `inference_seconds`, medians, of a
-        batch of `batch_size` images; `images`, the size of that batch; `training_memory`, in bytes, of a process that
-        trains, beyond what it has before there is a model; `None` where it cannot be read.
+        batch of `batch_size` images; `images`, the size of that batch; `training_memory`, in bytes, of two steps from
+        loading the model on; `None` where it cannot be read.
     """
-    device = _device()
-    trainees = {row: load_trainee(folder, dataset, batch_size, device) for row, folder in folders.items()}
+    torch.set_num_threads(threads)
+    transformers_logging.disable_progress_bar()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    load = partial(load_trainee, dataset=dataset, batch_size=batch_size, device=device)
+    _use_memory(lambda: load(next(iter(folders.values()))), device)  # no model pays for what is loaded once
+    memory = {row: _use_memory(partial(load, folder), device) for row, folder in folders.items()}
+    trainees = {row: load(folder) for row, folder in folders.items()}
     steps = take_turns({row: each.train for row, each in trainees.items()}, rounds)
     detections = take_turns({row: each.detect for row, each in trainees.items()}, rounds)
-    counts = {row: _count(each) for row, each in trainees.items()}
-    images = {row: len(each.batch["labels"]) for row, each in trainees.items()}
-    trainees.clear()
-    memory = measure_memory(folders, dataset, batch_size)
     return {
         row: {
-            **counts[row],
-            "images": images[row],
+            **_count(trainee),
+            "images": len(trainee.batch["labels"]),
             "step_seconds": statistics.median(steps[row]),
             "inference_seconds": statistics.median(detections[row]),
             "training_memory": memory[row],
         }
-        for row in folders
+        for row, trainee in trainees.items()
     }
+
+
+def _use_memory(load: Callable[[], Trainee], device: torch.device) -> int | None:
+    """Return the memory that it takes to load a model and to train it for two steps."""
+    before = start_memory(device)
+    trainee = load()
+    for _ in range(2):  # the second step has the optimizer's state
+        trainee.train()
+    return None if before is None else peak_memory(device) - before
 
 
 def _count(trainee: Trainee) -> dict[str, int]:
@@ -191,36 +204,3 @@ def take_turns(actions: dict[str, Callable[[], None]], rounds: int) -> dict[str,
 def _synchronize() -> None:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
-
-
-def measure_memory(folders: dict[str, Path], dataset: str, batch_size: int) -> dict[str, int | None]:
-    """Train each model for two steps in a new process and return the memory that this took, in bytes.
-
-    Args:
-        folders (`dict[str, Path]`): Directory of a finished run by the name of its row.
-        dataset (`str`): Dataset that they were trained on.
-        batch_size (`int`): Images of a step.
-    """
-    with ProcessPoolExecutor(max_workers=1, mp_context=get_context("spawn")) as pool:
-        return pool.submit(_measure_memory, folders, dataset, batch_size, torch.get_num_threads()).result()
-
-
-def _measure_memory(folders: dict[str, Path], dataset: str, batch_size: int, threads: int) -> dict[str, int | None]:
-    torch.set_num_threads(threads)
-    transformers_logging.disable_progress_bar()
-    first = next(iter(folders.values()))
-    _use_memory(first, dataset, batch_size)  # so that no model pays for what is loaded once
-    return {row: _use_memory(folder, dataset, batch_size) for row, folder in folders.items()}
-
-
-def _use_memory(folder: Path, dataset: str, batch_size: int) -> int | None:
-    device = _device()
-    before = start_memory(device)
-    trainee = load_trainee(folder, dataset, batch_size, device)
-    for _ in range(2):  # the second step has the optimizer's state
-        trainee.train()
-    return None if before is None else peak_memory(device) - before
-
-
-def _device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
