@@ -76,6 +76,7 @@ RANKS = {
             ("export", "inspection"),
             ("demo",),
             ("training", "training_arguments"),
+            ("compare",),
             ("cli", "__main__"),
         ]
     )

@@ -5,8 +5,8 @@ import math
 import re
 import time
 from collections import Counter
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -119,7 +119,8 @@ def count_flops(model: nn.Module, *inputs: torch.Tensor) -> Counter[str]:
     Returns:
         `Counter[str]`: FLOPs by part; their total is that of the whole pass.
     """
-    with FlopCounterMode(display=False, custom_mapping=flop_formulas(inputs[0].device)) as counter:
+    formulas = flop_formulas(inputs[0].device)
+    with _frozen(model), FlopCounterMode(display=False, custom_mapping=formulas) as counter:
         model(*inputs)
     root = type(model).__name__
     of_modules = {name: sum(flops.values()) for name, flops in counter.get_flop_counts().items() if name != "Global"}
@@ -129,6 +130,19 @@ def count_flops(model: nn.Module, *inputs: torch.Tensor) -> Counter[str]:
         if name != root:  # a module counts what it calls, too
             counts[part_of(_caller(name, of_modules).removeprefix(f"{root}."))] -= flops
     return counts
+
+
+@contextmanager
+def _frozen(model: nn.Module) -> Iterator[None]:
+    """Let no parameter require a gradient: PyTorch's counter fails at views of one that does."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in trained:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in trained:
+            parameter.requires_grad_(True)
 
 
 def _caller(name: str, modules: dict[str, int]) -> str:
@@ -145,12 +159,12 @@ def measure_forward(model: nn.Module, pixel_values: torch.Tensor) -> tuple[float
     `None` on other systems.
     """
     device = pixel_values.device
-    before = _start_memory(device)
+    before = start_memory(device)
     start = time.perf_counter()
     model(pixel_values)
     _synchronize(device)
     seconds = time.perf_counter() - start
-    return seconds, None if before is None else _memory(device, peak=True) - before
+    return seconds, None if before is None else peak_memory(device) - before
 
 
 def _synchronize(device: torch.device) -> None:
@@ -158,8 +172,11 @@ def _synchronize(device: torch.device) -> None:
         torch.get_device_module(device).synchronize()
 
 
-def _start_memory(device: torch.device) -> int | None:
-    """Reset the peak and return the memory in use; `None` if it cannot be measured."""
+def start_memory(device: torch.device) -> int | None:
+    """Reset the peak and return the bytes in use, of PyTorch's allocator on a CUDA device, else of this process.
+
+    They are `None` if they cannot be measured: on a CPU without Linux, and on other devices.
+    """
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         return _memory(device, peak=False)
@@ -169,6 +186,11 @@ def _start_memory(device: torch.device) -> int | None:
     except (OSError, AttributeError):
         return None
     return _memory(device, peak=False) if device.type == "cpu" else None
+
+
+def peak_memory(device: torch.device) -> int:
+    """Return the most bytes that were in use since [`start_memory`], where that returned a number."""
+    return _memory(device, peak=True)
 
 
 def _memory(device: torch.device, *, peak: bool) -> int:

@@ -315,6 +315,9 @@ class FineTuningArguments:
     # evaluation and logging
     per_device_eval_batch_size: int = _option(8, _integer(1), "Number of images per process in an evaluation batch.")
     eval_epochs: int = _option(1, _integer(1), "Number of epochs between two evaluations.")
+    eval_steps: int | None = _option(
+        None, _integer(1), "Number of optimizer steps between two evaluations; by default, --eval_epochs."
+    )
     max_detections: int = _option(
         100,
         _integer(100),
@@ -445,7 +448,7 @@ _NOT_REPEATED = ("resume_from_checkpoint", "overwrite_output_dir")
 
 RESUME_IGNORED_ARGS = {
     "output_dir", "resume_from_checkpoint", "overwrite_output_dir", "dataset", "streaming", "dataset_label",
-    "report_to", "logging_steps", "dataloader_num_workers", "per_device_eval_batch_size", "eval_epochs",
+    "report_to", "logging_steps", "dataloader_num_workers", "per_device_eval_batch_size", "eval_epochs", "eval_steps",
     "checkpointing_steps", "num_train_epochs", "max_train_steps", "early_stopping_patience",
     "gradient_checkpointing", "torch_compile", "config_name", "max_image_pixels",
     *(f"{prefix}_{kind}" for prefix in SPLIT_PREFIXES for kind in ("images", "annotations")),

@@ -13,12 +13,13 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from ..utils.errors import InputError, run_cli
-from . import checkpoints, data, demo, evaluate, export, predict, push, train
+from . import checkpoints, compare, data, demo, evaluate, export, predict, push, train
 from .options import Command, Facts, JsonOption, log_to_terminal, make_app
 
 
 app = make_app("Train, evaluate and run DINO object detectors.")
 app.command(cls=Command)(train.train)
+app.command(cls=Command)(compare.compare)
 app.command(cls=Command)(evaluate.evaluate)
 app.command(cls=Command)(predict.predict)
 app.command(cls=Command)(export.export)

@@ -254,6 +254,7 @@ def evaluation_loader(
     rank: int = 0,
     world_size: int = 1,
     num_workers: int = 0,
+    collate: Callable[[list[dict[str, Any]]], dict[str, Any]] | None = None,
 ) -> DataLoader:
     """Load the images of a split in batches of one size, each image in exactly one process.
 
@@ -264,12 +265,13 @@ def evaluation_loader(
         rank (`int`, *optional*, defaults to 0): Rank of this process.
         world_size (`int`, *optional*, defaults to 1): Number of processes.
         num_workers (`int`, *optional*, defaults to 0): Number of DataLoader workers.
+        collate (`Callable`, *optional*): Makes batches of items; by default, an [`EvaluationCollator`].
     """
     shapes = [get_processed_shape(processor, image.height, image.width) for image in split.images]
     return DataLoader(
         DetectionDataset(split),
         batch_sampler=SameSizeBatchSampler(shapes, batch_size, rank, world_size),
-        collate_fn=EvaluationCollator(processor),
+        collate_fn=collate or EvaluationCollator(processor),
         num_workers=num_workers,
         pin_memory=torch.cuda.is_available(),
         worker_init_fn=partial(start_worker, Image.MAX_IMAGE_PIXELS),

@@ -105,12 +105,12 @@ def measure(
     for candidate in candidates if split else ():
         assert split is not None
         candidate.ap = average_precision(candidate.model, candidate.processor, split)
-    machine = f"{_processor_name()}, {platform.system()}, Python {platform.python_version()}"
+    machine = f"{processor_name()}, {platform.system()}, Python {platform.python_version()}"
     rows = [each.to_dict() for each in candidates]
     return {"machine": machine, "threads": threads, "rounds": rounds, "candidates": rows}
 
 
-def _processor_name() -> str:
+def processor_name() -> str:
     """Return the name of the processor, which Python knows on few systems."""
     with suppress(OSError, StopIteration):
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()

@@ -202,7 +202,7 @@ def lock_output_dir(accelerator: Accelerator, folder: Path, start: Path | None, 
         failure = ""
         if accelerator.is_main_process:
             try:
-                locks.enter_context(_lock(folder))
+                locks.enter_context(lock_directory(folder))
                 _check_start(folder, start, overwrite=overwrite)
                 _prepare(folder, resume=start is not None)
             except (InputError, OSError) as error:
@@ -228,8 +228,8 @@ def _wait_for(path: Path) -> bool:
 
 
 @contextmanager
-def _lock(folder: Path) -> Iterator[None]:
-    """Hold a lock that ends with this process.
+def lock_directory(folder: Path) -> Iterator[None]:
+    """Hold the lock of a directory, which ends with this process. The directory is created if needed.
 
     `filelock` uses `flock`, which forked DataLoader workers inherit: orphaned by a kill, they would hold it for
     seconds. `lockf` belongs to this process alone.

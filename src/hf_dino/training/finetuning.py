@@ -14,9 +14,10 @@ import torch
 import transformers
 from accelerate import Accelerator, DistributedType
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import send_to_device, set_seed
+from accelerate.utils import DistributedDataParallelKwargs, send_to_device, set_seed
 from transformers import BaseImageProcessor, PreTrainedModel
 
+from ..configuration_dino_detr import DinoDetrConfig
 from ..data import (
     DetectionDataset,
     DetectionSplit,
@@ -129,6 +130,8 @@ class FineTuner:
         args, accelerator = self.arguments, self.accelerator
         groups = get_param_groups(model, args.learning_rate, args.backbone_lr_multiplier, args.sampling_lr_multiplier)
         optimizer = torch.optim.AdamW(groups, weight_decay=args.weight_decay, fused=True)
+        if not isinstance(self.config, DinoDetrConfig):  # others have parts that no loss reaches
+            accelerator.ddp_handler = DistributedDataParallelKwargs(find_unused_parameters=True)
         self.model, self.optimizer = accelerator.prepare(model, optimizer)
         unwrapped = accelerator.unwrap_model(self.model)
         self.average = ExponentialMovingAverage(unwrapped, args.ema_decay) if args.ema_decay is not None else None
@@ -204,6 +207,12 @@ class FineTuner:
             FloatingPointError: If the loss or the gradient is NaN or infinite.
             SystemExit: After SIGINT, SIGTERM or SIGUSR1, once the step is done and its checkpoint written.
         """
+        scores = self.train_and_save()
+        self.accelerator.end_training()
+        return scores
+
+    def train_and_save(self) -> dict[str, CocoScores]:
+        """Do the work of [`FineTuner.train`], and leave the group of processes open for another run."""
         args, state = self.arguments, self.state
         with (
             lock_output_dir(self.accelerator, self.checkpoints, self.start, overwrite=args.overwrite_output_dir),
@@ -225,11 +234,10 @@ class FineTuner:
                 self.history.plot()
             scores = self.evaluate_best()
             self.save(scores)
-        self.accelerator.end_training()
         return scores
 
     def train_epoch(self) -> None:
-        """Take the remaining steps of an epoch."""
+        """Take the remaining steps of an epoch, or those up to an evaluation within it."""
         state, args = self.state, self.arguments
         self.model.train()
         for batch in self.epoch_dataloader(*divmod(state.step, self.epoch_steps)):
@@ -237,7 +245,7 @@ class FineTuner:
             if losses is None:
                 continue
             state.step += 1
-            is_last = state.step % self.epoch_steps == 0 or state.step == self.total_steps
+            is_last = state.step % self.epoch_steps == 0 or self.is_evaluation_due
             is_checkpoint = _is_multiple(state.step, args.checkpointing_steps)
             self.log_step(losses, is_row=is_last or is_checkpoint or _is_multiple(state.step, args.logging_steps))
             if is_last:
@@ -304,11 +312,16 @@ class FineTuner:
         """Passes over the training images so far."""
         return self.state.step / self.epoch_steps
 
+    @property
+    def is_evaluation_due(self) -> bool:
+        """Return whether the model of this step is evaluated."""
+        args, step = self.arguments, self.state.step
+        return step == self.total_steps or _is_multiple(step, args.eval_steps or args.eval_epochs * self.epoch_steps)
+
     def evaluate_if_due(self) -> None:
-        """Evaluate on the validation images at the end of an epoch, unless this was done already."""
-        state, args = self.state, self.arguments
-        is_due = state.step == self.total_steps or _is_multiple(state.step, args.eval_epochs * self.epoch_steps)
-        if not state.step or not is_due or state.is_evaluated:
+        """Evaluate on the validation images if this is due and was not done already."""
+        state = self.state
+        if not state.step or not self.is_evaluation_due or state.is_evaluated:
             return
         metrics = self.evaluate("validation").metrics
         self.log(metrics)
