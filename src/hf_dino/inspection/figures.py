@@ -12,7 +12,7 @@ from .recorder import Inspection
 
 LONGEST_EDGE, LARGEST_EDGE = 800, 1280  # pixels; smaller images are enlarged, larger ones reduced
 SMOOTHING = 2  # drawn so much larger, since Pillow's lines and circles have jagged edges
-PANEL_STROKE = 2.2  # how much thicker lines and dots are in a panel of a grid
+PANEL_STROKE = 0.3  # power of the size by which lines and dots of panels in a grid grow; those of others are in scale
 MARGIN = 0.03  # part of the longest edge around the image, for what lies on or beyond its border
 GRAY, FADED = 0.4, 0.35  # parts of gray and then of white in the image, from which the drawing stands out
 MIN_VIEW = 48  # pixels of the image that a close-up shows at least
@@ -22,7 +22,7 @@ INK, HALO, CELL = "#1b1f24", (255, 255, 255, 210), (90, 98, 110, 130)
 LEVEL_COLORS = ("#d1495b", "#00798c", "#e09f1f", "#6a4c93", "#3b7a2a", "#33415c")
 _REFINEMENT = np.array([[253, 174, 47], [226, 78, 66], [150, 30, 120], [48, 18, 100]])  # from early to late layers
 
-_HEAT = np.stack([np.interp(np.linspace(0, 3, 256), range(4), each) for each in _REFINEMENT.T], -1).astype(np.uint8)
+_HEAT = np.stack([np.interp(np.linspace(0, 2, 256), range(4), each) for each in _REFINEMENT.T], -1).astype(np.uint8)
 _OPACITY = (230 * np.linspace(0, 1, 256) ** 0.6).astype(np.uint8)
 
 
@@ -174,7 +174,7 @@ class Canvas:
         self.layer = Image.new("RGBA", (framed.width * SMOOTHING, framed.height * SMOOTHING), (255, 255, 255, 0))
         self.draw = ImageDraw.Draw(self.layer)
         # a pixel of an image of `LONGEST_EDGE`
-        self.unit = SMOOTHING * max(size) / LONGEST_EDGE * (PANEL_STROKE if edge else 1)
+        self.unit = SMOOTHING * (max(size) / LONGEST_EDGE) ** (PANEL_STROKE if edge else 1)
 
     def _at(self, points: np.ndarray) -> np.ndarray:
         return ((points - self.origin) * self.scale + self.margin) * SMOOTHING

@@ -26,6 +26,7 @@ POSITIVE, NEGATIVE, QUIET = "#00798c", "#d1495b", "#8d99ae"
 COLORS = ("#d1495b", "#33415c", "#e09f1f", "#00798c", "#a05195", "#3b7a2a", "#5b8ff9", "#7a4b1d")
 BOUND, BLOCKED = "#e09f1f", "#eceef1"
 _KIND_COLORS = (POSITIVE, NEGATIVE, "#33415c")  # of positive, negative and matching queries
+FULL_COLOR = 4  # times its mean: the least weight that is drawn in full color, so that an even map is pale
 SCORE = 0.3  # of queries that are drawn as detections
 
 
@@ -190,8 +191,8 @@ def draw_positional_attention(
             maps = [*attention.positional_weights[query, :heads], attention.attention_weights[query].mean(axis=0)]
             panels += [_draw_attention(image, attention, query, each, _panel_edge(heads + 1)) for each in maps]
             rows.append(f"{name}, object {number}")
-    titles = [*(f"head {head + 1}" for head in range(heads)), "all, with content"]
-    caption = "Cross-attention by position alone; the darker, the more; each map by its own highest weight"
+    titles = [*(f"head {head + 1}" for head in range(heads)), "with content"]
+    caption = "Cross-attention by position alone, each head by its own highest weight; last column: mean, with content"
     entries = [(INK, "reference point, anchor"), (POSITIVE, "predicted box")]
     return with_legend(arrange(panels, titles, heads + 1, rows), caption, entries, FONT_SIZE)
 
@@ -200,8 +201,8 @@ def _draw_attention(
     image: Image.Image, attention: PositionalAttention, query: int, weights: np.ndarray, edge: int
 ) -> Image.Image:
     canvas, anchor = Canvas(image, attention, edge=edge), attention.anchors[query]
-    canvas.heat(relative(weights), attention.extent)
-    canvas.box(attention.boxes[query], POSITIVE, 0.6)
+    canvas.heat(weights / max(weights.max(), FULL_COLOR * weights.mean()), attention.extent)
+    canvas.box(attention.boxes[query], POSITIVE, 0.9)
     center, size = anchor[:2], anchor[2:]
     if len(size):
         canvas.box(_box(center, size / 2), INK, 0.8)
