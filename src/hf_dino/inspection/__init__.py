@@ -1,4 +1,4 @@
-"""Record where a model looks in an image: selected tokens, refined boxes and sampling points; and draw them."""
+"""Record where a model looks in an image: selected tokens, refined boxes, sampling points, attention; and draw it."""
 
 from .figures import draw_reference_points, draw_refinement, draw_sampling_points
 from .recorder import Inspection, PositionalAttention, Recorder, inspect_image, inspect_positional_attention

@@ -21,7 +21,7 @@ from .recorder import Inspection, PositionalAttention
 
 
 WIDTH, FONT_SIZE, GAP = 1280, 20, 10  # pixels of a grid of panels
-POSITIVE, NEGATIVE, QUIET = "#00798c", "#d1495b", "#8d99ae"
+POSITIVE, NEGATIVE, QUIET = "#00798c", "#d1495b", "#6b7686"
 # of heads and objects: neighbors differ in lightness too
 COLORS = ("#d1495b", "#33415c", "#e09f1f", "#00798c", "#a05195", "#3b7a2a", "#5b8ff9", "#7a4b1d")
 BOUND, BLOCKED = "#e09f1f", "#eceef1"
@@ -61,10 +61,10 @@ def draw_sampling_heads(
     for level, _, _ in levels:
         canvas = Canvas(image, inspection, part, edge)
         canvas.cells(inspection.cell_sizes[level])
-        canvas.box(box, INK, 1.0)
+        canvas.box(box, INK, 1.4)
         for head, color in _numbered(len(points)):
             for point in points[head, level]:
-                canvas.path(np.stack([(box[:2] + box[2:]) / 2, point]), color, 0.5)
+                canvas.path(np.stack([(box[:2] + box[2:]) / 2, point]), color, 1.0)
         for head, color in _numbered(len(points)):
             for point, size in zip(points[head, level], strength[head, level]):
                 canvas.dot(point, 1 + 6 * size, color)
@@ -100,7 +100,7 @@ def draw_anchors(
     for step in range(len(boxes)):
         canvas = Canvas(image, inspection, edge=edge)
         for index, color in _numbered(len(queries)):
-            canvas.box(boxes[max(step - 1, 0), index], QUIET, 0.4)
+            canvas.box(boxes[0, index], QUIET, 0.9)
             canvas.box(boxes[step, index], color, 1.2)
             canvas.path(centers[: step + 1, index], color, 0.8)
             canvas.dot(centers[step, index], 3, color)
@@ -108,7 +108,7 @@ def draw_anchors(
     labels = inspection.scores[-1, queries].argmax(axis=1)
     scores = [each[queries, labels].mean() for each in inspection.scores]
     titles = ["anchors", *(f"layer {layer}, mean score {score:.2f}" for layer, score in enumerate(scores, start=1))]
-    caption = f"Boxes of the {len(queries)} best queries, one color each; in gray those of the layer before"
+    caption = f"Boxes of the {len(queries)} best queries, one color each; in gray their anchors"
     return with_legend(arrange(panels, titles, _columns(len(panels))), caption, [], FONT_SIZE)
 
 
@@ -289,7 +289,7 @@ def _draw_mask(can_attend: np.ndarray, kinds: Sequence[int], parts: Sequence[tup
 
 
 def draw_box_noise(
-    image: Image.Image, box: Any, *, scale: float | None = None, num_samples: int = 12, seed: int = 0
+    image: Image.Image, box: Any, *, scale: float | None = None, num_samples: int = 8, seed: int = 0
 ) -> Image.Image:
     """Draw noisy copies of a box, as DN-DETR and DINO make them, with the bounds of the noise.
 
@@ -300,7 +300,7 @@ def draw_box_noise(
         image (`PIL.Image.Image`): The image.
         box (`list[float]`): Box of an object, x0, y0, x1, y1 in pixels of the image.
         scale (`float`, *optional*): λ; by default, that of [`DinoDetrConfig`].
-        num_samples (`int`, *optional*, defaults to 12): Copies of each kind.
+        num_samples (`int`, *optional*, defaults to 8): Copies of each kind.
         seed (`int`, *optional*, defaults to 0): Seed of the noise.
 
     Example:
@@ -326,7 +326,7 @@ def draw_box_noise(
             canvas.box(each, BOUND, 1.4)
         canvas.box(corners.reshape(-1), INK, 1.6)
         for each in boxes:
-            canvas.box(each, color, 0.4)
+            canvas.box(each, color, 0.7)
             for point in each[None, :2] / 2 + each[None, 2:] / 2 if name == "plain" else each.reshape(2, 2):
                 canvas.dot(point, 2.5, color)
         panels.append(canvas.drawn())
