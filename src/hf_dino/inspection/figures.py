@@ -23,7 +23,7 @@ LEVEL_COLORS = ("#d1495b", "#00798c", "#e09f1f", "#6a4c93", "#3b7a2a", "#33415c"
 _REFINEMENT = np.array([[253, 174, 47], [226, 78, 66], [150, 30, 120], [48, 18, 100]])  # from early to late layers
 
 _HEAT = np.stack([np.interp(np.linspace(0, 2, 256), range(4), each) for each in _REFINEMENT.T], -1).astype(np.uint8)
-_OPACITY = (230 * np.linspace(0, 1, 256) ** 0.6).astype(np.uint8)
+_OPACITY = (230 * np.linspace(0, 1, 256) ** 0.8).astype(np.uint8)
 
 
 def draw_reference_points(
@@ -204,7 +204,12 @@ class Canvas:
                 self.draw.line([tuple(point) for point in self._at(line).tolist()], CELL, SMOOTHING)
 
     def heat(self, values: np.ndarray, extent: np.ndarray) -> None:
-        """Color the cells of a map `(height, width)` of values in [0, 1], which covers `extent`: width and height."""
+        """Color the cells of a map `(height, width)` of values in [0, 1], which covers `extent`: width and height.
+
+        The image becomes gray and pale, so that all colors are of the map.
+        """
+        gray = self.image.convert("L").convert("RGBA")
+        self.image = Image.blend(gray, Image.new("RGBA", gray.size, "white"), FADED)
         size = self.image.width - 2 * self.margin, self.image.height - 2 * self.margin
         shown = np.array(size) / self.scale / extent * values.shape[::-1]  # cells
         cells = Image.fromarray(np.round(255 * values).astype(np.uint8))

@@ -20,13 +20,13 @@ from .figures import INK, LEVEL_COLORS, MARGIN, Canvas, around, level_names, rel
 from .recorder import Inspection, PositionalAttention
 
 
-WIDTH, FONT_SIZE, GAP = 1280, 20, 10  # pixels of a grid of panels
+WIDTH, FONT_SIZE, GAP, MAX_MAP = 1280, 20, 10, 180  # pixels: of a grid of panels, and of a map of attention
 POSITIVE, NEGATIVE, QUIET = "#00798c", "#d1495b", "#6b7686"
 # of heads and objects: neighbors differ in lightness too
 COLORS = ("#d1495b", "#33415c", "#e09f1f", "#00798c", "#a05195", "#3b7a2a", "#5b8ff9", "#7a4b1d")
 BOUND, BLOCKED = "#e09f1f", "#eceef1"
 _KIND_COLORS = (POSITIVE, NEGATIVE, "#33415c")  # of positive, negative and matching queries
-FULL_COLOR = 4  # times its mean: the least weight that is drawn in full color, so that an even map is pale
+FULL_COLOR = 5  # times its mean: the least weight that is drawn in full color, so that an even map is pale
 SCORE = 0.3  # of queries that are drawn as detections
 
 
@@ -184,12 +184,13 @@ def draw_positional_attention(
     ```
     """
     heads = min(max_heads, *(each.positional_logits.shape[1] for each in attentions.values()))
+    edge = min(_panel_edge(heads + 1), MAX_MAP)
     panels, rows = [], []
     for name, attention in attentions.items():
         for number, box in enumerate(boxes, start=1):
             query = attention.find_query(box)
             maps = [*attention.positional_weights[query, :heads], attention.attention_weights[query].mean(axis=0)]
-            panels += [_draw_attention(image, attention, query, each, _panel_edge(heads + 1)) for each in maps]
+            panels += [_draw_attention(image, attention, query, each, edge) for each in maps]
             rows.append(f"{name}, object {number}")
     titles = [*(f"head {head + 1}" for head in range(heads)), "with content"]
     caption = "Cross-attention by position alone, each head by its own highest weight; last column: mean, with content"
