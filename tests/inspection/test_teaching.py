@@ -257,6 +257,19 @@ def test_noisy_boxes_keep_to_the_bounds(scale):
     assert (sample_noisy_boxes(box, (160, 120), scale, 200, seed=1)["plain"] != samples["plain"]).any()
 
 
+def test_nothing_to_draw_is_refused(image):
+    attention = inspect_positional_attention(dense_model("detr"), PROCESSOR, image)
+    for draw in (
+        lambda: draw_positional_attention(image, {"DETR": attention}, []),
+        lambda: draw_positional_attention(image, {}, [[5, 5, 20, 20]]),
+        lambda: draw_query_selections(image, {}),
+    ):
+        with pytest.raises(ValueError, match="nothing to draw"):
+            draw()
+    with pytest.raises(ValueError, match="x0 < x1 and y0 < y1, got"):
+        draw_box_noise(image, [20, 5, 5, 20])
+
+
 def test_noise_of_a_box_at_the_border_is_drawn():
     drawn = draw_box_noise(Image.new("RGB", (160, 120), "teal"), [0, 0, 40, 30], scale=1.0, num_samples=3)
     assert abs(drawn.width - 1280) < 40

@@ -304,7 +304,7 @@ _CROSS_ATTENTIONS = {
 
 
 def inspect_positional_attention(
-    model: PreTrainedModel, processor: BaseImageProcessor, image: Image.Image, layer: int = -1
+    model: Any, processor: BaseImageProcessor, image: Image.Image, layer: int = -1
 ) -> PositionalAttention:
     """Record where a decoder layer of DETR, Conditional DETR or DAB-DETR attends to, and where by position alone.
 
@@ -325,39 +325,51 @@ def inspect_positional_attention(
     draw_positional_attention(image, attentions, [box]).save("attention.png")
     ```
     """
-    bases = [getattr(base, "model_type", "") for base in type(model.config).__mro__]
-    kind = next((_CROSS_ATTENTIONS[base] for base in bases if base in _CROSS_ATTENTIONS), None)
-    if kind is None:
-        raise ValueError(f"model of type {bases[0]!r}: positional attention is that of {', '.join(_CROSS_ATTENTIONS)}")
-    core: Any = model.model
+    kind = _cross_attention_of(model)
     inputs = processor(images=image, return_tensors="pt").to(model.device)
-    attention = getattr(core.decoder.layers[layer], kind.name)
+    attention = getattr(model.model.decoder.layers[layer], kind.name)
+    with torch.inference_mode():
+        calls = _record_call(model, attention, inputs)
+        logits = torch.stack(kind.split(attention, model.config.decoder_attention_heads, calls))
+    mask, shape, boxes = inputs["pixel_mask"][0], calls["map"].shape[-2:], calls["outputs"].pred_boxes[0]
+    is_padding = nn.functional.interpolate(mask[None, None].float(), shape)[0, 0] == 0  # as the models do
+    logits = logits.transpose(1, 2).unflatten(-1, shape) * attrgetter(kind.scaling)(attention)
+    logits = logits.masked_fill(is_padding, -torch.inf)
+    # of Conditional DETR (queries, 1, 2), the same for all layers; of DAB-DETR (layers, 1, queries, 4)
+    anchors = getattr(calls["decoder"], "reference_points", boxes[:, None, :0]).squeeze(1)
+    anchors = anchors.expand(len(model.model.decoder.layers), *anchors.shape[-2:])[layer]
+    size = boxes.new_tensor(image.size)
+    fields = {
+        "extent": size * _padding_factor(mask.bool()),
+        "positional_logits": logits[0],
+        "content_logits": logits[1],
+        "anchors": anchors * size.repeat(anchors.shape[-1] // 2),
+        "boxes": _to_corners(boxes, size),
+        "scores": kind.scores(calls["outputs"].logits[0]),
+    }
+    return PositionalAttention(image.size, **{name: _to_numpy(each) for name, each in fields.items()})
+
+
+def _cross_attention_of(model: PreTrainedModel) -> _CrossAttention:
+    types = [getattr(base, "model_type", "") for base in type(model.config).__mro__]
+    kinds = [_CROSS_ATTENTIONS[each] for each in types if each in _CROSS_ATTENTIONS]
+    if not kinds:
+        raise ValueError(f"model of type {types[0]!r}: positional attention is that of {', '.join(_CROSS_ATTENTIONS)}")
+    return kinds[0]
+
+
+def _record_call(model: Any, attention: nn.Module, inputs: Any) -> dict[str, Any]:
+    """Run a model; return the arguments of a cross-attention, and the outputs of the decoder and of other parts."""
     calls: dict[str, Any] = {}
-    with ExitStack() as hooks, torch.inference_mode():
+    with ExitStack() as hooks:
         for handle in (
-            attention.register_forward_pre_hook(lambda _, args, inputs: calls.update(inputs), with_kwargs=True),
-            core.decoder.register_forward_hook(lambda _, args, output: calls.update(decoder=output)),
-            core.input_projection.register_forward_hook(lambda _, args, output: calls.update(map=output)),
+            attention.register_forward_pre_hook(lambda _, args, named: calls.update(named), with_kwargs=True),
+            model.model.decoder.register_forward_hook(lambda _, args, output: calls.update(decoder=output)),
+            model.model.input_projection.register_forward_hook(lambda _, args, output: calls.update(map=output)),
         ):
             hooks.enter_context(handle)
         outputs = model(pixel_values=inputs["pixel_values"], pixel_mask=inputs["pixel_mask"])
-        logits = torch.stack(kind.split(attention, model.config.decoder_attention_heads, calls))
-    mask, shape, size = inputs["pixel_mask"][0], calls["map"].shape[-2:], outputs.pred_boxes.new_tensor(image.size)
-    is_padding = nn.functional.interpolate(mask[None, None].float(), shape)[0, 0] == 0  # as the models do
-    logits = logits.transpose(1, 2).unflatten(-1, shape) * attrgetter(kind.scaling)(attention)
-    boxes = outputs.pred_boxes[0]
-    # of Conditional DETR (queries, 1, 2), the same for all layers; of DAB-DETR (layers, 1, queries, 4)
-    anchors = getattr(calls["decoder"], "reference_points", boxes[:, None, :0]).squeeze(1)
-    anchors = anchors.expand(len(core.decoder.layers), *anchors.shape[-2:])[layer]
-    fields = {
-        "extent": size * _padding_factor(mask.bool()),
-        "positional_logits": logits[0].masked_fill(is_padding, -torch.inf),
-        "content_logits": logits[1].masked_fill(is_padding, -torch.inf),
-        "anchors": anchors * size.repeat(anchors.shape[-1] // 2),
-        "boxes": _to_corners(boxes, size),
-        "scores": kind.scores(outputs.logits[0]),
-    }
-    return PositionalAttention(image.size, **{name: _to_numpy(each) for name, each in fields.items()})
+    return {**calls, "outputs": outputs}
 
 
 def _softmax(logits: np.ndarray) -> np.ndarray:

@@ -3,7 +3,7 @@
 Each drawing shows what a model computed, in its own tensors or by its own functions; nothing is a sketch.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -62,18 +62,23 @@ def draw_sampling_heads(
         canvas = Canvas(image, inspection, part, edge)
         canvas.cells(inspection.cell_sizes[level])
         canvas.box(box, INK, 1.4)
-        for head, color in _numbered(len(points)):
-            for point in points[head, level]:
-                canvas.path(np.stack([(box[:2] + box[2:]) / 2, point]), color, 1.0)
-        for head, color in _numbered(len(points)):
-            for point, size in zip(points[head, level], strength[head, level]):
-                canvas.dot(point, 1 + 6 * size, color)
+        _draw_points(canvas, (box[:2] + box[2:]) / 2, points[:, level], strength[:, level])
         panels.append(canvas.drawn())
     shares = weights.sum(axis=(0, 2)) / weights.sum()
     titles = [f"{name}: {share:.0%} of the weight" for (_, _, name), share in zip(levels, shares)]
     caption = f"Sampling points of decoder layer {_number(layer, inspection)}; larger: higher weight"
     entries = [(INK, "reference box"), *((color, f"head {head + 1}") for head, color in _numbered(len(points)))]
     return with_legend(arrange(panels, titles, _columns(len(levels))), caption, entries, FONT_SIZE)
+
+
+def _draw_points(canvas: Canvas, center: np.ndarray, points: np.ndarray, strength: np.ndarray) -> None:
+    """Draw the points `(num_heads, num_points, 2)` of one level, over lines from the center to them."""
+    for head, color in _numbered(len(points)):
+        for point in points[head]:
+            canvas.path(np.stack([center, point]), color, 1.0)
+    for head, color in _numbered(len(points)):
+        for point, size in zip(points[head], strength[head]):
+            canvas.dot(point, 1 + 6 * size, color)
 
 
 def draw_anchors(
@@ -96,15 +101,14 @@ def draw_anchors(
     queries = best_queries(inspection, threshold, max_objects)
     boxes = np.concatenate([inspection.reference_boxes[:1, queries], inspection.boxes[:, queries]])
     centers, edge = (boxes[..., :2] + boxes[..., 2:]) / 2, _panel_edge(_columns(len(boxes)))
-    panels = []
-    for step in range(len(boxes)):
-        canvas = Canvas(image, inspection, edge=edge)
+    canvases = [Canvas(image, inspection, edge=edge) for _ in boxes]
+    for step, canvas in enumerate(canvases):
         for index, color in _numbered(len(queries)):
             canvas.box(boxes[0, index], QUIET, 0.9)
             canvas.box(boxes[step, index], color, 1.2)
             canvas.path(centers[: step + 1, index], color, 0.8)
             canvas.dot(centers[step, index], 3, color)
-        panels.append(canvas.drawn())
+    panels = [canvas.drawn() for canvas in canvases]
     labels = inspection.scores[-1, queries].argmax(axis=1)
     scores = [each[queries, labels].mean() for each in inspection.scores]
     titles = ["anchors", *(f"layer {layer}, mean score {score:.2f}" for layer, score in enumerate(scores, start=1))]
@@ -153,7 +157,7 @@ def draw_query_selections(
     names = {f"token of {name}": color for each in inspections.values() for _, color, name in level_names(each)}
     entries = [(color, name) for name, color in names.items()]
     entries += [(QUIET, "learned")] * any(not len(each.token_levels) for each in inspections.values())
-    caption = "Initial anchors: centers of all, boxes of those that become detections"
+    caption = "Initial anchors: centers of all, boxes of the queries with the best final scores"
     return with_legend(arrange(panels, list(inspections), len(panels)), caption, entries, FONT_SIZE)
 
 
@@ -183,7 +187,7 @@ def draw_positional_attention(
     draw_positional_attention(image, attentions, [[40, 30, 160, 110]]).save("attention.png")
     ```
     """
-    heads = min(max_heads, *(each.positional_logits.shape[1] for each in attentions.values()))
+    heads = min([max_heads, *(each.positional_logits.shape[1] for each in attentions.values())])
     edge = min(_panel_edge(heads + 1), MAX_MAP)
     panels, rows = [], []
     for name, attention in attentions.items():
@@ -238,55 +242,56 @@ def draw_denoising_mask(
     embeddings = torch.zeros(len(labels), matching, model.config.d_model, device=model.device)
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         denoising: Any = strategy(labels, embeddings)
-    can_attend = make_decoder_attention_mask(denoising, matching, torch.float32)[0, 0] == 0
+    can_attend = make_decoder_attention_mask(denoising, matching, torch.float32)[0, 0].cpu().numpy() == 0
     copies, num_denoising = getattr(strategy, "copies_per_object", 1), denoising.inputs_embeds.shape[1]
-    size = num_denoising // denoising.num_groups
-    groups, some = min(max_groups, denoising.num_groups) if size else 0, min(max_matching, matching)
-    shown = torch.cat([torch.arange(groups * size), num_denoising + torch.arange(some)])
-    kinds = torch.cat([torch.arange(groups * size) * copies // max(1, size) % copies, torch.full((some,), 2)])
-    drawn = _draw_mask(
-        can_attend.cpu()[shown][:, shown].numpy(),
-        kinds.tolist(),
-        [(size, f"group {group + 1}") for group in range(groups)] + [(some, "matching")],
-    )
-    names = ("positive copy", "negative copy")[:copies] if copies > 1 else ("noisy copy",)
-    entries = [*zip(_KIND_COLORS, names if groups else ()), (_KIND_COLORS[2], "matching query"), (BLOCKED, "masked")]
+    size, of = num_denoising // denoising.num_groups, denoising.num_groups * bool(num_denoising)
+    groups, some = min(max_groups, of), min(max_matching, matching)
+    shown = np.concatenate([np.arange(groups * size), num_denoising + np.arange(some)])
+    kinds = [index % size * copies // size for index in range(groups * size)] + [2] * some
+    parts = [(size, f"group {group + 1}") for group in range(groups)] + [(some, "matching")]
+    drawn = _draw_mask(can_attend[np.ix_(shown, shown)], kinds, parts)
+    names = [*_COPIES[copies], "matching query"]
+    entries = [(_KIND_COLORS[kind], name) for kind, name in zip(sorted(set(kinds)), names[-len(set(kinds)) :])]
     caption = (
-        f"Queries (rows) attend to colored queries (columns); {groups} of {denoising.num_groups if size else 0} "
-        f"denoising groups, {some} of {matching} matching queries"
+        f"Queries (rows) attend to colored queries (columns); {groups} of {of} denoising groups, "
+        f"{some} of {matching} matching queries"
     )
-    return with_legend(drawn, caption, entries, FONT_SIZE)
+    return with_legend(drawn, caption, [*entries, (BLOCKED, "masked")], FONT_SIZE)
+
+
+_COPIES = {1: ("noisy copy",), 2: ("positive copy", "negative copy")}  # by their number in a group
 
 
 def _draw_mask(can_attend: np.ndarray, kinds: Sequence[int], parts: Sequence[tuple[int, str]]) -> Image.Image:
     """Draw a mask with names at the left and at the top; a colored strip beside it tells the kind of each query."""
     font = ImageFont.truetype(font_path(), FONT_SIZE)
     edge = max(4, 640 // len(kinds))  # pixels of a query
-    left = round(max(font.getlength(name) for _, name in parts) + edge + 3 * GAP)
-    top, side = edge + 2 * FONT_SIZE + GAP, edge * len(kinds)
+    strip = edge + GAP
+    left, top = round(max(font.getlength(name) for _, name in parts) + strip + 2 * GAP), 2 * FONT_SIZE + strip
+    side = edge * len(kinds)
     figure = Image.new("RGB", (max(left + side + GAP, 760), top + side + GAP), "white")
     draw = ImageDraw.Draw(figure)
-
-    def fill(row: int, column: int, color: str) -> None:
-        x, y = left + column * edge - GAP * (column < 0), top + row * edge - GAP * (row < 0)
-        draw.rectangle((x, y, x + edge - 2, y + edge - 2), color)
-
-    for index, kind in enumerate(kinds):
-        fill(index, -1, _KIND_COLORS[kind])
-        fill(-1, index, _KIND_COLORS[kind])
-        for key, allowed in enumerate(can_attend[index]):
-            fill(index, key, _KIND_COLORS[kinds[key]] if allowed else BLOCKED)
+    colors = [_KIND_COLORS[kind] for kind in kinds]
+    for row, own in enumerate(colors):
+        _draw_square(draw, left - strip, top + row * edge, edge, own)
+        _draw_square(draw, left + row * edge, top - strip, edge, own)
+        for column, color in enumerate(colors):
+            shown = color if can_attend[row, column] else BLOCKED
+            _draw_square(draw, left + column * edge, top + row * edge, edge, shown)
     start = 0
     for count, name in parts:
         middle, start = (start + count / 2) * edge, start + count
-        draw.text((left - edge - 2 * GAP, top + middle), name, INK, font, anchor="rm")
-        name = name if font.getlength(name) < count * edge else name.split()[-1]
-        draw.text((left + middle, top - edge - 2 * GAP), name, INK, font, anchor="mb")
-        if start < len(kinds):
-            end = start * edge - 1
-            draw.line((left - edge - GAP, top + end, left + side, top + end), INK, 2)
-            draw.line((left + end, top - edge - GAP, left + end, top + side), INK, 2)
+        short = name if font.getlength(name) < count * edge else name.split()[-1]
+        draw.text((left - strip - GAP, top + middle), name, INK, font, anchor="rm")
+        draw.text((left + middle, top - strip - GAP), short, INK, font, anchor="mb")
+    for end in np.cumsum([count for count, _ in parts])[:-1] * edge - 1:
+        draw.line((left - strip, top + end, left + side, top + end), INK, 2)
+        draw.line((left + end, top - strip, left + end, top + side), INK, 2)
     return figure
+
+
+def _draw_square(draw: ImageDraw.ImageDraw, x: int, y: int, edge: int, color: str) -> None:
+    draw.rectangle((x, y, x + edge - 2, y + edge - 2), color)
 
 
 def draw_box_noise(
@@ -323,18 +328,22 @@ def draw_box_noise(
     panels = []
     for (name, boxes), bounds in zip(samples.items(), (around_center, near, [*near, *far])):
         canvas, color = Canvas(image, part=part, edge=_panel_edge(3)), NEGATIVE if name == "negative" else POSITIVE
-        for each in bounds:
-            canvas.box(each, BOUND, 1.4)
-        canvas.box(corners.reshape(-1), INK, 1.6)
-        for each in boxes:
-            canvas.box(each, color, 0.7)
-            for point in each[None, :2] / 2 + each[None, 2:] / 2 if name == "plain" else each.reshape(2, 2):
-                canvas.dot(point, 2.5, color)
+        _draw_boxes(canvas, bounds, BOUND, 1.4)
+        _draw_boxes(canvas, corners.reshape(1, 4), INK, 1.6)
+        _draw_boxes(canvas, boxes, color, 0.7)
+        points = boxes.reshape(-1, 2, 2)
+        for point in (points.mean(axis=1) if name == "plain" else points).reshape(-1, 2):
+            canvas.dot(point, 2.5, color)
         panels.append(canvas.drawn())
     titles = ["DN-DETR: center and size, up to λ", "DINO: positive, up to λ₁", "DINO: negative, λ₁ to λ₂"]
     caption = f"{num_samples} noisy copies of a box, λ₁ = {scale:g}, λ₂ = {2 * scale:g} of half its width and height"
     entries = [(INK, "object"), (BOUND, "bounds"), (POSITIVE, "trained to be the object")]
     return with_legend(arrange(panels, titles, 3), caption, [*entries, (NEGATIVE, "to be no object")], FONT_SIZE)
+
+
+def _draw_boxes(canvas: Canvas, boxes: Iterable[np.ndarray], color: str, width: float) -> None:
+    for box in boxes:
+        canvas.box(box, color, width)
 
 
 def sample_noisy_boxes(
@@ -345,6 +354,9 @@ def sample_noisy_boxes(
     Returns:
         `dict[str, np.ndarray]`: By kind, `(num_samples, 4)`, x0, y0, x1, y1 in pixels of the image.
 
+    Raises:
+        ValueError: If the box has no area.
+
     Example:
 
     ```python
@@ -353,6 +365,8 @@ def sample_noisy_boxes(
 
     ```
     """
+    if not (box[0] < box[2] and box[1] < box[3]):
+        raise ValueError(f"a box is x0, y0, x1, y1 with x0 < x1 and y0 < y1, got {[*box]}")
     size = torch.tensor(image_size).repeat(2)
     boxes = box_convert(torch.tensor([[*box]]) / size, "xyxy", "cxcywh").expand(num_samples, 2, 1, 4)
     with torch.random.fork_rng(devices=[]):
@@ -370,7 +384,13 @@ def _box(center: np.ndarray, half: np.ndarray) -> np.ndarray:
 def arrange(
     panels: Sequence[Image.Image], titles: Sequence[str], columns: int, rows: Sequence[str] = ()
 ) -> Image.Image:
-    """Put panels of the same size in a grid: a title above each or, if rows have titles, above each column."""
+    """Put panels of the same size in a grid: a title above each or, if rows have titles, above each column.
+
+    Raises:
+        ValueError: If there are none.
+    """
+    if not panels:
+        raise ValueError("nothing to draw: give at least one model, and at least one box for its attention")
     font, line = ImageFont.truetype(font_path(), FONT_SIZE), round(1.5 * FONT_SIZE)
     width, height = panels[0].size
     step, top = height + line + GAP, line * bool(rows)
