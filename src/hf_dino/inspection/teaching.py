@@ -112,7 +112,7 @@ def draw_anchors(
     labels = inspection.scores[-1, queries].argmax(axis=1)
     scores = [each[queries, labels].mean() for each in inspection.scores]
     titles = ["anchors", *(f"layer {layer}, mean score {score:.2f}" for layer, score in enumerate(scores, start=1))]
-    caption = f"Boxes of the {len(queries)} best queries, one color each; in gray their anchors"
+    caption = f"Boxes of the best queries ({len(queries)}), a color each; in gray their anchors"
     return with_legend(arrange(panels, titles, _columns(len(panels))), caption, [], FONT_SIZE)
 
 
@@ -392,20 +392,18 @@ def arrange(
     if not panels:
         raise ValueError("nothing to draw: give at least one model, and at least one box for its attention")
     font, line = ImageFont.truetype(font_path(), FONT_SIZE), round(1.5 * FONT_SIZE)
-    width, height = panels[0].size
-    step, top = height + line + GAP, line * bool(rows)
-    size = columns * (width + GAP) + GAP, top + -(-len(panels) // columns) * step
-    figure = Image.new("RGB", size, "white")
+    width = max(panels[0].width, *(round(font.getlength(title)) for title in titles)) + GAP
+    height, top = panels[0].height + line + GAP, line * bool(rows)
+    figure = Image.new("RGB", (columns * width + GAP, top + -(-len(panels) // columns) * height), "white")
     draw = ImageDraw.Draw(figure)
     for index, panel in enumerate(panels):
-        x, y = GAP + index % columns * (width + GAP), top + line + index // columns * step
-        figure.paste(panel, (x, y))
-        if not rows:
-            draw.text((x + width / 2, y - line / 2), titles[index], INK, font, anchor="mm")
-    for column, title in enumerate(titles if rows else ()):
-        draw.text((GAP + width / 2 + column * (width + GAP), line / 2), title, INK, font, anchor="mm")
+        x, y = GAP + index % columns * width, top + line + index // columns * height
+        figure.paste(panel, (x + (width - GAP - panel.width) // 2, y))
+    for index, title in enumerate(titles):
+        x, y = GAP + index % columns * width, index // columns * height
+        draw.text((x + (width - GAP) / 2, y + line / 2), title, INK, font, anchor="mm")
     for row, title in enumerate(rows):
-        draw.text((2 * GAP, top + row * step + line / 2), title, INK, font, anchor="lm")
+        draw.text((2 * GAP, top + row * height + line / 2), title, INK, font, anchor="lm")
     return figure
 
 
