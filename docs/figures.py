@@ -1,29 +1,50 @@
 """Draw the images of the docs, with the commands that the pages show: `make docs-figures`, after `make demo`.
 
-They show the dataset and the model of the demo, which every checkout can make.
+They show the dataset and the model of the demo, which every checkout can make. Those that compare models of the family
+need a run of `examples/compare_family.py`, and are left as they are without one.
 """
 
 import base64
 import io
 import re
 import tempfile
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
+import torch
 import typer
 from PIL import Image
+from torchvision.ops import box_convert
 
 from hf_dino.cli import app
+from hf_dino.data import read_coco, read_image, xywh_to_xyxy
+from hf_dino.hub import load_model_and_processor
+from hf_dino.inspection import (
+    draw_anchors,
+    draw_box_noise,
+    draw_denoising_mask,
+    draw_positional_attention,
+    draw_query_selections,
+    draw_sampling_heads,
+    inspect_image,
+    inspect_positional_attention,
+)
+from hf_dino.visualization import hstack_images
 
 
 ROOT = Path(__file__).parents[1]
 IMAGES = ROOT / "docs" / "images"
-DEMO = ROOT / "runs" / "demo"
-MAX_WIDTH, COLORS = 960, 64
+DEMO, FAMILY = ROOT / "runs" / "demo", ROOT / "runs" / "family"
+MAX_WIDTH, COLORS, QUALITY = 960, 64, 80
+OBJECTS, OBJECT = 27, 28  # test images with several objects, and with one in the middle
+DENSE = {"DETR": "detr", "Conditional DETR": "conditional_detr", "DAB-DETR": "dab_detr"}
+SELECTIONS = {"static": "dn_deformable_detr", "pure": "dino_pure", "mixed": "dino_mixed"}
 
 
 def main(
     demo: Annotated[Path, typer.Option(help="Directory that `make demo` wrote.")] = DEMO,
+    family: Annotated[Path, typer.Option(help="Directory that `examples/compare_family.py` wrote.")] = FAMILY,
 ) -> None:
     """Draw all images of docs/images."""
     shapes, model = demo / "shapes", demo / "model"
@@ -41,6 +62,55 @@ def main(
             save(Image.open(path), path.name)
         save(decode(curves), "precision_recall.png")
         save(decode(confusion), "confusion.png")
+    draw_inspections(demo)
+    draw_family(demo, family / "rows")
+
+
+def draw_inspections(demo: Path) -> None:
+    """Draw how the model of the demo works."""
+    model, processor = load_model_and_processor(str(demo / "model"))
+    image, boxes = test_image(demo, OBJECTS)
+    save(draw_anchors(image, inspect_image(model, processor, image)), "anchors.jpg")
+    save(draw_masks(model, image, boxes), "mask.png")
+    image, boxes = test_image(demo, OBJECT)
+    inspection = inspect_image(model, processor, image)
+    query = int(inspection.scores[-1].max(axis=1).argmax())
+    save(draw_sampling_heads(image, inspection, query, layer=0, close_up=True), "heads.jpg")
+    save(draw_box_noise(image, boxes[-1]), "noise.jpg")
+
+
+def draw_masks(model: Any, image: Image.Image, boxes: Any) -> Image.Image:
+    """Draw the mask of DN-DETR, whose groups have no negative copies, beside that of DINO."""
+    size = torch.tensor([*image.size, *image.size])
+    labels = [{"boxes": box_convert(torch.tensor(boxes), "xyxy", "cxcywh") / size}]
+    labels[0]["class_labels"] = torch.zeros(len(boxes), dtype=torch.int64)
+    settings = {**model.config.to_dict(), "denoising": "plain"}  # the mask does not depend on weights
+    plain = draw_denoising_mask(type(model)(type(model.config)(**settings)), labels)
+    return hstack_images(plain, draw_denoising_mask(model, labels), ("DN-DETR", "DINO"))
+
+
+def draw_family(demo: Path, rows: Path) -> None:
+    """Draw what tells the trained models of the family apart."""
+    image, boxes = test_image(demo, OBJECTS)
+
+    def inspect(keys: Mapping[str, str], how: Callable[..., Any]) -> dict[str, Any]:
+        models = {name: rows / key / "seed_0" for name, key in keys.items()}
+        found = {name: path for name, path in models.items() if (path / "config.json").is_file()}
+        return {name: how(*load_model_and_processor(str(path)), image) for name, path in found.items()}
+
+    dense = inspect(DENSE, inspect_positional_attention)
+    if len(dense) == len(DENSE):
+        save(draw_positional_attention(image, dense, boxes[:2]), "attention.jpg")
+    selected = inspect(SELECTIONS, inspect_image)
+    if len(selected) == len(SELECTIONS):
+        save(draw_query_selections(image, selected), "selections.jpg")
+
+
+def test_image(demo: Path, index: int) -> tuple[Image.Image, Any]:
+    """Return a test image and the boxes of its objects, x0, y0, x1, y1 in pixels."""
+    test = read_coco(demo / "shapes" / "test", demo / "shapes" / "test.json")
+    record = sorted(test.images, key=lambda each: each.path)[index]
+    return read_image(record.path), xywh_to_xyxy(record.boxes)
 
 
 def hf_dino(*arguments: object) -> None:
@@ -58,11 +128,13 @@ def decode(data: str) -> Image.Image:
 
 
 def save(image: Image.Image, name: str) -> None:
-    """Save a small image in few colors."""
+    """Save a small image: a PNG in few colors, of which thin lines may lose theirs, or a JPEG."""
     image = image.convert("RGB")
     if image.width > MAX_WIDTH:
         image = image.resize((MAX_WIDTH, round(image.height * MAX_WIDTH / image.width)), Image.Resampling.LANCZOS)
-    image.quantize(COLORS, dither=Image.Dither.NONE).save(IMAGES / name, optimize=True)
+    if name.endswith(".png"):
+        image = image.quantize(COLORS, dither=Image.Dither.NONE)
+    image.save(IMAGES / name, optimize=True, quality=QUALITY, subsampling=0)
 
 
 if __name__ == "__main__":

@@ -44,6 +44,7 @@ NOT_RUN = {
     r"camera:": "needs a camera",
     r"finetune-large\.yaml": "trains on images of 1200 pixels",
     r"small\.json": "trains a model from scratch for an hour",
+    r"--architecture": "trains a model of full size from scratch",
 }
 SLOW = r"hf-dino (train|export)|--compile|dino\.onnx"
 

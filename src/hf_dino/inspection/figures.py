@@ -1,6 +1,7 @@
 """Draw what an [`Inspection`] recorded: over a faded image, with a legend below it that covers nothing."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
@@ -11,14 +12,18 @@ from .recorder import Inspection
 
 LONGEST_EDGE, LARGEST_EDGE = 800, 1280  # pixels; smaller images are enlarged, larger ones reduced
 SMOOTHING = 2  # drawn so much larger, since Pillow's lines and circles have jagged edges
+PANEL_STROKE = 0.3  # power of the size by which lines and dots of panels in a grid grow; those of others are in scale
 MARGIN = 0.03  # part of the longest edge around the image, for what lies on or beyond its border
 GRAY, FADED = 0.4, 0.35  # parts of gray and then of white in the image, from which the drawing stands out
 MIN_VIEW = 48  # pixels of the image that a close-up shows at least
-INK, HALO = "#1b1f24", (255, 255, 255, 210)
+INK, HALO, CELL = "#1b1f24", (255, 255, 255, 210), (90, 98, 110, 130)
 
 # of levels: hues that differ for color-blind readers too, dark enough on the faded image
 LEVEL_COLORS = ("#d1495b", "#00798c", "#e09f1f", "#6a4c93", "#3b7a2a", "#33415c")
 _REFINEMENT = np.array([[253, 174, 47], [226, 78, 66], [150, 30, 120], [48, 18, 100]])  # from early to late layers
+
+_HEAT = np.stack([np.interp(np.linspace(0, 2, 256), range(4), each) for each in _REFINEMENT.T], -1).astype(np.uint8)
+_OPACITY = (230 * np.linspace(0, 1, 256) ** 0.8).astype(np.uint8)
 
 
 def draw_reference_points(
@@ -32,15 +37,15 @@ def draw_reference_points(
         max_points (`int`, *optional*, defaults to 300): How many of the best tokens are drawn.
         proposals (`bool`, *optional*, defaults to `False`): Also draw the tokens' boxes before they are refined.
     """
-    canvas = _Canvas(image, inspection)
+    canvas = Canvas(image, inspection)
     points, levels = inspection.token_points[:max_points], inspection.token_levels[:max_points]
-    strength = np.sqrt(_relative(inspection.token_scores[:max_points]))
+    strength = np.sqrt(relative(inspection.token_scores[:max_points]))
     for index in np.argsort(strength):
         color = LEVEL_COLORS[levels[index] % len(LEVEL_COLORS)]
         if proposals:
             canvas.box(inspection.proposals[index], color, 0.6)
         canvas.dot(points[index], 2 + 7 * strength[index], color)
-    entries = [(color, f"{name}: {(levels == level).sum()}") for level, color, name in _levels(inspection)]
+    entries = [(color, f"{name}: {(levels == level).sum()}") for level, color, name in level_names(inspection)]
     caption = f"{len(points)} best of {len(inspection.token_points)} selected tokens; larger: higher score"
     if not len(inspection.token_points):
         caption, entries = "No tokens are selected: with static query selection, anchors are learned", []
@@ -60,17 +65,17 @@ def draw_sampling_points(
         close_up (`bool`, *optional*, defaults to `False`): Show only what is around the query's boxes.
     """
     layers = range(len(inspection.boxes)) if layer is None else [layer]
-    canvas = _Canvas(image, inspection, _around(inspection, query) if close_up else None)
+    canvas = Canvas(image, inspection, around(inspection, query) if close_up else None)
     shape = inspection.attention_weights.shape[2:]
     weights = inspection.attention_weights[layers, query].reshape(-1)
     points = inspection.sampling_points[layers, query].reshape(-1, 2)
     levels = np.tile(np.broadcast_to(np.arange(shape[1])[:, None], shape).reshape(-1), len(layers))
-    strength = np.sqrt(_relative(weights))
+    strength = np.sqrt(relative(weights))
     canvas.box(inspection.reference_boxes[layers[0], query], INK, 1.2)
     for index in np.argsort(strength):
         canvas.dot(points[index], 1 + 7 * strength[index], LEVEL_COLORS[levels[index] % len(LEVEL_COLORS)])
     shares = [weights[levels == level].sum() / weights.sum() for level in range(shape[1])]
-    entries = [(color, f"{name}: {shares[level]:.0%}") for level, color, name in _levels(inspection)]
+    entries = [(color, f"{name}: {shares[level]:.0%}") for level, color, name in level_names(inspection)]
     where = "all decoder layers" if layer is None else f"decoder layer {layer + 1}"
     caption = f"{len(weights)} sampling points of {where}; larger: higher weight"
     return canvas.finish(caption, [(INK, "reference box"), *entries])
@@ -88,7 +93,7 @@ def draw_refinement(
         label (`int`, *optional*): Class whose scores are shown; by default, the one with the highest score at last.
         close_up (`bool`, *optional*, defaults to `False`): Show only what is around the query's boxes.
     """
-    canvas = _Canvas(image, inspection, _around(inspection, query) if close_up else None)
+    canvas = Canvas(image, inspection, around(inspection, query) if close_up else None)
     if label is None:
         label = int(inspection.scores[-1, query].argmax())
     scores = inspection.scores[:, query, label]
@@ -106,7 +111,7 @@ def draw_refinement(
     )
 
 
-def _levels(inspection: Inspection) -> list[tuple[int, str, str]]:
+def level_names(inspection: Inspection) -> list[tuple[int, str, str]]:
     """Return index, color and name of each feature level."""
     count = inspection.attention_weights.shape[3]
     ends = {0: " (finest)", count - 1: " (coarsest)"} if count > 1 else {}
@@ -122,36 +127,44 @@ def _layer_colors(count: int) -> list[str]:
     return ["#" + bytes(map(round, color)).hex() for color in zip(*channels)]
 
 
-def _relative(values: np.ndarray) -> np.ndarray:
+def relative(values: np.ndarray) -> np.ndarray:
     """Divide values by the largest."""
     return values / max(values.max(initial=0), np.finfo(np.float32).tiny)
 
 
-def _around(inspection: Inspection, query: int) -> np.ndarray:
+def around(inspection: Inspection, query: int) -> np.ndarray:
     """Return the part of the image around all boxes of a query: x0, y0, x1, y1 in whole pixels."""
     boxes = np.concatenate([inspection.reference_boxes[:, query], inspection.boxes[:, query]])
+    return view_of(boxes, inspection.image_size)
+
+
+def view_of(boxes: np.ndarray, image_size: tuple[int, int]) -> np.ndarray:
+    """Return the part of an image around boxes: x0, y0, x1, y1 in whole pixels."""
     low, high = boxes[:, :2].min(axis=0), boxes[:, 2:].max(axis=0)
     reach = np.maximum((high - low).max() * 0.75, MIN_VIEW / 2)
-    center, size = (low + high) / 2, np.array(inspection.image_size)
+    center, size = (low + high) / 2, np.array(image_size)
     part = np.concatenate([np.floor(center - reach).clip(0, size - 1), np.ceil(center + reach).clip(1, size)])
     return part.astype(int)
 
 
-class _Canvas:
+class Canvas:
     """A faded image, or a part of it, with a drawing over it in the image's coordinates.
 
     Args:
         image (`PIL.Image.Image`): The image.
-        inspection (`Inspection`): Of this image.
+        inspection (`Inspection` or `PositionalAttention`, *optional*): Of this image.
         part (`np.ndarray`, *optional*): x0, y0, x1, y1 in whole pixels.
+        edge (`int`, *optional*): Longest edge in pixels of a panel of a grid.
     """
 
-    def __init__(self, image: Image.Image, inspection: Inspection, part: np.ndarray | None = None):
-        if image.size != inspection.image_size:
+    def __init__(
+        self, image: Image.Image, inspection: Any = None, part: np.ndarray | None = None, edge: int | None = None
+    ):
+        if inspection is not None and image.size != inspection.image_size:
             raise ValueError(f"the image has {image.size} pixels, but the inspected one had {inspection.image_size}")
         x0, y0, x1, y1 = (0, 0, *image.size) if part is None else part.tolist()
-        self.origin, edge = np.array([x0, y0]), max(x1 - x0, y1 - y0)
-        self.scale = min(max(1.0, LONGEST_EDGE / edge), LARGEST_EDGE / edge)
+        self.origin, shown_edge = np.array([x0, y0]), max(x1 - x0, y1 - y0)
+        self.scale = edge / shown_edge if edge else min(max(1.0, LONGEST_EDGE / shown_edge), LARGEST_EDGE / shown_edge)
         size = max(1, round((x1 - x0) * self.scale)), max(1, round((y1 - y0) * self.scale))
         shown = image.convert("RGB").resize(size, Image.Resampling.BICUBIC, box=(x0, y0, x1, y1))
         shown = Image.blend(shown, shown.convert("L").convert("RGB"), GRAY)
@@ -160,7 +173,8 @@ class _Canvas:
         self.image = framed.convert("RGBA")
         self.layer = Image.new("RGBA", (framed.width * SMOOTHING, framed.height * SMOOTHING), (255, 255, 255, 0))
         self.draw = ImageDraw.Draw(self.layer)
-        self.unit = SMOOTHING * max(size) / LONGEST_EDGE  # a pixel of an image of `LONGEST_EDGE`
+        # a pixel of an image of `LONGEST_EDGE`
+        self.unit = SMOOTHING * (max(size) / LONGEST_EDGE) ** (PANEL_STROKE if edge else 1)
 
     def _at(self, points: np.ndarray) -> np.ndarray:
         return ((points - self.origin) * self.scale + self.margin) * SMOOTHING
@@ -171,13 +185,38 @@ class _Canvas:
         corners = [(x0, y0), (x1, y0), (x1, y1), (x0, y1), (x0, y0), (x1, y0)]
         self._line(corners, color, 2 * width)
 
-    def path(self, points: np.ndarray, color: str) -> None:
+    def path(self, points: np.ndarray, color: str, width: float = 1.2) -> None:
         """Draw a line through points."""
-        self._line([tuple(point) for point in self._at(points).tolist()], color, 1.2)
+        self._line([tuple(point) for point in self._at(points).tolist()], color, width)
 
     def _line(self, points: Sequence[tuple[float, ...]], color: str, width: float) -> None:
         for fill, more in ((HALO, 2), (color, 0)):
             self.draw.line(points, fill, max(1, round((width + more) * self.unit)), joint="curve")
+
+    def cells(self, size: np.ndarray) -> None:
+        """Draw the borders of cells of a size, width and height, which begin at the image's upper left corner."""
+        end = self.origin + (np.array(self.image.size) - 2 * self.margin) / self.scale
+        for axis in (0, 1):
+            first, last = np.ceil(self.origin[axis] / size[axis]), np.floor(end[axis] / size[axis])
+            for place in np.arange(first, last + 1) * size[axis]:
+                line = np.stack([self.origin, end]).astype(float)
+                line[:, axis] = place
+                self.draw.line([tuple(point) for point in self._at(line).tolist()], CELL, SMOOTHING)
+
+    def heat(self, values: np.ndarray, extent: np.ndarray) -> None:
+        """Color the cells of a map `(height, width)` of values in [0, 1], which covers `extent`: width and height.
+
+        The image becomes gray and pale, so that all colors are of the map.
+        """
+        gray = self.image.convert("L").convert("RGBA")
+        self.image = Image.blend(gray, Image.new("RGBA", gray.size, "white"), FADED)
+        size = self.image.width - 2 * self.margin, self.image.height - 2 * self.margin
+        shown = np.array(size) / self.scale / extent * values.shape[::-1]  # cells
+        cells = Image.fromarray(np.round(255 * values).astype(np.uint8))
+        box = (0, 0, *shown.clip(max=values.shape[::-1]).tolist())
+        level = np.asarray(cells.resize(size, Image.Resampling.NEAREST, box=box))
+        color, opacity = Image.fromarray(_HEAT[level]), Image.fromarray(_OPACITY[level])
+        self.image.paste(color, (self.margin, self.margin), opacity)
 
     def dot(self, point: np.ndarray, radius: float, color: str) -> None:
         """Draw a dot with a light border."""
@@ -186,14 +225,23 @@ class _Canvas:
             reach = size * self.unit
             self.draw.ellipse((x - reach, y - reach, x + reach, y + reach), fill)
 
+    def drawn(self) -> Image.Image:
+        """Return the drawing."""
+        return Image.alpha_composite(self.image, self.layer.reduce(SMOOTHING)).convert("RGB")
+
     def finish(self, caption: str, entries: Sequence[tuple[str, str]]) -> Image.Image:
         """Return the drawing above its caption and legend."""
-        drawn = Image.alpha_composite(self.image, self.layer.reduce(SMOOTHING)).convert("RGB")
-        legend = _legend(drawn.width, max(13, round(max(drawn.size) / 36)), caption, entries)
-        figure = Image.new("RGB", (drawn.width, drawn.height + legend.height), "white")
-        figure.paste(drawn, (0, 0))
-        figure.paste(legend, (0, drawn.height))
-        return figure
+        drawn = self.drawn()
+        return with_legend(drawn, caption, entries, max(13, round(max(drawn.size) / 36)))
+
+
+def with_legend(drawn: Image.Image, caption: str, entries: Sequence[tuple[str, str]], font_size: int) -> Image.Image:
+    """Put a caption and a legend, of colors and names, below a drawing."""
+    legend = _legend(drawn.width, font_size, caption, entries)
+    figure = Image.new("RGB", (drawn.width, drawn.height + legend.height), "white")
+    figure.paste(drawn, (0, 0))
+    figure.paste(legend, (0, drawn.height))
+    return figure
 
 
 def _legend(width: int, size: int, caption: str, entries: Sequence[tuple[str, str]]) -> Image.Image:
