@@ -29,7 +29,7 @@ from hf_dino.training_arguments import default_of, parse_option
 ROOT = Path(__file__).parents[2]
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
 COMMANDS = ["", "train", "evaluate", "predict", "convert", "checkpoints", "info", "kernels", "export", "demo"]
-COMMANDS += ["verify", "benchmark", "push"]
+COMMANDS += ["verify", "benchmark", "push", "compare"]
 COMMANDS += ["data", "data check", "data augment", "data convert", "data split"]
 IMPORTED = "import atexit, sys; atexit.register(lambda: print(*sys.modules, file=sys.stderr));"
 

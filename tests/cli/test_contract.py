@@ -13,6 +13,7 @@ from huggingface_hub import ModelCard
 from PIL import Image
 
 from helpers.command_line import documented_keys, exit_status, hf_dino
+from helpers.comparisons import make_up
 from helpers.models import tiny_model
 from hf_dino import DinoDetrImageProcessor
 from hf_dino.cli import app
@@ -46,6 +47,7 @@ def work(tmp_path_factory):
     DinoDetrImageProcessor(size={"shortest_edge": 96, "longest_edge": 160}).save_pretrained(folder / "model")
     generate_shapes(folder / "shapes", num_train=6, num_val=4, num_test=4)
     Image.new("RGB", (160, 120), "teal").save(folder / "image.png")
+    make_up(folder / "comparison", rows=("detr", "dino_4scale"), seeds=1)
     return folder
 
 
@@ -78,6 +80,7 @@ QUICK = {
         {"model", "data", "split", "images", "coco_backend", "metrics", "written"},
     ),
     "benchmark --model model --sizes 96x128 --rounds 1": (0, {"machine", "threads", "rounds", "candidates"}),
+    "compare --output_dir comparison --report_only": (0, {"output_dir", "rows", "order", "failed"}),
     "convert model --to official --output OUT.pth": (0, {"source", "output", "format", "files"}),
 }
 
@@ -163,6 +166,7 @@ OUTPUT_BELOW_A_FILE = {
     "convert": "convert some.pth --output_dir image.png/m",
     "convert --to": "convert model --to official --output image.png/m.pth",
     "train": "train --model_name_or_path model --dataset shapes --output_dir image.png/run",
+    "compare": "compare --dataset shapes --output_dir image.png/comparison",
     "data augment": "data augment shapes --output image.png/o.png",
     "data convert": "data convert shapes --output_dir image.png/o --format yolo",
     "data split": "data split shapes --output_dir image.png/o --merge",
@@ -179,6 +183,10 @@ WRONG_INPUT = {
     "convert": "convert gone.pth --output_dir OUT",
     "train": "train --model_name_or_path model --dataset gone --output_dir OUT",
     "push": "push gone me/model",
+    "compare": "compare --dataset gone --output_dir OUT",
+    "compare --report_only": "compare --output_dir gone --report_only",
+    "compare --speed": "compare --output_dir gone --speed",
+    "compare --rows": "compare --output_dir OUT --rows gone",
     "data check": "data check gone",
     "data augment": "data augment gone --output OUT.png",
     "data convert": "data convert gone --output_dir OUT --format yolo",

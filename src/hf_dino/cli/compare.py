@@ -39,7 +39,10 @@ def compare(
         int, typer.Option(metavar="INTEGER", min=1, help="Optimizer steps of each training.")
     ] = 1200,
     evaluations: Annotated[
-        int, typer.Option(metavar="INTEGER", min=1, help="Evaluations of each training, evenly spaced.")
+        int,
+        typer.Option(
+            metavar="INTEGER", min=1, help="Evaluations of each training, evenly spaced, the last one at its end."
+        ),
     ] = 12,
     image_size: Annotated[str, typer.Option(metavar="HEIGHTxWIDTH", help="Size of the images in pixels.")] = "160x160",
     global_batch_size: Annotated[

@@ -14,6 +14,7 @@ from ..data.dataset import to_annotation_array
 from ..data.shapes import generate_shapes
 from ..data.split import missing_split_message
 from ..family import FAMILY, tiny_fields
+from ..hub import parse_image_size
 from ..training.checkpoint import data_fingerprint, lock_directory
 from ..training_arguments import FineTuningArguments
 from ..utils.errors import InputError
@@ -42,7 +43,8 @@ class ComparisonSettings:
     Attributes:
         size (`str`): Key of [`SIZES`]: width and depth of the models.
         max_train_steps (`int`): Optimizer steps of each run.
-        evaluations (`int`): Number of evaluations of each run, evenly spaced, the last one at its end.
+        evaluations (`int`): Number of evaluations of each run, evenly spaced, the last one at its end; fewer if the
+            steps cannot be divided evenly.
         image_size (`str`): `HEIGHTxWIDTH` in pixels, as `--image_size` of `hf-dino train`.
         global_batch_size (`int`): Images per optimizer step.
         learning_rate (`float`): Peak learning rate.
@@ -54,6 +56,14 @@ class ComparisonSettings:
     image_size: str = "160x160"
     global_batch_size: int = 8
     learning_rate: float = 4e-4
+
+    def __post_init__(self) -> None:
+        parse_image_size([self.image_size])
+        if not 0 < self.evaluations <= self.max_train_steps:
+            raise InputError(
+                f"--evaluations {self.evaluations}: must be at least 1 and at most --max_train_steps, "
+                f"{self.max_train_steps}"
+            )
 
     @property
     def eval_steps(self) -> int:
@@ -146,13 +156,20 @@ def prepare_comparison(output_dir: Path, dataset: str | None, settings: Comparis
     Raises:
         InputError: If `output_dir` has other files or a comparison with other settings or data.
     """
+    found = {path.name for path in output_dir.iterdir()} if output_dir.is_dir() else set()
+    if SETTINGS_FILE not in found and not found <= {SHAPES, "locks"}:
+        raise InputError(f"{output_dir}: has files that are not of a comparison; use a different --output_dir")
+    data = fingerprint(_read(dataset)) if dataset else None  # before anything is written
+    with wait_for_lock(output_dir / "locks" / "settings"):
+        return _prepare(output_dir, dataset, data, settings)
+
+
+def _prepare(output_dir: Path, dataset: str | None, data: str | None, settings: ComparisonSettings) -> str:
     path = output_dir / SETTINGS_FILE
     is_new = not path.is_file()
-    if is_new and output_dir.is_dir() and not {each.name for each in output_dir.iterdir()} <= {SHAPES, "locks"}:
-        raise InputError(f"{output_dir}: has files that are not of a comparison; use a different --output_dir")
     before = {"dataset": dataset} if is_new else read_settings(output_dir)
     name = dataset_of(output_dir, dataset, before)
-    now = {**asdict(settings), "recipe": RECIPE, "data": fingerprint(_read(name))}
+    now = {**asdict(settings), "recipe": RECIPE, "data": data or fingerprint(_read(name))}
     if is_new:
         write_json(path, {**now, "dataset": dataset})
     elif changed := describe_changes(before, now):
@@ -195,10 +212,15 @@ def read_settings(output_dir: Path) -> dict[str, Any]:
     """
     path = output_dir / SETTINGS_FILE
     try:
-        settings = json.loads(read_text(path))
-        return dict(settings)
-    except (ValueError, TypeError) as error:
-        raise error if isinstance(error, InputError) else InputError(f"{path}: is damaged ({error})") from None
+        settings = dict(json.loads(read_text(path)))
+        ComparisonSettings(
+            **{each.name: type(each.default)(settings[each.name]) for each in fields(ComparisonSettings)}
+        )
+    except (ValueError, TypeError, LookupError) as error:
+        if not path.is_file():
+            raise InputError(f"{output_dir}: has no comparison ({SETTINGS_FILE} not found)") from None
+        raise InputError(f"{path}: is damaged ({error})") from None
+    return settings
 
 
 def _read(dataset: str) -> dict[str, DetectionSplit]:

@@ -14,7 +14,7 @@ from ..training import make_accelerator
 from ..training.checkpoint import lock_directory, remove_checkpoints
 from ..utils.errors import InputError
 from .measures import MeasuringFineTuner
-from .plan import SHAPES, ComparisonSettings, Run, prepare_comparison, run_arguments, wait_for_lock
+from .plan import ComparisonSettings, Run, prepare_comparison, run_arguments
 
 
 logger = logging.getLogger(__name__)
@@ -52,8 +52,8 @@ def compare(
         InputError: If the settings are not those that the comparison began with, or cannot be used.
         SystemExit: After SIGINT, SIGTERM or SIGUSR1, once the step is done and its checkpoint written.
     """
-    accelerator = make_accelerator(run_arguments(runs[0], dataset or SHAPES, settings, **machine))
-    data = _from_main(accelerator, lambda: _prepare(output_dir, dataset, settings))
+    accelerator = make_accelerator(run_arguments(runs[0], dataset or "", settings, **machine))
+    data = _from_main(accelerator, lambda: prepare_comparison(output_dir, dataset, settings))
     failures: dict[Run, str] = {}
     while True:
         with ExitStack() as lock:
@@ -78,11 +78,6 @@ def _inform(write_report: Callable[[], object]) -> None:
         write_report()
     except (InputError, OSError) as error:
         logger.warning("no report was written: %s", error)
-
-
-def _prepare(output_dir: Path, dataset: str | None, settings: ComparisonSettings) -> str:
-    with wait_for_lock(output_dir / "locks" / "settings"):
-        return prepare_comparison(output_dir, dataset, settings)
 
 
 def _train(run: Run, dataset: str, settings: ComparisonSettings, machine: dict[str, Any]) -> None:

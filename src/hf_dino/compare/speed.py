@@ -64,9 +64,13 @@ def read_speed(output_dir: Path) -> dict[str, Any]:
     """
     path = output_dir / SPEED_FILE
     try:
-        return dict(json.loads(read_text(path))) if path.is_file() else {}
-    except (ValueError, TypeError) as error:
-        raise InputError(f"{path}: is damaged ({error}); remove it, and measure again with --speed") from None
+        facts = dict(json.loads(read_text(path))) if path.is_file() else {}
+        for row in facts.get("rows", {}).values():
+            float(row["step_seconds"] * row["inference_seconds"] * row["parameters"] * row["flops"] * row["images"])
+            row.setdefault("training_memory", None)
+    except (ValueError, TypeError, LookupError, AttributeError) as error:
+        raise InputError(f"{path}: is damaged ({error!r}); remove it, and measure again with --speed") from None
+    return facts
 
 
 @dataclass
