@@ -14,7 +14,7 @@ from ..training import make_accelerator
 from ..training.checkpoint import lock_directory, remove_checkpoints
 from ..utils.errors import InputError
 from .measures import MeasuringFineTuner
-from .plan import ComparisonSettings, Run, prepare_comparison, run_arguments
+from .plan import SHAPES, ComparisonSettings, Run, prepare_comparison, run_arguments
 
 
 logger = logging.getLogger(__name__)
@@ -52,7 +52,7 @@ def compare(
         InputError: If the settings are not those that the comparison began with, or cannot be used.
         SystemExit: After SIGINT, SIGTERM or SIGUSR1, once the step is done and its checkpoint written.
     """
-    accelerator = make_accelerator(run_arguments(runs[0], dataset or "", settings, **machine))
+    accelerator = make_accelerator(run_arguments(runs[0], dataset or SHAPES, settings, **machine))
     data = _from_main(accelerator, lambda: prepare_comparison(output_dir, dataset, settings))
     failures: dict[Run, str] = {}
     while True:
