@@ -15,8 +15,7 @@ import transformers
 from torch import nn
 from transformers import MODEL_FOR_OBJECT_DETECTION_MAPPING, BaseImageProcessor, PreTrainedConfig, PreTrainedModel
 
-from .ancestor_losses import deformable_detr_missing_loss
-from .dn_detr import DnDetrConfig
+from .family import DnDetrConfig, deformable_detr_missing_loss
 from .image_processing_dino_detr import DinoDetrImageProcessor, DinoDetrImageProcessorPil
 from .loss_dino_detr import DinoDetrEffectiveBatch
 from .modeling_dino_detr import DinoDetrObjectDetectionOutput

@@ -28,10 +28,9 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from .ancestor_initialization import initialize_as_authors, rules_of
 from .configuration_dino_detr import UNUSED_LABEL, DinoDetrConfig
 from .detectors import CONVENTIONS, adopt_processor, convention_of, model_class_of, new_processor, own_processor
-from .family import FAMILY
+from .family import FAMILY, initialize_as_authors, rules_of
 from .image_processing_dino_detr import (
     LONGEST_EDGE,
     SHORTEST_EDGE,

@@ -31,7 +31,7 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_OBJECT_DETECTION_MAPPING_NAMES
 
 from .configuration_dino_detr import DinoDetrConfig
-from .dn_detr import DnDetrConfig, DnDetrForObjectDetection
+from .family.dn_detr import DnDetrConfig, DnDetrForObjectDetection
 from .image_processing_dino_detr import DinoDetrImageProcessor, DinoDetrImageProcessorPil
 from .modeling_dino_detr import DinoDetrForObjectDetection, DinoDetrModel, DinoDetrPreTrainedModel
 

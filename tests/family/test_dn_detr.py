@@ -20,8 +20,8 @@ from transformers import (
 
 from helpers.models import TINY_RESNET, make_labels
 from hf_dino import DnDetrConfig, DnDetrForObjectDetection
-from hf_dino.ancestor_initialization import initialize_as_authors, rules_of
 from hf_dino.denoising_dino_detr import NO_OBJECT
+from hf_dino.family.initialization import initialize_as_authors, rules_of
 from hf_dino.loss_dino_detr import DinoDetrEffectiveBatch, dino_detr_loss
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from .initialization_dino_detr import (
+from ..initialization_dino_detr import (
     InitRule,
     class_prior,
     init_as,

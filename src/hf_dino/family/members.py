@@ -12,9 +12,9 @@ from typing import Any
 import transformers
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from .ancestor_initialization import initialize_as_authors, rules_of
+from ..modeling_dino_detr import DinoDetrForObjectDetection
 from .dn_detr import DnDetrForObjectDetection
-from .modeling_dino_detr import DinoDetrForObjectDetection
+from .initialization import initialize_as_authors, rules_of
 
 
 _OURS: dict[str, type[PreTrainedModel]] = {

@@ -13,8 +13,8 @@ import torch
 from transformers import DeformableDetrConfig
 from transformers.loss.loss_deformable_detr import DeformableDetrHungarianMatcher, DeformableDetrImageLoss
 
-from .boxes_dino_detr import at_least_float32
-from .loss_dino_detr import get_num_boxes
+from ..boxes_dino_detr import at_least_float32
+from ..loss_dino_detr import get_num_boxes
 
 
 if TYPE_CHECKING:

@@ -14,11 +14,11 @@ from transformers.modeling_outputs import BaseModelOutput
 from transformers.models.dab_detr.modeling_dab_detr import DabDetrDecoderOutput, DabDetrObjectDetectionOutput
 from transformers.utils import can_return_tuple
 
-from .ancestor_initialization import RULES, initialize_as_authors
-from .boxes_dino_detr import refine_bboxes
-from .denoising_dino_detr import DinoDetrDenoisingQueries, DinoDetrPlainDenoising, make_decoder_attention_mask
-from .initialization_dino_detr import class_prior, init_as, initialize, normal_embedding
-from .loss_dino_detr import DinoDetrEffectiveBatch, check_labels, dino_detr_loss, get_num_boxes
+from ..boxes_dino_detr import refine_bboxes
+from ..denoising_dino_detr import DinoDetrDenoisingQueries, DinoDetrPlainDenoising, make_decoder_attention_mask
+from ..initialization_dino_detr import class_prior, init_as, initialize, normal_embedding
+from ..loss_dino_detr import DinoDetrEffectiveBatch, check_labels, dino_detr_loss, get_num_boxes
+from .initialization import RULES, initialize_as_authors
 
 
 # The bound of DAB-DETR in transformers; the official implementation has that of DINO, 1e-3.

@@ -24,7 +24,7 @@ from transformers import DeformableDetrConfig, DeformableDetrForObjectDetection,
 from transformers.loss import loss_for_object_detection
 
 from helpers.models import TINY_RESNET, make_labels
-from hf_dino.ancestor_losses import deformable_detr_missing_loss, encoder_loss_terms
+from hf_dino.family.losses import deformable_detr_missing_loss, encoder_loss_terms
 
 
 VARIANTS = {
