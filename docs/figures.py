@@ -16,10 +16,10 @@ import torch
 import typer
 from PIL import Image
 from torchvision.ops import box_convert
+from transformers import AutoImageProcessor, AutoModelForObjectDetection
 
 from hf_dino.cli import app
 from hf_dino.data import read_coco, read_image, xywh_to_xyxy
-from hf_dino.hub import load_model_and_processor
 from hf_dino.inspection import (
     draw_anchors,
     draw_box_noise,
@@ -68,7 +68,7 @@ def main(
 
 def draw_inspections(demo: Path) -> None:
     """Draw how the model of the demo works."""
-    model, processor = load_model_and_processor(str(demo / "model"))
+    model, processor = load(demo / "model")
     image, boxes = test_image(demo, OBJECTS)
     save(draw_anchors(image, inspect_image(model, processor, image)), "anchors.jpg")
     save(draw_masks(model, image, boxes), "mask.png")
@@ -96,7 +96,7 @@ def draw_family(demo: Path, rows: Path) -> None:
     def inspect(keys: Mapping[str, str], how: Callable[..., Any]) -> dict[str, Any]:
         models = {name: rows / key / "seed_0" for name, key in keys.items()}
         found = {name: path for name, path in models.items() if (path / "config.json").is_file()}
-        return {name: how(*load_model_and_processor(str(path)), image) for name, path in found.items()}
+        return {name: how(*load(path), image) for name, path in found.items()}
 
     dense = inspect(DENSE, inspect_positional_attention)
     if len(dense) == len(DENSE):
@@ -104,6 +104,11 @@ def draw_family(demo: Path, rows: Path) -> None:
     selected = inspect(SELECTIONS, inspect_image)
     if len(selected) == len(SELECTIONS):
         save(draw_query_selections(image, selected), "selections.jpg")
+
+
+def load(model: Path) -> tuple[Any, Any]:
+    """Return a detection model of any type and its image processor."""
+    return AutoModelForObjectDetection.from_pretrained(model), AutoImageProcessor.from_pretrained(model)
 
 
 def test_image(demo: Path, index: int) -> tuple[Image.Image, Any]:

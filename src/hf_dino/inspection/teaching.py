@@ -20,7 +20,7 @@ from .figures import INK, LEVEL_COLORS, MARGIN, Canvas, around, level_names, rel
 from .recorder import Inspection, PositionalAttention
 
 
-WIDTH, FONT_SIZE, GAP, MAX_MAP = 1280, 20, 10, 180  # pixels: of a grid of panels, and of a map of attention
+WIDTH, FONT_SIZE, GAP, MAX_MAP = 1280, 20, 10, 150  # pixels: of a grid of panels, and of a map of attention
 POSITIVE, NEGATIVE, QUIET = "#00798c", "#d1495b", "#6b7686"
 # of heads and objects: neighbors differ in lightness too
 COLORS = ("#d1495b", "#33415c", "#e09f1f", "#00798c", "#a05195", "#3b7a2a", "#5b8ff9", "#7a4b1d")
