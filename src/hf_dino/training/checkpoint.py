@@ -52,6 +52,11 @@ _MIN_CHECKPOINTS, _MAX_CHECKPOINTS = 2, 3
 _WRITE_ERRORS = (OSError, SafetensorError, RuntimeError)
 _TORCH_WRITES = ("inline_container", "StreamWriter", "file write")
 
+# Accelerate warns at each checkpoint of weights that a model uses twice; they are tied again when it is loaded.
+logging.getLogger("accelerate.utils.other").addFilter(
+    lambda record: "Removed shared tensor" not in record.getMessage()
+)
+
 
 @dataclass
 class TrainingState:
