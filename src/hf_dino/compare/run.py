@@ -14,7 +14,7 @@ from ..training import make_accelerator
 from ..training.checkpoint import lock_directory, remove_checkpoints
 from ..utils.errors import InputError
 from .measures import MeasuringFineTuner
-from .plan import ComparisonSettings, Run, prepare_comparison, run_arguments
+from .plan import SHAPES, ComparisonSettings, Run, prepare_comparison, run_arguments
 
 
 logger = logging.getLogger(__name__)
@@ -52,7 +52,7 @@ def compare(
         InputError: If the settings are not those that the comparison began with, or cannot be used.
         SystemExit: After SIGINT, SIGTERM or SIGUSR1, once the step is done and its checkpoint written.
     """
-    accelerator = make_accelerator(run_arguments(runs[0], dataset or "", settings, **machine))
+    accelerator = make_accelerator(run_arguments(runs[0], dataset or SHAPES, settings, **machine))
     data = _from_main(accelerator, lambda: prepare_comparison(output_dir, dataset, settings))
     failures: dict[Run, str] = {}
     while True:
@@ -93,19 +93,20 @@ def _train(run: Run, dataset: str, settings: ComparisonSettings, machine: dict[s
 
 def _claim(runs: Sequence[Run], failed: Collection[Run], lock: ExitStack) -> Run | None:
     """Return the first run that is neither finished nor being trained, and lock it until `lock` is closed."""
-    for run in runs:
-        if run.is_finished or run in failed:
-            continue
-        try:
-            attempt = ExitStack()
-            attempt.enter_context(lock_directory(run.lock))
-        except InputError:  # another process trains it
-            continue
-        if not run.is_finished:  # as it may be since the lock was released
-            lock.enter_context(attempt)
-            return run
-        attempt.close()
+    for run in (run for run in runs if not run.is_finished and run not in failed):
+        with ExitStack() as attempt:
+            if _try_lock(run.lock, attempt) and not run.is_finished:  # as it may be since another process released it
+                lock.enter_context(attempt.pop_all())
+                return run
     return None
+
+
+def _try_lock(folder: Path, stack: ExitStack) -> bool:
+    try:
+        stack.enter_context(lock_directory(folder))
+    except InputError:
+        return False
+    return True
 
 
 def _from_main(accelerator: Accelerator, function: Callable[[], Value]) -> Value:
