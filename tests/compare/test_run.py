@@ -96,7 +96,7 @@ def die_at(output, dataset, number):
 
 def test_killed_and_continued_a_comparison_ends_the_same(processes, dataset, uninterrupted, tmp_path):
     output = tmp_path / "comparison"
-    for number in (45, 70, 95):
+    for number in (50, 90):
         process = start(processes, die_at, output, dataset, number)
         process.join()
         assert process.exitcode == -signal.SIGKILL
@@ -160,30 +160,51 @@ def hold(folder, seconds):
         time.sleep(seconds)
 
 
-def test_a_run_that_another_process_trains_is_left_to_it_until_it_dies(processes, dataset, tmp_path):
-    torch.set_num_threads(1)
-    output = tmp_path / "comparison"
-    runs = plan_runs(output, ROWS[:1], 1)
-    holder = start(processes, hold, runs[0].lock, 600)
-    while not (runs[0].lock / "held").exists():
-        time.sleep(0.01)
-    assert comparisons.train(output, dataset, ROWS[:1]) == {}
-    assert not runs[0].is_finished
-    holder.kill()
-    holder.join()
-    assert comparisons.train(output, dataset, ROWS[:1]) == {}
-    assert runs[0].is_finished
+@pytest.fixture
+def trained(monkeypatch):
+    """Pretend to train: list the runs and the datasets, and finish the runs, but that of Conditional DETR."""
+    done = []
+
+    def train(run, dataset, settings, machine):
+        done.append((run.row, run.seed, Path(dataset)))
+        if run.row == "conditional_detr":
+            raise FloatingPointError("the loss is not finite")
+        run.folder.mkdir(parents=True)
+        (run.folder / "config.json").touch()
+
+    monkeypatch.setattr("hf_dino.compare.run._train", train)
+    return done
 
 
-def test_a_run_that_fails_does_not_stop_the_others(dataset, uninterrupted, tmp_path):
+def test_a_run_that_another_process_trains_is_left_to_it_until_it_dies(processes, dataset, trained, tmp_path):
     output = tmp_path / "comparison"
     first, second = plan_runs(output, ROWS, 1)
-    prepare_comparison(output, str(dataset), SETTINGS)
-    (first.folder / "checkpoints" / "step_00000002").mkdir(parents=True)
-    failures = comparisons.train(output, dataset)
-    assert list(failures) == [first]
-    assert "is damaged or incomplete" in failures[first]
-    assert second.is_finished
+    holder = start(processes, hold, first.lock, 600)
+    while not (first.lock / "held").exists():
+        time.sleep(0.01)
+    assert comparisons.train(output, dataset) == {}
+    assert [name for name, *_ in trained] == [second.row]
+    holder.kill()
+    holder.join()
+    assert comparisons.train(output, dataset) == {}
+    assert [name for name, *_ in trained] == [second.row, first.row]
+
+
+def test_a_run_that_fails_does_not_stop_the_others_and_is_tried_again(dataset, trained, tmp_path):
+    rows = ["detr", "conditional_detr", "dab_detr"]
+    for _ in range(2):
+        failures = comparisons.train(tmp_path / "comparison", dataset, rows)
+        assert {run.row: text for run, text in failures.items()} == {"conditional_detr": "the loss is not finite"}
+    assert [name for name, *_ in trained] == [*rows, "conditional_detr"]
+
+
+def test_seeds_come_one_after_the_other_and_shapes_are_the_default(trained, tmp_path, monkeypatch):
+    def generate(output):
+        return generate_shapes(output, image_size=64, num_train=6, num_val=4, num_test=1)
+
+    monkeypatch.setattr("hf_dino.compare.plan.generate_shapes", generate)
+    comparisons.train(tmp_path, None, seeds=2)
+    assert trained == [(row, seed, tmp_path / "shapes") for seed in (0, 1) for row in ROWS]
 
 
 def test_changed_settings_and_data_are_refused_and_the_message_tells_them(dataset, tmp_path, monkeypatch):

@@ -8,6 +8,7 @@ from helpers import comparisons
 from hf_dino.data.shapes import generate_shapes
 
 
+@pytest.mark.slow
 def test_the_comparison_of_the_family_runs_and_continues(tmp_path, monkeypatch, capsys):
     monkeypatch.syspath_prepend("examples")
     example = importlib.import_module("compare_family")
