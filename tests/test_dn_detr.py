@@ -20,6 +20,7 @@ from transformers import (
 
 from helpers.models import TINY_RESNET, make_labels
 from hf_dino import DnDetrConfig, DnDetrForObjectDetection
+from hf_dino.ancestor_initialization import initialize_as_authors, rules_of
 from hf_dino.denoising_dino_detr import NO_OBJECT
 from hf_dino.loss_dino_detr import DinoDetrEffectiveBatch, dino_detr_loss
 
@@ -228,9 +229,13 @@ def test_gradient_checkpointing_changes_no_gradient(pixel_values):
     torch.testing.assert_close(*gradients)
 
 
-def test_it_starts_as_the_official_implementation():
+@pytest.mark.parametrize("config_class", [DnDetrConfig, DabDetrConfig])
+def test_initial_weights_are_those_of_the_official_implementation(config_class):
     torch.manual_seed(0)
-    model = DnDetrForObjectDetection(make_config(hidden_size=64, num_queries=300))
+    config = make_config(config_class, hidden_size=64, num_queries=300, initializer_bias_prior_prob=0.01)
+    model = AutoModelForObjectDetection.from_config(config)
+    if config_class is DabDetrConfig:
+        initialize_as_authors(model, rules_of(model.config))
     anchors = model.model.query_refpoint_embeddings.weight
     assert anchors.std().item() == pytest.approx(1, abs=0.1)
     layer, width = model.model.encoder.layers[0], 64

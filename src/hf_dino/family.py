@@ -235,11 +235,7 @@ FAMILY: dict[str, FamilyMember] = {
 }
 
 
-_TINY_BACKBONE = {
-    "model_type": "convnext",
-    "hidden_sizes": [24, 48, 96, 192],
-    "depths": [1, 1, 2, 1],
-}
+_TINY_STAGES = {"hidden_sizes": [24, 48, 96, 192], "depths": [1, 1, 2, 1]}
 _TINY = {
     "encoder_layers": 2,
     "encoder_ffn_dim": 256,
@@ -272,13 +268,20 @@ def tiny_fields(key: str) -> dict[str, Any]:
     """
     member = FAMILY[key]
     names = {each.name for each in dataclasses.fields(member.config_class)}
-    num_levels = 1 + member.config.get("num_feature_levels", 4) - 4 + 2 if "num_feature_levels" in names else 1
-    stages = ["stage2", "stage3", "stage4"][-num_levels + 1 :] if num_levels > 1 else ["stage3"]
+    num_levels = member.config.get("num_feature_levels", 4) - 1 if "num_feature_levels" in names else 1
     fields = {**_TINY, "num_feature_levels": num_levels, **_TINY_BY_CLASS.get(member.model_class, {})}
     if "d_model" not in names:
         fields["hidden_size"] = fields["d_model"]
     fields = {name: value for name, value in fields.items() if name in names}
-    return {**fields, "backbone_config": {**_TINY_BACKBONE, "out_features": stages}}
+    return {**fields, "backbone_config": _tiny_backbone(num_levels)}
+
+
+def _tiny_backbone(num_levels: int) -> dict[str, Any]:
+    """Return a ConvNeXt whose last maps are those of the levels but one, or with a stride of 16 for a single level."""
+    last = 4 if num_levels > 1 else 3
+    stages = [f"stage{stage}" for stage in range(1, last + 1)]
+    sizes = {name: values[:last] for name, values in _TINY_STAGES.items()}
+    return {"model_type": "convnext", "num_stages": last, **sizes, "out_features": stages[-max(1, num_levels - 1) :]}
 
 
 _CHOICES = (

@@ -37,7 +37,7 @@ class Oracle(nn.Module):
 
     def __init__(self, boxes):
         super().__init__()
-        self.config = SimpleNamespace(id2label={0: "N/A", 1: "cat", 2: "dog"}, num_select=2)
+        self.config = SimpleNamespace(model_type="dino_detr", id2label={0: "N/A", 1: "cat", 2: "dog"}, num_select=2)
         self.boxes = boxes
         self.batches = []
 
