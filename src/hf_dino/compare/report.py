@@ -191,8 +191,8 @@ def compare_with_papers(rows: Mapping[str, Mapping[str, Any]]) -> Iterator[dict[
         rows (`Mapping`): From [`collect`].
 
     Yields:
-        `lower` and `higher`, rows in the order of the papers; `difference`, of the mean AP; `seeds`, the smaller number
-        of them; and the `verdict`: `"as published"` or `"reversed"` if the seeds' ranges of AP do not overlap,
+        `lower` and `higher`, rows in the order of the papers; `difference`, of the mean AP; `seeds`, the smaller
+        number of them; and the `verdict`: `"as published"` or `"reversed"` if the seeds' ranges of AP do not overlap,
         otherwise `"within the spread"`.
     """
     final = {name: row["final"]["ap"] for name, row in rows.items() if row["final"]["ap"]}
