@@ -77,7 +77,10 @@ def test_the_figures_are_images_of_all_rows(family):
 
 def rows_with(**aps):
     return {
-        name: {"final": {"ap": {"mean": sum(ap) / len(ap), "min": min(ap), "max": max(ap)}}}
+        name: {
+            "final": {"ap": {"mean": sum(ap) / len(ap), "min": min(ap), "max": max(ap)}},
+            "finished_seeds": [*range(len(ap))],
+        }
         for name, ap in aps.items()
     }
 
@@ -117,6 +120,12 @@ def test_a_run_whose_measures_were_cut_is_left_out_and_said_to_be(tmp_path):
     )
     shutil.rmtree(tmp_path / "rows" / "detr")
     assert report_comparison(tmp_path, COMMAND)["rows"].keys() == {"dino_4scale"}
+
+
+def test_one_seed_has_no_spread_and_the_page_says_so(tmp_path):
+    make_up(tmp_path, rows=("detr", "dino_4scale"), seeds=1)
+    assert [pair["seeds"] for pair in report_comparison(tmp_path, COMMAND)["order"]] == [1]
+    assert "as published, but of one seed, whose spread is unknown" in (tmp_path / "report.html").read_text()
 
 
 def test_without_speed_there_is_no_time(tmp_path):

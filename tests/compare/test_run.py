@@ -1,5 +1,6 @@
 """A comparison is trained alike whether it is interrupted or not, and shared by processes without work done twice."""
 
+import inspect
 import json
 import multiprocessing
 import os
@@ -7,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import replace
+from dataclasses import asdict, fields, replace
 from multiprocessing import forkserver
 from pathlib import Path
 
@@ -17,9 +18,18 @@ import torch
 
 from helpers import comparisons
 from helpers.comparisons import ROWS, SETTINGS
+from hf_dino.cli.compare import compare as command
 from hf_dino.compare import plan_runs
-from hf_dino.compare.plan import prepare_comparison, read_settings, run_arguments
+from hf_dino.compare.plan import (
+    SIZES,
+    ComparisonSettings,
+    choose_rows,
+    prepare_comparison,
+    read_settings,
+    run_arguments,
+)
 from hf_dino.data.shapes import generate_shapes
+from hf_dino.family import FAMILY, tiny_fields
 from hf_dino.training import FineTuner
 from hf_dino.training.checkpoint import lock_directory
 from hf_dino.utils.errors import InputError
@@ -86,7 +96,7 @@ def die_at(output, dataset, number):
 
 def test_killed_and_continued_a_comparison_ends_the_same(processes, dataset, uninterrupted, tmp_path):
     output = tmp_path / "comparison"
-    for number in (45, 70, 95):
+    for number in (50, 90):
         process = start(processes, die_at, output, dataset, number)
         process.join()
         assert process.exitcode == -signal.SIGKILL
@@ -150,40 +160,65 @@ def hold(folder, seconds):
         time.sleep(seconds)
 
 
-def test_a_run_that_another_process_trains_is_left_to_it_until_it_dies(processes, dataset, tmp_path):
-    torch.set_num_threads(1)
-    output = tmp_path / "comparison"
-    runs = plan_runs(output, ROWS[:1], 1)
-    holder = start(processes, hold, runs[0].lock, 600)
-    while not (runs[0].lock / "held").exists():
-        time.sleep(0.01)
-    assert comparisons.train(output, dataset, ROWS[:1]) == {}
-    assert not runs[0].is_finished
-    holder.kill()
-    holder.join()
-    assert comparisons.train(output, dataset, ROWS[:1]) == {}
-    assert runs[0].is_finished
+@pytest.fixture
+def trained(monkeypatch):
+    """Pretend to train: list the runs and the datasets, and finish the runs, but that of Conditional DETR."""
+    done = []
+
+    def train(run, dataset, settings, machine):
+        done.append((run.row, run.seed, Path(dataset)))
+        if run.row == "conditional_detr":
+            raise FloatingPointError("the loss is not finite")
+        run.folder.mkdir(parents=True)
+        (run.folder / "config.json").touch()
+
+    monkeypatch.setattr("hf_dino.compare.run._train", train)
+    return done
 
 
-def test_a_run_that_fails_does_not_stop_the_others(dataset, uninterrupted, tmp_path):
+def test_a_run_that_another_process_trains_is_left_to_it_until_it_dies(processes, dataset, trained, tmp_path):
     output = tmp_path / "comparison"
     first, second = plan_runs(output, ROWS, 1)
-    prepare_comparison(output, str(dataset), SETTINGS)
-    (first.folder / "checkpoints" / "step_00000002").mkdir(parents=True)
-    failures = comparisons.train(output, dataset)
-    assert list(failures) == [first]
-    assert "is damaged or incomplete" in failures[first]
-    assert second.is_finished
+    holder = start(processes, hold, first.lock, 600)
+    while not (first.lock / "held").exists():
+        time.sleep(0.01)
+    assert comparisons.train(output, dataset) == {}
+    assert [name for name, *_ in trained] == [second.row]
+    holder.kill()
+    holder.join()
+    assert comparisons.train(output, dataset) == {}
+    assert [name for name, *_ in trained] == [second.row, first.row]
 
 
-def test_changed_settings_and_data_are_refused_and_the_message_tells_them(dataset, tmp_path):
+def test_a_run_that_fails_does_not_stop_the_others_and_is_tried_again(dataset, trained, tmp_path):
+    rows = ["detr", "conditional_detr", "dab_detr"]
+    for _ in range(2):
+        failures = comparisons.train(tmp_path / "comparison", dataset, rows)
+        assert {run.row: text for run, text in failures.items()} == {"conditional_detr": "the loss is not finite"}
+    assert [name for name, *_ in trained] == [*rows, "conditional_detr"]
+
+
+def test_seeds_come_one_after_the_other_and_shapes_are_the_default(trained, tmp_path, monkeypatch):
+    def generate(output):
+        return generate_shapes(output, image_size=64, num_train=6, num_val=4, num_test=1)
+
+    monkeypatch.setattr("hf_dino.compare.plan.generate_shapes", generate)
+    comparisons.train(tmp_path, None, seeds=2)
+    assert trained == [(row, seed, tmp_path / "shapes") for seed in (0, 1) for row in ROWS]
+
+
+def test_changed_settings_and_data_are_refused_and_the_message_tells_them(dataset, tmp_path, monkeypatch):
     output = tmp_path / "comparison"
     assert prepare_comparison(output, str(dataset), SETTINGS) == str(dataset)
     assert prepare_comparison(output, None, SETTINGS) == str(dataset), "the one that it began with"
     with pytest.raises(InputError, match=r"began with \(--learning_rate: 0\.0004 before, 0\.001 now\); use those"):
         prepare_comparison(output, None, replace(SETTINGS, learning_rate=1e-3))
+    monkeypatch.setitem(SIZES, "tiny", lambda row: {**tiny_fields(row), "num_queries": 50 if row == "detr" else 60})
+    with pytest.raises(InputError, match=r"began with \(fields of detr: '.*' before, '.*' now\)"):
+        prepare_comparison(output, None, SETTINGS)
+    monkeypatch.undo()
     copy = generate_shapes(tmp_path / "copy", image_size=64, num_train=6, num_val=4, num_test=1)
-    prepare_comparison(output, str(copy), SETTINGS)
+    prepare_comparison(output, str(copy), SETTINGS)  # the same data in another place
     annotations = json.loads((copy / "train.json").read_text())
     annotations["annotations"][0]["bbox"][2] /= 2
     (copy / "train.json").write_text(json.dumps(annotations))
@@ -234,3 +269,32 @@ def test_the_path_of_a_run_is_in_its_arguments():
     assert arguments.architecture == "dino_4scale"
     assert arguments.output_dir == run.folder
     assert arguments.eval_steps == 2
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        (
+            {"evaluations": 9, "max_train_steps": 4},
+            "--evaluations 9: must be at least 1 and at most --max_train_steps, 4",
+        ),
+        ({"image_size": "160x"}, "160x"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused_before_any_work(changed, message):
+    with pytest.raises(InputError, match=message):
+        ComparisonSettings(**changed)
+
+
+def test_rows_are_chosen_by_name_in_the_order_of_the_family():
+    assert choose_rows([]) == choose_rows(["all"]) == list(FAMILY)
+    assert choose_rows(["dino_4scale", "detr"]) == ["detr", "dino_4scale"]
+    with pytest.raises(InputError, match="--rows dino: must be all, or some of detr, "):
+        choose_rows(["dino"])
+
+
+def test_the_defaults_of_the_command_are_those_of_the_library():
+    options = inspect.signature(command).parameters
+    assert {each.name: options[each.name].default for each in fields(ComparisonSettings)} == asdict(
+        ComparisonSettings()
+    )

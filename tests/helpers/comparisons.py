@@ -18,11 +18,11 @@ ROWS = ["detr", "dino_4scale"]
 SETTINGS = ComparisonSettings(max_train_steps=4, evaluations=2, image_size="128x128", global_batch_size=2)
 
 
-def train(output: Path, dataset: Path, rows=ROWS, seeds=1, before_run=lambda run: None):
+def train(output: Path, dataset: Path | None, rows=ROWS, seeds=1):
     """Train a comparison, or continue it, on one thread."""
     torch.set_num_threads(1)
     runs = plan_runs(output, rows, seeds)
-    return compare(output, runs, SETTINGS, dataset=str(dataset), dataloader_num_workers=0)
+    return compare(output, runs, SETTINGS, dataset=dataset and str(dataset), dataloader_num_workers=0)
 
 
 def make_up(output: Path, rows=tuple(FAMILY), seeds=3, steps=1200, evaluations=12, unfinished=()):

@@ -87,8 +87,14 @@ def compare(
     runs, write = plan_runs(output_dir, choose_rows(rows or []), seeds), partial(report_comparison, output_dir)
     failures = {}
     if not (report_only or speed):
-        options = {"dataset": dataset, "dataloader_num_workers": dataloader_num_workers}
-        failures = compare(output_dir, runs, settings, on_finished=partial(write, command_line(context)), **options)
+        failures = compare(
+            output_dir,
+            runs,
+            settings,
+            dataset=dataset,
+            on_finished=partial(write, command_line(context)),
+            dataloader_num_workers=dataloader_num_workers,
+        )
     if not is_main:
         return None
     if not report_only:

@@ -59,7 +59,7 @@ class Reading(NamedTuple):
 
     module: str
     references: Callable[[Any, int], torch.Tensor]
-    denoised: Callable[[Any, Any], tuple[torch.Tensor, torch.Tensor]] = lambda model, output: (None, None)
+    denoised: Callable[[Any, Any], tuple[torch.Tensor, torch.Tensor]] | None = None
 
 
 def _denoised_by_dino(model: Any, output: Any) -> tuple[torch.Tensor, torch.Tensor]:
@@ -227,6 +227,7 @@ class Probe:
     def _denoised(self, labels: list[dict[str, torch.Tensor]]) -> list[dict[str, int]]:
         """Count, for each image, the positive denoising queries that have their object's class and box."""
         queries = self.seen["queries"]
+        assert self.reading.denoised is not None
         logits, boxes = self.reading.denoised(self.model, self.seen["output"])
         before = (self.seen["classes"].flatten(1), queries.reference_points)
         after = (logits.argmax(dim=-1), boxes)

@@ -40,6 +40,8 @@ RECIPE: dict[str, Any] = {
 class ComparisonSettings:
     """What all runs of a comparison have in common, and what must not change when it is continued.
 
+    The defaults are the settings of the comparison in the docs, and of `hf-dino compare`.
+
     Attributes:
         size (`str`): Key of [`SIZES`]: width and depth of the models.
         max_train_steps (`int`): Optimizer steps of each run.
@@ -169,7 +171,8 @@ def _prepare(output_dir: Path, dataset: str | None, data: str | None, settings: 
     is_new = not path.is_file()
     before = {"dataset": dataset} if is_new else read_settings(output_dir)
     name = dataset_of(output_dir, dataset, before)
-    now = {**asdict(settings), "recipe": RECIPE, "data": data or fingerprint(_read(name))}
+    models = {row: f"{zlib.crc32(repr(SIZES[settings.size](row)).encode()):08x}" for row in FAMILY}
+    now = {**asdict(settings), "recipe": RECIPE, "models": models, "data": data or fingerprint(_read(name))}
     if is_new:
         write_json(path, {**now, "dataset": dataset})
     elif changed := describe_changes(before, now):
@@ -186,7 +189,7 @@ def dataset_of(output_dir: Path, dataset: str | None, settings: Mapping[str, Any
 
 
 def describe_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
-    """Return what differs between two settings, or an empty text.
+    """Return what differs between two settings, or an empty text; what only one of them has does not count.
 
     Example:
 
@@ -196,12 +199,16 @@ def describe_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
 
     ```
     """
-    names = [each.name for each in fields(ComparisonSettings)]
-    return "; ".join(
-        f"{'--' if name in names else ''}{name}: {before.get(name)!r} before, {value!r} now"
-        for name, value in now.items()
-        if before.get(name) != value
-    )
+    before, now = _flatten(before), _flatten(now)
+    changed = (name for name in now if name in before and before[name] != now[name])
+    return "; ".join(f"{name}: {before[name]!r} before, {now[name]!r} now" for name in changed)
+
+
+def _flatten(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return settings by the names that a message has for them: options, and the fields of each model."""
+    options = {each.name: f"--{each.name}" for each in fields(ComparisonSettings)}
+    models = {f"fields of {row}": checksum for row, checksum in settings.get("models", {}).items()}
+    return {options.get(name, name): value for name, value in settings.items() if name != "models"} | models
 
 
 def read_settings(output_dir: Path) -> dict[str, Any]:
@@ -213,9 +220,8 @@ def read_settings(output_dir: Path) -> dict[str, Any]:
     path = output_dir / SETTINGS_FILE
     try:
         settings = dict(json.loads(read_text(path)))
-        ComparisonSettings(
-            **{each.name: type(each.default)(settings[each.name]) for each in fields(ComparisonSettings)}
-        )
+        defaults = asdict(ComparisonSettings())
+        ComparisonSettings(**{name: type(default)(settings[name]) for name, default in defaults.items()})
     except (ValueError, TypeError, LookupError) as error:
         if not path.is_file():
             raise InputError(f"{output_dir}: has no comparison ({SETTINGS_FILE} not found)") from None

@@ -191,8 +191,9 @@ def compare_with_papers(rows: Mapping[str, Mapping[str, Any]]) -> Iterator[dict[
         rows (`Mapping`): From [`collect`].
 
     Yields:
-        `lower` and `higher`, rows in the order of the papers; `difference`, of the mean AP; and the `verdict`: `"as
-        published"` or `"reversed"` if the seeds' ranges of AP do not overlap, otherwise `"within the spread"`.
+        `lower` and `higher`, rows in the order of the papers; `difference`, of the mean AP; `seeds`, the smaller
+        number of them; and the `verdict`: `"as published"` or `"reversed"` if the seeds' ranges of AP do not overlap,
+        otherwise `"within the spread"`.
     """
     final = {name: row["final"]["ap"] for name, row in rows.items() if row["final"]["ap"]}
     parents = ((ancestor, name) for name in final if (ancestor := _ancestor(name, final)))
@@ -207,7 +208,14 @@ def compare_with_papers(rows: Mapping[str, Mapping[str, Any]]) -> Iterator[dict[
                 else "within the spread"
             )
             difference = high["mean"] - low["mean"]
-            yield {"lower": lower, "higher": higher, "difference": difference, "verdict": verdict}
+            seeds = min(len(rows[name]["finished_seeds"]) for name in (lower, higher))
+            yield {
+                "lower": lower,
+                "higher": higher,
+                "difference": difference,
+                "verdict": verdict,
+                "seeds": seeds,
+            }
 
 
 def _ancestor(row: str, known: Mapping[str, Any]) -> str | None:

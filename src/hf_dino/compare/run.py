@@ -93,19 +93,20 @@ def _train(run: Run, dataset: str, settings: ComparisonSettings, machine: dict[s
 
 def _claim(runs: Sequence[Run], failed: Collection[Run], lock: ExitStack) -> Run | None:
     """Return the first run that is neither finished nor being trained, and lock it until `lock` is closed."""
-    for run in runs:
-        if run.is_finished or run in failed:
-            continue
-        try:
-            attempt = ExitStack()
-            attempt.enter_context(lock_directory(run.lock))
-        except InputError:  # another process trains it
-            continue
-        if not run.is_finished:  # as it may be since the lock was released
-            lock.enter_context(attempt)
-            return run
-        attempt.close()
+    for run in (run for run in runs if not run.is_finished and run not in failed):
+        with ExitStack() as attempt:
+            if _try_lock(run.lock, attempt) and not run.is_finished:  # as it may be since another process released it
+                lock.enter_context(attempt.pop_all())
+                return run
     return None
+
+
+def _try_lock(folder: Path, stack: ExitStack) -> bool:
+    try:
+        stack.enter_context(lock_directory(folder))
+    except InputError:
+        return False
+    return True
 
 
 def _from_main(accelerator: Accelerator, function: Callable[[], Value]) -> Value:
