@@ -37,13 +37,13 @@ def compare(
     ] = 3,
     max_train_steps: Annotated[
         int, typer.Option(metavar="INTEGER", min=1, help="Optimizer steps of each training.")
-    ] = 1200,
+    ] = 600,
     evaluations: Annotated[
         int,
         typer.Option(
             metavar="INTEGER", min=1, help="Evaluations of each training, evenly spaced, the last one at its end."
         ),
-    ] = 12,
+    ] = 8,
     image_size: Annotated[str, typer.Option(metavar="HEIGHTxWIDTH", help="Size of the images in pixels.")] = "160x160",
     global_batch_size: Annotated[
         int, typer.Option(metavar="INTEGER", min=1, help="Images per optimizer step, over all processes.")

@@ -53,8 +53,8 @@ class ComparisonSettings:
     """
 
     size: str = "tiny"
-    max_train_steps: int = 1200
-    evaluations: int = 12
+    max_train_steps: int = 600
+    evaluations: int = 8
     image_size: str = "160x160"
     global_batch_size: int = 8
     learning_rate: float = 4e-4

@@ -18,7 +18,7 @@ from transformers.utils import logging as transformers_logging
 from ..data import DetectionDataset, read_data
 from ..data.dataset import label_of_category
 from ..data.loaders import TrainingCollator
-from ..detectors import detect, model_inputs
+from ..detectors import detect, model_inputs, training_loss
 from ..export.benchmark import processor_name
 from ..hub import load_detector
 from ..model_info import count_flops, count_parameters, peak_memory, start_memory
@@ -93,7 +93,8 @@ class Trainee:
     def train(self) -> None:
         """Take an optimizer step."""
         self.model.train()
-        self.model(**self.inputs).loss.backward()
+        loss, _ = training_loss(self.model(**self.inputs), self.batch, self.model.config)
+        loss.backward()
         self.optimizer.step()
         self.optimizer.zero_grad()
 
