@@ -103,7 +103,7 @@ def balance_levels(model: Model, data: Data) -> None:
     weight -= weight @ between_levels.T @ between_levels
 
 
-def level_tokens_start_at_zero(model: Model, data: Data) -> None:
+def zero_scores(model: Model, data: Data) -> None:
     """Score all tokens alike at first."""
     nn.init.zeros_(model.model.query_selection.class_embed.weight)
 
@@ -145,7 +145,7 @@ VARIANTS = {
     "one_cycle_layer_scale_1": Variant(backbone=LAYER_SCALE),
     "one_cycle_known_sizes": Variant(prepare=know_sizes),
     "one_cycle_balanced": Variant(prepare=balance_levels),
-    "one_cycle_zero_scores": Variant(prepare=level_tokens_start_at_zero),
+    "one_cycle_zero_scores": Variant(prepare=zero_scores),
     "one_cycle_300_queries": Variant(config={"num_queries": 300}),
     "one_cycle_no_denoising": Variant(config={"denoising": "none"}),
 }
@@ -220,20 +220,22 @@ def measure(name: str, seed: int, data: Data, steps: int) -> dict[str, Any]:
     }
 
 
-def summarize(rows: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Return of each variant the number of its seeds, of those below the threshold, and their losses."""
-    losses: dict[str, list[float]] = {}
+def summarize(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return, of each variant and number of steps, the number of seeds, of those below the threshold, and losses."""
+    losses: dict[tuple[str, int], list[float]] = {}
     for row in rows:
-        losses.setdefault(row["variant"], []).append(row["box_loss"])
-    return {
-        name: {
+        losses.setdefault((row["variant"], row["steps"]), []).append(row["box_loss"])
+    return [
+        {
+            "variant": name,
+            "steps": steps,
             "seeds": len(values),
             "below_threshold": sum(value < THRESHOLD for value in values),
             "median": round(statistics.median(values), 4),
             "worst": max(values),
         }
-        for name, values in losses.items()
-    }
+        for (name, steps), values in losses.items()
+    ]
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -263,7 +265,7 @@ def main(arguments: list[str] | None = None) -> None:
                 rows.append(measure(name, seed, data, args.steps))
                 print(json.dumps(rows[-1]), flush=True)
                 rows.sort(key=lambda row: (list(VARIANTS).index(row["variant"]), row["steps"], row["seed"]))
-                save_result(output, command, {"threshold": THRESHOLD, "variants": summarize(rows), "rows": rows})
+                save_result(output, command, {"threshold": THRESHOLD, "summary": summarize(rows), "rows": rows})
 
 
 if __name__ == "__main__":
