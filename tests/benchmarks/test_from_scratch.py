@@ -87,6 +87,6 @@ def test_at_full_rate_from_the_first_step_the_boxes_find_their_size(benchmark, m
     monkeypatch.setattr(benchmark, "BATCH_SIZE", 8)
     data = benchmark.read_images(shared / "data" / "bccd")
     row = benchmark.measure("full_rate", seed, data, steps=40)
-    assert row["first_side"] == pytest.approx(0.05, abs=1e-3)
+    assert row["first_side"] == pytest.approx(0.05, abs=5e-3)
     assert row["last_side"] > 0.15
     assert row["box_loss"] < benchmark.THRESHOLD
