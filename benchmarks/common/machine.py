@@ -22,6 +22,12 @@ def processor_name() -> str:
 
 def write_result(name: str, command: str, content: dict[str, Any]) -> None:
     """Write a result with the machine, the versions and the command that repeats it, and print it."""
+    RESULTS.mkdir(exist_ok=True)
+    print(save_result(RESULTS / f"{name}.json", command, content))
+
+
+def save_result(path: Path, command: str, content: dict[str, Any]) -> str:
+    """Write a result with the machine, the versions and the command that repeats it, and return its text."""
     result = {
         "command": command,
         "machine": f"{processor_name()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads",
@@ -32,6 +38,6 @@ def write_result(name: str, command: str, content: dict[str, Any]) -> None:
         },
         **content,
     }
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / f"{name}.json").write_text(json.dumps(result, indent=2) + "\n")
-    print(json.dumps(result, indent=2))
+    text = json.dumps(result, indent=2)
+    path.write_text(text + "\n")
+    return text
