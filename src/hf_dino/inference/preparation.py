@@ -46,19 +46,19 @@ def prepare_for_inference(model: PreTrainedModel) -> PreTrainedModel:
     detector = Detector(prepare_for_inference(model), processor)
     ```
     """
-    weights = list(model.parameters())
-    is_plain = {(weight.device.type, weight.dtype) for weight in weights} <= {
-        ("cpu", torch.float32),
-        ("cpu", torch.float64),
-    }
-    if type(model) is not DinoDetrForObjectDetection or not is_plain:
+    if type(model) is not DinoDetrForObjectDetection or not _is_plain(model):
         return model
-    shared = {id(tensor): tensor for tensor in chain(weights, model.buffers())}
+    shared = {id(tensor): tensor for tensor in chain(model.parameters(), model.buffers())}
     prepared = copy.deepcopy(model, shared).eval()
     fold_batch_norms(prepared.model.backbone.body)
     for module in prepared.modules():
         module.__class__ = PREPARED.get(type(module), type(module))
     return prepared
+
+
+def _is_plain(model: nn.Module) -> bool:
+    kinds = {(weight.device.type, weight.dtype) for weight in model.parameters()}
+    return kinds in ({("cpu", torch.float32)}, {("cpu", torch.float64)})
 
 
 def fold_batch_norms(body: nn.Module) -> None:
@@ -140,6 +140,8 @@ class PreparedForObjectDetection(DinoDetrForObjectDetection):
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> NoReturn:
         raise RuntimeError("a model from prepare_for_inference cannot be saved; save the model it was made from")
+
+    push_to_hub = save_pretrained  # would create a repository first
 
 
 PREPARED: dict[type[nn.Module], type[nn.Module]] = {
