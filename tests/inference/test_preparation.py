@@ -6,10 +6,10 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from helpers.models import TINY_SWIN, make_labels, tiny_model
 from torch import nn
 from transformers import DeformableDetrForObjectDetection
 
+from helpers.models import TINY_SWIN, make_labels, tiny_model
 from hf_dino.family import FAMILY, tiny_fields
 from hf_dino.inference import preparation, prepare_for_inference
 

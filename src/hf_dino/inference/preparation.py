@@ -135,11 +135,11 @@ class PreparedForObjectDetection(DinoDetrForObjectDetection):
 
     def train(self, mode: bool = True) -> "PreparedForObjectDetection":
         if mode:
-            raise RuntimeError("a model from prepare_for_inference cannot be trained; train the model it was made from")
+            raise RuntimeError("a prepared model cannot be trained; train the model it was made from")
         return super().train(mode)
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> NoReturn:
-        raise RuntimeError("a model from prepare_for_inference cannot be saved; save the model it was made from")
+        raise RuntimeError("a prepared model cannot be saved; save the model it was made from")
 
     push_to_hub = save_pretrained  # would create a repository first
 
