@@ -1,4 +1,4 @@
-"""Time and memory of one forward pass: ours, ours without compiled operators, and transformers' Deformable DETR.
+"""Time and memory of one forward pass: ours, without compiled operators, prepared, and transformers' Deformable DETR.
 
     python benchmarks/forward.py [--height 800] [--width 1066] [--rounds 5]
     python benchmarks/forward.py --device cuda --precision bf16 --compile
@@ -22,6 +22,7 @@ from common.interleave import Candidate, interleave
 from common.machine import write_result
 from common.precision import PRECISIONS, use_precision
 from hf_dino import DinoDetrConfig, DinoDetrForObjectDetection
+from hf_dino.inference import prepare_for_inference
 
 
 SHAPE: dict[str, Any] = {"num_queries": 900, "num_labels": 91}
@@ -89,9 +90,14 @@ def make_model(make: MakeModel, device: str = "cpu", compiled: bool = False) -> 
 
 
 def make_pass(
-    make: MakeModel, pixel_values: torch.Tensor, device: str = "cpu", precision: str = "fp32", compiled: bool = False
+    make: MakeModel,
+    pixel_values: torch.Tensor,
+    device: str = "cpu",
+    precision: str = "fp32",
+    compiled: bool = False,
+    prepare: Callable[[Any], Any] = lambda model: model,
 ) -> Callable[[], None]:
-    model, pixel_values = make_model(make, device, compiled).eval(), pixel_values.to(device)
+    model, pixel_values = prepare(make_model(make, device, compiled).eval()), pixel_values.to(device)
 
     def run() -> None:
         with torch.no_grad(), use_precision(precision, device):
@@ -137,6 +143,9 @@ def main() -> None:
     images = random_images(args.batch_size, args.height, args.width)
     where: dict[str, Any] = {"device": args.device, "precision": args.precision, "compiled": args.compile}
     candidates = make_candidates(partial(make_pass, pixel_values=images, **where))
+    if args.device == "cpu":
+        prepared = partial(make_pass, make_ours, images, **where, prepare=prepare_for_inference)
+        candidates["hf_dino_prepared"] = (prepared, {"HF_DINO_KERNELS": "require"})
     content = interleave(candidates, args.rounds, args.device)
     write_result(result_name("forward", args), command_of("forward", args), content)
 

@@ -92,16 +92,28 @@ class DinoDetrBackbone(nn.Module):
             pixel_mask (`torch.Tensor` of shape `(batch_size, height, width)`): 1 is image, 0 is padding.
         """
         feature_maps = self.project_features(self.extract_features(pixel_values))
-        masks = [_resize_mask(pixel_mask, feature_map.shape[-2:]) for feature_map in feature_maps]
+        features = torch.cat([feature_map.flatten(2).transpose(1, 2) for feature_map in feature_maps], dim=1)
+        shapes = [(feature_map.shape[-2], feature_map.shape[-1]) for feature_map in feature_maps]
+        return self.make_levels(features, shapes, pixel_mask)
+
+    def make_levels(
+        self, features: torch.Tensor, shapes: list[tuple[int, int]], pixel_mask: torch.Tensor
+    ) -> DinoDetrFeatureLevels:
+        """Add positions, mask, valid ratios and shapes to projected feature maps.
+
+        Args:
+            features (`torch.Tensor` of shape `(batch_size, sequence_length, d_model)`): As in the levels.
+            shapes (`list[tuple[int, int]]`): (height, width) of each level in cells.
+            pixel_mask (`torch.Tensor` of shape `(batch_size, height, width)`): 1 is image, 0 is padding.
+        """
+        masks = [_resize_mask(pixel_mask, shape) for shape in shapes]
         config = self.config
         dim, temperature = config.d_model // 2, config.positional_encoding_temperature
         sines = [sine_position_embedding(mask, dim, temperature, config.positional_encoding_offset) for mask in masks]
         positions = [sine + level_embed for sine, level_embed in zip(sines, self.level_embed)]
 
-        spatial_shapes_list = [(feature_map.shape[-2], feature_map.shape[-1]) for feature_map in feature_maps]
-        spatial_shapes = torch.tensor(spatial_shapes_list).to(pixel_values.device, non_blocking=True)
+        spatial_shapes = torch.tensor(shapes).to(features.device, non_blocking=True)
         level_lengths = spatial_shapes.prod(dim=1)
-        features = torch.cat([feature_map.flatten(2).transpose(1, 2) for feature_map in feature_maps], dim=1)
         position_embeddings = torch.cat([position.flatten(1, 2) for position in positions], dim=1)
         return DinoDetrFeatureLevels(
             features=features,
@@ -110,7 +122,7 @@ class DinoDetrBackbone(nn.Module):
             valid_ratios=torch.stack([_valid_ratio(mask) for mask in masks], dim=1),
             spatial_shapes=spatial_shapes,
             level_start_index=level_lengths.cumsum(0) - level_lengths,
-            spatial_shapes_list=spatial_shapes_list,
+            spatial_shapes_list=shapes,
         )
 
     def extract_features(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -155,7 +167,7 @@ def _make_projection(convolution: nn.Conv2d) -> nn.Sequential:
     return nn.Sequential(init_as(xavier_zero_bias, convolution), nn.GroupNorm(32, convolution.out_channels))
 
 
-def _resize_mask(pixel_mask: torch.Tensor, size: torch.Size) -> torch.Tensor:
+def _resize_mask(pixel_mask: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
     """Resize a mask to a feature map, `(batch_size, height, width)`: nearest pixel, as the official implementation."""
     return nn.functional.interpolate(pixel_mask[:, None].float(), size=size)[:, 0].bool()
 

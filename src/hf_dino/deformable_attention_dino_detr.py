@@ -165,13 +165,17 @@ class DinoDetrMultiscaleDeformableAttention(nn.Module):
         points_shape = (batch_size, num_queries, self.num_heads, self.num_levels, self.num_points)
         queries = hidden_states + position_embeddings
 
-        value = self.value_proj(memory).masked_fill_(~levels.mask[..., None], 0.0)
+        value = self.project_values(memory, levels)
         value = value.unflatten(-1, (self.num_heads, value.shape[-1] // self.num_heads))
         offsets = self.sampling_offsets(queries).view(*points_shape, 2)
         logits = self.attention_weights(queries).view(points_shape)
 
         output, weights = self._attend(value, reference_points, offsets, logits, levels)
         return self.output_proj(output), weights
+
+    def project_values(self, memory: torch.Tensor, levels: DinoDetrFeatureLevels) -> torch.Tensor:
+        """Return the values to sample, of the shape of the memory, zero in the padding."""
+        return self.value_proj(memory).masked_fill_(~levels.mask[..., None], 0.0)
 
     def _attend(
         self,

@@ -231,7 +231,7 @@ class DinoDetrSelfAttention(nn.Module):
         self.o_proj = init_as(xavier_zero_bias, nn.Linear(config.d_model, config.d_model))
 
     def forward(
-        self, hidden_states: torch.Tensor, position_embeddings: torch.Tensor, attention_mask: torch.Tensor
+        self, hidden_states: torch.Tensor, position_embeddings: torch.Tensor, attention_mask: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         def split_heads(states: torch.Tensor) -> torch.Tensor:
             return states.unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2)

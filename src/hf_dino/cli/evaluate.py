@@ -27,6 +27,8 @@ from .options import (
 
 if TYPE_CHECKING:
     import numpy as np
+    from accelerate import Accelerator
+    from transformers import PreTrainedModel
 
     from ..data import DetectionSplit, ReadOptions
     from ..evaluation import CocoScores
@@ -133,7 +135,7 @@ def evaluate(
     with Progress(disable=not accelerator.is_main_process) as progress:
         task = progress.add_task("evaluating", total=len(data.images) / accelerator.num_processes)
         scores, detections = evaluate_model(
-            model if exported else accelerator.prepare(model),
+            model if exported else _prepare(model, accelerator),
             processor,
             data,
             accelerator,
@@ -170,6 +172,17 @@ def evaluate(
         )
     accelerator.end_training()
     return facts
+
+
+def _prepare(model: "PreTrainedModel", accelerator: "Accelerator") -> Any:
+    """Return a model on the device of its process, prepared for inference unless its weights are to be sharded."""
+    from accelerate.utils import DistributedType
+
+    from ..inference import prepare_for_inference
+
+    if accelerator.distributed_type != DistributedType.FSDP:
+        model = prepare_for_inference(model.to(accelerator.device))
+    return accelerator.prepare(model)
 
 
 def _update_card(card: Path, metrics: dict[str, float], *where: Any) -> None:

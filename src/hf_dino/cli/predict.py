@@ -152,6 +152,7 @@ def predict(
         VideoOptions,
         find_inputs,
         join_processes,
+        prepare_for_inference,
     )
     from ..utils.names import named_classes
 
@@ -176,6 +177,7 @@ def predict(
     else:
         queue.wait()
     model, processor = load_model(model_name_or_path, device, dtype, compile)
+    model = model if compile else prepare_for_inference(model)
     results.classes = named_classes(model.config.id2label)
     options = DetectionOptions(threshold, _labels(classes, results.classes), top_k, nms, tile, overlap)
     detector = Detector(model, processor, options, batch_size=batch_size, dtype=getattr(torch, dtype))

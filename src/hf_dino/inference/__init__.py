@@ -1,6 +1,7 @@
 """Detect objects in images and videos, of any number, and save the detections."""
 
 from .detector import DetectionOptions, Detector, ImageResult, detect_objects
+from .preparation import prepare_for_inference
 from .processes import join_processes
 from .results import SAVE_FORMATS, VIDEO_FORMATS, ResultsDirectory, draw_rows
 from .run import PredictionRun
@@ -31,6 +32,7 @@ __all__ = [
     "draw_rows",
     "find_inputs",
     "join_processes",
+    "prepare_for_inference",
     "read_video",
     "write_video",
 ]
