@@ -7,8 +7,8 @@ from transformers import SwinConfig, SwinForImageClassification
 
 from helpers.models import TINY_SWIN, tiny_config
 from hf_dino import DinoDetrForObjectDetection, hub
+from hf_dino.backbone_weights import load_backbone_weights
 from hf_dino.data import InputError
-from hf_dino.hub import load_backbone_weights
 
 
 RESNET18 = {
