@@ -179,6 +179,11 @@ def test_other_models_are_not_dino(saved):
         load_model_and_processor(str(saved("detr")))
 
 
+def test_pillow_is_refused_for_a_model_that_resizes_without_antialiasing(saved):
+    with pytest.raises(InputError, match=r"RfDetrImageProcessor gives .* or other values"):
+        load_detector(str(saved("rf_detr")), backend="pil")
+
+
 def test_a_processor_that_changes_images_otherwise_is_refused():
     own = own_processor(AutoConfig.for_model("detr"), DinoDetrImageProcessor(size={"height": 32, "width": 32}))
     assert adopt_processor(own, CONVENTIONS["detr"]).size == own.size
