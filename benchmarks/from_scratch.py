@@ -79,14 +79,14 @@ def as_it_is(model: Model, data: Data) -> None:
 
 
 @torch.no_grad()
-def know_sizes(model: Model, data: Data) -> None:
+def know_sizes(model: Any, data: Data) -> None:
     """Let query selection start at the mean size of the objects, for proposals of the middle level."""
     sizes = torch.cat([label["boxes"] for label in data.labels])[:, 2:].logit(1e-3)
     model.model.query_selection.bbox_embed.layers[-1].bias[2:] = sizes.mean(dim=0) - logit(2 * PROPOSAL_BASE_SIZE)
 
 
 @torch.no_grad()
-def balance_levels(model: Model, data: Data) -> None:
+def balance_levels(model: Any, data: Data) -> None:
     """Make the mean scores of all levels equal, so that the best tokens come from all of them."""
     selection, sizes, tokens = model.model.query_selection, [], []
     hooks = [
@@ -103,7 +103,7 @@ def balance_levels(model: Model, data: Data) -> None:
     weight -= weight @ between_levels.T @ between_levels
 
 
-def zero_scores(model: Model, data: Data) -> None:
+def zero_scores(model: Any, data: Data) -> None:
     """Score all tokens alike at first."""
     nn.init.zeros_(model.model.query_selection.class_embed.weight)
 

@@ -153,6 +153,13 @@ def test_known_classes_keep_their_rows_and_others_are_new(model_type, saved):
     assert any(not new[name][1].equal(old[name][1]) for name in with_classes)
 
 
+@pytest.mark.parametrize("model_type", ["conditional_detr", "deformable_detr"])
+def test_new_classes_begin_with_low_scores(model_type, saved):
+    after, _ = load_pretrained_for_categories(str(saved(model_type)), {4: "star", 5: "pear", 9: "Circle"})
+    biases = [value for name, value in after.state_dict().items() if re.search(r"class_\w+(\.\d+)?\.bias", name)]
+    assert biases and all(bias[1].sigmoid().item() == pytest.approx(0.01) for bias in biases)
+
+
 def test_all_classes_of_the_same_names_are_loaded_unchanged(saved):
     before, _ = load_detector(str(saved("rt_detr")))
     after, _ = load_pretrained_for_categories(str(saved("rt_detr")), {7: "circle", 8: "star", 9: "lamp"})
@@ -170,6 +177,11 @@ def test_types_with_unknown_conventions_are_refused(tmp_path):
 def test_other_models_are_not_dino(saved):
     with pytest.raises(InputError, match="contains a model of type 'detr', not 'dino_detr'"):
         load_model_and_processor(str(saved("detr")))
+
+
+def test_pillow_is_refused_for_a_model_that_resizes_without_antialiasing(saved):
+    with pytest.raises(InputError, match=r"RfDetrImageProcessor gives .* or other values"):
+        load_detector(str(saved("rf_detr")), backend="pil")
 
 
 def test_a_processor_that_changes_images_otherwise_is_refused():

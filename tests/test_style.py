@@ -70,7 +70,7 @@ RANKS = {
             ("core", "family", "registration"),
             ("utils", "visualization"),
             ("kernels",),
-            ("data", "detectors", "hub", "model_card", "publishing", "__init__"),
+            ("data", "detectors", "backbone_weights", "hub", "model_card", "publishing", "__init__"),
             ("conversion",),
             ("evaluation", "inference", "model_info", "exported"),
             ("export", "inspection"),

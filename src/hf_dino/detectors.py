@@ -207,7 +207,8 @@ def adopt_processor(own: BaseImageProcessor, convention: Convention, backend: st
     adopted = ours(**_settings_of(own))
     image = (torch.arange(3 * 97 * 131) % 256).to(torch.uint8).reshape(3, 97, 131)
     first, second = (processor(images=[image], return_tensors="pt")["pixel_values"] for processor in (own, adopted))
-    if first.shape != second.shape or (backend != "pil" and not torch.allclose(first, second, atol=0.05)):
+    is_close = backend == "pil" and convention.antialias  # Pillow rounds otherwise, and cannot do without antialiasing
+    if first.shape != second.shape or not (is_close or torch.allclose(first, second, atol=0.05)):
         raise ValueError(
             f"{type(own).__name__} gives {tuple(first.shape)} for an image of 97 x 131 pixels, hf_dino "
             f"{tuple(second.shape)} or other values"

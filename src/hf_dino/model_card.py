@@ -267,7 +267,7 @@ def finetuned_card(
         base_model (`str`, *optional*): Hub id or directory of the model that was fine-tuned. `None` if training
             started from random weights, except perhaps the backbone's.
         backbone (`str`, *optional*): Pretrained weights of the backbone alone, as named for
-            [`~hub.load_backbone_weights`].
+            [`~backbone_weights.load_backbone_weights`].
         split (`str`, *optional*): Split of the dataset on which the metrics were measured.
         size (`dict[str, int]`, *optional*): Size of the image processor, in pixels.
         max_detections (`int`, *optional*, defaults to 100): Detections of a class in an image that the metrics count.

@@ -11,6 +11,7 @@ import torch
 from helpers.command_line import hf_dino
 from helpers.conversion_sources import SIZE, checkpoint, narrow_config, numbered_weights, save
 from hf_dino import DinoDetrConfig, DinoDetrForObjectDetection
+from hf_dino.backbone_weights import match_key
 from hf_dino.conversion import convert_checkpoint
 from hf_dino.conversion.checkpoint import read_source
 from hf_dino.conversion.convert import UNUSED_WEIGHTS, config_and_processor, convert_state_dict
@@ -18,7 +19,6 @@ from hf_dino.conversion.export import checkpoint_content
 from hf_dino.conversion.key_tables import ANCESTORS, rules_for
 from hf_dino.conversion.settings import DEFAULT_OF_SETTING, SETTINGS_OF_ANCESTORS, make_id2label
 from hf_dino.family import FAMILY
-from hf_dino.hub import match_key
 from hf_dino.utils.errors import InputError
 
 

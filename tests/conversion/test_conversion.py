@@ -21,11 +21,11 @@ from helpers.command_line import hf_dino
 from helpers.http_server import serving
 from helpers.paths import FIXTURES
 from hf_dino import conversion
+from hf_dino.backbone_weights import match_key
 from hf_dino.conversion import convert_checkpoint, key_tables
 from hf_dino.conversion.checkpoint import load_checkpoint, official_settings, read_source
 from hf_dino.conversion.convert import config_and_processor, convert_state_dict, write_folder
 from hf_dino.conversion.settings import DEFAULT_OF_SETTING, REQUIRED_SETTINGS, config_from_args, evaluation_size
-from hf_dino.hub import match_key
 from hf_dino.utils.errors import InputError
 from hf_dino.utils.io import sha256
 

@@ -17,6 +17,7 @@ from torch import nn
 from helpers.command_line import hf_dino
 from helpers.conversion_sources import BACKBONES, checkpoint, history_buffers, narrow_config, numbered_weights, save
 from hf_dino import DinoDetrForObjectDetection
+from hf_dino.backbone_weights import match_key
 from hf_dino.conversion import convert, convert_checkpoint
 from hf_dino.conversion.checkpoint import load_checkpoint, read_source
 from hf_dino.conversion.convert import build_model, config_and_processor, convert_state_dict
@@ -30,7 +31,6 @@ from hf_dino.conversion.key_tables import (
 )
 from hf_dino.conversion.known import KNOWN_CHECKPOINTS
 from hf_dino.conversion.settings import flatten, read_python, read_settings_file
-from hf_dino.hub import match_key
 from hf_dino.utils.errors import InputError
 
 

@@ -64,6 +64,22 @@ def test_every_member_takes_a_training_step(key, pixel_values):
     assert any(gradient.any() for gradient in gradients)
 
 
+@pytest.mark.parametrize(
+    ("key", "sizes"),
+    [
+        ("deformable_detr", [0.12, 0.12]),
+        ("deformable_detr_refine", [0.12, 0.5]),
+        ("deformable_detr_two_stage", [0.5] * 3),
+    ],
+)
+def test_box_heads_of_deformable_detr_begin_as_those_of_its_authors(key, sizes):
+    model = FAMILY[key].make_model(**tiny_sizes(FAMILY[key]))
+    heads = [head.layers[2] for head in model.bbox_embed]
+    assert not any(head.weight.any() or head.bias[:2].any() for head in heads)
+    first = torch.stack([head.bias[2:].sigmoid() for head in heads[: len(sizes)]])
+    torch.testing.assert_close(first, torch.tensor(sizes)[:, None].expand(-1, 2), atol=1e-3, rtol=0)
+
+
 def test_every_line_of_descent_begins_with_detr():
     for key, member in FAMILY.items():
         ancestors = []

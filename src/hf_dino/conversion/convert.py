@@ -19,8 +19,9 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors.torch import save_file
 from transformers import BaseImageProcessor, PreTrainedModel
 
+from ..backbone_weights import fill_key, match_key
 from ..configuration_dino_detr import UNUSED_LABEL, DinoDetrConfig
-from ..hub import fill_key, match_key, save_detector
+from ..hub import save_detector
 from ..image_processing_dino_detr import DinoDetrImageProcessor
 from ..model_card import CODE_BASES, converted_card
 from ..modeling_dino_detr import DinoDetrForObjectDetection

@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
+from ..backbone_weights import fill_key, match_key
 from ..configuration_dino_detr import DinoDetrConfig
-from ..hub import fill_key, load_model_and_processor, match_key
+from ..hub import load_model_and_processor
 from ..image_processing_dino_detr import LONGEST_EDGE, SHORTEST_EDGE, DinoDetrImageProcessor
 from ..utils.errors import InputError, summarize_list
 from ..utils.io import atomic_write, ensure_new_files

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..backbone_weights import TORCHVISION_RESNET_KEYS
 from ..configuration_dino_detr import DinoDetrConfig
-from ..hub import TORCHVISION_RESNET_KEYS
 from ..utils.errors import InputError
 
 
@@ -34,7 +34,9 @@ CODE_BASES = {
 
 @dataclass(frozen=True)
 class Rule:
-    """Rename, split, reorder, drop or copy the tensors whose key matches a template; see [`~hub.match_key`].
+    """Rename, split, reorder, drop or copy the tensors whose key matches a template.
+
+    Templates are those of [`~backbone_weights.match_key`].
 
     Args:
         source (`str`): Template of keys of the file.

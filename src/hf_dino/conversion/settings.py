@@ -15,9 +15,9 @@ from typing import Any
 
 import torch
 
+from ..backbone_weights import fill_key, match_key
 from ..configuration_dino_detr import UNUSED_LABEL, DinoDetrConfig
 from ..family import FAMILY
-from ..hub import fill_key, match_key
 from ..image_processing_dino_detr import LONGEST_EDGE, SHORTEST_EDGE
 from ..utils.errors import InputError, import_extra, summarize_list
 from ..utils.io import read_text

@@ -54,6 +54,7 @@ _FOCAL_HEADS: Rules = {
 _DEFAULTS: Rules = {
     r"(model\.decoder\.bbox_embed|bbox_predictor)\.layers\..*|model\.input_projection": pytorch_default
 }
+_FIRST_BOXES, _OTHER_BOXES = (rf"(model\.decoder\.)?bbox_embed\.{index}\.layers\.2" for index in ("0", r"\d+"))
 _JOINT_IN_ENCODER: Rules = {r"model\.encoder\..*\.[qkv]_proj": _joint_projection}
 
 RULES: dict[str, Rules] = {
@@ -69,8 +70,7 @@ RULES: dict[str, Rules] = {
     "deformable_detr": {
         **_QUERIES,
         r"(model\.decoder\.)?class_embed\.\d+": class_prior,
-        r"(model\.decoder\.)?bbox_embed\.0\.layers\.2": small_boxes,
-        r"(model\.decoder\.)?bbox_embed\.\d+\.layers\.2": zeros,
+        **dict.fromkeys((_FIRST_BOXES, _OTHER_BOXES), small_boxes),
         r"(model\.decoder\.)?bbox_embed\..*": pytorch_default,
         r"model\.input_proj\..*|model\.reference_points": xavier_zero_bias,
         r"model\.decoder\..*\.self_attn\.[qkv]_proj": _joint_projection,
@@ -80,16 +80,15 @@ RULES: dict[str, Rules] = {
 }
 """Rules by `config.model_type`, and by names of layers: the first pattern that fits a name counts."""
 
-_TWO_STAGE: Rules = {r"(model\.decoder\.)?bbox_embed\.0\.layers\.2": zeros}
+# Without box refinement all heads are one. With it, only the first box of a query is absolute, and none in two stages.
+_ZEROED_BY_FIELD = {"with_box_refine": _OTHER_BOXES, "two_stage": _FIRST_BOXES}
 
 
 def rules_of(config: PreTrainedConfig) -> Rules:
     """Return the rules of a model; none of one that is not an ancestor, or has them itself."""
-    first = _TWO_STAGE if getattr(config, "two_stage", False) else {}
-    return {
-        **first,
-        **{pattern: rule for pattern, rule in RULES.get(config.model_type, {}).items() if pattern not in first},
-    }
+    rules = RULES.get(config.model_type, {})
+    zeroed = [pattern for name, pattern in _ZEROED_BY_FIELD.items() if pattern in rules and getattr(config, name)]
+    return {**rules, **dict.fromkeys(zeroed, zeros)}
 
 
 @torch.no_grad()

@@ -87,8 +87,11 @@ _DINO = "https://arxiv.org/abs/2203.03605"
 
 # As in the papers, all decoder layers are trained. The default of transformers is the last one only.
 _ALL_LAYERS = {"auxiliary_loss": True}
+# The authors' layers have dropout in the feed-forward network and on attention weights too.
+_DROPOUT = {"activation_dropout": 0.1, "attention_dropout": 0.1}
+_DENSE = {**_ALL_LAYERS, **_DROPOUT}
+_DEFORMABLE = {**_ALL_LAYERS, **_DROPOUT, "class_cost": 2}
 # DAB-DETR's code has no dropout, and its class heads begin with this probability of each class.
-_DEFORMABLE = {**_ALL_LAYERS, "class_cost": 2, "activation_dropout": 0.1, "attention_dropout": 0.1}
 _DAB = {**_ALL_LAYERS, "dropout": 0.0, "initializer_bias_prior_prob": 0.01}
 _DAB_DEFORMABLE = {
     "num_queries": 300,
@@ -110,7 +113,7 @@ FAMILY: dict[str, FamilyMember] = {
         parent=None,
         change="Detection is the prediction of a set: each object is matched to one query, and nothing is suppressed.",
         equation="loss = min over permutations π of Σᵢ loss(objectᵢ, prediction_π(i))",
-        config=_ALL_LAYERS,
+        config=_DENSE,
         published_ap={500: 0.420},
         model_class="DetrForObjectDetection",
     ),
@@ -120,7 +123,7 @@ FAMILY: dict[str, FamilyMember] = {
         parent="detr",
         change="The positional query of cross-attention is the embedded reference point, scaled by the content.",
         equation="query = [c, MLP(c) ⊙ PE(x, y)]",
-        config=_ALL_LAYERS,
+        config=_DENSE,
         published_ap={108: 0.430},
         model_class="ConditionalDetrForObjectDetection",
     ),

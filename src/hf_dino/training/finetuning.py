@@ -17,6 +17,7 @@ from accelerate.tracking import get_available_trackers
 from accelerate.utils import DistributedDataParallelKwargs, send_to_device, set_seed
 from transformers import BaseImageProcessor, PreTrainedModel
 
+from ..backbone_weights import load_backbone_weights
 from ..configuration_dino_detr import DinoDetrConfig
 from ..data import (
     DetectionDataset,
@@ -36,7 +37,6 @@ from ..detectors import model_class_of, model_inputs, training_loss
 from ..evaluation import CocoScores, evaluate_model
 from ..hub import (
     build_model_and_processor,
-    load_backbone_weights,
     load_pretrained_for_categories,
     parse_image_size,
     save_detector,
@@ -84,7 +84,8 @@ logger = logging.getLogger(__name__)
 class FineTuner:
     """Fine-tune DINO, or another detection model, on a dataset, or train it from scratch.
 
-    A step gives the same result however its images are divided among processes and accumulated micro-batches. A run
+    A step of DINO, DN-DETR or Deformable DETR gives the same result however its images are divided among processes and
+    accumulated micro-batches; the losses of other models in transformers normalize each micro-batch by itself. A run
     that was stopped or killed resumes from its last checkpoint and ends with bitwise-identical weights. Everything
     that a resumed run needs is in `state` and in the files of its checkpoint.
 

@@ -6,9 +6,9 @@ import torchvision
 from transformers import SwinConfig, SwinForImageClassification
 
 from helpers.models import TINY_SWIN, tiny_config
-from hf_dino import DinoDetrForObjectDetection, hub
+from hf_dino import DinoDetrForObjectDetection, backbone_weights
+from hf_dino.backbone_weights import load_backbone_weights
 from hf_dino.data import InputError
-from hf_dino.hub import load_backbone_weights
 
 
 RESNET18 = {
@@ -30,7 +30,9 @@ def test_torchvision_resnet_computes_the_same(monkeypatch):
     resnet = torchvision.models.resnet18().eval()
     for norm in (module for module in resnet.modules() if isinstance(module, torch.nn.BatchNorm2d)):
         norm.running_mean.uniform_(-0.1, 0.1)
-    monkeypatch.setattr(hub, "get_model", lambda name, weights: {("resnet18", "IMAGENET1K_V1"): resnet}[name, weights])
+    monkeypatch.setattr(
+        backbone_weights, "get_model", lambda name, weights: {("resnet18", "IMAGENET1K_V1"): resnet}[name, weights]
+    )
     model = detector(RESNET18)
     load_backbone_weights(model, "torchvision/resnet18")
     images = torch.randn(1, 3, 64, 96)
