@@ -268,9 +268,16 @@ def build_model_and_processor(
 
 def warn_if_batch_norms_frozen(model: PreTrainedModel) -> None:
     """Warn if randomly initialized batch norms are frozen."""
-    is_frozen = getattr(model.config, "freeze_backbone_batch_norms", False)
-    if is_frozen and any(isinstance(layer, nn.BatchNorm2d) for layer in model.modules()):
-        logger.warning("training from scratch with frozen batch norms: set freeze_backbone_batch_norms to false")
+    kinds = {type(layer).__name__ for layer in model.modules()}
+    field = "freeze_backbone_batch_norms"
+    if getattr(model.config, field, False) and any(kind.endswith("BatchNorm2d") for kind in kinds):
+        logger.warning("training from scratch with frozen batch norms: set %s to false", field)
+    elif any(kind.endswith("FrozenBatchNorm2d") for kind in kinds):
+        logger.warning(
+            "training from scratch with frozen batch norms, which a model of type %r always has: give "
+            "--backbone_weights, or a backbone_config without batch norms, such as a ConvNeXt",
+            model.config.model_type,
+        )
 
 
 def load_config(model: str) -> DinoDetrConfig:
@@ -284,7 +291,10 @@ def load_config(model: str) -> DinoDetrConfig:
     """
     config = _read_model_config(model)
     if not isinstance(config, DinoDetrConfig):
-        raise InputError(f"{model}: contains a model of type {config.model_type!r}, not {DinoDetrConfig.model_type!r}")
+        raise InputError(
+            f"{model}: contains a model of type {config.model_type!r}, not {DinoDetrConfig.model_type!r}; other models "
+            "can be trained, evaluated, predicted with and pushed only"
+        )
     return config
 
 
@@ -410,7 +420,7 @@ def check_config_field(name: str, config_class: type[PreTrainedConfig] = DinoDet
 def _load_processor(model: str, config: PreTrainedConfig, options: Mapping[str, Any]) -> BaseImageProcessor:
     with _as_input_error(model, "has no usable image processor, preprocessor_config.json"):
         processor = AutoImageProcessor.from_pretrained(model, **_drop_none(options))
-        _check_size(dict(processor.size))
+        _check_resizing(processor.do_resize, dict(processor.size))
         if not isinstance(config, DinoDetrConfig):
             return adopt_processor(processor, convention_of(config), options.get("backend"))
         if not isinstance(processor, DinoDetrImageProcessor | DinoDetrImageProcessorPil):
@@ -418,7 +428,9 @@ def _load_processor(model: str, config: PreTrainedConfig, options: Mapping[str, 
     return processor
 
 
-def _check_size(size: Mapping[str, int]) -> None:
+def _check_resizing(do_resize: bool, size: Mapping[str, int]) -> None:
+    if not do_resize:
+        raise ValueError("do_resize must be true: images are trained on, batched and evaluated by their resized size")
     if size.keys() not in ({"shortest_edge", "longest_edge"}, {"height", "width"}) or min(size.values()) < 1:
         raise ValueError(f"size must be a positive shortest_edge and longest_edge, or height and width, not {size}")
 

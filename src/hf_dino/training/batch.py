@@ -142,7 +142,7 @@ def check_min_image_size(model: PreTrainedModel, shapes: Iterable[tuple[int, int
         try:
             try_images(model, images, torch.ones_like(images[:, 0]))
         except (ValueError, RuntimeError) as error:
-            reason = str(error).partition("\n")[0]
+            reason = str(error).partition("\n")[0].rstrip(".")
             raise InputError(
                 f"images become as small as {height} x {width} pixels: {reason}. Options: --image_size, "
                 "--augmentation, --config_overrides num_queries=NUMBER"
