@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
-from torch import nn
 from torchvision.models import get_model
 from transformers import (
     CONFIG_MAPPING,
@@ -292,8 +291,8 @@ def load_config(model: str) -> DinoDetrConfig:
     config = _read_model_config(model)
     if not isinstance(config, DinoDetrConfig):
         raise InputError(
-            f"{model}: contains a model of type {config.model_type!r}, not {DinoDetrConfig.model_type!r}; other models "
-            "can be trained, evaluated, predicted with and pushed only"
+            f"{model}: contains a model of type {config.model_type!r}, not {DinoDetrConfig.model_type!r}; only train, "
+            "evaluate, predict and push take other DETRs"
         )
     return config
 
