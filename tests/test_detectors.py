@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoImageProcessor, AutoModelForObjectDetec
 from helpers.command_line import exit_status, hf_dino
 from helpers.detectors import SMALL, small_detector
 from hf_dino.data.shapes import generate_shapes
-from hf_dino.detectors import CONVENTIONS, adopt_processor, convention_of, detect, own_processor
+from hf_dino.detectors import CONVENTIONS, adopt_processor, check_patches, convention_of, detect, own_processor
 from hf_dino.family import FAMILY, member_of, tiny_fields
 from hf_dino.hub import (
     load_detector,
@@ -225,11 +225,11 @@ def test_wrong_architectures_are_refused_at_once(given, message, tmp_path):
 @pytest.mark.parametrize("command", ["evaluate", "predict"])
 def test_images_of_a_size_that_a_model_does_not_take_are_an_error(command, shapes, tmp_path, capsys):
     model = small_detector("rf_detr", id2label=dict(enumerate(["circle", "square", "triangle", "star", "cross"])))
-    size = {"height": 100, "width": 120}
+    size = {"height": 126, "width": 112}
     save_detector(tmp_path / "model", model, DinoDetrImageProcessor(size=size), "")
     given = {"evaluate": ["--data", shapes], "predict": [shapes / "test", "--output", tmp_path / "found"]}
     assert exit_status([command, *given[command], "--model_name_or_path", tmp_path / "model"]) in (1, 2)
-    assert "a model of type 'rf_detr' does not take images of 100 x 120 pixels" in capsys.readouterr().err
+    assert "a model of type 'rf_detr' does not take images of 126 x 112 pixels" in capsys.readouterr().err
 
 
 def edited_processor(source, target, **settings):
@@ -237,6 +237,14 @@ def edited_processor(source, target, **settings):
     file = target / "preprocessor_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | settings))
     return target
+
+
+def test_images_that_patches_do_not_cover_are_refused(shapes, saved, tmp_path):
+    with pytest.raises(InputError, match="patches of 14 x 14 pixels, which do not cover images of 96 x 96"):
+        load_detector(str(edited_processor(saved("rf_detr"), tmp_path / "model", size={"height": 96, "width": 96})))
+    with pytest.raises(InputError, match="patches of 16 x 16 pixels, which do not cover images of 120 x 128"):
+        check_patches(small_detector("lw_detr").config, {"height": 120, "width": 128})
+    check_patches(small_detector("lw_detr").config, {"height": 128, "width": 128})
 
 
 def test_a_processor_that_does_not_resize_is_refused(saved, tmp_path):

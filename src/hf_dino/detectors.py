@@ -125,6 +125,24 @@ def training_loss(
     return outputs.loss + missing, terms
 
 
+def check_patches(config: Any, size: Mapping[str, int]) -> None:
+    """Check that a model reads whole images, and not only as much of them as whole patches cover.
+
+    Args:
+        config (`PreTrainedConfig`): The model's configuration.
+        size (`Mapping[str, int]`): Size of its image processor.
+
+    Raises:
+        InputError: If the right or lower border would be left out.
+    """
+    patch = getattr(config.backbone_config, "patch_size", 1)
+    if convention_of(config).takes_one_size and "height" in size and any(edge % patch for edge in size.values()):
+        raise InputError(
+            f"a model of type {config.model_type!r} reads patches of {patch} x {patch} pixels, which do not cover "
+            f"images of {size['height']} x {size['width']}; choose multiples of {patch}, in training with --image_size"
+        )
+
+
 def detect(model: Callable[..., Any], config: PreTrainedConfig, inputs: Mapping[str, torch.Tensor]) -> Any:
     """Run a model on images, without labels.
 

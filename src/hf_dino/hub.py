@@ -28,7 +28,15 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from .configuration_dino_detr import UNUSED_LABEL, DinoDetrConfig
-from .detectors import CONVENTIONS, adopt_processor, convention_of, model_class_of, new_processor, own_processor
+from .detectors import (
+    CONVENTIONS,
+    adopt_processor,
+    check_patches,
+    convention_of,
+    model_class_of,
+    new_processor,
+    own_processor,
+)
 from .family import FAMILY, initialize_as_authors, rules_of
 from .image_processing_dino_detr import (
     LONGEST_EDGE,
@@ -421,6 +429,7 @@ def _load_processor(model: str, config: PreTrainedConfig, options: Mapping[str, 
         processor = AutoImageProcessor.from_pretrained(model, **_drop_none(options))
         _check_resizing(processor.do_resize, dict(processor.size))
         if not isinstance(config, DinoDetrConfig):
+            check_patches(config, dict(processor.size))
             return adopt_processor(processor, convention_of(config), options.get("backend"))
         if not isinstance(processor, DinoDetrImageProcessor | DinoDetrImageProcessorPil):
             raise TypeError(f"it is a {type(processor).__name__}, not a {DinoDetrImageProcessor.__name__}")

@@ -56,8 +56,8 @@ def measure_comparison(output_dir: Path, dataset: str | None = None, *, again: b
             rows = measuring.result()
         except BrokenProcessPool:
             raise BrokenInputError(
-                f"{output_dir}: the process that measures speed was killed, perhaps for lack of memory; all models are "
-                "kept: measure again with --speed, or write the report without with --report_only"
+                f"{output_dir}: the process that measures speed was killed, perhaps for lack of memory; all models "
+                "are kept: measure again with --speed, or write the report without it with --report_only"
             ) from None
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else processor_name()
     facts = {"device": device, "threads": threads, "rounds": ROUNDS}
