@@ -162,6 +162,13 @@ def test_known_classes_keep_their_rows_and_others_are_new(model_type, saved):
     assert any(not new[name][1].equal(old[name][1]) for name in with_classes)
 
 
+def test_fields_that_change_the_weights_of_a_model_are_taken(saved):
+    overrides = {"num_denoising": 0, "num_queries": 12}
+    changed, _ = load_pretrained_for_categories(str(saved("rt_detr")), {1: "star", 2: "pear"}, overrides=overrides)
+    assert (changed.config.num_denoising, changed.config.num_queries) == (0, 12)
+    assert not any("denoising" in name for name in changed.state_dict())
+
+
 def test_all_classes_of_the_same_names_are_loaded_unchanged(saved):
     before, _ = load_detector(str(saved("rt_detr")))
     after, _ = load_pretrained_for_categories(str(saved("rt_detr")), {7: "circle", 8: "star", 9: "lamp"})
@@ -195,6 +202,14 @@ def test_a_processor_that_changes_images_otherwise_is_refused():
         ({"image_size": ["64"]}, "a model of type 'rt_detr' needs images of one size; give --image_size HEIGHTxWIDTH"),
         ({"image_size": ["80x80"]}, "images become as small as 80 x 80 pixels"),
         ({"config_overrides": {"box_refinement": "look_forward_once"}}, "RTDetrConfig has no field 'box_refinement'"),
+        (
+            {"config_overrides": {"d_model": 64}},
+            "the shape that follows from config.json and --config_overrides d_model",
+        ),
+        (
+            {"config_overrides": {"decoder_layers": "x"}},
+            "--config_overrides: is not .* rt_detr model .*expected int, got",
+        ),
         ({"torch_compile": True}, "a model of type 'rt_detr' cannot be compiled"),
         ({"image_size": ["90x70"]}, "a model of type 'rt_detr' does not take images of 90 x 70 pixels"),
         ({"freeze": ["head"]}, "this model has no stage head to freeze; it has stem, backbone, backbone.stage1"),

@@ -121,11 +121,14 @@ def load_pretrained_for_categories(
     config = load_detector_config(model)
     for name in overrides or ():
         check_config_field(name, type(config))
+    with _as_input_error(_OVERRIDES, f"is not a configuration of a {_name_of(type(config))} model"):
+        type(config).from_dict({**config.to_dict(), **(overrides or {})})
     processor = _load_processor(model, config, {"size": size})
     # updates as small as those of training are lost in half precision, in which a model may have been saved
     overrides = {**(overrides or {}), "dtype": torch.float32}
     is_dino = isinstance(config, DinoDetrConfig)
-    num_queries = overrides.pop("num_queries", config.num_queries) if is_dino else config.num_queries
+    take = overrides.pop if is_dino else overrides.get
+    num_queries = take("num_queries", config.num_queries)
     if set(config.id2label.values()) - {UNUSED_LABEL} == set(categories.values()):
         return _set_num_queries(_load_weights(model, config, config.id2label, overrides), num_queries), processor
     id2label = contiguous_id2label(categories)
@@ -172,11 +175,12 @@ def _replace_classes(
 
     Rows behind those of the classes, such as that of "no object", are kept.
     """
-    names = weights_with_rows_per_class(config)
+    names: Collection[str] = weights_with_rows_per_class(config)
     detector = _load_weights(model, config, id2label, overrides, may_differ=lambda name, _: name in names)
     saved = _load_weights(model, config, config.id2label, overrides).state_dict()
     new = model_class_of(config)(detector.config).state_dict()  # the loaded classes may be others in equal number
     labels, from_labels = list(known), list(known.values())
+    names = [name for name in names if name in saved]  # not all, if an override turns denoising off
     for name in names:
         new[name][labels] = saved[name][from_labels]
         new[name][len(id2label) :] = saved[name][config.num_labels :]
@@ -359,9 +363,12 @@ def read_config(
             raise InputError(f"{path}: {error}") from None
     for name in overrides or ():
         check_config_field(name, config_class)
-    name = "DINO" if config_class is DinoDetrConfig else config_class.model_type
-    with _as_input_error(path or _OVERRIDES, f"is not a configuration of a {name} model"):
+    with _as_input_error(path or _OVERRIDES, f"is not a configuration of a {_name_of(config_class)} model"):
         return config_class(**{**fields, **given, **(overrides or {}), "id2label": id2label})
+
+
+def _name_of(config_class: type[PreTrainedConfig]) -> str:
+    return "DINO" if config_class is DinoDetrConfig else config_class.model_type
 
 
 def _base_config(
@@ -457,9 +464,10 @@ def _load_weights(
         )
     wrong = [name for name, saved, _ in info["mismatched_keys"] if not may_differ(name, saved[0])]
     if incomplete := sorted({*wrong, *info["missing_keys"]}):
+        fields = [f" and {_OVERRIDES} {name}" for name in overrides if name in _field_names(type(config))]
         raise InputError(
             f"{model}: its weights are not those of a complete detector; {len(incomplete)} are missing or do not have "
-            f"the shape that follows from config.json, such as {incomplete[0]}"
+            f"the shape that follows from config.json{''.join(fields)}, such as {incomplete[0]}"
         )
     for parameter in detector.parameters():  # transformers leaves parts of split tensors as views of the whole
         if parameter.nbytes < parameter.untyped_storage().nbytes():
