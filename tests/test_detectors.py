@@ -210,6 +210,7 @@ def test_a_processor_that_changes_images_otherwise_is_refused():
             {"config_overrides": {"decoder_layers": "x"}},
             "--config_overrides: is not .* rt_detr model .*expected int",
         ),
+        ({"config_overrides": {"num_queries": 0}}, "--config_overrides: .*num_queries must be at least 1, got 0"),
         ({"torch_compile": True}, "a model of type 'rt_detr' cannot be compiled"),
         ({"image_size": ["90x70"]}, "a model of type 'rt_detr' does not take images of 90 x 70 pixels"),
         ({"freeze": ["head"]}, "this model has no stage head to freeze; it has stem, backbone, backbone.stage1"),

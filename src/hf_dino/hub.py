@@ -122,7 +122,7 @@ def load_pretrained_for_categories(
     for name in overrides or ():
         check_config_field(name, type(config))
     with _as_input_error(_OVERRIDES, f"is not a configuration of a {_name_of(type(config))} model"):
-        type(config).from_dict({**config.to_dict(), **(overrides or {})})
+        _with_queries(type(config).from_dict({**config.to_dict(), **(overrides or {})}))
     processor = _load_processor(model, config, {"size": size})
     # updates as small as those of training are lost in half precision, in which a model may have been saved
     overrides = {**(overrides or {}), "dtype": torch.float32}
@@ -364,7 +364,13 @@ def read_config(
     for name in overrides or ():
         check_config_field(name, config_class)
     with _as_input_error(path or _OVERRIDES, f"is not a configuration of a {_name_of(config_class)} model"):
-        return config_class(**{**fields, **given, **(overrides or {}), "id2label": id2label})
+        return _with_queries(config_class(**{**fields, **given, **(overrides or {}), "id2label": id2label}))
+
+
+def _with_queries(config: Any) -> PreTrainedConfig:
+    if config.num_queries < 1:
+        raise ValueError(f"num_queries must be at least 1, got {config.num_queries}")
+    return config
 
 
 def _name_of(config_class: type[PreTrainedConfig]) -> str:
@@ -380,7 +386,7 @@ def _base_config(
         if model_type not in (None, member.config_class.model_type):
             raise InputError(f"{path}: has the model_type {model_type!r}, which is not that of {architecture}")
         return member.config_class, member.config
-    if model_type is not None and model_type not in CONVENTIONS:
+    if model_type is not None and str(model_type) not in CONVENTIONS:
         raise InputError(f"{path}: the model_type {model_type!r} is none of {', '.join(CONVENTIONS)}")
     return CONFIG_MAPPING[model_type or DinoDetrConfig.model_type], {}
 
@@ -604,13 +610,14 @@ def load_backbone_weights(model: PreTrainedModel, name: str) -> None:
         reason = " ".join(str(error).split())
         raise InputError(
             f"{name}: cannot be loaded as the weights of the backbone that the configuration describes, a "
-            f"{body.config.model_type} ({reason[:300]})"
+            f"{body.config.model_type if isinstance(body, PreTrainedModel) else 'timm model'} ({reason[:300]})"
         ) from None
 
 
-def _read_torchvision(name: str, body: PreTrainedModel) -> Mapping[str, torch.Tensor]:
+def _read_torchvision(name: str, body: nn.Module) -> Mapping[str, torch.Tensor]:
     weights = get_model(name.removeprefix(_TORCHVISION), weights="IMAGENET1K_V1").state_dict()
-    return {_resnet_key(key): tensor for key, tensor in weights.items() if not key.startswith("fc.")}
+    key_of = _resnet_key if isinstance(body, PreTrainedModel) else str  # timm has the names of torchvision
+    return {key_of(key): tensor for key, tensor in weights.items() if not key.startswith("fc.")}
 
 
 def _resnet_key(key: str) -> str:
@@ -618,8 +625,11 @@ def _resnet_key(key: str) -> str:
     return next((fill_key(target, parts) for parts, target in matches if parts is not None), key)
 
 
-def _read_transformers(name: str, body: PreTrainedModel) -> Mapping[str, torch.Tensor]:
-    backbone, info = type(body).from_pretrained(name, config=deepcopy(body.config), output_loading_info=True)
+def _read_transformers(name: str, body: nn.Module) -> Mapping[str, torch.Tensor]:
+    if not isinstance(body, PreTrainedModel):
+        raise ValueError("it takes torchvision/resnet50 and the like, or give another backbone_config")
+    with _quiet_transformers():
+        backbone, info = type(body).from_pretrained(name, config=deepcopy(body.config), output_loading_info=True)
     # a classifier has no norms for the features of single stages; these keep their initial values
     if missing := [key for key in info["missing_keys"] if not key.startswith("hidden_states_norms.")]:
         raise ValueError(f"the weights lack {missing[0]}")

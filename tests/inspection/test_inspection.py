@@ -219,6 +219,7 @@ def test_an_image_of_another_size_is_refused(image):
 
 def test_other_models_are_refused_before_they_are_hooked():
     model = small_detector("conditional_detr")
+    hooks = [len(module._forward_hooks) for module in model.modules()]
     with pytest.raises(ValueError, match="'conditional_detr' cannot be recorded, only 'dino_detr'"):
         Recorder(model)
-    assert not any(module._forward_hooks for module in model.modules())
+    assert [len(module._forward_hooks) for module in model.modules()] == hooks
