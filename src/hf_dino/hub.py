@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
+from torch import nn
 from torchvision.models import get_model
 from transformers import (
     CONFIG_MAPPING,
