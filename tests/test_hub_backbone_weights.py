@@ -76,5 +76,5 @@ def test_backbones_of_timm_take_the_weights_of_torchvision(monkeypatch, tmp_path
     with pytest.raises(InputError, match=r"a timm model \(it takes torchvision/resnet50 and the like"):
         load_backbone_weights(model, str(tmp_path))
     monkeypatch.undo()
-    with pytest.raises(InputError, match="torchvision/nosuch: cannot be loaded .* a timm model"):
+    with pytest.raises(InputError, match=r"torchvision/nosuch: cannot be loaded .* a timm model"):
         load_backbone_weights(model, "torchvision/nosuch")
