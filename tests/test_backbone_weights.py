@@ -3,8 +3,9 @@
 import pytest
 import torch
 import torchvision
-from transformers import SwinConfig, SwinForImageClassification
+from transformers import DeformableDetrConfig, SwinConfig, SwinForImageClassification
 
+from helpers.detectors import small_detector
 from helpers.models import TINY_SWIN, tiny_config
 from hf_dino import DinoDetrForObjectDetection, backbone_weights
 from hf_dino.backbone_weights import load_backbone_weights
@@ -63,3 +64,19 @@ def test_weights_of_another_backbone_are_refused(tmp_path):
             load_backbone_weights(before, str(tmp_path))
     with pytest.raises(InputError, match="torchvision/resnet19: cannot be loaded"):
         load_backbone_weights(detector(RESNET18), "torchvision/resnet19")
+
+
+def test_backbones_of_timm_take_the_weights_of_torchvision(monkeypatch, tmp_path):
+    pytest.importorskip("timm")
+    resnet = torchvision.models.resnet18()
+    monkeypatch.setattr(backbone_weights, "get_model", lambda name, weights: resnet)
+    backbone = {**DeformableDetrConfig().backbone_config.to_dict(), "backbone": "resnet18"}
+    model = small_detector("deformable_detr", backbone_config=backbone)
+    load_backbone_weights(model, "torchvision/resnet18")
+    loaded = model.model.backbone.model.state_dict()
+    assert all(resnet.state_dict()[name].equal(weight) for name, weight in loaded.items())
+    with pytest.raises(InputError, match=r"a timm model \(it takes torchvision/resnet50 and the like"):
+        load_backbone_weights(model, str(tmp_path))
+    monkeypatch.undo()
+    with pytest.raises(InputError, match=r"torchvision/nosuch: cannot be loaded .* a timm model"):
+        load_backbone_weights(model, "torchvision/nosuch")

@@ -2,20 +2,29 @@
 
 import json
 import re
+import shutil
 
 import pytest
 import torch
 from PIL import Image
+from torch import nn
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForObjectDetection, pipeline
 
-from helpers.command_line import hf_dino
+from helpers.command_line import exit_status, hf_dino
 from helpers.detectors import SMALL, small_detector
 from hf_dino.data.shapes import generate_shapes
-from hf_dino.detectors import CONVENTIONS, adopt_processor, convention_of, detect, own_processor
+from hf_dino.detectors import CONVENTIONS, adopt_processor, check_patches, convention_of, detect, own_processor
 from hf_dino.family import FAMILY, member_of, tiny_fields
-from hf_dino.hub import load_detector, load_model_and_processor, load_pretrained_for_categories
+from hf_dino.hub import (
+    load_detector,
+    load_model_and_processor,
+    load_pretrained_for_categories,
+    save_detector,
+    warn_if_batch_norms_frozen,
+)
 from hf_dino.image_processing_dino_detr import DinoDetrImageProcessor
 from hf_dino.training import FineTuner, FineTuningArguments
+from hf_dino.training.optim import freezable_stages, freeze, set_training_mode
 from hf_dino.training_arguments import reproduction_argv
 from hf_dino.utils.errors import InputError
 
@@ -160,6 +169,13 @@ def test_new_classes_begin_with_low_scores(model_type, saved):
     assert biases and all(bias[1].sigmoid().item() == pytest.approx(0.01) for bias in biases)
 
 
+def test_fields_that_change_the_weights_of_a_model_are_taken(saved):
+    overrides = {"num_denoising": 0, "num_queries": 12}
+    changed, _ = load_pretrained_for_categories(str(saved("rt_detr")), {1: "star", 2: "pear"}, overrides=overrides)
+    assert (changed.config.num_denoising, changed.config.num_queries) == (0, 12)
+    assert not any("denoising" in name for name in changed.state_dict())
+
+
 def test_all_classes_of_the_same_names_are_loaded_unchanged(saved):
     before, _ = load_detector(str(saved("rt_detr")))
     after, _ = load_pretrained_for_categories(str(saved("rt_detr")), {7: "circle", 8: "star", 9: "lamp"})
@@ -198,7 +214,17 @@ def test_a_processor_that_changes_images_otherwise_is_refused():
         ({"image_size": ["64"]}, "a model of type 'rt_detr' needs images of one size; give --image_size HEIGHTxWIDTH"),
         ({"image_size": ["80x80"]}, "images become as small as 80 x 80 pixels"),
         ({"config_overrides": {"box_refinement": "look_forward_once"}}, "RTDetrConfig has no field 'box_refinement'"),
+        (
+            {"config_overrides": {"d_model": 64}},
+            "follows from config.json and --config_overrides d_model",
+        ),
+        (
+            {"config_overrides": {"decoder_layers": "x"}},
+            "--config_overrides: is not .* rt_detr model .*expected int",
+        ),
+        ({"config_overrides": {"num_queries": 0}}, "--config_overrides: .*num_queries must be at least 1, got 0"),
         ({"torch_compile": True}, "a model of type 'rt_detr' cannot be compiled"),
+        ({"image_size": ["90x70"]}, "a model of type 'rt_detr' does not take images of 90 x 70 pixels"),
         ({"freeze": ["head"]}, "this model has no stage head to freeze; it has stem, backbone, backbone.stage1"),
     ],
 )
@@ -222,6 +248,79 @@ def test_what_a_model_cannot_do_is_one_error(given, message, shapes, saved, tmp_
 def test_wrong_architectures_are_refused_at_once(given, message, tmp_path):
     with pytest.raises(InputError, match=message):
         FineTuningArguments(dataset="d", output_dir=tmp_path / "run", **given)
+
+
+@pytest.mark.parametrize("command", ["evaluate", "predict"])
+def test_images_of_a_size_that_a_model_does_not_take_are_an_error(command, shapes, tmp_path, capsys):
+    model = small_detector("rf_detr", id2label=dict(enumerate(["circle", "square", "triangle", "star", "cross"])))
+    size = {"height": 126, "width": 112}
+    save_detector(tmp_path / "model", model, DinoDetrImageProcessor(size=size), "")
+    given = {"evaluate": ["--data", shapes], "predict": [shapes / "test", "--output", tmp_path / "found"]}
+    assert exit_status([command, *given[command], "--model_name_or_path", tmp_path / "model"]) in (1, 2)
+    assert "a model of type 'rf_detr' does not take images of 126 x 112 pixels" in capsys.readouterr().err
+
+
+def edited_processor(source, target, **settings):
+    shutil.copytree(source, target)
+    file = target / "preprocessor_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | settings))
+    return target
+
+
+def test_images_that_patches_do_not_cover_are_refused(shapes, saved, tmp_path):
+    with pytest.raises(InputError, match="patches of 14 x 14 pixels, which do not cover images of 96 x 96"):
+        load_detector(str(edited_processor(saved("rf_detr"), tmp_path / "model", size={"height": 96, "width": 96})))
+    with pytest.raises(InputError, match="patches of 16 x 16 pixels, which do not cover images of 120 x 128"):
+        check_patches(small_detector("lw_detr").config, {"height": 120, "width": 128})
+    check_patches(small_detector("lw_detr").config, {"height": 128, "width": 128})
+
+
+def test_a_processor_that_does_not_resize_is_refused(saved, tmp_path):
+    folder = edited_processor(saved("rt_detr"), tmp_path / "model", do_resize=False)
+    with pytest.raises(InputError, match="do_resize must be true"):
+        load_detector(str(folder))
+
+
+def test_labels_are_fractions_also_without_normalization(saved, tmp_path):
+    _, processor = load_detector(str(edited_processor(saved("rt_detr"), tmp_path / "model", do_normalize=False)))
+    for each in (processor, DinoDetrImageProcessor(do_normalize=False)):
+        target = {"image_id": 1, "annotations": [{"category_id": 0, "bbox": [8, 8, 16, 16], "area": 256}]}
+        batch = each(Image.new("RGB", (32, 32)), target, return_tensors="pt")
+        assert batch["labels"][0]["boxes"].tolist() == [[0.5, 0.5, 0.5, 0.5]]
+
+
+def test_stages_that_can_be_frozen_have_weights():
+    stages = freezable_stages(small_detector("rf_detr"))
+    assert "decoder" in stages and "encoder" not in stages and all(stages.values())
+
+
+def test_statistics_of_frozen_batch_norms_do_not_change():
+    model = small_detector("rt_detr")
+    freeze(model, ["encoder"])
+    norms = {
+        name: layer
+        for name, layer in model.named_modules()
+        if type(layer) is nn.BatchNorm2d and "backbone" not in name
+    }
+    set_training_mode(model)
+    assert {name: not name.startswith("model.encoder.") for name in norms} == {
+        name: layer.training for name, layer in norms.items()
+    }
+    assert len({layer.training for layer in norms.values()}) == 2 and model.training
+
+
+@pytest.mark.parametrize(
+    ("model_type", "advice"), [("deformable_detr", "--backbone_weights"), ("rt_detr", "to false")]
+)
+def test_frozen_batch_norms_from_scratch_are_warned_about(model_type, advice, caplog):
+    resnet = {"model_type": "resnet", "embedding_size": 8, "hidden_sizes": [8, 8, 16, 16], "depths": [1, 1, 1, 1]}
+    resnet["out_features"] = ["stage2", "stage3", "stage4"]
+    fields = {} if model_type == "rt_detr" else {"backbone_config": resnet}
+    warn_if_batch_norms_frozen(small_detector(model_type, **fields))
+    assert "training from scratch with frozen batch norms" in caplog.text and advice in caplog.text
+    caplog.clear()
+    warn_if_batch_norms_frozen(small_detector("conditional_detr"))  # a ConvNeXt, which has none
+    assert not caplog.text
 
 
 def test_conventions_name_modules_and_processors_that_exist():

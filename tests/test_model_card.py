@@ -205,6 +205,11 @@ def test_measured_results_are_added_to_any_card(card):
     assert set(kept) <= set(once.text.splitlines())
 
 
+def test_a_card_without_a_name_gets_that_of_the_type():
+    text = add_results("---\nlicense: mit\n---\n# Mine\n", {"ap": 0.5}, "Blood cells", model_type="rt_detr")
+    assert ModelCard(text).data.model_name == "rt-detr-blood-cells"
+
+
 def test_results_of_a_split_replace_earlier_ones():
     card = finetuned(DinoDetrConfig()).content
     once = add_results(card, {"ap": 0.25}, "Blood cells", "test")

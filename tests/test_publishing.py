@@ -15,6 +15,7 @@ from huggingface_hub.repocard_data import model_index_to_eval_results
 from safetensors.torch import load_file, save_file
 
 from helpers.command_line import exit_status
+from helpers.detectors import small_detector
 from helpers.hub_server import READER, WRITER, Repo, serving_hub
 from helpers.models import tiny_model
 from hf_dino import DinoDetrForObjectDetection, DinoDetrImageProcessor, kernels
@@ -92,6 +93,14 @@ def test_without_yes_all_is_listed_and_nothing_sent(hub, folder, capsys):
     assert f"nothing was sent; --yes uploads {len(names)} files" in printed
     assert "its metadata lacks a license" in printed
     assert (hub.changes, hub.repos) == ([], {})
+
+
+def test_other_models_need_no_code(hub, tmp_path, capsys):
+    folder, model = tmp_path / "other", small_detector("conditional_detr")
+    card = finetuned_card(model.config, metrics=METRICS, dataset="shapes", command="hf-dino train", split="validation")
+    save_detector(folder, model, DinoDetrImageProcessor(size=SIZE), card)
+    assert exit_status(["push", folder, "me/model", "--json"]) == 0
+    assert states(capsys).keys() == {"config.json", "preprocessor_config.json", "model.safetensors", "README.md"}
 
 
 def test_a_push_is_one_commit_of_what_was_listed(hub, folder, capsys):

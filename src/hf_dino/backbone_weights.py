@@ -2,13 +2,16 @@
 
 import functools
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from copy import deepcopy
 from typing import Any
 
 import torch
+from torch import nn
 from torchvision.models import get_model
 from transformers import PreTrainedModel
+from transformers.utils import logging as transformers_logging
 
 from .detectors import convention_of
 from .utils.errors import InputError
@@ -101,13 +104,14 @@ def load_backbone_weights(model: PreTrainedModel, name: str) -> None:
         reason = " ".join(str(error).split())
         raise InputError(
             f"{name}: cannot be loaded as the weights of the backbone that the configuration describes, a "
-            f"{body.config.model_type} ({reason[:300]})"
+            f"{body.config.model_type if isinstance(body, PreTrainedModel) else 'timm model'} ({reason[:300]})"
         ) from None
 
 
-def _read_torchvision(name: str, body: PreTrainedModel) -> Mapping[str, torch.Tensor]:
+def _read_torchvision(name: str, body: nn.Module) -> Mapping[str, torch.Tensor]:
     weights = get_model(name.removeprefix(_TORCHVISION), weights="IMAGENET1K_V1").state_dict()
-    return {_resnet_key(key): tensor for key, tensor in weights.items() if not key.startswith("fc.")}
+    key_of = _resnet_key if isinstance(body, PreTrainedModel) else str  # timm has the names of torchvision
+    return {key_of(key): tensor for key, tensor in weights.items() if not key.startswith("fc.")}
 
 
 def _resnet_key(key: str) -> str:
@@ -115,9 +119,23 @@ def _resnet_key(key: str) -> str:
     return next((fill_key(target, parts) for parts, target in matches if parts is not None), key)
 
 
-def _read_transformers(name: str, body: PreTrainedModel) -> Mapping[str, torch.Tensor]:
-    backbone, info = type(body).from_pretrained(name, config=deepcopy(body.config), output_loading_info=True)
+def _read_transformers(name: str, body: nn.Module) -> Mapping[str, torch.Tensor]:
+    if not isinstance(body, PreTrainedModel):
+        raise ValueError("it takes torchvision/resnet50 and the like, or give another backbone_config")
+    with quiet_transformers():
+        backbone, info = type(body).from_pretrained(name, config=deepcopy(body.config), output_loading_info=True)
     # a classifier has no norms for the features of single stages; these keep their initial values
     if missing := [key for key in info["missing_keys"] if not key.startswith("hidden_states_norms.")]:
         raise ValueError(f"the weights lack {missing[0]}")
     return backbone.state_dict()
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Keep transformers from listing weights that do not fit; the caller checks them and raises an error."""
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)

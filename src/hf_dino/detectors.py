@@ -6,7 +6,8 @@ of logits. Saved models have transformers' own image processor, so they work wit
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -124,6 +125,24 @@ def training_loss(
     return outputs.loss + missing, terms
 
 
+def check_patches(config: Any, size: Mapping[str, int]) -> None:
+    """Check that a model reads whole images, and not only as much of them as whole patches cover.
+
+    Args:
+        config (`PreTrainedConfig`): The model's configuration.
+        size (`Mapping[str, int]`): Size of its image processor.
+
+    Raises:
+        InputError: If the right or lower border would be left out.
+    """
+    patch = getattr(config.backbone_config, "patch_size", 1)
+    if convention_of(config).takes_one_size and "height" in size and any(edge % patch for edge in size.values()):
+        raise InputError(
+            f"a model of type {config.model_type!r} reads patches of {patch} x {patch} pixels, which do not cover "
+            f"images of {size['height']} x {size['width']}; choose multiples of {patch}, in training with --image_size"
+        )
+
+
 def detect(model: Callable[..., Any], config: PreTrainedConfig, inputs: Mapping[str, torch.Tensor]) -> Any:
     """Run a model on images, without labels.
 
@@ -136,11 +155,31 @@ def detect(model: Callable[..., Any], config: PreTrainedConfig, inputs: Mapping[
         Outputs with `logits` `(batch_size, num_queries, num_labels)`, whose sigmoids are scores, and `pred_boxes`
         `(batch_size, num_queries, 4)`, center x, center y, width, height as fractions of the image.
         [`DinoDetrImageProcessor`] turns them into detections.
+
+    Raises:
+        InputError: If the model takes images of one size, and not of this one.
     """
-    outputs = model(**model_inputs(inputs, config))
+    with _as_wrong_size(config, inputs["pixel_values"].shape):
+        outputs = model(**model_inputs(inputs, config))
     if not convention_of(config).has_no_object_class:
         return outputs
     return DinoDetrObjectDetectionOutput(logits=sigmoid_logits(outputs.logits), pred_boxes=outputs.pred_boxes)
+
+
+@contextmanager
+def _as_wrong_size(config: PreTrainedConfig, shape: torch.Size) -> Iterator[None]:
+    """Convert the errors of a model that cannot divide images into its windows, or halve them often enough."""
+    try:
+        yield
+    except (ValueError, RuntimeError) as error:
+        # errors of the machine, as of its memory, are of classes below RuntimeError
+        if not convention_of(config).takes_one_size or type(error) not in (ValueError, RuntimeError):
+            raise
+        reason = str(error).partition("\n")[0].rstrip(".")
+        raise InputError(
+            f"a model of type {config.model_type!r} does not take images of {shape[2]} x {shape[3]} pixels "
+            f"({reason}); change the size of its image processor, in training with --image_size"
+        ) from error
 
 
 def sigmoid_logits(logits: torch.Tensor) -> torch.Tensor:

@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
-from torch import nn
 from transformers import (
     CONFIG_MAPPING,
     AutoConfig,
@@ -23,10 +22,18 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
 )
-from transformers.utils import logging as transformers_logging
 
+from .backbone_weights import quiet_transformers
 from .configuration_dino_detr import UNUSED_LABEL, DinoDetrConfig
-from .detectors import CONVENTIONS, adopt_processor, convention_of, model_class_of, new_processor, own_processor
+from .detectors import (
+    CONVENTIONS,
+    adopt_processor,
+    check_patches,
+    convention_of,
+    model_class_of,
+    new_processor,
+    own_processor,
+)
 from .family import FAMILY, initialize_as_authors, rules_of
 from .image_processing_dino_detr import (
     LONGEST_EDGE,
@@ -111,11 +118,14 @@ def load_pretrained_for_categories(
     config = load_detector_config(model)
     for name in overrides or ():
         check_config_field(name, type(config))
+    with _as_input_error(_OVERRIDES, f"is not a configuration of a {_name_of(type(config))} model"):
+        _with_queries(type(config).from_dict({**config.to_dict(), **(overrides or {})}))
     processor = _load_processor(model, config, {"size": size})
     # updates as small as those of training are lost in half precision, in which a model may have been saved
     overrides = {**(overrides or {}), "dtype": torch.float32}
     is_dino = isinstance(config, DinoDetrConfig)
-    num_queries = overrides.pop("num_queries", config.num_queries) if is_dino else config.num_queries
+    take = overrides.pop if is_dino else overrides.get
+    num_queries = take("num_queries", config.num_queries)
     if set(config.id2label.values()) - {UNUSED_LABEL} == set(categories.values()):
         return _set_num_queries(_load_weights(model, config, config.id2label, overrides), num_queries), processor
     id2label = contiguous_id2label(categories)
@@ -162,13 +172,14 @@ def _replace_classes(
 
     Rows behind those of the classes, such as that of "no object", are kept. New rows begin as from scratch.
     """
-    names = weights_with_rows_per_class(config)
+    names: Collection[str] = weights_with_rows_per_class(config)
     detector = _load_weights(model, config, id2label, overrides, may_differ=lambda name, _: name in names)
     saved = _load_weights(model, config, config.id2label, overrides).state_dict()
     fresh = model_class_of(config)(detector.config)  # the loaded classes may be others in equal number
     initialize_as_authors(fresh, rules_of(config))
     new = fresh.state_dict()
     labels, from_labels = list(known), list(known.values())
+    names = [name for name in names if name in saved]  # not all, if an override turns denoising off
     for name in names:
         new[name][labels] = saved[name][from_labels]
         new[name][len(id2label) :] = saved[name][config.num_labels :]
@@ -267,9 +278,16 @@ def build_model_and_processor(
 
 def warn_if_batch_norms_frozen(model: PreTrainedModel) -> None:
     """Warn if randomly initialized batch norms are frozen."""
-    is_frozen = getattr(model.config, "freeze_backbone_batch_norms", False)
-    if is_frozen and any(isinstance(layer, nn.BatchNorm2d) for layer in model.modules()):
-        logger.warning("training from scratch with frozen batch norms: set freeze_backbone_batch_norms to false")
+    kinds = {type(layer).__name__ for layer in model.modules()}
+    field = "freeze_backbone_batch_norms"
+    if getattr(model.config, field, False) and any(kind.endswith("BatchNorm2d") for kind in kinds):
+        logger.warning("training from scratch with frozen batch norms: set %s to false", field)
+    elif any(kind.endswith("FrozenBatchNorm2d") for kind in kinds):
+        logger.warning(
+            "training from scratch with frozen batch norms, which a model of type %r always has: give "
+            "--backbone_weights, or a backbone_config without batch norms, such as a ConvNeXt",
+            model.config.model_type,
+        )
 
 
 def load_config(model: str) -> DinoDetrConfig:
@@ -283,7 +301,10 @@ def load_config(model: str) -> DinoDetrConfig:
     """
     config = _read_model_config(model)
     if not isinstance(config, DinoDetrConfig):
-        raise InputError(f"{model}: contains a model of type {config.model_type!r}, not {DinoDetrConfig.model_type!r}")
+        raise InputError(
+            f"{model}: contains a model of type {config.model_type!r}, not {DinoDetrConfig.model_type!r}; only train, "
+            "evaluate, predict and push take other DETRs"
+        )
     return config
 
 
@@ -341,9 +362,18 @@ def read_config(
             raise InputError(f"{path}: {error}") from None
     for name in overrides or ():
         check_config_field(name, config_class)
-    name = "DINO" if config_class is DinoDetrConfig else config_class.model_type
-    with _as_input_error(path or _OVERRIDES, f"is not a configuration of a {name} model"):
-        return config_class(**{**fields, **given, **(overrides or {}), "id2label": id2label})
+    with _as_input_error(path or _OVERRIDES, f"is not a configuration of a {_name_of(config_class)} model"):
+        return _with_queries(config_class(**{**fields, **given, **(overrides or {}), "id2label": id2label}))
+
+
+def _with_queries(config: Any) -> PreTrainedConfig:
+    if config.num_queries < 1:
+        raise ValueError(f"num_queries must be at least 1, got {config.num_queries}")
+    return config
+
+
+def _name_of(config_class: type[PreTrainedConfig]) -> str:
+    return "DINO" if config_class is DinoDetrConfig else config_class.model_type
 
 
 def _base_config(
@@ -355,7 +385,7 @@ def _base_config(
         if model_type not in (None, member.config_class.model_type):
             raise InputError(f"{path}: has the model_type {model_type!r}, which is not that of {architecture}")
         return member.config_class, member.config
-    if model_type is not None and model_type not in CONVENTIONS:
+    if model_type is not None and str(model_type) not in CONVENTIONS:
         raise InputError(f"{path}: the model_type {model_type!r} is none of {', '.join(CONVENTIONS)}")
     return CONFIG_MAPPING[model_type or DinoDetrConfig.model_type], {}
 
@@ -409,15 +439,18 @@ def check_config_field(name: str, config_class: type[PreTrainedConfig] = DinoDet
 def _load_processor(model: str, config: PreTrainedConfig, options: Mapping[str, Any]) -> BaseImageProcessor:
     with _as_input_error(model, "has no usable image processor, preprocessor_config.json"):
         processor = AutoImageProcessor.from_pretrained(model, **_drop_none(options))
-        _check_size(dict(processor.size))
+        _check_resizing(processor.do_resize, dict(processor.size))
         if not isinstance(config, DinoDetrConfig):
+            check_patches(config, dict(processor.size))
             return adopt_processor(processor, convention_of(config), options.get("backend"))
         if not isinstance(processor, DinoDetrImageProcessor | DinoDetrImageProcessorPil):
             raise TypeError(f"it is a {type(processor).__name__}, not a {DinoDetrImageProcessor.__name__}")
     return processor
 
 
-def _check_size(size: Mapping[str, int]) -> None:
+def _check_resizing(do_resize: bool, size: Mapping[str, int]) -> None:
+    if not do_resize:
+        raise ValueError("do_resize must be true: images are trained on, batched and evaluated by their resized size")
     if size.keys() not in ({"shortest_edge", "longest_edge"}, {"height", "width"}) or min(size.values()) < 1:
         raise ValueError(f"size must be a positive shortest_edge and longest_edge, or height and width, not {size}")
 
@@ -430,31 +463,21 @@ def _load_weights(
     may_differ: Callable[[str, int], bool] = lambda name, rows: False,
 ) -> Any:
     """Load all weights. `may_differ` tells of which ones another number of rows may have been saved."""
-    with _as_input_error(model, "has no usable weights"), _quiet_transformers():
+    with _as_input_error(model, "has no usable weights"), quiet_transformers():
         detector, info = model_class_of(config).from_pretrained(
             model, id2label=id2label, ignore_mismatched_sizes=True, output_loading_info=True, **overrides
         )
     wrong = [name for name, saved, _ in info["mismatched_keys"] if not may_differ(name, saved[0])]
     if incomplete := sorted({*wrong, *info["missing_keys"]}):
+        fields = [f" and {_OVERRIDES} {name}" for name in overrides if name in _field_names(type(config))]
         raise InputError(
             f"{model}: its weights are not those of a complete detector; {len(incomplete)} are missing or do not have "
-            f"the shape that follows from config.json, such as {incomplete[0]}"
+            f"the shape that follows from config.json{''.join(fields)}, such as {incomplete[0]}"
         )
     for parameter in detector.parameters():  # transformers leaves parts of split tensors as views of the whole
         if parameter.nbytes < parameter.untyped_storage().nbytes():
             parameter.data = parameter.data.clone()
     return detector
-
-
-@contextmanager
-def _quiet_transformers() -> Iterator[None]:
-    """Keep transformers from listing weights that do not fit; the caller checks them and raises an error."""
-    verbosity = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        transformers_logging.set_verbosity(verbosity)
 
 
 def _drop_none(options: Mapping[str, Any]) -> dict[str, Any]:
@@ -465,6 +488,7 @@ _OVERRIDES = "--config_overrides"
 _CLASS_FIELDS = ("id2label", "label2id", "num_labels")
 
 _LIBRARY_ERRORS = (
+    ImportError,  # of the package timm, which backbones of some models need
     OSError,
     TypeError,
     ValueError,

@@ -160,6 +160,7 @@ class DinoDetrImageProcessorMixin:
     """Differences from transformers' DETR image processors, for both backends."""
 
     do_convert_rgb = True
+    do_convert_annotations = True  # transformers does not make boxes fractions if it does not normalize
 
     def preprocess(
         self,

@@ -277,7 +277,7 @@ def finetuned_card(
     """
     measured = _measurable(metrics)
     is_dino = isinstance(config, DinoDetrConfig)
-    name = f"{'dino-detr' if is_dino else _slug(config.model_type)}-{_slug(dataset)}"
+    name = f"{_slug(config.model_type)}-{_slug(dataset)}"
     on_hub = base_model is not None and _is_hub_id(base_model)
     data = ModelCardData(
         library_name="transformers",
@@ -331,6 +331,7 @@ def add_results(
     dataset: str,
     split: str | None = None,
     max_detections: int = COCO_MAX_DETECTIONS,
+    model_type: str = DinoDetrConfig.model_type,
 ) -> str:
     """Add measured metrics to a model card: to its metadata, and as a section. Others of this split are replaced.
 
@@ -340,6 +341,7 @@ def add_results(
         dataset (`str`): Display name of the dataset.
         split (`str`, *optional*): Split of the dataset.
         max_detections (`int`, *optional*, defaults to 100): Detections of a class in an image that the metrics count.
+        model_type (`str`, *optional*): That of the configuration, for the name of a model whose card has none.
 
     Returns:
         `str`: The card with them.
@@ -353,7 +355,7 @@ def add_results(
     where = (dataset, split)
     others = [each for each in data.eval_results or () if (each.dataset_name, each.dataset_split) != where]
     data.eval_results = [*others, *_eval_results(measured, dataset, split, max_detections)]
-    data.model_name = data.model_name or f"dino-detr-{_slug(dataset)}"
+    data.model_name = data.model_name or f"{_slug(model_type)}-{_slug(dataset)}"
     section = _measured(measured, dataset, split, describe_max_detections(max_detections))
     title = f"{dataset}, {split}" if split else dataset
     section = section.replace("## Results", f"## Results on {title}", 1) + "\n\n"

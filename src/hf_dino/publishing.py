@@ -23,6 +23,7 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import validate_repo_id
 from yaml import YAMLError
 
+from .configuration_dino_detr import DinoDetrConfig
 from .hub import load_detector
 from .utils.errors import BrokenInputError, InputError, summarize_list
 from .utils.io import sha256
@@ -154,8 +155,8 @@ def check_upload(upload: Upload, folder: Path) -> list[str]:
     """
     validate_id(upload.repo_id)
     if upload.repo_type == "model":
-        load_detector(str(folder))
-        problems = _missing_files(upload.files)
+        model, _ = load_detector(str(folder))
+        problems = _missing_files(upload.files, CODE if isinstance(model.config, DinoDetrConfig) else {})
     else:
         problems = [] if space_sdk(upload) else [f"{CARD}: has no `sdk` in its metadata, such as `sdk: gradio`"]
     problems += [problem for name, path in upload.files.items() for problem in _leaks(name, path)]
@@ -181,17 +182,19 @@ def validate_id(repo_id: str) -> None:
         )
 
 
-def _missing_files(files: Mapping[str, Path]) -> list[str]:
-    needed = ["config.json", "preprocessor_config.json", CARD, *CODE]
+def _missing_files(files: Mapping[str, Path], code: Mapping[str, Path]) -> list[str]:
+    """Return what a model lacks: a part of it, or of its code, which models of transformers do not need."""
+    needed = ["config.json", "preprocessor_config.json", CARD, *code]
     problems = [f"{name} not found" for name in needed if name not in files]
     if not any(name.endswith(".safetensors") for name in files):
         problems.append("model.safetensors not found")
     there = {name: path.read_bytes() for name, path in files.items() if name in needed}
-    changed = [name for name, code in CODE.items() if there.get(name) not in (None, code.read_bytes())]
+    changed = [name for name, path in code.items() if there.get(name) not in (None, path.read_bytes())]
     if changed:
         names = summarize_list(changed, 3)
         problems.append(f"code of another hf_dino than the installed one ({names}); save it again, see docs/hub.md")
-    without_code = [name for name in needed[:2] if b'"auto_map"' not in there.get(name, b'"auto_map"')]
+    named = needed[:2] if code else ()
+    without_code = [name for name in named if b'"auto_map"' not in there.get(name, b'"auto_map"')]
     return problems + [f"{name}: does not name the code of the model; save the model again" for name in without_code]
 
 

@@ -140,7 +140,16 @@ def test_shares_of_nothing_are_unknown():
 
 
 @pytest.mark.parametrize(
-    "damage", ["", "{", "[]\n", '{"step": 4}\n', '{"step": "x", "ap": 1}\n', '{"step": 4, "ap": null}\n']
+    "damage",
+    [
+        "",
+        "{",
+        "[]\n",
+        '{"step": 4}\n',
+        '{"step": "x", "ap": 1}\n',
+        '{"step": 4, "ap": null}\n',
+        '{"step": 4, "ap": 0.5, "ap50": "x"}\n',
+    ],
 )
 def test_rows_up_to_a_damaged_one_are_read(tmp_path, damage):
     row = {"step": 2, "ap": 0.5, "recall_boxes": None}

@@ -149,6 +149,11 @@ def test_what_cannot_be_reported_is_one_line_and_writes_nothing(tmp_path):
         (tmp_path / "speed.json").write_text(text)
         with pytest.raises(InputError, match=r"speed\.json: is damaged .*; remove it, and measure again with --speed"):
             report_comparison(tmp_path, COMMAND)
+    settings = json.loads((tmp_path / "comparison.json").read_text())
+    for changed in ({"max_train_steps": "20"}, {"max_train_steps": 20.5}, {"size": None}, {"models": [1]}):
+        (tmp_path / "comparison.json").write_text(json.dumps(settings | changed))
+        with pytest.raises(InputError, match=r"comparison\.json: is damaged"):
+            report_comparison(tmp_path, COMMAND)
     for text in ("{}", '{"max_train_steps": 3}'):
         (tmp_path / "comparison.json").write_text(text)
         with pytest.raises(InputError, match=r"comparison\.json: is damaged"):

@@ -17,6 +17,7 @@ import pytest
 import torch
 
 from helpers import comparisons
+from helpers.command_line import exit_status
 from helpers.comparisons import ROWS, SETTINGS
 from hf_dino.cli.compare import compare as command
 from hf_dino.compare import plan_runs
@@ -284,6 +285,20 @@ def test_the_path_of_a_run_is_in_its_arguments():
 def test_settings_that_cannot_be_are_refused_before_any_work(changed, message):
     with pytest.raises(InputError, match=message):
         ComparisonSettings(**changed)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["--report_only", "--rows", "detr"], "--rows has no effect with --report_only"),
+        (["--report_only", "--speed"], "--speed has no effect with --report_only"),
+        (["--speed", "--max_train_steps", "8"], "--max_train_steps has no effect with --speed"),
+    ],
+)
+def test_options_without_effect_are_refused(given, message, tmp_path, capsys):
+    assert exit_status(["compare", "--output_dir", tmp_path / "none", *given]) == 2
+    assert message in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
 
 
 def test_rows_are_chosen_by_name_in_the_order_of_the_family():

@@ -6,6 +6,7 @@ import torch
 from PIL import Image
 from torchvision.ops import box_convert
 
+from helpers.detectors import small_detector
 from helpers.models import tiny_model
 from hf_dino import DinoDetrImageProcessor
 from hf_dino.deformable_attention_dino_detr import (
@@ -214,3 +215,11 @@ def test_an_image_of_another_size_is_refused(image):
     inspection = inspect_image(tiny_model(), PROCESSOR, image)
     with pytest.raises(ValueError, match="the image has"):
         draw_reference_points(image.resize((10, 10)), inspection)
+
+
+def test_other_models_are_refused_before_they_are_hooked():
+    model = small_detector("conditional_detr")
+    hooks = [len(module._forward_hooks) for module in model.modules()]
+    with pytest.raises(ValueError, match="'conditional_detr' cannot be recorded, only 'dino_detr'"):
+        Recorder(model)
+    assert [len(module._forward_hooks) for module in model.modules()] == hooks

@@ -71,6 +71,7 @@ def compare(
     checkpoint. Started several times at once, the processes share the trainings; with `accelerate launch -m hf_dino
     compare`, several processes train each. --rows and --seeds may differ from one start to the next.
     """
+    _check_options(context)
     import_extra("accelerate", "train", "training")
     import_extra("jinja2", "train", "the report")
     import_extra("matplotlib", "train", "plotting")
@@ -102,6 +103,19 @@ def compare(
     report = write(command_line(context))
     print(f"report: {output_dir / 'report.html'}")
     return _facts(output_dir, report, failures)
+
+
+_READ_WITH = {"report_only": ("output_dir", "json"), "speed": ("output_dir", "dataset", "json")}
+"""Options that have an effect beside one that trains nothing; what a comparison trained with is in its settings."""
+
+
+def _check_options(context: typer.Context) -> None:
+    """Refuse options that would have no effect."""
+    sources = {name: context.get_parameter_source(name) for name in context.params}
+    given = [name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"]
+    for mode in (name for name in _READ_WITH if name in given):
+        if unread := [name for name in given if name not in (mode, *_READ_WITH[mode])]:
+            context.fail(f"--{unread[0]} has no effect with --{mode}; remove one of them.")
 
 
 def _facts(output_dir: Path, report: dict[str, Any], failures: dict[Any, str]) -> Facts:

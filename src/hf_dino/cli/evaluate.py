@@ -157,7 +157,8 @@ def evaluate(
         }
         written = _write(data, scores, detections, details, metrics_json, results_json, report_html)
         if card:
-            _update_card(card, scores.metrics, data.name, split if dataset else None, max_detections)
+            where = (data.name, split if dataset else None, max_detections, model.config.model_type)
+            _update_card(card, scores.metrics, *where)
             written["update_card"] = card
         facts = Facts(
             {

@@ -335,7 +335,8 @@ def read_measures(folder: Path) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     with suppress(FileNotFoundError, ValueError, TypeError, LookupError):
         for line in (folder / MEASURES_FILE).read_bytes().splitlines():
-            row = json.loads(line)
+            row = dict(json.loads(line))
+            sum(float(value) for value in row.values() if value is not None)
             rows.append({**row, "step": int(row["step"]), "ap": float(row["ap"])})
     return rows
 

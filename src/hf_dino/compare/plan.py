@@ -220,8 +220,11 @@ def read_settings(output_dir: Path) -> dict[str, Any]:
     path = output_dir / SETTINGS_FILE
     try:
         settings = dict(json.loads(read_text(path)))
-        defaults = asdict(ComparisonSettings())
-        ComparisonSettings(**{name: type(default)(settings[name]) for name, default in defaults.items()})
+        for name, default in asdict(ComparisonSettings()).items():
+            if type(default)(settings[name]) != settings[name]:  # as of 600 as text
+                raise ValueError(f"{name} is {settings[name]!r}, not of type {type(default).__name__}")
+        ComparisonSettings(**{each.name: settings[each.name] for each in fields(ComparisonSettings)})
+        dict(settings.get("models", {}))
     except (ValueError, TypeError, LookupError) as error:
         if not path.is_file():
             raise InputError(f"{output_dir}: has no comparison ({SETTINGS_FILE} not found)") from None

@@ -5,6 +5,7 @@ import statistics
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from functools import partial
 from multiprocessing import get_context
@@ -22,7 +23,7 @@ from ..detectors import detect, model_inputs, training_loss
 from ..export.benchmark import processor_name
 from ..hub import load_detector
 from ..model_info import count_flops, count_parameters, peak_memory, start_memory
-from ..utils.errors import InputError, count_of
+from ..utils.errors import BrokenInputError, InputError, count_of
 from ..utils.io import read_text, write_json
 from .plan import dataset_of, find_runs, read_settings
 
@@ -50,7 +51,14 @@ def measure_comparison(output_dir: Path, dataset: str | None = None, *, again: b
     print(f"measuring the speed of {count_of(len(folders), 'model')}")
     data, threads = dataset_of(output_dir, dataset, settings), torch.get_num_threads()
     with ProcessPoolExecutor(max_workers=1, mp_context=get_context("spawn")) as pool:  # alone, and without leftovers
-        rows = pool.submit(measure_speed, folders, data, settings["global_batch_size"], threads).result()
+        measuring = pool.submit(measure_speed, folders, data, settings["global_batch_size"], threads)
+        try:
+            rows = measuring.result()
+        except BrokenProcessPool:
+            raise BrokenInputError(
+                f"{output_dir}: the process that measures speed was killed, perhaps for lack of memory; all models "
+                "are kept: measure again with --speed, or write the report without it with --report_only"
+            ) from None
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else processor_name()
     facts = {"device": device, "threads": threads, "rounds": ROUNDS}
     write_json(output_dir / SPEED_FILE, {**facts, "rows": rows})

@@ -21,7 +21,7 @@ from transformers import BaseImageProcessor, PreTrainedModel
 from ..deformable_attention_dino_detr import compute_sampling_locations
 from ..query_selection_dino_detr import gen_encoder_output_proposals
 from ..reference_points_dino_detr import cell_centers
-from ..registration import DinoDetrForObjectDetection
+from ..registration import DinoDetrConfig, DinoDetrForObjectDetection
 
 
 Calls = list[tuple[tuple[Any, ...], Any]]  # arguments and output of each call of a module
@@ -83,6 +83,9 @@ class Recorder:
     Args:
         model (`DinoDetrForObjectDetection`): In evaluation mode, on any device.
 
+    Raises:
+        ValueError: If it is another model.
+
     Example:
 
     ```python
@@ -93,6 +96,11 @@ class Recorder:
     """
 
     def __init__(self, model: DinoDetrForObjectDetection):
+        if model.config.model_type != DinoDetrConfig.model_type:
+            raise ValueError(
+                f"a model of type {model.config.model_type!r} cannot be recorded, only {DinoDetrConfig.model_type!r}; "
+                f"inspect_positional_attention takes {', '.join(_CROSS_ATTENTIONS)}"
+            )
         self.model = model
         self.calls: dict[str, Calls] = {}
         self._hooks = ExitStack()

@@ -19,7 +19,7 @@ from ..data.check import check_data, dense_images, object_limits
 from ..data.dataset import DetectionSplit, label_of_category
 from ..data.dataset import logger as reader_logger
 from ..data.loaders import TrainingCollator, get_processed_shape
-from ..detectors import convention_of, detect
+from ..detectors import check_patches, convention_of, detect
 from ..evaluation.coco_eval import warn_about_dense_images
 from ..evaluation.predictions import eval_mode
 from ..loss_dino_detr import DinoDetrEffectiveBatch
@@ -106,6 +106,7 @@ def build_training_pipeline(
         raise InputError(
             f"a model of type {model.config.model_type!r} needs images of one size; give --image_size HEIGHTxWIDTH"
         )
+    check_patches(model.config, processor.size)
     shape_of = {name: partial(get_processed_shape, processor) for name in data} | {"train": chosen.min_output_shape}
     check_min_image_size(
         model,
@@ -141,8 +142,10 @@ def check_min_image_size(model: PreTrainedModel, shapes: Iterable[tuple[int, int
     with eval_mode(model):
         try:
             try_images(model, images, torch.ones_like(images[:, 0]))
+        except torch.OutOfMemoryError:  # a RuntimeError that says nothing of the size
+            raise
         except (ValueError, RuntimeError) as error:
-            reason = str(error).partition("\n")[0]
+            reason = str(error).partition("\n")[0].rstrip(".")
             raise InputError(
                 f"images become as small as {height} x {width} pixels: {reason}. Options: --image_size, "
                 "--augmentation, --config_overrides num_queries=NUMBER"

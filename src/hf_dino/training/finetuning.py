@@ -73,6 +73,7 @@ from .optim import (
     get_milestones,
     get_param_groups,
     scale_lr,
+    set_training_mode,
     should_stop_early,
 )
 from .signals import StopSignals
@@ -240,7 +241,7 @@ class FineTuner:
     def train_epoch(self) -> None:
         """Take the remaining steps of an epoch, or those up to an evaluation within it."""
         state, args = self.state, self.arguments
-        self.model.train()
+        set_training_mode(self.model)
         for batch in self.epoch_dataloader(*divmod(state.step, self.epoch_steps)):
             losses = self.training_step(batch)
             if losses is None:

@@ -81,12 +81,13 @@ def freezable_stages(model: PreTrainedModel) -> dict[str, list[str]]:
             by_number.setdefault(int(found[1]), []).append(name)
     stages = [by_number[number] for number in sorted(by_number)]
     before_stages = list(takewhile(lambda name: not _STAGE.search(name), body))
-    return {
+    parts = {
         "stem": sum(stages[:1], before_stages),
         "backbone": body,
         **{f"backbone.stage{number}": stage for number, stage in enumerate(stages, start=1)},
         **{part: [name for name in names if name.startswith(f"model.{part}.")] for part in ("encoder", "decoder")},
     }
+    return {name: part for name, part in parts.items() if part}  # RF-DETR has no encoder but its backbone
 
 
 def _backbone_of(model: Any) -> str:
@@ -124,7 +125,15 @@ def freeze(model: PreTrainedModel, stages: Collection[str] | None = None) -> Non
     for name, parameter in model.named_parameters():
         if name in frozen:
             parameter.requires_grad_(False)
-    model.train(model.training)  # switches the batch norms of frozen stages to evaluation mode
+    set_training_mode(model, model.training)
+
+
+def set_training_mode(model: nn.Module, mode: bool = True) -> None:
+    """Set training mode as `nn.Module.train` does, but leave frozen batch norms in evaluation mode."""
+    model.train(mode)
+    for layer in model.modules():
+        if isinstance(layer, nn.BatchNorm2d) and not layer.weight.requires_grad:
+            layer.eval()
 
 
 def get_param_groups(
