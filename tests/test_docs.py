@@ -22,6 +22,7 @@ from PIL import Image
 
 from helpers.command_line import hf_dino, train_arguments
 from helpers.conversion_sources import checkpoint, narrow_config, save
+from helpers.detectors import small_detector
 from helpers.models import tiny_model
 from helpers.paths import ROOT
 from helpers.videos import make_video
@@ -29,6 +30,7 @@ from hf_dino import DinoDetrImageProcessor
 from hf_dino.cli import app
 from hf_dino.data import convert_data, read_data
 from hf_dino.data.shapes import OUTLINES, generate_shapes
+from hf_dino.hub import save_detector
 
 
 NOTEBOOKS = runpy.run_path(str(ROOT / "tools" / "notebooks.py"))
@@ -95,6 +97,9 @@ def reader(tmp_path_factory) -> Path:
     tiny_model(id2label=dict(enumerate([*OUTLINES, "person", "car"]))).save_pretrained(model)
     DinoDetrImageProcessor(size={"shortest_edge": 96, "longest_edge": 160}).save_pretrained(model)
     shutil.copytree(model, folder / "runs" / "mine")
+    rt_detr = small_detector("rt_detr", id2label=dict(enumerate(OUTLINES)))
+    square = DinoDetrImageProcessor(size={"height": 96, "width": 96})
+    save_detector(folder / "runs" / "rtdetr", rt_detr, square, card="")
     generate_shapes(folder / "mine", image_size=96, num_train=8, num_val=4, num_test=4)
     convert_data(read_data(folder / "mine"), folder / "yolo-dataset", "yolo")
     shutil.copytree(folder / "mine" / "val", folder / "images")
