@@ -106,10 +106,11 @@ def _list(parse: Callable[[Any], Any]) -> Callable[[Any], list[Any]]:
 
 def _overrides(value: Any) -> dict[str, Any]:
     """Read fields of a configuration from a mapping, or from `FIELD=VALUE` with the value as JSON or plain text."""
-    from .hub import check_config_fields  # imports transformers and torch, only for a run that overrides something
-
     overrides = dict(value.items() if isinstance(value, dict) else map(_split_override, _list(_text)(value)))
-    check_config_fields(overrides)
+    if overrides:
+        from .hub import check_config_fields  # imports transformers and torch, only for a run that overrides something
+
+        check_config_fields(overrides)
     return overrides
 
 

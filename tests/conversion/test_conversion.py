@@ -20,7 +20,7 @@ from transformers import AutoImageProcessor, AutoModelForObjectDetection, ConvNe
 from helpers.command_line import hf_dino
 from helpers.http_server import serving
 from helpers.paths import FIXTURES
-from hf_dino import conversion
+from hf_dino import DinoDetrConfig, conversion
 from hf_dino.backbone_weights import match_key
 from hf_dino.conversion import convert_checkpoint, key_tables
 from hf_dino.conversion.checkpoint import load_checkpoint, official_settings, read_source
@@ -526,6 +526,8 @@ def test_folder_that_is_not_empty_is_refused_before_anything_is_read(tmp_path):
 
 class Quick:
     """Writes a small stand-in for a model or an image processor."""
+
+    config = DinoDetrConfig()
 
     def save_pretrained(self, path: Path) -> None:
         path.mkdir(exist_ok=True)

@@ -417,8 +417,8 @@ def test_a_folder_that_holds_no_dino_is_named(examples, shapes, tmp_path):
     image, output = str(sorted((shapes / "test").iterdir())[0]), f"--output={tmp_path / 'a.png'}"
     with pytest.raises(InputError, match=r"it has no config\.json"):
         hf_dino(["predict", f"--model_name_or_path={shapes}", image, output])
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "detr"}))
-    with pytest.raises(InputError, match="contains a model of type 'detr', not 'dino_detr'"):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "yolos"}))
+    with pytest.raises(InputError, match="models of type 'yolos' cannot be used"):
         hf_dino(["predict", f"--model_name_or_path={tmp_path}", image, output])
 
 

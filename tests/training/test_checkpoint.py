@@ -393,7 +393,7 @@ def test_where_all_write_together_the_one_that_cannot_does_not_wait_for_the_othe
 
 def test_a_folder_that_a_network_disk_shows_late_is_waited_for(tmp_path, monkeypatch):
     accelerator, *_ = make_run()
-    monkeypatch.setattr(checkpoint_module, "_lock", lambda folder: nullcontext())
+    monkeypatch.setattr(checkpoint_module, "lock_directory", lambda folder: nullcontext())
     monkeypatch.setattr(checkpoint_module, "_NETWORK_DISK_DELAY", 0.2)
     with (
         pytest.raises(InputError, match=r"not found on .*; use an --output_dir on a shared disk"),

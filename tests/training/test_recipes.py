@@ -149,7 +149,7 @@ def test_all_contradictions_are_reported_at_once():
     with pytest.raises(InputError) as raised:
         FineTuningArguments(output_dir="o", train_images="a", lr_scheduler_type="cosine", lr_milestones=[1])
     assert str(raised.value).split("; ") == [
-        "give --model_name_or_path, or --config_name and/or --backbone_weights",
+        "give --model_name_or_path, or --architecture, --config_name and/or --backbone_weights",
         "--lr_scheduler_type cosine has no milestones",
         "remove --lr_milestones or give it no value",
         "--train_images and --train_annotations belong together",
