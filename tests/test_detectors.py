@@ -116,7 +116,13 @@ def test_every_member_of_the_family_is_trained_evaluated_saved_loaded_and_run(ke
     assert "--architecture" in reproduction_argv(arguments)
 
 
-@pytest.mark.parametrize("model_type", [each for each in FOREIGN if each not in ("detr", "conditional_detr")])
+@pytest.mark.parametrize(
+    "model_type",
+    [
+        pytest.param(each, marks=[pytest.mark.slow] * (each not in ("rt_detr", "rf_detr", "d_fine")))
+        for each in FOREIGN
+    ],
+)
 def test_a_pretrained_model_is_fine_tuned_on_other_classes(model_type, shapes, saved, tmp_path):
     folder = tmp_path / "run"
     arguments = options(shapes, folder, size_of(model_type), model_name_or_path=str(saved(model_type)))

@@ -124,6 +124,7 @@ def test_a_finished_run_keeps_its_model_but_no_checkpoint(uninterrupted):
         assert not list((run.folder / "checkpoints").glob("step_*"))
 
 
+@pytest.mark.slow
 def test_a_run_is_an_ordinary_run(dataset, uninterrupted, tmp_path):
     """Measures do not touch the training: `FineTuner` alone gives the same weights and the same history."""
     torch.set_num_threads(1)
@@ -144,6 +145,7 @@ def test_all_rows_are_measured_at_the_same_steps(uninterrupted):
         assert (rows[1]["denoising_after"] is None) == (run.row == "detr")
 
 
+@pytest.mark.slow
 def test_processes_share_the_runs(processes, dataset, uninterrupted, tmp_path):
     output = tmp_path / "comparison"
     both = [start(processes, comparisons.train, output, dataset) for _ in range(2)]
