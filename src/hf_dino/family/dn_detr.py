@@ -133,7 +133,7 @@ class DnDetrForObjectDetection(DabDetrForObjectDetection):
     ) -> DabDetrObjectDetectionOutput:
         """
         Args:
-            pixel_values, pixel_mask, labels, effective_batch: See [`DinoDetrForObjectDetection`].
+            pixel_values, pixel_mask, labels, effective_batch (*optional*): See [`DinoDetrForObjectDetection`].
             output_attentions, output_hidden_states (`bool`, *optional*):
                 Whether to return them. In training mode, those of the decoder begin with the denoising queries.
 
