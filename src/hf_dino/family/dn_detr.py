@@ -21,7 +21,7 @@ from ..loss_dino_detr import DinoDetrEffectiveBatch, check_labels, dino_detr_los
 from .initialization import RULES, initialize_as_authors
 
 
-# The bound of DAB-DETR in transformers; the official implementation has that of DINO, 1e-3.
+# The bound of DAB-DETR in transformers, so that evaluation equals it; DINO's is 1e-3.
 BOX_EPSILON = 1e-5
 
 
