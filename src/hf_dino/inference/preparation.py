@@ -30,8 +30,8 @@ def prepare_for_inference(model: PreTrainedModel) -> PreTrainedModel:
     rounding: these may be selected in another order.
 
     Batch norms are folded into the convolutions before them, whose weights are stored with the channels last; MLPs go
-    through the tokens in chunks, as 1 x 1 convolutions; decoder layers add no mask to their self-attention; padding is not zeroed where there
-    is none; and positions are kept for the last sizes of unpadded images.
+    through the tokens in chunks, as 1 x 1 convolutions; decoder layers add no mask to their self-attention; padding is
+    not zeroed where there is none; and positions are kept for the last sizes of unpadded images.
 
     The model itself stays as it is. The copy shares all weights with it but those of the folded convolutions, so do
     not train either while both are in use. It can be neither trained nor saved.
