@@ -175,7 +175,8 @@ class DinoDetrMultiscaleDeformableAttention(nn.Module):
 
     def project_values(self, memory: torch.Tensor, levels: DinoDetrFeatureLevels) -> torch.Tensor:
         """Return the values to sample, of the shape of the memory, zero in the padding."""
-        return self.value_proj(memory).masked_fill_(~levels.mask[..., None], 0.0)
+        rows = self.value_proj(memory.flatten(0, 1))  # not a view, which is costly to overwrite before a backward pass
+        return rows.masked_fill_(~levels.mask.flatten()[:, None], 0.0).view_as(memory)
 
     def _attend(
         self,

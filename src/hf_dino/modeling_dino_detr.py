@@ -265,8 +265,10 @@ class DinoDetrMLP(nn.Module):
         self.fc2 = init_as(xavier, nn.Linear(ffn_dim, config.d_model))
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        hidden_states = self.activation(self.fc1(hidden_states))
-        return self.fc2(nn.functional.dropout(hidden_states, p=self.dropout, training=self.training))
+        # As rows: `nn.Linear` returns a view otherwise, and to overwrite a view costs two copies in the backward pass.
+        activated = self.activation(self.fc1(hidden_states.flatten(0, -2)))
+        output = self.fc2(nn.functional.dropout(activated, p=self.dropout, training=self.training))
+        return output.view(hidden_states.shape)
 
 
 class DinoDetrEncoderLayer(GradientCheckpointingLayer):

@@ -28,7 +28,7 @@ class DinoDetrMLPPredictionHead(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         for layer in self.layers[:-1]:
-            hidden_states = layer(hidden_states).relu_()
+            hidden_states = layer(hidden_states).relu()
         return self.layers[-1](hidden_states)
 
 
