@@ -78,7 +78,7 @@ def grow_tokens(make: MakeModel, side: int, **fields: Any) -> Work:
 
 
 def grow_queries(make: MakeModel, queries: int, side: int = 608) -> Work:
-    return make_pass(make_small(make, num_queries=queries), random_images(1, side, side))
+    return make_pass(make_small(make, num_queries=queries, encoder_ffn_dim=256), random_images(1, side, side))
 
 
 def grow_objects(make: MakeModel, objects: int, side: int = 256, **fields: Any) -> Work:
