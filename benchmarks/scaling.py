@@ -10,11 +10,12 @@ ResNet-50. Everything else grows in a model whose backbone is tiny and which has
 width, or what does not grow would hide what does. Parts that a whole hides are measured alone. Both live in a process
 of their own, their runs are interleaved, and medians are reported; memory is what the process grew by at the peak.
 
-Of each curve the result has two exponents, slopes of the logarithm: `exponent` over all sizes, by least squares, and
+Of each curve the result has two exponents, slopes on log scales: `exponent` over all sizes, by least squares, and
 `exponent_at_the_end`, between the last two. A constant part makes both too small. Therefore `a + b x + c x²`, none of
-them negative, is fitted with the least squares of relative errors: work in this model is constant, per item or per pair
-of items. `percent_at_the_end` is each term's part of the largest size, `growth` the exponent there of all but the
-constant (1 is linear, 2 quadratic), and `quadratic_from` the size at which pairs begin to cost more than items.
+them negative, is fitted with the least squares of relative errors: all work here is constant, per item or per pair of
+items. `percent_at_the_end` is the part of each term in the largest size, `growth` the exponent there of all but the
+constant (1 is linear, 2 quadratic), and `quadratic_from` the size at which pairs begin to cost more than items. Where a
+curve grows faster than the square of its size, its exponent at the end is above `growth`.
 
 The result is written after each panel. A panel that the file already has, measured by the same code on the same
 machine, is kept, unless `--only` names it: a run that was stopped goes on where it was.
@@ -118,7 +119,7 @@ def match_transformers(objects: int, queries: int = 900) -> Work:
     return lambda: [matcher(output, given["labels"]) for output in outputs]
 
 
-def lose_ours(images: int, objects: int = 100, queries: int = 900) -> Work:
+def loss_ours(images: int, objects: int = 100, queries: int = 900) -> Work:
     given = predictions(images, queries, objects)
     none = torch.zeros(images, LAYERS, 0, NUM_LABELS)
     denoising = {
@@ -131,7 +132,7 @@ def lose_ours(images: int, objects: int = 100, queries: int = 900) -> Work:
     return lambda: dino_detr_loss(**given, **denoising, config=config, num_boxes=1.0)[0].backward()
 
 
-def lose_transformers(images: int, objects: int = 100, queries: int = 900) -> Work:
+def loss_transformers(images: int, objects: int = 100, queries: int = 900) -> Work:
     given = predictions(images, queries, objects)
     config = DeformableDetrConfig(num_labels=NUM_LABELS, auxiliary_loss=True)
 
@@ -144,6 +145,7 @@ def lose_transformers(images: int, objects: int = 100, queries: int = 900) -> Wo
 
 
 def attend_ours(queries: int) -> Work:
+    """Return self-attention as in training: with a mask."""
     attention = DinoDetrSelfAttention(DinoDetrConfig(attn_implementation="sdpa")).eval()
     return attend(attention, queries, attention_mask=mask_of(queries)())
 
@@ -164,8 +166,10 @@ def attend(attention: torch.nn.Module, queries: int, **mask: torch.Tensor) -> Wo
 
 
 def mask_of(queries: int) -> Work:
-    none = empty_denoising_queries(torch.zeros(1, queries, 256))
-    return partial(make_decoder_attention_mask, none, queries, torch.float32)
+    """Return the making of the mask between queries, a half of which are denoising queries."""
+    half = torch.zeros(1, queries // 2, 256)
+    denoising = empty_denoising_queries(half)._replace(inputs_embeds=half)
+    return partial(make_decoder_attention_mask, denoising, queries - queries // 2, torch.float32)
 
 
 class Panel(NamedTuple):
@@ -200,48 +204,48 @@ QUERIES = (225, 450, 900, 1800, 3600, 7200)
 OBJECTS = (1, 4, 16, 64, 125, 250, 500)
 PANELS = {
     "tokens": Panel(
-        "forward, ResNet-50", "tokens", (256, 384, 512, 768, 1024), of_both(grow_tokens), (256,), count_tokens
+        "forward, ResNet-50", "tokens", (256, 384, 512, 768, 1024), of_both(grow_tokens), (256, 320, 384), count_tokens
     ),
-    "queries": Panel("forward", "queries", QUERIES, of_both(grow_queries), (30, 60)),
-    "objects": Panel("training step", "objects per image", OBJECTS, of_both(grow_objects), (1, 4)),
+    "queries": Panel("forward", "queries", QUERIES, of_both(grow_queries), (30, 60, 120)),
+    "objects": Panel("training step", "objects per image", OBJECTS, of_both(grow_objects), (1, 4, 16)),
     "denoising": Panel(
         "training step",
         "denoising queries",
         (100, 200, 400, 800, 1600, 3200, 6400),
         {"hf_dino": partial(grow_denoising, make_ours)},
-        (20, 40),
+        (20, 40, 80),
     ),
-    "batch": Panel("forward", "images", (1, 2, 4, 8, 16), of_both(grow_batch), (1, 2)),
-    "levels": Panel("forward", "tokens of 1 to 5 levels", (1, 2, 3, 4, 5), of_both(grow_levels), (1, 2), at_side),
+    "batch": Panel("forward", "images", (1, 2, 4, 8, 16), of_both(grow_batch), (1, 2, 4)),
+    "levels": Panel("forward", "tokens of 1 to 5 levels", (1, 2, 3, 4, 5), of_both(grow_levels), (1, 2, 3), at_side),
     "matcher": Panel(
         "matcher",
         "objects per image",
         OBJECTS,
         {"hf_dino": match_ours, "transformers": match_transformers},
-        (1, 4),
+        (1, 4, 16),
     ),
     "matcher-queries": Panel(
         "matcher, 100 objects",
         "queries",
         QUERIES,
         {"hf_dino": partial(match_ours, 100), "transformers": partial(match_transformers, 100)},
-        (30, 60),
+        (30, 60, 120),
     ),
     "losses": Panel(
         "matcher and losses, 100 objects",
         "images",
         (1, 2, 4, 8, 16),
-        {"hf_dino": lose_ours, "transformers": lose_transformers},
-        (1, 2),
+        {"hf_dino": loss_ours, "transformers": loss_transformers},
+        (1, 2, 4),
     ),
     "self-attention": Panel(
         "self-attention of queries",
         "queries",
         QUERIES,
         {"hf_dino": attend_ours, "transformers": attend_transformers},
-        (30, 60),
+        (30, 60, 120),
     ),
-    "mask": Panel("attention mask", "queries and denoising queries", QUERIES, {"hf_dino": mask_of}, (30, 60)),
+    "mask": Panel("attention mask", "queries and denoising queries", QUERIES, {"hf_dino": mask_of}, (30, 60, 120)),
 }
 
 
@@ -251,6 +255,7 @@ def fit(sizes: list[float], values: list[float]) -> dict[str, Any]:
     slope = np.polyfit(np.log(x), np.log(y), 1)[0]
     last_slope = np.diff(np.log(y[-2:]))[0] / np.diff(np.log(x[-2:]))[0]
     terms, _ = nnls((x[:, None] / x[-1]) ** [0, 1, 2] / y[:, None], np.ones(len(x)))
+    terms[terms < 1e-9 * terms.sum()] = 0  # rounding errors
     constant, linear, quadratic = terms / terms.sum()
     growing = linear + quadratic
     return {
