@@ -15,7 +15,8 @@ Of each curve the result has two exponents, slopes on log scales: `exponent` ove
 them negative, is fitted with the least squares of relative errors: all work here is constant, per item or per pair of
 items. `percent_at_the_end` is the part of each term in the largest size, `growth` the exponent there of all but the
 constant (1 is linear, 2 quadratic), and `quadratic_from` the size at which pairs begin to cost more than items. If a
-curve grows faster than the square of its size, its exponent at the end is above `growth`.
+curve grows faster than the square of its size, its exponent at the end is above `growth`. Memory has no such parts: its
+peak is that of the part that needs the most, and stays where it is until a part that grows needs more.
 
 The result is written after each panel. A panel that the file already has, measured by the same code on the same
 machine, is kept, unless `--only` names it: a run that was stopped goes on where it was.
@@ -24,7 +25,7 @@ machine, is kept, unless `--only` names it: a run that was stopped goes on where
 import argparse
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -249,24 +250,25 @@ PANELS = {
 }
 
 
-def fit(sizes: list[float], values: list[float]) -> dict[str, Any]:
+def slopes(sizes: Sequence[float], values: Sequence[float]) -> dict[str, Any]:
+    """Return the exponents of a curve, over all sizes and at the end."""
+    x, y = np.log(sizes), np.log(values)
+    whole, last = np.polyfit(x, y, 1)[0], (y[-1] - y[-2]) / (x[-1] - x[-2])
+    return {"exponent": round(whole, 2), "exponent_at_the_end": round(last, 2)}
+
+
+def fit(sizes: Sequence[float], values: Sequence[float]) -> dict[str, Any]:
     """Return the exponents of a curve, and its constant, linear and quadratic part at the largest size."""
     x, y = np.array(sizes, dtype=float), np.array(values, dtype=float)
-    slope = np.polyfit(np.log(x), np.log(y), 1)[0]
-    last_slope = np.diff(np.log(y[-2:]))[0] / np.diff(np.log(x[-2:]))[0]
     terms, _ = nnls((x[:, None] / x[-1]) ** [0, 1, 2] / y[:, None], np.ones(len(x)))
     terms[terms < 1e-9 * terms.sum()] = 0  # rounding errors
     constant, linear, quadratic = terms / terms.sum()
     growing = linear + quadratic
+    percent = {"constant": constant, "linear": linear, "quadratic": quadratic}
     return {
-        "exponent": round(slope, 2),
-        "exponent_at_the_end": round(last_slope, 2),
+        **slopes(sizes, values),
         "growth": round((linear + 2 * quadratic) / growing, 2) if growing else 0.0,
-        "percent_at_the_end": {
-            "constant": round(100 * constant),
-            "linear": round(100 * linear),
-            "quadratic": round(100 * quadratic),
-        },
+        "percent_at_the_end": {name: round(100 * part) for name, part in percent.items()},
         "quadratic_from": round(x[-1] * linear / quadratic) if quadratic else None,
         "terms": [float(f"{term:.4g}") for term in terms],
     }
@@ -276,28 +278,29 @@ def measure_panel(panel: Panel, sizes: tuple[int, ...], workers: Mapping[str, An
     """Measure all candidates at all sizes, and fit their curves."""
     chosen = {name: workers[name] for name in panel.builders}
     rows = []
-    for size in sizes:
+    for size in (sizes[0], *sizes):  # the first is not counted: it includes what a process allocates once
         for name, worker in chosen.items():
             worker.start_building(partial(panel.builders[name], size))
         for worker in chosen.values():
             worker.wait()
         rows.append(measure(chosen, rounds))
         print(f"{panel.title}, {panel.count(size)} {panel.variable}: {rows[-1][0]} s, {rows[-1][1]} MiB", flush=True)
+    del rows[0]
     counts = [panel.count(size) for size in sizes]
     curves = {
         name: {
-            "seconds": curve(counts, [float(f"{seconds[name]:.4g}") for seconds, _ in rows], 0),
-            "mebibytes": curve(counts, [round(memory[name], 1) for _, memory in rows], NOISE_MIB),
+            "seconds": curve(counts, [float(f"{seconds[name]:.4g}") for seconds, _ in rows], 0, fit),
+            "mebibytes": curve(counts, [round(memory[name], 1) for _, memory in rows], NOISE_MIB, slopes),
         }
         for name in chosen
     }
     return {"title": panel.title, "variable": panel.variable, "sizes": counts, "curves": curves}
 
 
-def curve(sizes: list[int], values: list[float], noise: float) -> dict[str, Any]:
-    """Return values and, if at least three are beyond the noise, their fit."""
+def curve(sizes: list[int], values: list[float], noise: float, describe: Callable[..., Any]) -> dict[str, Any]:
+    """Return values and, if at least three are beyond the noise, what `describe` finds in them."""
     seen = [(size, value) for size, value in zip(sizes, values) if value > noise]
-    return {"values": values, "fit": fit(*zip(*seen)) if len(seen) >= 3 else None}
+    return {"values": values, "fit": describe(*zip(*seen)) if len(seen) >= 3 else None}
 
 
 def fingerprint(args: argparse.Namespace) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 from matplotlib import pyplot
+from matplotlib.ticker import LogLocator, NullFormatter
 
 from deformable_attention_report import COLORS, row
 
@@ -12,9 +13,9 @@ from deformable_attention_report import COLORS, row
 MEASURES = {"seconds": "time", "mebibytes": "memory"}
 COLUMNS = 6
 NOTE = (
-    "Exponents: over all sizes, and between the last two. Constant, linear, quadratic: parts of the largest size in "
+    "Exponents: over all sizes, and between the last two. Constant, linear, quadratic: parts of the largest time in "
     "the fit `a + b x + c x²`; growth is the exponent there without the constant. Pairs from: the size at which the "
-    "quadratic part is as large as the linear one."
+    "quadratic part is as large as the linear one, if it was measured."
 )
 
 
@@ -25,7 +26,9 @@ def write_table(path: Path, result: dict[str, Any]) -> None:
     for panel in result["panels"].values():
         lines += [f"### {heading_of(panel)}, {panel['sizes'][0]:,} to {panel['sizes'][-1]:,}", ""]
         lines += [row(heading), row(["---", *["---:"] * (len(heading) - 1)])]
-        lines += [row(cells(f"{name}, {MEASURES[measure]}", curve, measure)) for name, measure, curve in curves(panel)]
+        for measure, noun in MEASURES.items():
+            for name, both in panel["curves"].items():
+                lines.append(row(cells(f"{name}, {noun}", both[measure], measure, panel["sizes"][-1])))
         lines.append("")
     path.write_text("\n".join(lines))
 
@@ -34,18 +37,18 @@ def heading_of(panel: dict[str, Any]) -> str:
     return f"{panel['title']} against {panel['variable']}"
 
 
-def curves(panel: dict[str, Any]) -> list[tuple[str, str, dict[str, Any]]]:
-    return [(name, measure, both[measure]) for measure in MEASURES for name, both in panel["curves"].items()]
-
-
-def cells(name: str, curve: dict[str, Any], measure: str) -> list[Any]:
+def cells(name: str, curve: dict[str, Any], measure: str, last_size: int) -> list[Any]:
     value = curve["values"][-1]
     largest = f"{value:.3g} s" if measure == "seconds" else f"{value:,.0f} MiB"
     if (fit := curve["fit"]) is None:
         return [name, largest, "not fitted", *[""] * 6]
+    exponents = [fit["exponent"], fit["exponent_at_the_end"]]
+    if "growth" not in fit:
+        return [name, largest, *exponents, *[""] * 5]
     percent = [f"{part}%" for part in fit["percent_at_the_end"].values()]
-    pairs_from = f"{fit['quadratic_from']:,}" if fit["quadratic_from"] else "never"
-    return [name, largest, fit["exponent"], fit["exponent_at_the_end"], fit["growth"], *percent, pairs_from]
+    pairs_from = fit["quadratic_from"]
+    pairs_from = "beyond" if pairs_from is None or pairs_from > last_size else f"{pairs_from:,}"
+    return [name, largest, *exponents, fit["growth"], *percent, pairs_from]
 
 
 def draw(path: Path, result: dict[str, Any]) -> None:
@@ -63,8 +66,8 @@ def draw(path: Path, result: dict[str, Any]) -> None:
     names = sorted({name for panel in panels for name in panel["curves"]})
     handles: list[Any] = [pyplot.Line2D([], [], color=COLORS[name], marker="o") for name in names]
     handles.append(pyplot.Line2D([], [], color="black", linestyle=":"))
-    labels = [f"{name}: measured, fitted, and the exponent of all but the constant part at the end" for name in names]
-    labels.append("from here on pairs cost more than single items")
+    labels = [f"{name}, with the exponent at the largest size; of time without the constant part" for name in names]
+    labels.append("from here on pairs take more time than single items")
     figure.legend(handles, labels, loc="outside lower center", frameon=False)
     figure.suptitle(f"Growth of time and memory on {result['machine']}")
     figure.savefig(path, dpi=110)
@@ -77,10 +80,16 @@ def draw_panel(axis: Any, panel: dict[str, Any], measure: str) -> None:
         draw_curve(axis, panel["sizes"], both[measure], COLORS[name])
         if fit := both[measure]["fit"]:
             place = {"transform": axis.transAxes, "va": "top", "color": COLORS[name], "fontweight": "bold"}
-            axis.text(0.04, 0.96 - 0.1 * position, f"x^{fit['growth']:.2f}", **place)
+            exponent = fit.get("growth", fit["exponent_at_the_end"])
+            axis.text(0.04, 0.96 - 0.1 * position, f"x^{exponent:.2f}", **place)
     axis.set_xscale("log")
     axis.set_yscale("log")
-    axis.set_ylim(top=axis.get_ylim()[1] * 4)
+    axis.set_ylim(axis.get_ylim()[0] / 1.5, axis.get_ylim()[1] * 4)
+    axis.set_xticks(panel["sizes"][::-2], [f"{size:,}" for size in panel["sizes"][::-2]])
+    axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=7))
+    axis.yaxis.set_major_formatter("{x:,g}")
+    for ticks in (axis.xaxis, axis.yaxis):
+        ticks.set_minor_formatter(NullFormatter())
     axis.set_title(panel["title"] if measure == "seconds" else "", loc="left", fontweight="bold", fontsize=10)
     axis.set_xlabel(panel["variable"] if measure == "mebibytes" else "")
     axis.set_ylabel({"seconds": "seconds", "mebibytes": "MiB at the peak"}[measure])
@@ -90,8 +99,9 @@ def draw_panel(axis: Any, panel: dict[str, Any], measure: str) -> None:
 
 def draw_curve(axis: Any, sizes: list[int], curve: dict[str, Any], color: str) -> None:
     seen = [(size, value) for size, value in zip(sizes, curve["values"]) if value > 0]
-    axis.plot(*zip(*seen), "o", color=color, markersize=4)
-    if (fit := curve["fit"]) is None:
+    fit = curve["fit"] or {}
+    axis.plot(*zip(*seen), "o" if "terms" in fit else "o-", color=color, markersize=4)
+    if "terms" not in fit:
         return
     x = np.geomspace(sizes[0], sizes[-1], 99)
     axis.plot(x, (x[:, None] / sizes[-1]) ** [0, 1, 2] @ fit["terms"], color=color)

@@ -76,8 +76,9 @@ def test_a_sum_is_taken_apart(benchmark, terms):
 
 
 def test_what_is_lost_in_noise_is_not_fitted(benchmark):
-    assert benchmark.curve([1, 2, 4, 8], [0.4, 1.0, 2, 4], noise=1)["fit"] is None
-    assert benchmark.curve([1, 2, 4, 8], [0.4, 2, 4, 8], noise=1)["fit"]["exponent"] == 1
+    assert benchmark.curve([1, 2, 4, 8], [0.4, 1.0, 2, 4], 1, benchmark.fit)["fit"] is None
+    for describe in (benchmark.fit, benchmark.slopes):
+        assert benchmark.curve([1, 2, 4, 8], [0.4, 2, 4, 8], 1, describe)["fit"]["exponent"] == 1
 
 
 def test_tokens_are_those_of_the_model(benchmark):
@@ -97,6 +98,7 @@ def test_a_quick_run_measures_and_a_second_run_keeps_it(benchmark, tmp_path, cap
             assert min(curve["seconds"]["values"]) > 0
             assert curve["mebibytes"]["values"] == sorted(curve["mebibytes"]["values"])
             assert curve["mebibytes"]["fit"]["exponent"] > 0
+            assert sum(curve["seconds"]["fit"]["percent_at_the_end"].values()) == pytest.approx(100, abs=2)
     table = (tmp_path / "scaling_quick.md").read_text()
     assert "### matcher against objects per image, 1 to 16" in table
     assert (tmp_path / "scaling_quick.png").stat().st_size > 10_000
