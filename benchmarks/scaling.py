@@ -15,7 +15,7 @@ Of each curve the result has two exponents, slopes on log scales: `exponent` ove
 them negative, is fitted with the least squares of relative errors: all work here is constant, per item or per pair of
 items. `percent_at_the_end` is the part of each term in the largest size, `growth` the exponent there of all but the
 constant (1 is linear, 2 quadratic), and `quadratic_from` the size at which pairs begin to cost more than items. If a
-curve grows faster than the square of its size, its exponent at the end is above `growth`. Memory has no such parts: its
+curve grows faster than the square of its size, its exponent at the end is above `growth`. Memory is no such sum: its
 peak is that of the part that needs the most, and stays where it is until a part that grows needs more.
 
 The result is written after each panel. A panel that the file already has, measured by the same code on the same
