@@ -123,7 +123,7 @@ def match_transformers(objects: int, queries: int = 900) -> Work:
 def loss_ours(images: int, objects: int = 100, queries: int = 900) -> Work:
     given = predictions(images, queries, objects)
     none = torch.zeros(images, LAYERS, 0, NUM_LABELS)
-    denoising = {
+    denoising: dict[str, Any] = {
         "denoising_logits": none,
         "denoising_boxes": none[..., :4],
         "denoising_object_index": torch.zeros(images, 0, dtype=torch.int64),
