@@ -1,14 +1,15 @@
 """Compare candidates in interleaved runs, each in a separate process so that peak memory is measured separately."""
 
+import ctypes
 import gc
 import multiprocessing
 import os
-import resource
 import statistics
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
 
@@ -147,21 +148,30 @@ def _timed(run: Callable[[], Any], meter: Any) -> tuple[float, float]:
 
 
 class ProcessMemory:
-    """The memory of this process, as measured by the system."""
+    """The memory of this process, as measured by Linux.
+
+    The peak is reset for each work, so that one process can measure several, in any order. What glibc keeps of freed
+    memory is first returned to the system, because memory that is there already would not count for the next work.
+    """
 
     def start(self) -> None:
-        """Start measuring."""
-        self.before = self._peak()
+        """Return freed memory to the system and start measuring."""
+        gc.collect()
+        with suppress(AttributeError):  # of another C library than glibc
+            ctypes.CDLL(None).malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")  # resets the peak
+        self.before = self._kibibytes("VmRSS")
 
     def synchronize(self) -> None:
         """Do nothing: work on the CPU has finished when a call returns."""
 
     def peak_mib(self) -> float:
         """Return the peak in MiB above the memory in use at the start."""
-        return (self._peak() - self.before) / 1024
+        return (self._kibibytes("VmHWM") - self.before) / 1024
 
-    def _peak(self) -> int:
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    def _kibibytes(self, field: str) -> int:
+        status = Path("/proc/self/status").read_text().split()
+        return int(status[status.index(f"{field}:") + 1])
 
 
 class DeviceMemory:

@@ -26,18 +26,20 @@ def write_result(name: str, command: str, content: dict[str, Any]) -> None:
     print(save_result(RESULTS / f"{name}.json", command, content))
 
 
-def save_result(path: Path, command: str, content: dict[str, Any]) -> str:
-    """Write a result with the machine, the versions and the command that repeats it, and return its text."""
-    result = {
-        "command": command,
+def describe() -> dict[str, Any]:
+    """Return the machine and the versions."""
+    return {
         "machine": f"{processor_name()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads",
         "versions": {
             "python": platform.python_version(),
             "torch": torch.__version__,
             "transformers": transformers.__version__,
         },
-        **content,
     }
-    text = json.dumps(result, indent=2)
+
+
+def save_result(path: Path, command: str, content: dict[str, Any]) -> str:
+    """Write a result with the machine, the versions and the command that repeats it, and return its text."""
+    text = json.dumps({"command": command, **describe(), **content}, indent=2)
     path.write_text(text + "\n")
     return text

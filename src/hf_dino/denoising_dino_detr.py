@@ -84,8 +84,10 @@ def denoising_attention_mask(
 
 def make_decoder_attention_mask(
     denoising: DinoDetrDenoisingQueries, num_matching_queries: int, dtype: torch.dtype
-) -> torch.Tensor:
-    """Return `denoising_attention_mask` as it is added to the scores of self-attention.
+) -> torch.Tensor | None:
+    """Return `denoising_attention_mask` as it is added to the scores of self-attention, or `None` if it hides nothing.
+
+    Its size is quadratic in the number of queries. Outside training there are no denoising queries to be hidden.
 
     Args:
         denoising ([`DinoDetrDenoisingQueries`]): The denoising queries, which may be none.
@@ -93,15 +95,17 @@ def make_decoder_attention_mask(
         dtype (`torch.dtype`): A floating-point type.
 
     Returns:
-        `torch.Tensor` of shape `(1, 1, num_total_queries, num_total_queries)`, with `num_total_queries =
+        `torch.Tensor` of shape `(1, 1, num_total_queries, num_total_queries)`, *optional*, with `num_total_queries =
         num_denoising_queries + num_matching_queries`: 0 where a query may attend, the lowest finite value elsewhere.
     """
-    group_size = denoising.inputs_embeds.shape[1] // denoising.num_groups
+    if not (num_denoising := denoising.inputs_embeds.shape[1]):
+        return None
+    group_size = num_denoising // denoising.num_groups
     # The queries' device, not the model's: offloaded weights are on the meta device.
     device = denoising.inputs_embeds.device
     can_attend = denoising_attention_mask(denoising.num_groups, group_size, num_matching_queries, device)
     min_value = torch.finfo(dtype).min  # finite, because a row of -inf would be NaN
-    return torch.zeros_like(can_attend, dtype=dtype).masked_fill(~can_attend, min_value)[None, None]
+    return torch.zeros_like(can_attend, dtype=dtype).masked_fill_(~can_attend, min_value)[None, None]
 
 
 def contrastive_box_noise(boxes: torch.Tensor, scale: float) -> torch.Tensor:

@@ -323,7 +323,7 @@ class DinoDetrDecoderLayer(GradientCheckpointingLayer):
         position_embeddings: torch.Tensor,
         reference_points: torch.Tensor,
         memory: torch.Tensor,
-        attention_mask: torch.Tensor,
+        attention_mask: torch.Tensor | None,
         levels: DinoDetrFeatureLevels,
     ) -> torch.Tensor:
         attended, _ = self.self_attn(hidden_states, position_embeddings, attention_mask)
@@ -452,7 +452,7 @@ class DinoDetrDecoder(DinoDetrPreTrainedModel):
         self,
         inputs_embeds: torch.Tensor,
         reference_points: torch.Tensor,
-        attention_mask: torch.Tensor,
+        attention_mask: torch.Tensor | None,
         memory: torch.Tensor,
         levels: DinoDetrFeatureLevels,
         **kwargs: Any,
@@ -463,7 +463,7 @@ class DinoDetrDecoder(DinoDetrPreTrainedModel):
                 Content queries: denoising, then matching; see [`DinoDetrDecoderOutput`].
             reference_points (`torch.Tensor` of shape `(batch_size, num_total_queries, 4)`):
                 Initial boxes: center x, center y, width, height, fractions of the unpadded image.
-            attention_mask (`torch.Tensor` of shape `(1, 1, num_total_queries, num_total_queries)`):
+            attention_mask (`torch.Tensor` of shape `(1, 1, num_total_queries, num_total_queries)`, *optional*):
                 Added to the scores of self-attention.
             memory (`torch.Tensor` of shape `(batch_size, sequence_length, d_model)`): The encoder's output.
             levels ([`DinoDetrFeatureLevels`]): Shapes, mask and valid ratios of the levels.

@@ -8,8 +8,10 @@ from hf_dino.denoising_dino_detr import (
     NOT_SUPERVISED,
     contrastive_box_noise,
     denoising_attention_mask,
+    make_decoder_attention_mask,
     plain_box_noise,
 )
+from hf_dino.modeling_dino_detr import DinoDetrSelfAttention
 
 
 def make_queries(labels, strategy="contrastive", num_queries=12, max_num_objects=0, **overrides):
@@ -36,6 +38,29 @@ def slow_mask(num_groups, group_size, num_queries):
 @pytest.mark.parametrize("sizes", [(3, 2, 4), (1, 5, 2), (4, 0, 3), (2, 3, 0), (0, 0, 5)])
 def test_attention_mask_is_the_rule(sizes):
     assert torch.equal(denoising_attention_mask(*sizes), slow_mask(*sizes))
+
+
+def test_scores_are_masked_by_the_rule_or_not_at_all():
+    """Without denoising queries a mask would hide nothing, at a cost that is quadratic in the number of queries."""
+    _, denoising = make_queries(make_labels(3, 1))
+    mask = make_decoder_attention_mask(denoising, 12, torch.float32)
+    group_size = denoising.inputs_embeds.shape[1] // denoising.num_groups
+    assert torch.equal(mask[0, 0] == 0, slow_mask(denoising.num_groups, group_size, 12))
+    assert mask.min() == torch.finfo(torch.float32).min
+    module, of_no_objects = make_queries(make_labels(0, 0))
+    for none in (of_no_objects, module(None, torch.zeros(2, 12, 32))):
+        assert make_decoder_attention_mask(none, 12, torch.float32) is None
+
+
+@pytest.mark.parametrize("attn_implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_no_mask_is_a_mask_that_hides_nothing(attn_implementation, dtype):
+    torch.manual_seed(0)
+    attention = DinoDetrSelfAttention(tiny_config(attn_implementation=attn_implementation)).to(dtype)
+    for queries in (7, 300, 1100):
+        states, positions = torch.randn(2, 2, queries, 32, dtype=dtype).unbind()
+        masked, _ = attention(states, positions, torch.zeros(1, 1, queries, queries, dtype=dtype))
+        assert torch.equal(attention(states, positions, None)[0], masked)
 
 
 @pytest.mark.parametrize("scale", [0.4, 1.0])

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from ..backbone_dino_detr import DinoDetrBackbone, DinoDetrFeatureLevels
 from ..deformable_attention_dino_detr import DinoDetrMultiscaleDeformableAttention
-from ..modeling_dino_detr import DinoDetrForObjectDetection, DinoDetrMLP, DinoDetrSelfAttention
+from ..modeling_dino_detr import DinoDetrForObjectDetection, DinoDetrMLP
 
 
 TOKENS_PER_CHUNK = 2048  # whose hidden states in an MLP, 16 MiB of 2,048 each, mostly stay in the cache of a CPU
@@ -30,8 +30,8 @@ def prepare_for_inference(model: PreTrainedModel) -> PreTrainedModel:
     rounding: these may be selected in another order.
 
     Batch norms are folded into the convolutions before them, whose weights are stored with the channels last; MLPs go
-    through the tokens in chunks, as 1 x 1 convolutions; decoder layers add no mask to their self-attention; padding is
-    not zeroed where there is none; and positions are kept for the last sizes of unpadded images.
+    through the tokens in chunks, as 1 x 1 convolutions; padding is not zeroed where there is none; and positions are
+    kept for the last sizes of unpadded images.
 
     The model itself stays as it is. The copy shares all weights with it but those of the folded convolutions, so do
     not train either while both are in use. It can be neither trained nor saved.
@@ -143,15 +143,6 @@ class PreparedDeformableAttention(DinoDetrMultiscaleDeformableAttention):
         return super().project_values(memory, levels)
 
 
-class PreparedSelfAttention(DinoDetrSelfAttention):
-    """Adds no mask: outside training there are no denoising queries to be hidden."""
-
-    def forward(
-        self, hidden_states: torch.Tensor, position_embeddings: torch.Tensor, attention_mask: torch.Tensor | None
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        return super().forward(hidden_states, position_embeddings, None)
-
-
 class PreparedForObjectDetection(DinoDetrForObjectDetection):
     """Can be neither trained nor saved."""
 
@@ -172,7 +163,6 @@ PREPARED: dict[type[nn.Module], type[nn.Module]] = {
         PreparedBackbone,
         PreparedMLP,
         PreparedDeformableAttention,
-        PreparedSelfAttention,
         PreparedForObjectDetection,
     )
     for base in prepared.__bases__

@@ -13,7 +13,7 @@ from torchvision.ops import box_convert
 
 from ..boxes_dino_detr import inverse_sigmoid
 from ..configuration_dino_detr import DinoDetrConfig
-from ..denoising_dino_detr import contrastive_box_noise, make_decoder_attention_mask, plain_box_noise
+from ..denoising_dino_detr import contrastive_box_noise, denoising_attention_mask, plain_box_noise
 from ..modeling_dino_detr import DinoDetrForObjectDetection
 from ..visualization import font_path
 from .figures import INK, LEVEL_COLORS, MARGIN, Canvas, around, level_names, relative, view_of, with_legend
@@ -242,9 +242,9 @@ def draw_denoising_mask(
     embeddings = torch.zeros(len(labels), matching, model.config.d_model, device=model.device)
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         denoising: Any = strategy(labels, embeddings)
-    can_attend = make_decoder_attention_mask(denoising, matching, torch.float32)[0, 0].cpu().numpy() == 0
     copies, num_denoising = getattr(strategy, "copies_per_object", 1), denoising.inputs_embeds.shape[1]
     size, of = num_denoising // denoising.num_groups, denoising.num_groups * bool(num_denoising)
+    can_attend = denoising_attention_mask(denoising.num_groups, size, matching).numpy()
     groups, some = min(max_groups, of), min(max_matching, matching)
     shown = np.concatenate([np.arange(groups * size), num_denoising + np.arange(some)])
     kinds = [index % size * copies // size for index in range(groups * size)] + [2] * some
