@@ -13,11 +13,11 @@ import os
 import re
 import subprocess
 import sys
-import tomllib
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import tomllib
 import torch
 from hatchling.builders.wheel import WheelBuilder
 from packaging.version import Version

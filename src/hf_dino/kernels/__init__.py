@@ -1,8 +1,8 @@
 """Find and load the compiled operators, which come in a wheel or are compiled on first use.
 
-Nothing happens at import. The first use on a type of device loads a prebuilt kernel that matches, or compiles if needed
-(less than a minute, once for these sources and this PyTorch), and remembers the outcome. Where that fails, one warning says why and what to install, and
-the reference implementation in PyTorch is used. `HF_DINO_KERNELS` chooses:
+Nothing happens at import. The first use on a type of device loads a prebuilt kernel that matches, or compiles one if
+needed (less than a minute, once for these sources and this PyTorch), and remembers the outcome. Where that fails, one
+warning says why and what to install, and the reference implementation in PyTorch is used. `HF_DINO_KERNELS` chooses:
 
     auto      use the compiled operators where possible (the default)
     off       always use the reference implementation

@@ -24,7 +24,7 @@ PACKAGED = Path(__file__).parents[1] / "prebuilt"
 
 
 def prebuilt_entries(device_type: str) -> list[Path]:
-    """Return the entries for `"cpu"` or `"cuda"` in this package, and in hf_dino_cuda13 and its like on Python's path."""
+    """Return the entries for `"cpu"` or `"cuda"`, in this package and in each hf_dino_cuda* on Python's path."""
     others = [found for folder in dict.fromkeys(sys.path) for found in sorted(Path(folder).glob("hf_dino_cuda*"))]
     return [entry for folder in [PACKAGED, *others] for entry in sorted(folder.glob(f"{device_type}-*"))]
 
