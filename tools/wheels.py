@@ -8,11 +8,11 @@ needs as well: like PyTorch it uses the libstdc++ of the system, so that excepti
 that the compilers of this machine bring in are in old_glibc.cpp or refused.
 """
 
+import argparse
 import json
 import os
 import re
 import subprocess
-import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -20,6 +20,7 @@ from typing import Any
 import tomllib
 import torch
 from hatchling.builders.wheel import WheelBuilder
+from packaging.tags import platform_tags
 from packaging.version import Version
 
 from hf_dino.kernels import compilers, report
@@ -48,14 +49,23 @@ class KernelWheel(WheelBuilder):
         return data | {"pure_python": False, "tag": f"py3-none-{PLATFORM}", "force_include": self.included}
 
 
-def main(*devices: str) -> None:
-    """Build a wheel for each device, `cpu` and `cuda`; by default for those that can be compiled for here."""
+def make_wheels(devices: list[str], output_dir: Path) -> None:
+    """Build a wheel for each device.
+
+    Raises:
+        SystemExit: If this machine cannot run what is built, or lacks a compiler.
+    """
+    if PLATFORM not in platform_tags():
+        raise SystemExit(f"wheels for {PLATFORM} cannot be built on {next(platform_tags())}")
     with TemporaryDirectory() as name:
         set_flags(Path(name))
         builder = Builder(ROOT / "kernels", Path(name, "cache"))
-        for device in devices or report.device_types():
-            entry = make_entry(builder, device)
-            print(WHEELS[device](entry), flush=True)
+        for device in devices:
+            try:
+                wheel = WHEELS[device](make_entry(builder, device))
+            except compilers.KernelError as error:
+                raise SystemExit(str(error)) from None
+            print(next(wheel.build(directory=str(output_dir))), flush=True)
 
 
 def set_flags(work: Path) -> None:
@@ -110,13 +120,13 @@ def cuda_major() -> str:
     return str(torch.version.cuda).partition(".")[0]
 
 
-def build_cpu_wheel(entry: Path) -> str:
-    """Build the wheel of the project, with an entry for the CPU."""
-    return next(KernelWheel(entry, "hf_dino/prebuilt").build(directory=str(ROOT / "dist")))
+def cpu_wheel(entry: Path) -> KernelWheel:
+    """Return the wheel of the project, with an entry for the CPU."""
+    return KernelWheel(entry, "hf_dino/prebuilt")
 
 
-def build_cuda_wheel(entry: Path) -> str:
-    """Build a wheel that has an entry for CUDA and nothing else."""
+def cuda_wheel(entry: Path) -> KernelWheel:
+    """Return a wheel that has an entry for CUDA and nothing else."""
     project = WheelBuilder(str(ROOT)).metadata
     config = {
         "project": {
@@ -130,11 +140,24 @@ def build_cuda_wheel(entry: Path) -> str:
         },
         "tool": {"hatch": {"build": {"targets": {"wheel": {"bypass-selection": True}}}}},
     }
-    wheel = KernelWheel(entry, f"hf_dino_cuda{cuda_major()}", config)
-    return next(wheel.build(directory=str(ROOT / "dist")))
+    return KernelWheel(entry, f"hf_dino_cuda{cuda_major()}", config)
 
 
-WHEELS = {"cpu": build_cpu_wheel, "cuda": build_cuda_wheel}
+WHEELS = {"cpu": cpu_wheel, "cuda": cuda_wheel}
+
+
+def main() -> None:
+    """Build the wheels that the command line asks for."""
+    parser = argparse.ArgumentParser(description="Build wheels with the compiled kernel.")
+    parser.add_argument(
+        "--device", action="append", choices=WHEELS, help="may be repeated; default: all that can be compiled for here"
+    )
+    parser.add_argument(
+        "--output_dir", type=Path, default=ROOT / "dist", help="directory of the wheels; default: dist"
+    )
+    options = parser.parse_args()
+    make_wheels(options.device or report.device_types(), options.output_dir)
+
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main()

@@ -161,7 +161,8 @@ def load(entry: Path) -> ModuleType:
             if library.name not in loaded:
                 torch.ops.load_library(library)
     except (OSError, ImportError, RuntimeError, ValueError, LookupError) as error:
-        raise KernelError(f"the kernel in {entry} cannot be loaded: {error}") from error
+        reason = error.__cause__ or error  # PyTorch's own error does not have that of the system
+        raise KernelError(f"the kernel in {entry} cannot be loaded: {reason}") from error
     return module
 
 
