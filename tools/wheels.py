@@ -12,6 +12,7 @@ import argparse
 import json
 import os
 import re
+import shutil
 import subprocess
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -53,7 +54,8 @@ def make_wheels(devices: list[str], output_dir: Path) -> None:
     """Build a wheel for each device.
 
     Raises:
-        SystemExit: If this machine cannot run what is built, or lacks a compiler.
+        SystemExit: If this machine cannot run what is built.
+        KernelError: If it cannot be compiled.
     """
     if PLATFORM not in platform_tags():
         raise SystemExit(f"wheels for {PLATFORM} cannot be built on {next(platform_tags())}")
@@ -61,10 +63,7 @@ def make_wheels(devices: list[str], output_dir: Path) -> None:
         set_flags(Path(name))
         builder = Builder(ROOT / "kernels", Path(name, "cache"))
         for device in devices:
-            try:
-                wheel = WHEELS[device](make_entry(builder, device))
-            except compilers.KernelError as error:
-                raise SystemExit(str(error)) from None
+            wheel = WHEELS[device](make_entry(builder, device))
             print(next(wheel.build(directory=str(output_dir))), flush=True)
 
 
@@ -81,17 +80,18 @@ def set_flags(work: Path) -> None:
 
 
 def make_entry(builder: Builder, device: str) -> Path:
-    """Compile an entry, check its libraries, and write down what it is for."""
+    """Compile an entry, check its libraries, and return a copy that says what it is for."""
     compiled = builder.get_or_build(device)
     for library in compiled.glob("*.so"):
         check_symbols(library)
-    (compiled / "build.log").unlink()
     built_for = {"platform": PLATFORM, "torch": BUILD["torch"]["stable-abi"][device]}
     if device == "cuda":
         built_for |= {"cuda": cuda_major(), "architectures": os.environ["TORCH_CUDA_ARCH_LIST"]}
-    metadata = json.loads((compiled / "metadata.json").read_text())
-    (compiled / "metadata.json").write_text(json.dumps(metadata | {"built_for": built_for}, indent=2))
-    return compiled.rename(compiled.with_name("-".join([*compiled.name.split("-")[:2], PLATFORM])))
+    entry = compiled.with_name("-".join([*compiled.name.split("-")[:2], PLATFORM]))
+    shutil.copytree(compiled, entry, ignore=shutil.ignore_patterns("build.log"))
+    metadata = json.loads((entry / "metadata.json").read_text())
+    (entry / "metadata.json").write_text(json.dumps(metadata | {"built_for": built_for}, indent=2))
+    return entry
 
 
 def check_symbols(library: Path) -> None:
@@ -156,7 +156,10 @@ def main() -> None:
         "--output_dir", type=Path, default=ROOT / "dist", help="directory of the wheels; default: dist"
     )
     options = parser.parse_args()
-    make_wheels(options.device or report.device_types(), options.output_dir)
+    try:
+        make_wheels(options.device or report.device_types(), options.output_dir)
+    except compilers.KernelError as error:
+        raise SystemExit(str(error)) from None
 
 
 if __name__ == "__main__":

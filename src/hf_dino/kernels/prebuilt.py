@@ -50,7 +50,7 @@ def mismatch(entry: Path, sources: Path) -> str:
         ),
     ]
     reason = next((reason for holds, reason in checks if not holds), "")
-    return reason or ("cuda" in built_for and _cuda_mismatch(built_for["cuda"], built_for["architectures"])) or ""
+    return reason or (_cuda_mismatch(built_for["cuda"], built_for["architectures"]) if "cuda" in built_for else "")
 
 
 def _cuda_mismatch(major: str, architectures: str) -> str:
