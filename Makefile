@@ -8,7 +8,7 @@ PYTEST_ARGS ?= -n 2 --dist loadfile --no-loadscope-reorder
 PYTEST = OMP_NUM_THREADS=1 $(1)/bin/python -m pytest -q $(PYTEST_ARGS)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-floor demo test test-core test-all test-floor gpu gpu-wheels docs docs-serve docs-pages docs-figures lint format
+.PHONY: help setup setup-floor demo test test-core test-all test-floor gpu gpu-wheels wheels docs docs-serve docs-pages docs-figures lint format
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-13s %s\n", $$1, $$2}' Makefile
@@ -40,6 +40,9 @@ gpu: ## build, test and measure the CUDA code on this machine's GPU, in 8 minute
 
 gpu-wheels: ## fetch what a GPU machine without network may lack, into wheels/
 	$(or $(PYTHON),python3) benchmarks/gpu_stages/wheels.py wheels
+
+wheels: setup ## build wheels with the compiled kernel into dist/, for CPUs and, where nvcc is, for CUDA
+	$(VENV)/bin/python tools/wheels.py
 
 docs: setup ## build the site of the docs into site/, without a warning
 	$(VENV)/bin/python tools/docs_site.py

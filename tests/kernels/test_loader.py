@@ -13,9 +13,11 @@ import signal
 import subprocess
 import sys
 import time
+import zipfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -23,7 +25,7 @@ from filelock import FileLock
 
 from helpers.command_line import hf_dino
 from hf_dino import kernels
-from hf_dino.kernels import build, compilers, report
+from hf_dino.kernels import build, compilers, prebuilt, report
 from hf_dino.kernels.build import Builder, is_complete
 from hf_dino.kernels.compilers import KernelError
 
@@ -821,6 +823,234 @@ def test_import_compiles_nothing_and_report_finds_the_sources(cache: Path) -> No
     assert f" {KERNEL}\n" in output
     assert f" {cache / 'hf_dino' / 'kernels'}\n" in output
     assert not cache.exists()
+
+
+# Kernels that were compiled elsewhere
+
+
+BUILT_FOR = {"platform": "manylinux_2_28_x86_64", "torch": "2.10"}
+BUILT_FOR_CUDA = {**BUILT_FOR, "cuda": "13", "architectures": "8.0 9.0 12.0+PTX"}
+
+needs_platform = pytest.mark.skipif(
+    BUILT_FOR["platform"] not in prebuilt.platform_tags(), reason="needs Linux for x86-64 with glibc 2.28"
+)
+
+
+def write_prebuilt(folder: Path, sources: Path, device: str, built_for: dict[str, str]) -> Path:
+    entry = folder / f"{device}-{build.hash_sources(sources)}-{built_for['platform']}"
+    libraries = [f"{compilers.NAMESPACE}_{name}.so" for name in build.LIBRARIES[device]]
+    names = dict.fromkeys(["__init__.py", "_ops.py", *libraries], "")
+    write_sources(entry, {**names, "metadata.json": json.dumps({"built_for": built_for})})
+    return entry
+
+
+@pytest.fixture
+def packaged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Return the directory where prebuilt entries are looked for, without any that are installed."""
+    monkeypatch.setattr(prebuilt, "PACKAGED", tmp_path / "prebuilt")
+    monkeypatch.setattr(sys, "path", [path for path in sys.path if not list(Path(path).glob("hf_dino_cuda*"))])
+    return tmp_path / "prebuilt"
+
+
+@pytest.fixture
+def loaded(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """Record which entries are loaded instead of loading them."""
+    entries: list[Path] = []
+
+    def load(entry: Path) -> ModuleType:
+        entries.append(entry)
+        return ModuleType(entry.name)
+
+    monkeypatch.setattr(kernels, "load", load)
+    return entries
+
+
+@needs_platform
+@pytest.mark.parametrize("mode", ["auto", "require"])
+def test_matching_prebuilt_is_used_and_nothing_is_compiled(
+    mode: str,
+    sources: Path,
+    cache: Path,
+    packaged: Path,
+    loaded: list[Path],
+    use: Callable[[Builder], None],
+    compiler: Callable[[str], Path],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setenv("HF_DINO_KERNELS", mode)
+    notes = compiler('echo "$@" >>"$NOTES"; exit 1')
+    entry = write_prebuilt(packaged, sources, "cpu", BUILT_FOR)
+    use(Builder(sources, cache))
+    assert kernels.operators("cpu") is kernels.operators("cpu") is not None
+    assert loaded == [entry]
+    assert not cache.exists() and not notes.exists() and not caplog.records
+
+
+def of_other_sources(entry: Path, sources: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (sources / "csrc" / "header.h").write_text("// changed")
+
+
+def incomplete(entry: Path, sources: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (entry / f"{compilers.NAMESPACE}_cpu.so").unlink()
+
+
+def without_metadata(entry: Path, sources: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (entry / "metadata.json").write_text("{}")
+
+
+def for_another_machine(entry: Path, sources: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prebuilt, "platform_tags", lambda: iter(["musllinux_1_2_x86_64"]))
+
+
+def for_a_later_pytorch(entry: Path, sources: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "__version__", "2.9.1+cpu")
+
+
+MISMATCHES = [
+    (of_other_sources, "it is not of the sources in"),
+    (incomplete, "files are missing"),
+    (without_metadata, "its metadata.json cannot be read ('built_for')"),
+    (for_another_machine, "it is for manylinux_2_28_x86_64, and this is musllinux_1_2_x86_64"),
+    (for_a_later_pytorch, "it is for PyTorch 2.10 and later, and this is 2.9.1+cpu"),
+]
+
+
+@needs_compiler
+@needs_platform
+@pytest.mark.parametrize(("change", "reason"), MISMATCHES)
+def test_prebuilt_that_does_not_match_is_reported_and_compiled_instead(
+    change: Callable[[Path, Path, pytest.MonkeyPatch], None],
+    reason: str,
+    sources: Path,
+    cache: Path,
+    packaged: Path,
+    loaded: list[Path],
+    use: Callable[[Builder], None],
+    run_report: Callable[..., int],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    entry = write_prebuilt(packaged, sources, "cpu", BUILT_FOR)
+    assert run_report() == 0
+    assert f"{entry}: matches" in capsys.readouterr().out
+    change(entry, sources, monkeypatch)
+    assert run_report() == 0
+    output = capsys.readouterr().out
+    assert f"{entry}: not used, {reason}" in output and "compiled at its first use" in output
+    use(Builder(sources, cache))
+    assert kernels.operators("cpu") is not None
+    assert loaded == [Builder(sources, cache).entry("cpu")]
+    assert not caplog.records
+
+
+@needs_platform
+@pytest.mark.parametrize(
+    ("cuda", "architectures", "reason"),
+    [
+        ("13.2", "9.0", ""),
+        ("13.0", "8.6 9.0a;10.0 13.0+PTX", "it is for GPUs 8.0 9.0 12.0+PTX, and not for 10.0"),
+        ("12.8", "9.0", "it is for CUDA 13, and PyTorch is of CUDA 12.8"),
+        (None, "9.0", "it is for CUDA 13, and PyTorch is of CUDA None"),
+    ],
+)
+def test_prebuilt_for_cuda_is_for_one_major_version_and_some_gpus(
+    cuda: str | None,
+    architectures: str,
+    reason: str,
+    sources: Path,
+    packaged: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", architectures)
+    entry = write_prebuilt(tmp_path / "site-packages" / "hf_dino_cuda13", sources, "cuda", BUILT_FOR_CUDA)
+    monkeypatch.setattr(sys, "path", [*sys.path, str(entry.parents[1]), str(entry.parents[1]), "missing"])
+    assert prebuilt.prebuilt_entries("cuda") == [entry]
+    assert prebuilt.prebuilt_entries("cpu") == []
+    assert prebuilt.mismatch(entry, sources) == reason
+
+
+def test_code_runs_on_its_gpus_and_later_ones() -> None:
+    names = ["7.5", "8.0", "8.6", "9.0", "10.0", "10.3", "12.0", "12.1"]
+    for compiled in range(len(names)):
+        for wanted in range(len(names)):
+            same_major = names[compiled].split(".")[0] == names[wanted].split(".")[0]
+            assert compilers.runs_on(names[wanted], [names[compiled] + "+PTX"]) is (wanted >= compiled)
+            assert compilers.runs_on(names[wanted], [names[compiled]]) is (wanted >= compiled and same_major)
+    assert not compilers.runs_on("9.0", [])
+
+
+@needs_compiler
+@needs_platform
+def test_damaged_prebuilt_is_compiled_instead_with_one_warning(operator_sources: Path, cache: Path) -> None:
+    entry = write_prebuilt(cache.parent / "prebuilt", operator_sources, "cpu", BUILT_FOR)
+    shutil.copytree(operator_sources / build.PACKAGE, entry, dirs_exist_ok=True)
+    (entry / "_ops.py").write_text(build.OPS_PY)
+    code = f"""
+kernels.prebuilt.PACKAGED = Path({str(entry.parent)!r})
+for _ in range(2):
+    print(kernels.operators("cpu").same(torch.tensor(7.0)).item(), kernels.operators("cpu").__file__)
+"""
+    warning, *values = result(child(code, operator_sources, cache, HF_DINO_KERNELS="require")).splitlines()
+    assert warning.startswith(f"the kernel in {entry} cannot be loaded: ")
+    assert warning.endswith("file too short; the kernel is compiled on this machine instead")
+    compiled = Builder(operator_sources, cache).entry("cpu") / "__init__.py"
+    assert values == [f"7.0 {compiled}"] * 2
+
+
+WHEEL_CHILD = """
+import sys, torch
+from hf_dino import kernels
+from hf_dino.deformable_attention_dino_detr import multi_scale_deformable_attention
+
+torch.manual_seed(0)
+value, weights = torch.randn(2, 20, 3, 8), torch.rand(2, 5, 3, 2, 4)
+inputs = value, [(4, 4), (2, 2)], torch.rand(2, 5, 3, 2, 4, 2), weights
+compiled = kernels.operators("cpu")
+torch.testing.assert_close(compiled.deformable_attention(*inputs), multi_scale_deformable_attention(*inputs))
+try:
+    compiled.deformable_attention(value, [(5, 5)], *inputs[2:])
+except RuntimeError:  # thrown in the library and caught in PyTorch
+    print(compiled.__file__)
+"""
+
+
+@needs_compiler
+@needs_platform
+@pytest.mark.slow
+def test_wheel_runs_without_a_compiler(tmp_path: Path) -> None:
+    pytest.importorskip("hatchling", reason="needs hatchling")
+    pytest.importorskip("tomllib", reason="part of Python from 3.11 on")
+    search_path = os.pathsep.join([str(ROOT / "src"), *sys.path])
+    environment = {**os.environ, "PYTHONPATH": search_path, "OMP_NUM_THREADS": "1"}
+    build_wheel = [sys.executable, ROOT / "tools" / "wheels.py", "--device", "cpu", "--output_dir", tmp_path / "dist"]
+    subprocess.run(build_wheel, check=True, env=environment)
+    (wheel,) = (tmp_path / "dist").glob("hf_dino-*-py3-none-manylinux_2_28_x86_64.whl")
+    with zipfile.ZipFile(wheel) as file:
+        file.extractall(tmp_path / "site")
+    environment |= {"PYTHONPATH": str(tmp_path / "site"), "HF_DINO_CACHE": str(tmp_path / "cache"), "PATH": ""}
+    environment |= {"HF_DINO_KERNELS": "require"}
+    command = [sys.executable, "-c", WHEEL_CHILD]
+    printed = subprocess.run(command, check=True, env=environment, cwd=tmp_path, capture_output=True, text=True).stdout
+    (entry,) = (tmp_path / "site" / "hf_dino" / "prebuilt").iterdir()
+    assert printed == f"{entry / '__init__.py'}\n"
+    assert not (tmp_path / "cache").exists()
+
+
+def test_symbols_of_newer_systems_and_of_pytorch_itself_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("hatchling", reason="needs hatchling")
+    pytest.importorskip("tomllib", reason="part of Python from 3.11 on")
+    monkeypatch.syspath_prepend(ROOT / "tools")
+    import wheels
+
+    allowed = [("GLIBC_2.28", "f"), ("GLIBC_2.2.5", "f"), ("GLIBCXX_3.4.24", "f"), ("Base", "torch_parallel_for")]
+    refused = [("GLIBC_2.29", "exp"), ("GLIBC_PRIVATE", "f"), ("GLIBCXX_3.4.25", "f"), ("GOMP_1.0", "f")]
+    refused += [("Base", "_ZN3c105ErrorD1Ev"), ("Base", "_ZSt28__throw_bad_array_new_lengthv")]
+    assert all(wheels.is_allowed(*symbol) for symbol in allowed)
+    assert not any(wheels.is_allowed(*symbol) for symbol in refused)
 
 
 # The kernel itself

@@ -124,7 +124,8 @@ def _files(model: Path, pattern: str) -> list[Path]:
 
 
 def _copy_package(target: Path) -> None:
-    shutil.copytree(PACKAGE, target, ignore=shutil.ignore_patterns("__pycache__", "*.pyc", "kernel_sources"))
+    left_out = shutil.ignore_patterns("__pycache__", "*.pyc", "kernel_sources", "prebuilt")
+    shutil.copytree(PACKAGE, target, ignore=left_out)
     for name in ("csrc", "torch-ext"):
         shutil.copytree(get_builder().sources / name, target / "kernel_sources" / name)
 

@@ -1,8 +1,8 @@
-"""Find and load the compiled operators, which are compiled on first use.
+"""Find and load the compiled operators, which come in a wheel or are compiled on first use.
 
-Nothing happens at import. The first use on a type of device compiles if needed (less than a minute, once for these
-sources and this PyTorch) and remembers the outcome. Where that fails, one warning says why and what to install, and
-the reference implementation in PyTorch is used. `HF_DINO_KERNELS` chooses:
+Nothing happens at import. The first use on a type of device loads a prebuilt kernel that matches, or compiles one if
+needed (less than a minute, once for these sources and this PyTorch), and remembers the outcome. Where that fails, one
+warning says why and what to install, and the reference implementation in PyTorch is used. `HF_DINO_KERNELS` chooses:
 
     auto      use the compiled operators where possible (the default)
     off       always use the reference implementation
@@ -26,6 +26,7 @@ import torch
 from ..utils.io import cache_folder
 from .build import Builder
 from .compilers import NAMESPACE, KernelError
+from .prebuilt import mismatch, prebuilt_entries
 
 
 logger = logging.getLogger(__name__)
@@ -74,7 +75,7 @@ def _find(device_type: str) -> ModuleType | KernelError | None:
         logger.info("Deformable attention runs in plain PyTorch: %s", reason)
         return KernelError(reason) if mode == "require" else None
     try:
-        return load(get_builder().get_or_build(device_type))
+        return load_or_build(device_type, get_builder())[1]
     except KernelError as error:
         if mode == "require":
             return error
@@ -120,8 +121,31 @@ def get_builder() -> Builder:
     return Builder(sources, cache_folder("kernels"))
 
 
+def load_or_build(device_type: str, builder: Builder) -> tuple[Path, ModuleType]:
+    """Load a prebuilt kernel that matches, or else that of the cache, which is compiled if it is not there.
+
+    Args:
+        device_type (`str`): `"cpu"` or `"cuda"`.
+        builder (`Builder`): Has the sources and the cache.
+
+    Returns:
+        The entry, and the kernel's Python package.
+
+    Raises:
+        KernelError: If there is no entry that can be loaded.
+    """
+    for entry in prebuilt_entries(device_type):
+        if not mismatch(entry, builder.sources):
+            try:
+                return entry, load(entry)
+            except KernelError as error:
+                logger.warning("%s; the kernel is compiled on this machine instead", error)
+    entry = builder.get_or_build(device_type)
+    return entry, load(entry)
+
+
 def load(entry: Path) -> ModuleType:
-    """Import the kernel in a cache entry, or return it if it is imported, and load its libraries.
+    """Import the kernel in an entry, or return it if it is imported, and load its libraries.
 
     The module gets the name that the `kernels` library gives it, so that each finds what the other has loaded:
     operators can be registered only once.
@@ -137,7 +161,8 @@ def load(entry: Path) -> ModuleType:
             if library.name not in loaded:
                 torch.ops.load_library(library)
     except (OSError, ImportError, RuntimeError, ValueError, LookupError) as error:
-        raise KernelError(f"the kernel in {entry} cannot be loaded: {error}") from error
+        reason = error.__cause__ or error  # PyTorch's own error does not have that of the system
+        raise KernelError(f"the kernel in {entry} cannot be loaded: {reason}") from error
     return module
 
 

@@ -128,6 +128,28 @@ def requested_architectures() -> str:
     return ";".join(f"{major}.{minor}" for major, minor in sorted(visible)) + "+PTX"
 
 
+def read_architectures(requested: str) -> list[str]:
+    """Split a list of architectures at semicolons and spaces.
+
+    Raises:
+        KernelError: If it cannot be read.
+    """
+    names = requested.replace(";", " ").split()
+    if not names or not all(re.fullmatch(r"\d+\.\d[af]?(\+PTX)?", name) for name in names):
+        raise KernelError(f"TORCH_CUDA_ARCH_LIST={requested!r} is not a list of architectures such as 8.0;9.0+PTX")
+    return names
+
+
+def runs_on(architecture: str, compiled: list[str]) -> bool:
+    """Return whether code that was compiled for some architectures runs on another one.
+
+    Binary code runs on later GPUs of the same major version, and PTX on all later GPUs.
+    """
+    wanted = _number(architecture)
+    older = [name for name in compiled if _number(name) <= wanted]
+    return any(name.endswith("+PTX") or _number(name)[0] == wanted[0] for name in older)
+
+
 def choose_architectures(requested: str, known: list[str]) -> list[str]:
     """Leave out what nvcc does not know. A newer GPU runs the PTX of the newest architecture that is left.
 
@@ -138,9 +160,7 @@ def choose_architectures(requested: str, known: list[str]) -> list[str]:
     Raises:
         KernelError: If the request cannot be read, or has only GPUs that are older than all that nvcc knows.
     """
-    names = requested.replace(";", " ").split()
-    if not names or not all(re.fullmatch(r"\d+\.\d[af]?(\+PTX)?", name) for name in names):
-        raise KernelError(f"TORCH_CUDA_ARCH_LIST={requested!r} is not a list of architectures such as 8.0;9.0+PTX")
+    names = read_architectures(requested)
     newest = max(map(_number, names))
     kept = [name for name in names if _number(name) in map(_number, known)]
     kept = kept or [name for name in known if _number(name) < newest][-1:]

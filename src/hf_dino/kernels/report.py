@@ -5,9 +5,10 @@ from typing import Any
 
 import torch
 
-from . import get_builder, get_mode, load, unsupported_reason
+from . import get_builder, get_mode, load_or_build, unsupported_reason
 from .build import is_complete
 from .compilers import KernelError, find_cpp_compiler, find_nvcc
+from .prebuilt import mismatch, prebuilt_entries
 
 
 _REFERENCE = "the reference implementation in PyTorch"
@@ -41,8 +42,8 @@ def report_kernels(build: bool = False, facts: dict[str, Any] | None = None) -> 
 
 
 def device_types() -> list[str]:
-    """Return the CPU, and CUDA where there is a GPU or one can be compiled for, as when a container image is made."""
-    if not torch.cuda.is_available():
+    """Return the CPU, and CUDA where there is a GPU or a kernel for one, as when a container image is made."""
+    if not (torch.cuda.is_available() or prebuilt_entries("cuda")):
         try:
             find_nvcc()
         except KernelError:
@@ -55,12 +56,17 @@ def report_device(device_type: str, build: bool) -> dict[str, Any]:
     print(f"\n{device_type}")
     builder = get_builder()
     facts: dict[str, Any] = {"is_usable": False, "is_compiled": False, "entry": None, "compiler": None, "used": ""}
+    facts["prebuilt"] = {}  # why each is not used, or an empty string
     try:
         if reason := unsupported_reason(device_type):
             raise KernelError(reason)
-        entry = builder.get_or_build(device_type) if build else builder.entry(device_type)
+        prebuilt = {entry: mismatch(entry, builder.sources) for entry in prebuilt_entries(device_type)}
+        for entry, reason in prebuilt.items():
+            facts["prebuilt"][str(entry)] = reason
+            print_line("prebuilt", f"{entry}: {f'not used, {reason}' if reason else 'matches'}")
+        entry = next((entry for entry, reason in prebuilt.items() if not reason), builder.entry(device_type))
         if build:
-            load(entry)
+            entry, _ = load_or_build(device_type, builder)
         facts |= {"entry": str(entry), "is_compiled": is_complete(entry)}
         if not is_complete(entry):
             facts["compiler"] = str(find_nvcc()) if device_type == "cuda" else shlex.join(find_cpp_compiler())
