@@ -1,6 +1,7 @@
 """Time and memory of one forward pass: ours, without compiled operators, prepared, and transformers' Deformable DETR.
 
     python benchmarks/forward.py [--height 800] [--width 1066] [--rounds 5]
+    python benchmarks/forward.py --backbone swin-l
     python benchmarks/forward.py --device cuda --precision bf16 --compile
 
 All are two-stage with box refinement: ResNet-50, 4 levels, 6 + 6 layers, 900 queries, 91 classes, random weights. Each
@@ -16,15 +17,17 @@ from functools import partial
 from typing import Any
 
 import torch
-from transformers import DeformableDetrConfig, DeformableDetrForObjectDetection, ResNetConfig
+from transformers import DeformableDetrConfig, DeformableDetrForObjectDetection, ResNetConfig, SwinConfig
 
 from common.interleave import Candidate, interleave
 from common.machine import write_result
 from common.precision import PRECISIONS, use_precision
 from hf_dino import DinoDetrConfig, DinoDetrForObjectDetection
+from hf_dino.conversion.settings import BACKBONES
 from hf_dino.inference import prepare_for_inference
 
 
+DEFAULT = ["cpu", "fp32"]
 SHAPE: dict[str, Any] = {"num_queries": 900, "num_labels": 91}
 BACKBONE = {"out_features": ["stage2", "stage3", "stage4"]}
 SMALL: dict[str, Any] = {  # to check that everything works
@@ -35,6 +38,12 @@ SMALL: dict[str, Any] = {  # to check that everything works
     "encoder_ffn_dim": 32,
     "decoder_ffn_dim": 32,
     "num_queries": 9,
+}
+
+SWIN_L = {**BACKBONES["swin_L_384_22k"], "out_indices": [2, 3, 4]}
+BACKBONES_BY_NAME: dict[str, dict[str, Any]] = {  # fields of both configurations
+    "resnet-50": {},
+    "swin-l": {"backbone_config": SwinConfig(**{key: value for key, value in SWIN_L.items() if key != "model_type"})},
 }
 
 MakeModel = Callable[[], torch.nn.Module]
@@ -125,10 +134,10 @@ def command_of(name: str, args: argparse.Namespace) -> str:
 
 
 def result_name(name: str, args: argparse.Namespace) -> str:
-    """Return the name of a result, without a suffix for the CPU in float32."""
-    if (args.device, args.precision, args.compile) == ("cpu", "fp32", False):
-        return name
-    return "_".join([name, args.device, args.precision, *(["compiled"] if args.compile else [])])
+    """Return the name of a result, without a suffix for ResNet-50 and for the CPU in float32."""
+    where = [args.device, args.precision, *(["compiled"] if args.compile else [])]
+    backbone = getattr(args, "backbone", "resnet-50").replace("-", "_")
+    return "_".join([name, *([backbone] if backbone != "resnet_50" else []), *(where if where != DEFAULT else [])])
 
 
 def main() -> None:
@@ -137,14 +146,17 @@ def main() -> None:
     parser.add_argument("--height", type=int, default=800, help="of the images, in pixels (default: 800)")
     parser.add_argument("--width", type=int, default=1066, help="of the images, in pixels (default: 1066)")
     parser.add_argument("--rounds", type=int, default=5, help="runs of each model (default: 5)")
+    parser.add_argument("--backbone", choices=BACKBONES_BY_NAME, default="resnet-50", help="default: resnet-50")
     add_device_options(parser)
     args = parser.parse_args()
 
+    overrides = BACKBONES_BY_NAME[args.backbone]
     images = random_images(args.batch_size, args.height, args.width)
     where: dict[str, Any] = {"device": args.device, "precision": args.precision, "compiled": args.compile}
-    candidates = make_candidates(partial(make_pass, pixel_values=images, **where))
+    candidates = make_candidates(partial(make_pass, pixel_values=images, **where), **overrides)
     if args.device == "cpu":
-        prepared = partial(make_pass, make_ours, images, **where, prepare=prepare_for_inference)
+        ours = partial(make_ours, **overrides)
+        prepared = partial(make_pass, ours, images, **where, prepare=prepare_for_inference)
         candidates["hf_dino_prepared"] = (prepared, {"HF_DINO_KERNELS": "require"})
     content = interleave(candidates, args.rounds, args.device)
     write_result(result_name("forward", args), command_of("forward", args), content)

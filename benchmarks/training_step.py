@@ -3,15 +3,18 @@
     python benchmarks/training_step.py [--height 480] [--width 640] [--images 2] [--objects 7] [--rounds 5]
     python benchmarks/training_step.py --device cuda --precision bf16 --compile
 
-Random weights: forward, losses, backward, clipping and a step of AdamW. Compared are ours, ours without compiled
-operators, and transformers' Deformable DETR of the same size, which has no denoising queries: it does less. The parts
-are those of ours with compiled operators, the losses' own backward pass included. The wait is for a loader with two
-workers that augments images as for training; on a small machine its workers and the step share the processors.
+Random weights: forward, losses, backward, clipping and a step of AdamW. As in the official recipe, the stem and the
+first stage of the ResNet are frozen. Compared are ours, ours without compiled operators, and transformers' Deformable
+DETR of the same size, which has no denoising queries: it does less. As it comes, it freezes the whole ResNet, because
+it looks for timm's names; `transformers_frozen` is that, while `transformers` trains the same stages as ours. The
+parts are those of ours with compiled operators, the losses' own backward pass included. The wait is for a loader with
+two workers that augments images as for training; on a small machine its workers and the step share the processors.
 `--loader-steps 0` leaves the wait out.
 """
 
 import argparse
 import os
+import re
 import statistics
 import tempfile
 import time
@@ -37,6 +40,7 @@ from forward import (
     make_candidates,
     make_model,
     make_ours,
+    make_transformers,
     result_name,
 )
 from hf_dino import DinoDetrImageProcessor, loss_dino_detr
@@ -133,12 +137,20 @@ def random_batch(height: int, width: int, num_images: int, objects: int) -> Batc
     return {"pixel_values": torch.randn(num_images, 3, height, width, generator=generator), "labels": labels}
 
 
+def train_stages(model: torch.nn.Module, trained: str = "123") -> None:
+    """Train stages of a ResNet, counted from 0, without their batch norms, and neither its stem nor other stages."""
+    for name, weight in model.named_parameters():
+        if re.search(r"\bbackbone\.\w+\.(embedder|encoder)\.", name):
+            weight.requires_grad_(re.search(rf"\bstages\.[{trained or '-'}]\.(?!.*normalization)", name) is not None)
+
+
 def make_step(
-    make: MakeModel, device: str = "cpu", precision: str = "fp32", compiled: bool = False
+    make: MakeModel, device: str = "cpu", precision: str = "fp32", compiled: bool = False, trained: str = "123"
 ) -> Callable[[Batch], None]:
     """Build a model, and return a function that trains it for one step on a batch, on any device."""
     model = make_model(make, device, compiled).train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+    train_stages(model, trained)
+    optimizer = torch.optim.AdamW([weight for weight in model.parameters() if weight.requires_grad], 1e-4, fused=True)
 
     def step(batch: Batch) -> None:
         optimizer.zero_grad()
@@ -158,8 +170,9 @@ def make_same_step(make: MakeModel, batch: Batch, device: str = "cpu", **options
 def profile(batch: Batch, rounds: int, device: str = "cpu", precision: str = "fp32") -> dict[str, Any]:
     """Return the median seconds and percentage of each part of a step, and the tensors that the host reads in it."""
     model, batch = make_model(make_ours, device).train(), send_to_device(batch, device)
+    train_stages(model)
     watch = Stopwatch(torch.cuda.synchronize if device == "cuda" else lambda: None)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+    optimizer = torch.optim.AdamW([weight for weight in model.parameters() if weight.requires_grad], 1e-4, fused=True)
     separate = model.loss_function = SeparateLoss(timed(watch, "losses", model.loss_function))
     for name, part in model.model.named_children():
         part.forward = timed(watch, f"forward, {name}", part.forward)
@@ -283,7 +296,9 @@ def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     batch = random_batch(args.height, args.width, args.images, args.objects)
     where: dict[str, Any] = {"device": args.device, "precision": args.precision, "compiled": args.compile}
-    content = interleave(make_candidates(partial(make_same_step, batch=batch, **where)), args.rounds, args.device)
+    candidates = make_candidates(partial(make_same_step, batch=batch, **where))
+    candidates["transformers_frozen"] = (partial(make_same_step, make_transformers, batch, **where, trained=""), {})
+    content = interleave(candidates, args.rounds, args.device)
     seconds = content["median_seconds"]
     content["samples_per_second"] = {name: round(args.images / value, 3) for name, value in seconds.items()}
     os.environ.setdefault("HF_DINO_KERNELS", "require")

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from helpers.models import make_labels, tiny_model
+from hf_dino import DinoDetrConfig, DinoDetrForObjectDetection
 
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
@@ -86,11 +87,13 @@ def test_reads_are_seen(benchmark):
 
 def test_a_small_run_says_it_all(benchmark, tmp_path, monkeypatch):
     monkeypatch.setattr(benchmark, "interleave", run_once)
-    monkeypatch.setattr(importlib.import_module("forward"), "make_transformers", make_small)
+    for module in (benchmark, importlib.import_module("forward")):
+        monkeypatch.setattr(module, "make_transformers", make_small)
     monkeypatch.setenv("HF_DINO_KERNELS", "off")  # the reference would do here
     benchmark.main(["--height=96", "--width=128", "--rounds=1", "--loader-steps=3"])
     result = json.loads((tmp_path / "training_step.json").read_text())
-    assert result["samples_per_second"] == {"hf_dino": 4.0, "hf_dino_reference": 4.0, "transformers": 4.0}
+    models = ["hf_dino", "hf_dino_reference", "transformers", "transformers_frozen"]
+    assert result["samples_per_second"] == dict.fromkeys(models, 4.0)
     parts = result["parts_of_hf_dino"]
     assert {"forward, backbone", "forward, decoder", "matcher", "losses", "backward", "optimizer"} <= parts[
         "percent"
@@ -113,10 +116,28 @@ def test_the_peer_can_take_the_step(benchmark):
     benchmark.make_same_step(peer, benchmark.random_batch(96, 128, 2, 3))()
 
 
+@pytest.mark.parametrize("trained", ["", "123"])
+def test_both_models_train_the_same_stages_of_the_resnet(benchmark, trained):
+    forward = importlib.import_module("forward")
+    stages = []
+    for make in (
+        partial(DinoDetrForObjectDetection, DinoDetrConfig(**forward.SMALL)),
+        partial(forward.make_transformers, **forward.SMALL),
+    ):
+        model = make()
+        benchmark.train_stages(model, trained)
+        convolutions = {name: weight for name, weight in model.named_parameters() if ".convolution." in name}
+        stages.append({name.split(".", 3)[3]: weight.requires_grad for name, weight in convolutions.items()})
+        assert all(weight.requires_grad for name, weight in model.named_parameters() if ".input_proj." in name)
+    assert stages[0] == stages[1]
+    assert {name.split(".")[2] for name, is_trained in stages[0].items() if is_trained} == set(trained)
+
+
 def test_the_wait_for_data_can_be_left_out(benchmark, tmp_path, monkeypatch):
     monkeypatch.setattr(benchmark, "interleave", run_once)
     monkeypatch.setattr(benchmark, "profile", lambda *given: {})
-    monkeypatch.setattr(importlib.import_module("forward"), "make_transformers", make_small)
+    for module in (benchmark, importlib.import_module("forward")):
+        monkeypatch.setattr(module, "make_transformers", make_small)
     monkeypatch.setenv("HF_DINO_KERNELS", "off")
     benchmark.main(["--height=96", "--width=128", "--loader-steps=0"])
     result = json.loads((tmp_path / "training_step.json").read_text())

@@ -20,6 +20,7 @@ from ..modeling_dino_detr import DinoDetrForObjectDetection, DinoDetrMLP
 
 TOKENS_PER_CHUNK = 2048  # whose hidden states in an MLP, 16 MiB of 2,048 each, mostly stay in the cache of a CPU
 ROWS_PER_CHUNK = 16  # PyTorch leaves a 1 x 1 convolution of fewer images to the code of `nn.Linear` in one thread
+BLOCK = ("convolution", "normalization", "activation")  # names in transformers' ResNet and its like
 MAX_SIZES = 8  # of images, whose positions are kept: 19 MB each for 800 x 1066 pixels and d_model=256
 
 
@@ -68,16 +69,15 @@ def _is_plain(model: nn.Module) -> bool:
 def fold_batch_norms(body: nn.Module) -> None:
     """Replace the convolutions of transformers' ResNet and its like by ones that include the batch norm after them.
 
-    A ReLU after such a convolution, or after the sum with a shortcut, overwrites what nothing else reads.
+    A ReLU after a batch norm, or after the sum with a shortcut, overwrites its input, which nothing else reads.
     """
     for block in body.modules():
-        convolution, norm = getattr(block, "convolution", None), getattr(block, "normalization", None)
-        is_folded = type(convolution) is nn.Conv2d and type(norm) is nn.BatchNorm2d
-        if is_folded:
+        convolution, norm, activation = (getattr(block, name, None) for name in BLOCK)
+        if isinstance(activation, nn.ReLU) and (type(norm) is nn.BatchNorm2d or hasattr(block, "shortcut")):
+            activation.inplace = True
+        if type(convolution) is nn.Conv2d and type(norm) is nn.BatchNorm2d:
             folded = fuse_conv_bn_eval(convolution, norm).requires_grad_(False)
             block.convolution, block.normalization = folded.to(memory_format=torch.channels_last), nn.Identity()
-        if (is_folded or hasattr(block, "shortcut")) and isinstance(getattr(block, "activation", None), nn.ReLU):
-            block.activation.inplace = True
 
 
 class UnpaddedFeatureLevels(DinoDetrFeatureLevels):
