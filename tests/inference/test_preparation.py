@@ -4,12 +4,15 @@ import copy
 import pickle
 from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import nn
-from transformers import DeformableDetrForObjectDetection
+from transformers import DeformableDetrForObjectDetection, pipeline
 
 from helpers.models import TINY_SWIN, make_labels, tiny_model
+from hf_dino import DinoDetrImageProcessor
 from hf_dino.family import FAMILY, tiny_fields
 from hf_dino.inference import preparation, prepare_for_inference
 
@@ -252,6 +255,18 @@ def test_training_and_saving_are_refused(tmp_path):
     with pytest.raises(RuntimeError, match="cannot be saved; save the model it was made from"):
         prepared.push_to_hub("me/mine")
     assert not list(tmp_path.iterdir())
+
+
+def test_the_pipeline_of_transformers_takes_it(caplog):
+    model, processor = live_model(), DinoDetrImageProcessor(size={"height": 96, "width": 128})
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (60, 80, 3), dtype=np.uint8))
+    wanted, got = (
+        pipeline("object-detection", model=detector, image_processor=processor)(image, threshold=0.0)
+        for detector in (model, prepare_for_inference(model))
+    )
+    assert not [record for record in caplog.records if record.levelname == "ERROR"]
+    assert [found["box"] for found in got] == [found["box"] for found in wanted]
+    assert [found["score"] for found in got] == pytest.approx([found["score"] for found in wanted], abs=1e-5)
 
 
 def test_other_models_are_returned_as_they_are():

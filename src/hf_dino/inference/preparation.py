@@ -49,6 +49,7 @@ def prepare_for_inference(model: PreTrainedModel) -> PreTrainedModel:
     ```python
     model, processor = load_model_and_processor("runs/mine")
     detector = Detector(prepare_for_inference(model), processor)
+    detect = pipeline("object-detection", model=prepare_for_inference(model), image_processor=processor)
     ```
     """
     if type(model) is not DinoDetrForObjectDetection or not _is_plain(model):
@@ -156,6 +157,8 @@ class PreparedForObjectDetection(DinoDetrForObjectDetection):
 
     push_to_hub = save_pretrained  # would create a repository first
 
+
+PreparedForObjectDetection.__name__ = DinoDetrForObjectDetection.__name__  # transformers' pipeline looks at it
 
 PREPARED: dict[type[nn.Module], type[nn.Module]] = {
     base: prepared
