@@ -136,6 +136,7 @@ class BackwardTask {
     std::memset(static_cast<void*>(grad_copy_), 0, num_cells_ * padded_channels_ * sizeof(C));
     run_by_level();
     for (int64_t cell = 0; cell < num_cells_; ++cell) {
+      prefetch_bytes(grad_value_ + std::min(cell + 32, num_cells_ - 1) * value_stride_, shapes_.head_dim * sizeof(T));
       store_channels(grad_copy_ + cell * padded_channels_, shapes_.head_dim, grad_value_ + cell * value_stride_);
     }
   }
@@ -196,9 +197,10 @@ class BackwardTask {
     const int64_t channels = shapes_.head_dim;
     const T* grad_output = static_cast<const T*>(args_.grad_output) + head_ * channels;
     load_channels(grad_output + batch_query(query) * value_stride_, channels, &grad_output_[slot * padded_channels_]);
-    if (query + kPrefetchRows < shapes_.num_queries) {
-      points_.prefetch_points(points, point_index(query + kPrefetchRows));
-      prefetch_bytes(grad_output + batch_query(query + kPrefetchRows) * value_stride_, channels * sizeof(T));
+    if (const int64_t ahead = query + kPrefetchRows; ahead < shapes_.num_queries) {
+      points_.prefetch_points(points.weights, points.coords, points.dtype, point_index(ahead));
+      points_.prefetch_points(args_.grad_weights, args_.grad_coords, points.dtype, point_index(ahead));
+      prefetch_bytes(grad_output + batch_query(ahead) * value_stride_, channels * sizeof(T));
     }
   }
 

@@ -162,7 +162,11 @@ class ForwardPass {
   }
 
   void prefetch_row(int64_t row) const {
-    if (row < shapes_.num_rows()) points_.prefetch_points(args_.points, locate(row).index * grid_.count);
+    if (row >= shapes_.num_rows()) return;
+    const PointArgs& points = args_.points;
+    const int64_t index = locate(row).index;
+    points_.prefetch_points(points.weights, points.coords, points.dtype, index * grid_.count);
+    prefetch_bytes(static_cast<const T*>(args_.output) + index * shapes_.head_dim, shapes_.head_dim * sizeof(T));
   }
 
   void gather_row(const T* value, int64_t begin, int64_t end, int64_t slot) {

@@ -10,8 +10,8 @@
 
 namespace {
 
-constexpr int64_t kRowsPerBlock = 32;  // rows that are worked on together
-constexpr int64_t kPrefetchRows = 4;   // how many rows ahead their points are prefetched
+constexpr int64_t kRowsPerBlock = 32;              // rows that are worked on together
+constexpr int64_t kPrefetchRows = kRowsPerBlock;  // how many rows ahead what they read and write is prefetched
 
 // The four cells of a point, in the order of their weights in memory.
 enum Corner { kY0X0, kY0X1, kY1X0, kY1X1, kNumCorners };
@@ -203,10 +203,12 @@ class SamplePoints {
     }
   }
 
-  void prefetch_points(const PointArgs& points, int64_t index) const {
-    const int64_t bytes = points.dtype == DType::kDouble ? 8 : points.dtype == DType::kFloat ? 4 : 2;
-    prefetch_bytes(static_cast<const char*>(points.weights) + index * bytes, grid_.count * bytes);
-    prefetch_bytes(static_cast<const char*>(points.coords) + 2 * index * bytes, 2 * grid_.count * bytes);
+  // Prefetches one number and two numbers of every point at `index`, such as weights and coordinates, or what becomes
+  // their gradients: the rows of one head lie too far apart for the hardware to prefetch them by itself.
+  void prefetch_points(const void* single, const void* pairs, DType dtype, int64_t index) const {
+    const int64_t bytes = dtype == DType::kDouble ? 8 : dtype == DType::kFloat ? 4 : 2;
+    prefetch_bytes(static_cast<const char*>(single) + index * bytes, grid_.count * bytes);
+    prefetch_bytes(static_cast<const char*>(pairs) + 2 * index * bytes, 2 * grid_.count * bytes);
   }
 
   // Prefetches the four cells of each point, given the first cell of the grid's levels.
