@@ -104,7 +104,7 @@ class BackwardTask {
         grid_(
             shapes_, args.points.reference_dim, begin_level, end_level,
             args.in_place ? value_stride_ : padded_channels_),
-        points_(grid_, true),
+        points_(grid_, kRowsPerBlock, true),
         vec_dots_(padded<C>(kNumCorners * grid_.count)),
         summed_dots_(padded<C>(kNumCorners * grid_.count)),
         dots_(kRowsPerBlock * kNumCorners * grid_.padded_count),
@@ -136,6 +136,8 @@ class BackwardTask {
     std::memset(static_cast<void*>(grad_copy_), 0, num_cells_ * padded_channels_ * sizeof(C));
     run_by_level();
     for (int64_t cell = 0; cell < num_cells_; ++cell) {
+      const int64_t ahead = std::min(cell + kRowsPerBlock, num_cells_ - 1);
+      prefetch_bytes(grad_value_ + ahead * value_stride_, shapes_.head_dim * sizeof(T));
       store_channels(grad_copy_ + cell * padded_channels_, shapes_.head_dim, grad_value_ + cell * value_stride_);
     }
   }
@@ -169,8 +171,8 @@ class BackwardTask {
   void load_and_prefetch_row(int64_t query) {
     set_references(query, query % 2);
     load_row(query, query % 2);
-    points_.prefetch_cells(value_, shapes_.head_dim, query % 2);
-    points_.prefetch_cells(grad_value_, shapes_.head_dim, query % 2);
+    points_.prefetch_cells(value_, shapes_.head_dim, query % 2, 0, grid_.count);
+    points_.prefetch_cells(grad_value_, shapes_.head_dim, query % 2, 0, grid_.count);
   }
 
   int64_t batch_query(int64_t query) const { return image_ * shapes_.num_queries + query; }
@@ -196,9 +198,10 @@ class BackwardTask {
     const int64_t channels = shapes_.head_dim;
     const T* grad_output = static_cast<const T*>(args_.grad_output) + head_ * channels;
     load_channels(grad_output + batch_query(query) * value_stride_, channels, &grad_output_[slot * padded_channels_]);
-    if (query + kPrefetchRows < shapes_.num_queries) {
-      points_.prefetch_points(points, point_index(query + kPrefetchRows));
-      prefetch_bytes(grad_output + batch_query(query + kPrefetchRows) * value_stride_, channels * sizeof(T));
+    if (const int64_t ahead = query + kRowsPerBlock; ahead < shapes_.num_queries) {
+      points_.prefetch_points(points.weights, points.coords, points.dtype, point_index(ahead));
+      points_.prefetch_points(args_.grad_weights, args_.grad_coords, points.dtype, point_index(ahead));
+      prefetch_bytes(grad_output + batch_query(ahead) * value_stride_, channels * sizeof(T));
     }
   }
 

@@ -48,12 +48,16 @@ inline void gather_points(
 }
 
 // The rows [begin, end) of one thread. With copies, in the order (image, head, query): the cells of one head are copied
-// next to each other, so that the caches hold more of them. Without, (image, query, head): the heads of a query look at
-// the same region.
+// next to each other, so that the caches hold more of them. Without, the queries of a decoder look anywhere. Vectors of
+// 64 bytes wait for memory most of the time: the order is the same and all queries read one part of the levels, since
+// one head of all but the first fits the second cache. With shorter ones instructions count, and the rows are read one
+// after another in the order (image, query, head): the heads of a query look at the same region.
 template <class T>
 class ForwardPass {
   using C = compute_t<T>;
   static constexpr int64_t kUnrolledChannels = kMaxUnroll<C> * kSimdLanes<C>;
+  static constexpr int64_t kMostSlots = 1024;
+  static constexpr int64_t kCellsAhead = 4;  // rows whose cells are prefetched
 
  public:
   explicit ForwardPass(const ForwardArgs& args)
@@ -64,12 +68,14 @@ class ForwardPass {
         grid_(
             shapes_, args.points.reference_dim, 0, shapes_.levels.count,
             args.copy_heads ? padded_channels_ : value_stride_),
-        points_(grid_, false),
-        sums_(kRowsPerBlock * padded_channels_),
+        by_level_(args.copy_heads || HF_DINO_VEC_BYTES == 64),
+        num_slots_(args.copy_heads || !by_level_ ? kRowsPerBlock : std::min(shapes_.num_queries, kMostSlots)),
+        points_(grid_, num_slots_, false),
+        sums_(num_slots_ * padded_channels_),
         head_copy_(args.copy_heads ? shapes_.sequence_length * padded_channels_ : 0) {}
 
   void run(int64_t begin, int64_t end) {
-    if (args_.copy_heads) {
+    if (by_level_) {
       run_by_level(begin, end);
     } else {
       run_row_by_row(begin, end);
@@ -86,27 +92,41 @@ class ForwardPass {
   Row locate(int64_t row) const {
     const int64_t heads = shapes_.num_heads, queries = shapes_.num_queries;
     const int64_t image = row / (heads * queries);
-    const int64_t head = args_.copy_heads ? row / queries % heads : row % heads;
-    const int64_t batch_query = args_.copy_heads ? image * queries + row % queries : row / heads;
+    const int64_t head = by_level_ ? row / queries % heads : row % heads;
+    const int64_t batch_query = by_level_ ? image * queries + row % queries : row / heads;
     return {image, head, batch_query, batch_query * heads + head};
   }
 
-  // Blocks of rows of one head, level by level: what neighboring queries read on one level fits the innermost cache.
+  // Rows of one head, level by level, or first the largest level and then all others. With copies, what a block of
+  // neighboring queries reads on one level fits the innermost cache.
   void run_by_level(int64_t begin, int64_t end) {
     while (begin < end) {
       const int64_t end_of_head = (begin / shapes_.num_queries + 1) * shapes_.num_queries;
-      const int64_t last = std::min({begin + kRowsPerBlock, end_of_head, end});
-      copy_head(locate(begin));
-      for (int64_t row = begin; row < last; ++row) set_references(locate(row), row - begin);
-      for (int64_t row = begin; row < last; ++row) load_row(row, row - begin);
-      for (int64_t level = 0; level < shapes_.levels.count; ++level) {
-        const int64_t first = level * shapes_.num_points;
-        for (int64_t row = begin; row < last; ++row) {
-          gather_row(head_copy_.get(), first, first + shapes_.num_points, row - begin);
-        }
+      const int64_t last = std::min({begin + num_slots_, end_of_head, end});
+      const T* value = args_.copy_heads ? copy_head(locate(begin)) : head_value(locate(begin));
+      for (int64_t first = begin; first < last; first += kRowsPerBlock) {
+        const int64_t stop = std::min(first + kRowsPerBlock, last);
+        for (int64_t row = first; row < stop; ++row) set_references(locate(row), row - begin);
+        for (int64_t row = first; row < stop; ++row) load_row(row, row - begin);
+      }
+      for (int64_t level = 0; level < shapes_.levels.count;) {
+        const int64_t next = args_.copy_heads || level == 0 ? level + 1 : shapes_.levels.count;
+        gather_levels(value, level * shapes_.num_points, next * shapes_.num_points, last - begin);
+        level = next;
       }
       for (int64_t row = begin; row < last; ++row) store_row(locate(row), row - begin);
       begin = last;
+    }
+  }
+
+  // The points [begin, end) of all rows.
+  void gather_levels(const T* value, int64_t begin, int64_t end, int64_t used_slots) {
+    for (int64_t slot = 0; slot < used_slots; ++slot) {
+      const int64_t ahead = slot + kCellsAhead;
+      if (!args_.copy_heads && ahead < used_slots) {
+        points_.prefetch_cells(value, shapes_.head_dim, ahead, begin, end);
+      }
+      gather_row(value, begin, end, slot);
     }
   }
 
@@ -123,7 +143,7 @@ class ForwardPass {
   void load_and_prefetch_row(int64_t row) {
     set_references(locate(row), row % 2);
     load_row(row, row % 2);
-    points_.prefetch_cells(head_value(locate(row)), shapes_.head_dim, row % 2);
+    points_.prefetch_cells(head_value(locate(row)), shapes_.head_dim, row % 2, 0, grid_.count);
   }
 
   // The row's head at the first cell of its image.
@@ -132,12 +152,15 @@ class ForwardPass {
            row.head * shapes_.head_dim;
   }
 
-  void copy_head(const Row& row) {
+  const T* copy_head(const Row& row) {
     const int64_t head = row.image * shapes_.num_heads + row.head;
-    if (copied_head_ == head) return;
+    if (copied_head_ != head) {
+      gather_rows(
+          head_value(row), value_stride_, shapes_.sequence_length, shapes_.head_dim, head_copy_.get(),
+          padded_channels_);
+    }
     copied_head_ = head;
-    gather_rows(
-        head_value(row), value_stride_, shapes_.sequence_length, shapes_.head_dim, head_copy_.get(), padded_channels_);
+    return head_copy_.get();
   }
 
   void set_references(const Row& row, int64_t slot) {
@@ -157,12 +180,14 @@ class ForwardPass {
       store_points(weights, grid_.count, args_.softmax_weights, points.dtype, index);
     }
     points_.template compute_corners<false>(points, index, slot);
-    prefetch_row(row + kPrefetchRows);
+    prefetch_row(row + kRowsPerBlock);
     std::memset(static_cast<void*>(&sums_[slot * padded_channels_]), 0, padded_channels_ * sizeof(C));
   }
 
   void prefetch_row(int64_t row) const {
-    if (row < shapes_.num_rows()) points_.prefetch_points(args_.points, locate(row).index * grid_.count);
+    if (row >= shapes_.num_rows()) return;
+    const PointArgs& points = args_.points;
+    points_.prefetch_points(points.weights, points.coords, points.dtype, locate(row).index * grid_.count);
   }
 
   void gather_row(const T* value, int64_t begin, int64_t end, int64_t slot) {
@@ -191,6 +216,8 @@ class ForwardPass {
   const AttentionShapes& shapes_;
   const int64_t value_stride_, padded_channels_;  // elements from a cell to the next one, in value and in copies
   const SampleGrid<C> grid_;
+  const bool by_level_;
+  const int64_t num_slots_;
   SamplePoints<C> points_;
   Buffer<C> sums_;       // (slots, padded_channels)
   Buffer<T> head_copy_;  // (sequence, padded_channels): the cells of one head

@@ -10,8 +10,7 @@
 
 namespace {
 
-constexpr int64_t kRowsPerBlock = 32;  // rows that are worked on together
-constexpr int64_t kPrefetchRows = 4;   // how many rows ahead their points are prefetched
+constexpr int64_t kRowsPerBlock = 32;  // rows that are worked on together, and how far ahead their points are prefetched
 
 // The four cells of a point, in the order of their weights in memory.
 enum Corner { kY0X0, kY0X1, kY1X0, kY1X1, kNumCorners };
@@ -102,19 +101,20 @@ struct SampleGrid {
   C box_unit() const { return C(0.5) / num_points; }
 };
 
-// The sampling points of a block of rows. Every row has a slot of its own in each buffer.
+// The sampling points of `slots` rows, each with a slot of its own in each buffer; but references, which are needed for
+// a short time only, have slots for one block.
 template <class C>
 class SamplePoints {
  public:
-  SamplePoints(const SampleGrid<C>& grid, bool with_grad)
+  SamplePoints(const SampleGrid<C>& grid, int64_t slots, bool with_grad)
       : grid_(grid),
         centers_(kRowsPerBlock * 2 * grid.padded_count),
         sides_(kRowsPerBlock * 2 * grid.padded_count),
-        weights_(kRowsPerBlock * grid.padded_count),
-        cells_(kRowsPerBlock * grid.padded_count),
-        corner_weights_(kRowsPerBlock * kNumCorners * grid.padded_count),
-        linear_weights_(with_grad ? kRowsPerBlock * kNumLinearWeights * grid.padded_count : 0),
-        cells_per_unit_(with_grad ? kRowsPerBlock * 2 * grid.padded_count : 0),
+        weights_(slots * grid.padded_count),
+        cells_(slots * grid.padded_count),
+        corner_weights_(slots * kNumCorners * grid.padded_count),
+        linear_weights_(with_grad ? slots * kNumLinearWeights * grid.padded_count : 0),
+        cells_per_unit_(with_grad ? slots * 2 * grid.padded_count : 0),
         scratch_(2 * grid.padded_count) {
     for (int64_t i = 0; i < kRowsPerBlock * 2 * grid.padded_count; ++i) sides_[i] = 1;
   }
@@ -136,8 +136,8 @@ class SamplePoints {
   void set_references(const C* references, int64_t reference_dim, int64_t slot) {
     const int64_t padded_count = grid_.padded_count;
     references += grid_.begin_level * reference_dim;
-    C* centers = &centers_[slot * 2 * padded_count];
-    C* sides = &sides_[slot * 2 * padded_count];
+    C* centers = &centers_[slot % kRowsPerBlock * 2 * padded_count];
+    C* sides = &sides_[slot % kRowsPerBlock * 2 * padded_count];
     for (int64_t i = 0; i < grid_.count; ++i) {
       const C* reference = references + grid_.levels[i] * reference_dim;
       centers[i] = reference[0], centers[padded_count + i] = reference[1];
@@ -160,8 +160,8 @@ class SamplePoints {
     const int64_t padded_count = grid_.padded_count;
     const C* xy =
         load_points(points.coords, points.dtype, 2 * index, 2 * grid_.count, 2 * padded_count, scratch_.get());
-    const C* centers = &centers_[slot * 2 * padded_count];
-    const C* sides = &sides_[slot * 2 * padded_count];
+    const C* centers = &centers_[slot % kRowsPerBlock * 2 * padded_count];
+    const C* sides = &sides_[slot % kRowsPerBlock * 2 * padded_count];
     for (int64_t i = 0; i < padded_count; i += kSimdLanes<C>) {
       const int64_t ix = i, iy = padded_count + i;
       const Vec<C> first = load(xy + 2 * i), second = load(xy + 2 * i + kSimdLanes<C>);
@@ -203,17 +203,19 @@ class SamplePoints {
     }
   }
 
-  void prefetch_points(const PointArgs& points, int64_t index) const {
-    const int64_t bytes = points.dtype == DType::kDouble ? 8 : points.dtype == DType::kFloat ? 4 : 2;
-    prefetch_bytes(static_cast<const char*>(points.weights) + index * bytes, grid_.count * bytes);
-    prefetch_bytes(static_cast<const char*>(points.coords) + 2 * index * bytes, 2 * grid_.count * bytes);
+  // Prefetches one number and two numbers of every point at `index`, such as weights and coordinates, or what becomes
+  // their gradients: the rows of one head lie too far apart for the hardware to prefetch them by itself.
+  void prefetch_points(const void* single, const void* pairs, DType dtype, int64_t index) const {
+    const int64_t bytes = dtype == DType::kDouble ? 8 : dtype == DType::kFloat ? 4 : 2;
+    prefetch_bytes(static_cast<const char*>(single) + index * bytes, grid_.count * bytes);
+    prefetch_bytes(static_cast<const char*>(pairs) + 2 * index * bytes, 2 * grid_.count * bytes);
   }
 
-  // Prefetches the four cells of each point, given the first cell of the grid's levels.
+  // Prefetches the four cells of the points [begin, end), given the first cell of the grid's levels.
   template <class Item>
-  void prefetch_cells(const Item* first_cell, int64_t channels, int64_t slot) const {
+  void prefetch_cells(const Item* first_cell, int64_t channels, int64_t slot, int64_t begin, int64_t end) const {
     const int64_t bytes = channels * sizeof(Item);
-    for (int64_t i = 0; i < grid_.count; ++i) {
+    for (int64_t i = begin; i < end; ++i) {
       const Item* y0 = first_cell + cells_[slot * grid_.padded_count + i] * grid_.cell_stride;
       const Item* y1 = y0 + grid_.y1_offset[i];
       const int64_t x1_offset = grid_.x1_offset[i];
