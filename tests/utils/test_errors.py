@@ -1,12 +1,18 @@
 """User errors end a command with one line; bugs keep their traceback."""
 
+import ctypes
 import errno
+import importlib.util
+import os
+import platform
+import subprocess
+import sys
 import traceback
 import weakref
 
 import pytest
 
-from hf_dino.utils.errors import BrokenInputError, InputError, count_of, run_cli
+from hf_dino.utils.errors import BrokenInputError, InputError, count_of, keep_freed_memory, run_cli
 
 
 @pytest.mark.parametrize("status", [None, 0, 1])
@@ -69,3 +75,42 @@ def test_objects_in_the_traceback_are_freed():
 def test_other_errors_keep_their_traceback():
     with pytest.raises(ZeroDivisionError):
         run_cli(lambda: 1 // 0)
+
+
+COUNT_PAGE_FAULTS = """
+import importlib.util, resource, sys
+import numpy as np
+
+spec = importlib.util.spec_from_file_location("errors", sys.argv[1])
+errors = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(errors)
+
+def page_faults():
+    np.ones(5_000_000)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(5):
+        np.ones(5_000_000)  # 40 MB: glibc itself keeps up to 32 MiB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+first = page_faults()
+errors.keep_freed_memory()
+print(first, page_faults())
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries have no mallopt")
+@pytest.mark.parametrize("settings", [{}, {"MALLOC_ARENA_MAX": "4"}], ids=["default", "own_settings"])
+def test_freed_memory_is_used_again_unless_the_user_has_settings(settings):
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("MALLOC_", "GLIBC_"))}
+    path = importlib.util.find_spec("hf_dino.utils.errors").origin
+    command = [sys.executable, "-c", COUNT_PAGE_FAULTS, path]
+    done = subprocess.run(command, env=environment | settings, capture_output=True, text=True, check=True)
+    before, after = map(int, done.stdout.split())
+    assert before > 100  # there may be huge pages
+    assert after > 100 if settings else after < before / 10
+
+
+def test_other_c_libraries_are_left_alone(monkeypatch):
+    monkeypatch.setattr(platform, "libc_ver", lambda: ("", ""))
+    monkeypatch.delattr(ctypes, "CDLL")
+    keep_freed_memory()
