@@ -11,6 +11,7 @@ time, and the medians are compared.
 
 import argparse
 import functools
+import os
 from collections.abc import Callable
 from copy import deepcopy
 from functools import partial
@@ -124,6 +125,14 @@ def add_device_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where the models run (default: cpu)")
     parser.add_argument("--precision", choices=PRECISIONS, default="fp32", help="arithmetic (default: fp32)")
     parser.add_argument("--compile", action="store_true", help="compile the layers of all models with torch.compile")
+    kept = "have glibc keep freed memory, as the commands of hf-dino do, in the processes of all models"
+    parser.add_argument("--keep-freed-memory", action="store_true", help=kept)
+
+
+def set_environment(args: argparse.Namespace) -> None:
+    """Set what the processes of the models inherit; glibc reads it when they start."""
+    if args.keep_freed_memory:
+        os.environ.update(MALLOC_MMAP_MAX_="0", MALLOC_TRIM_THRESHOLD_=str(2**31 - 1))
 
 
 def command_of(name: str, args: argparse.Namespace) -> str:
@@ -135,7 +144,8 @@ def command_of(name: str, args: argparse.Namespace) -> str:
 
 def result_name(name: str, args: argparse.Namespace) -> str:
     """Return the name of a result, without a suffix for ResNet-50 and for the CPU in float32."""
-    where = [args.device, args.precision, *(["compiled"] if args.compile else [])]
+    where = [args.device, args.precision]
+    where += [name for name in ("compile", "keep_freed_memory") if getattr(args, name)]
     backbone = getattr(args, "backbone", "resnet-50").replace("-", "_")
     return "_".join([name, *([backbone] if backbone != "resnet_50" else []), *(where if where != DEFAULT else [])])
 
@@ -150,6 +160,7 @@ def main() -> None:
     add_device_options(parser)
     args = parser.parse_args()
 
+    set_environment(args)
     overrides = BACKBONES_BY_NAME[args.backbone]
     images = random_images(args.batch_size, args.height, args.width)
     where: dict[str, Any] = {"device": args.device, "precision": args.precision, "compiled": args.compile}

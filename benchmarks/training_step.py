@@ -42,6 +42,7 @@ from forward import (
     make_ours,
     make_transformers,
     result_name,
+    set_environment,
 )
 from hf_dino import DinoDetrImageProcessor, loss_dino_detr
 from hf_dino.data import (
@@ -294,6 +295,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
+    set_environment(args)
     batch = random_batch(args.height, args.width, args.images, args.objects)
     where: dict[str, Any] = {"device": args.device, "precision": args.precision, "compiled": args.compile}
     candidates = make_candidates(partial(make_same_step, batch=batch, **where))
