@@ -79,12 +79,12 @@ def examine(name: str, case: Case, backward: bool, options: argparse.Namespace) 
     if options.device == "cpu" and sys.platform != "linux":
         return row
 
+    del results  # or a second run would take its memory from what stands before it
     before = memory(options.device, "now")
     if options.device == "cuda":
         torch.cuda.reset_peak_memory_stats()
     else:
         Path("/proc/self/clear_refs").write_text("5")  # resets the peak
-    del results
     outputs, gradients = run(name, attend, inputs, backward)
     extra = memory(options.device, "peak") - before
     torch.cuda.empty_cache()  # the process that measures the time needs it

@@ -5,6 +5,7 @@ decoder layers, for sampling offsets and attention weights, or for queries and k
 """
 
 import copy
+import math
 from itertools import chain
 from typing import Any, NoReturn
 
@@ -19,7 +20,6 @@ from ..modeling_dino_detr import DinoDetrForObjectDetection, DinoDetrMLP
 
 
 TOKENS_PER_CHUNK = 2048  # whose hidden states in an MLP, 16 MiB of 2,048 each, mostly stay in the cache of a CPU
-ROWS_PER_CHUNK = 16  # PyTorch leaves a 1 x 1 convolution of fewer images to the code of `nn.Linear` in one thread
 BLOCK = ("convolution", "normalization", "activation")  # names in transformers' ResNet and its like
 MAX_SIZES = 8  # of images, whose positions are kept: 19 MB each for 800 x 1066 pixels and d_model=256
 
@@ -30,9 +30,9 @@ def prepare_for_inference(model: PreTrainedModel) -> PreTrainedModel:
     Logits and boxes are equal within 1e-5 in float32, unless two encoder tokens have scores that are equal but for
     rounding: these may be selected in another order.
 
-    Batch norms are folded into the convolutions before them, whose weights are stored with the channels last; MLPs go
-    through the tokens in chunks, as 1 x 1 convolutions; padding is not zeroed where there is none; and positions are
-    kept for the last sizes of unpadded images.
+    Batch norms are folded into the convolutions before them, whose weights are stored with the channels last; linear
+    layers are computed as 1 x 1 convolutions, MLPs in chunks of tokens; padding is not zeroed where there is none; and
+    positions are kept for the last sizes of unpadded images.
 
     The model itself stays as it is. The copy shares all weights with it but those of the folded convolutions, so do
     not train either while both are in use. It can be neither trained nor saved.
@@ -114,25 +114,28 @@ class PreparedBackbone(DinoDetrBackbone):
         )
 
 
-class PreparedMLP(DinoDetrMLP):
-    """Applies both layers to a chunk of tokens before the next, so that its hidden states stay in the cache.
+class PreparedLinear(nn.Linear):
+    """Is computed as a 1 x 1 convolution, by oneDNN: PyTorch has MKL compute float32 matrix products.
 
-    As convolutions, because PyTorch has oneDNN compute these, but float32 matrix products MKL, which takes longer on
-    some CPUs.
+    MKL takes as long on some CPUs and longer on others.
     """
 
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        chunks = hidden_states.flatten(0, 1).split(TOKENS_PER_CHUNK)
-        return torch.cat([self._transform(chunk) for chunk in chunks]).view_as(hidden_states)
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        num_rows = inputs.shape[:-1].numel()
+        # In one thread, PyTorch leaves convolutions of fewer than 16 images to MKL, too.
+        width = max(num_rows // math.gcd(num_rows, 16), 1)
+        images = inputs.reshape(num_rows // width, width, 1, self.in_features).permute(0, 3, 1, 2)
+        outputs = nn.functional.conv2d(images, self.weight[..., None, None], self.bias)  # channels last, as its input
+        return outputs.permute(0, 2, 3, 1).reshape(*inputs.shape[:-1], self.out_features)
 
-    def _transform(self, tokens: torch.Tensor) -> torch.Tensor:
-        width, remaining = divmod(len(tokens), ROWS_PER_CHUNK)
-        if width == 0 or remaining > 0:
-            return super().forward(tokens)
-        images = tokens.view(ROWS_PER_CHUNK, width, 1, -1).permute(0, 3, 1, 2)  # channels last in memory
-        hidden_states = self.activation(nn.functional.conv2d(images, self.fc1.weight[..., None, None], self.fc1.bias))
-        output = nn.functional.conv2d(hidden_states, self.fc2.weight[..., None, None], self.fc2.bias)
-        return output.permute(0, 2, 3, 1).reshape(tokens.shape)
+
+class PreparedMLP(DinoDetrMLP):
+    """Applies both layers to a chunk of tokens before the next, so that its hidden states stay in the cache."""
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        apply = super().forward
+        chunks = hidden_states.flatten(0, 1).split(TOKENS_PER_CHUNK)
+        return torch.cat([apply(chunk) for chunk in chunks]).view_as(hidden_states)
 
 
 class PreparedDeformableAttention(DinoDetrMultiscaleDeformableAttention):
@@ -164,6 +167,7 @@ PREPARED: dict[type[nn.Module], type[nn.Module]] = {
     base: prepared
     for prepared in (
         PreparedBackbone,
+        PreparedLinear,
         PreparedMLP,
         PreparedDeformableAttention,
         PreparedForObjectDetection,
