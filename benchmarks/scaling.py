@@ -49,7 +49,14 @@ from training_step import NUM_LABELS, make_same_step, random_batch
 
 
 ROOT = Path(__file__).parents[1]
-MEASURED = ("src/hf_dino/*_dino_detr.py", "kernels/**/*.cpp", "kernels/**/*.h", "benchmarks/common/*.py")
+MEASURED = (
+    "src/hf_dino/*_dino_detr.py",
+    "kernels/csrc/**/*.*",
+    "kernels/torch-ext/**/*.*",
+    "benchmarks/common/*.py",
+    "benchmarks/forward.py",
+    "benchmarks/training_step.py",
+)
 ENVIRONMENTS = {"hf_dino": {"HF_DINO_KERNELS": "require"}, "transformers": {"HF_DINO_KERNELS": "off"}}
 STRIDES = (4, 8, 16, 32, 64)  # of the levels
 NOISE_MIB = 1.0  # memory that is less is not fitted
@@ -310,15 +317,23 @@ def fingerprint(args: argparse.Namespace) -> dict[str, Any]:
     return {**machine.describe(), "code": code, "rounds": args.rounds}
 
 
-def read_kept(path: Path, expected: dict[str, Any]) -> dict[str, Any]:
-    """Return the panels of an earlier run, or none if it was of other code, another machine or other versions."""
+def read_kept(path: Path, expected: dict[str, Any], only: list[str] | None) -> dict[str, Any]:
+    """Return the panels of an earlier run, or none if it was of other code, another machine or other versions.
+
+    Raises:
+        SystemExit: If panels that are not to be measured again would be lost.
+    """
     if not path.exists():
         return {}
     found = json.loads(path.read_text())
     differing = [name for name, value in expected.items() if found.get(name) != value]
-    if differing:
-        print(f"{path.name}: its panels are measured again, because of another {', another '.join(differing)}")
-    return {} if differing else found["panels"]
+    if not differing:
+        return found["panels"]
+    reason = f"of another {', another '.join(differing)}"
+    if only and not found["panels"].keys() <= set(only):
+        raise SystemExit(f"{path}: its other panels are {reason}; run without --only, or move the file away")
+    print(f"{path.name}: its panels are measured again, because they are {reason}")
+    return {}
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -339,7 +354,7 @@ def main(arguments: list[str] | None = None) -> None:
     args = parse(arguments)
     name = "scaling_quick" if args.quick else "scaling"
     path, expected = machine.RESULTS / f"{name}.json", fingerprint(args)
-    panels = read_kept(path, expected)
+    panels = read_kept(path, expected, args.only)
     missing = args.only or [key for key in PANELS if key not in panels]
     workers = {name: Worker(environment) for name, environment in ENVIRONMENTS.items()} if missing else {}
     for key in missing:

@@ -14,18 +14,26 @@ import os
 import re
 import shutil
 import subprocess
+import sys
+from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import tomllib
 import torch
 from hatchling.builders.wheel import WheelBuilder
 from packaging.tags import platform_tags
 from packaging.version import Version
 
-from hf_dino.kernels import compilers, report
+from hf_dino.kernels import compilers
 from hf_dino.kernels.build import Builder
+
+
+if sys.version_info < (3, 11):
+    raise SystemExit(
+        f"make wheels needs Python 3.11 or later, not {sys.version.split()[0]}: PYTHON=/path/to/python3.11"
+    )
+import tomllib
 
 
 ROOT = Path(__file__).parents[1]
@@ -146,6 +154,13 @@ def cuda_wheel(entry: Path) -> KernelWheel:
 WHEELS = {"cpu": cpu_wheel, "cuda": cuda_wheel}
 
 
+def devices_to_compile_for() -> list[str]:
+    """Return the CPU, and CUDA where nvcc is found."""
+    with suppress(compilers.KernelError):
+        return ["cpu", "cuda"] if compilers.find_nvcc() else []
+    return ["cpu"]
+
+
 def main() -> None:
     """Build the wheels that the command line asks for."""
     parser = argparse.ArgumentParser(description="Build wheels with the compiled kernel.")
@@ -157,7 +172,7 @@ def main() -> None:
     )
     options = parser.parse_args()
     try:
-        make_wheels(options.device or report.device_types(), options.output_dir)
+        make_wheels(options.device or devices_to_compile_for(), options.output_dir)
     except compilers.KernelError as error:
         raise SystemExit(str(error)) from None
 

@@ -110,9 +110,12 @@ def test_a_quick_run_measures_and_a_second_run_keeps_it(benchmark, tmp_path, cap
 
     monkeypatch.setattr(benchmark, "MEASURED", ())
     capsys.readouterr()
-    benchmark.main(["--quick", "--only", "mask"])
-    assert "its panels are measured again, because of another code" in capsys.readouterr().out
-    assert list(json.loads((tmp_path / "scaling_quick.json").read_text())["panels"]) == ["mask"]
+    with pytest.raises(SystemExit, match="its other panels are of another code; run without --only"):
+        benchmark.main(["--quick", "--only", "mask"])
+    assert json.loads((tmp_path / "scaling_quick.json").read_text()) == result
+    benchmark.main(["--quick", "--only", *CHEAP])
+    assert "its panels are measured again, because they are of another code" in capsys.readouterr().out
+    assert list(json.loads((tmp_path / "scaling_quick.json").read_text())["panels"]) == CHEAP
 
 
 @pytest.mark.slow

@@ -257,6 +257,41 @@ def test_training_and_saving_are_refused(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("num_threads", [1, 2])
+@pytest.mark.parametrize("shape", [(0, 6), (1, 6), (32, 6), (2, 40, 6), (37, 6), (2, 0, 3, 6), (6,)], ids=str)
+def test_a_linear_layer_is_the_same_as_a_convolution(shape, num_threads):
+    linear, inputs = nn.Linear(6, 5), torch.randn(*shape).transpose(0, -2) if len(shape) > 2 else torch.randn(shape)
+    prepared = copy.deepcopy(linear)
+    prepared.__class__ = preparation.PreparedLinear
+    before = torch.get_num_threads()
+    torch.set_num_threads(num_threads)
+    try:
+        torch.testing.assert_close(prepared(inputs), linear(inputs))
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_a_layer_of_another_class_is_called():
+    class Adapter(nn.Linear):
+        def forward(self, inputs):
+            return super().forward(inputs) + 1
+
+    model = live_model()
+    for layer in (*model.model.encoder.layers, *model.model.decoder.layers):
+        layer.mlp.fc1.__class__ = Adapter
+    assert_same(prepare_for_inference(model), model, images())
+
+
+@pytest.mark.parametrize(
+    "move", [lambda model: model.half(), lambda model: model.to(torch.float64), lambda model: model.to("meta")]
+)
+def test_it_is_neither_moved_nor_converted(move):
+    prepared = prepare_for_inference(live_model())
+    with pytest.raises(RuntimeError, match="neither moved nor converted; prepare the one"):
+        move(prepared)
+    assert_same(prepared.to("cpu"), prepared.float(), images())
+
+
 def test_the_pipeline_of_transformers_takes_it(caplog):
     model, processor = live_model(), DinoDetrImageProcessor(size={"height": 96, "width": 128})
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (60, 80, 3), dtype=np.uint8))

@@ -1001,6 +1001,34 @@ for _ in range(2):
     assert values == [f"7.0 {compiled}"] * 2
 
 
+@needs_compiler
+@needs_platform
+def test_an_entry_of_which_a_library_is_loaded_is_replaced(operator_sources: Path, cache: Path) -> None:
+    """As a kernel for CUDA whose own library is broken: that for the CPU has registered its operators already."""
+    compiled = Builder(operator_sources, cache).get_or_build("cpu")
+    entry = cache.parent / "broken" / compiled.name
+    shutil.copytree(compiled, entry)
+    (entry / f"{build.NAMESPACE}_later.so").write_text("broken")
+    code = f"""
+try:
+    kernels.load(Path({str(entry)!r}))
+except kernels.KernelError as error:
+    print(error)
+print(kernels.load(Path({str(compiled)!r})).same(torch.tensor(7.0)).item())
+"""
+    error, value = result(child(code, operator_sources, cache)).splitlines()
+    assert error.endswith("file too short")
+    assert value == "7.0"
+
+
+def test_folders_that_cannot_be_read_have_no_kernel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "hf_dino_cuda13" / "cuda-1-2").mkdir(parents=True)
+    unreadable = [tmp_path / "file", tmp_path / "none", tmp_path / "file" / "below", "", "x" * 5000]
+    monkeypatch.setattr(sys, "path", [*map(str, unreadable), str(tmp_path)])
+    assert [entry.name for entry in prebuilt.prebuilt_entries("cuda")] == ["cuda-1-2"]
+
+
 WHEEL_CHILD = """
 import sys, torch
 from hf_dino import kernels

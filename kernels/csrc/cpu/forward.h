@@ -50,7 +50,7 @@ inline void gather_points(
 // The rows [begin, end) of one thread. With copies, in the order (image, head, query): the cells of one head are copied
 // next to each other, so that the caches hold more of them. Without, the queries of a decoder look anywhere. Vectors of
 // 64 bytes wait for memory most of the time: the order is the same and all queries read one part of the levels, since
-// one head of all but the first fits the second cache. With shorter ones instructions count, and the rows are read one
+// one head of all but the first (0.7 MB with 4 levels of 800 x 1333 pixels) fits the second cache. With shorter ones instructions count, and the rows are read one
 // after another in the order (image, query, head): the heads of a query look at the same region.
 template <class T>
 class ForwardPass {
@@ -60,7 +60,7 @@ class ForwardPass {
   static constexpr int64_t kCellsAhead = 4;  // rows whose cells are prefetched
 
  public:
-  explicit ForwardPass(const ForwardArgs& args)
+  ForwardPass(const ForwardArgs& args, int64_t num_rows)
       : args_(args),
         shapes_(args.shapes),
         value_stride_(shapes_.num_heads * shapes_.head_dim),
@@ -69,7 +69,8 @@ class ForwardPass {
             shapes_, args.points.reference_dim, 0, shapes_.levels.count,
             args.copy_heads ? padded_channels_ : value_stride_),
         by_level_(args.copy_heads || HF_DINO_VEC_BYTES == 64),
-        num_slots_(args.copy_heads || !by_level_ ? kRowsPerBlock : std::min(shapes_.num_queries, kMostSlots)),
+        num_slots_(
+            args.copy_heads || !by_level_ ? kRowsPerBlock : std::min({num_rows, shapes_.num_queries, kMostSlots})),
         points_(grid_, num_slots_, false),
         sums_(num_slots_ * padded_channels_),
         head_copy_(args.copy_heads ? shapes_.sequence_length * padded_channels_ : 0) {}
@@ -97,7 +98,7 @@ class ForwardPass {
     return {image, head, batch_query, batch_query * heads + head};
   }
 
-  // Rows of one head, level by level, or first the largest level and then all others. With copies, what a block of
+  // Rows of one head, level by level, or the first level, which is the largest, and then all others. With copies, what a block of
   // neighboring queries reads on one level fits the innermost cache.
   void run_by_level(int64_t begin, int64_t end) {
     while (begin < end) {
@@ -226,7 +227,7 @@ class ForwardPass {
 
 template <class T>
 void forward(const ForwardArgs& args, int64_t begin, int64_t end) {
-  ForwardPass<T>(args).run(begin, end);
+  ForwardPass<T>(args, end - begin).run(begin, end);
 }
 
 }  // namespace

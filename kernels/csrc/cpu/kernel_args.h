@@ -54,7 +54,7 @@ struct BackwardArgs {
 struct CpuKernels {
   const char* capability;
   int64_t vec_bytes;
-  // A row is one (image, query, head); `copy_heads` decides the order of the rows.
+  // A row is one (image, query, head); `copy_heads` and the vectors' width decide the order of the rows.
   void (*forward)(const ForwardArgs&, int64_t begin, int64_t end);
   // Tasks are (image, head, group of levels), in this order; none touches what another writes.
   void (*backward)(const BackwardArgs&, int64_t level_groups, int64_t begin, int64_t end);

@@ -6,6 +6,7 @@ decoder layers, for sampling offsets and attention weights, or for queries and k
 
 import copy
 import math
+from collections.abc import Callable
 from itertools import chain
 from typing import Any, NoReturn
 
@@ -35,7 +36,7 @@ def prepare_for_inference(model: PreTrainedModel) -> PreTrainedModel:
     positions are kept for the last sizes of unpadded images.
 
     The model itself stays as it is. The copy shares all weights with it but those of the folded convolutions, so do
-    not train either while both are in use. It can be neither trained nor saved.
+    not train either while both are in use. It can be neither trained, saved, moved nor converted.
 
     Args:
         model (`PreTrainedModel`): In either mode; the copy is in evaluation mode.
@@ -57,14 +58,20 @@ def prepare_for_inference(model: PreTrainedModel) -> PreTrainedModel:
     shared = {id(tensor): tensor for tensor in chain(model.parameters(), model.buffers())}
     prepared = copy.deepcopy(model, shared).eval()
     fold_batch_norms(prepared.model.backbone.body)
+    classes = PREPARED | (CONVOLVED if has_fast_convolutions(model) else {})
     for module in prepared.modules():
-        module.__class__ = PREPARED.get(type(module), type(module))
+        module.__class__ = classes.get(type(module), type(module))
     return prepared
 
 
 def _is_plain(model: nn.Module) -> bool:
     kinds = {(weight.device.type, weight.dtype) for weight in model.parameters()}
     return kinds in ({("cpu", torch.float32)}, {("cpu", torch.float64)})
+
+
+def has_fast_convolutions(model: PreTrainedModel) -> bool:
+    """Return whether oneDNN computes the convolutions of a model; it has none in float64."""
+    return torch.backends.mkldnn.is_available() and model.dtype == torch.float32
 
 
 def fold_batch_norms(body: nn.Module) -> None:
@@ -122,9 +129,10 @@ class PreparedLinear(nn.Linear):
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
         num_rows = inputs.shape[:-1].numel()
-        # In one thread, PyTorch leaves convolutions of fewer than 16 images to MKL, too.
-        width = max(num_rows // math.gcd(num_rows, 16), 1)
-        images = inputs.reshape(num_rows // width, width, 1, self.in_features).permute(0, 3, 1, 2)
+        num_images = math.gcd(num_rows, 16)
+        if num_rows == 0 or (num_images < 16 and torch.get_num_threads() == 1):
+            return super().forward(inputs)  # in one thread, PyTorch has MKL compute convolutions of fewer images, too
+        images = inputs.reshape(num_images, num_rows // num_images, 1, self.in_features).permute(0, 3, 1, 2)
         outputs = nn.functional.conv2d(images, self.weight[..., None, None], self.bias)  # channels last, as its input
         return outputs.permute(0, 2, 3, 1).reshape(*inputs.shape[:-1], self.out_features)
 
@@ -148,7 +156,15 @@ class PreparedDeformableAttention(DinoDetrMultiscaleDeformableAttention):
 
 
 class PreparedForObjectDetection(DinoDetrForObjectDetection):
-    """Can be neither trained nor saved."""
+    """Can be neither trained nor saved, and stays where it is."""
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> "PreparedForObjectDetection":
+        moved = fn(torch.empty(1, dtype=self.dtype))  # what `to`, `half`, `cuda` and their like would do
+        if moved.device.type != "cpu" or moved.dtype != self.dtype:
+            raise RuntimeError(
+                "a prepared model can be neither moved nor converted; prepare the one that it was made from"
+            )
+        return super()._apply(fn, recurse)
 
     def train(self, mode: bool = True) -> "PreparedForObjectDetection":
         if mode:
@@ -167,10 +183,10 @@ PREPARED: dict[type[nn.Module], type[nn.Module]] = {
     base: prepared
     for prepared in (
         PreparedBackbone,
-        PreparedLinear,
         PreparedMLP,
         PreparedDeformableAttention,
         PreparedForObjectDetection,
     )
     for base in prepared.__bases__
 }
+CONVOLVED: dict[type[nn.Module], type[nn.Module]] = {nn.Linear: PreparedLinear}

@@ -64,8 +64,10 @@ from pathlib import Path
 import torch
 
 
+loaded = {{Path(library).name for library in torch.ops.loaded_libraries}}  # by an entry whose other library is broken
 for library in sorted(Path(__file__).parent.glob("{NAMESPACE}_*.so")):  # cpu before cuda: the schema comes first
-    torch.ops.load_library(library)
+    if library.name not in loaded:
+        torch.ops.load_library(library)
 
 ops = torch.ops.{NAMESPACE}
 

@@ -9,7 +9,9 @@ and the GPUs:
 """
 
 import json
+import os
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -25,8 +27,15 @@ PACKAGED = Path(__file__).parents[1] / "prebuilt"
 
 def prebuilt_entries(device_type: str) -> list[Path]:
     """Return the entries for `"cpu"` or `"cuda"`, in this package and in each hf_dino_cuda* on Python's path."""
-    others = [found for folder in dict.fromkeys(sys.path) for found in sorted(Path(folder).glob("hf_dino_cuda*"))]
-    return [entry for folder in [PACKAGED, *others] for entry in sorted(folder.glob(f"{device_type}-*"))]
+    others = [found for folder in dict.fromkeys(sys.path) for found in _find(str(folder), "hf_dino_cuda")]
+    return [entry for folder in [str(PACKAGED), *others] for entry in map(Path, _find(folder, f"{device_type}-"))]
+
+
+def _find(folder: str, prefix: str) -> list[str]:
+    """Return what begins with a prefix in a folder, or nothing if it cannot be read, as Python's import does."""
+    with suppress(OSError):
+        return sorted(found.path for found in os.scandir(folder or ".") if found.name.startswith(prefix))
+    return []
 
 
 def mismatch(entry: Path, sources: Path) -> str:
@@ -37,7 +46,8 @@ def mismatch(entry: Path, sources: Path) -> str:
     """
     try:
         built_for = json.loads((entry / "metadata.json").read_text(encoding="utf-8"))["built_for"]
-        oldest_linux, oldest_torch = built_for["platform"], built_for["torch"]
+        oldest_linux, oldest_torch = str(built_for["platform"]), str(built_for["torch"])
+        for_gpus = (str(built_for["cuda"]), str(built_for["architectures"])) if entry.name.startswith("cuda") else None
     except (OSError, ValueError, LookupError, TypeError) as error:
         return f"its metadata.json cannot be read ({error})"
     checks = [
@@ -50,7 +60,7 @@ def mismatch(entry: Path, sources: Path) -> str:
         ),
     ]
     reason = next((reason for holds, reason in checks if not holds), "")
-    return reason or (_cuda_mismatch(built_for["cuda"], built_for["architectures"]) if "cuda" in built_for else "")
+    return reason or (_cuda_mismatch(*for_gpus) if for_gpus else "")
 
 
 def _cuda_mismatch(major: str, architectures: str) -> str:

@@ -43,7 +43,7 @@ def report_kernels(build: bool = False, facts: dict[str, Any] | None = None) -> 
 
 def device_types() -> list[str]:
     """Return the CPU, and CUDA where there is a GPU or a kernel for one, as when a container image is made."""
-    if not (torch.cuda.is_available() or prebuilt_entries("cuda")):
+    if not (torch.cuda.is_available() or (torch.version.cuda and prebuilt_entries("cuda"))):
         try:
             find_nvcc()
         except KernelError:

@@ -14,7 +14,6 @@ from typing import NoReturn
 
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # from malloc.h
-MALLOC_SETTINGS = ("MALLOC_", "GLIBC_TUNABLES")
 
 
 class InputError(ValueError):
@@ -108,10 +107,11 @@ def keep_freed_memory() -> None:
     """Have this process keep the memory of freed tensors for later ones.
 
     By default, glibc returns large tensors to the system, which clears every page of the next ones: a tenth of a
-    training step on a CPU. Nothing changes with another C library, or where the environment has settings for glibc's
-    `malloc`.
+    training step on a CPU. Nothing changes with another C library, or where the environment already says which memory
+    is kept: `MALLOC_TRIM_THRESHOLD_`, `MALLOC_MMAP_MAX_`, `MALLOC_MMAP_THRESHOLD_` or the same in `GLIBC_TUNABLES`.
     """
-    if platform.libc_ver()[0] == "glibc" and not any(name.startswith(MALLOC_SETTINGS) for name in os.environ):
+    settings = {name for name in os.environ if name.startswith(("MALLOC_MMAP_", "MALLOC_TRIM_"))}
+    if platform.libc_ver()[0] == "glibc" and not (settings or "glibc.malloc." in os.environ.get("GLIBC_TUNABLES", "")):
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(M_MMAP_MAX, 0)
         mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
