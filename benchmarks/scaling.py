@@ -325,12 +325,16 @@ def read_kept(path: Path, expected: dict[str, Any], only: list[str] | None) -> d
     """
     if not path.exists():
         return {}
-    found = json.loads(path.read_text())
+    try:
+        found = json.loads(path.read_text())
+        kept = dict(found["panels"])
+    except (ValueError, LookupError, TypeError):
+        raise SystemExit(f"{path} is damaged; move it away") from None
     differing = [name for name, value in expected.items() if found.get(name) != value]
     if not differing:
-        return found["panels"]
+        return kept
     reason = f"of another {', another '.join(differing)}"
-    if only and not found["panels"].keys() <= set(only):
+    if only and not kept.keys() <= set(only):
         raise SystemExit(f"{path}: its other panels are {reason}; run without --only, or move the file away")
     print(f"{path.name}: its panels are measured again, because they are {reason}")
     return {}

@@ -67,12 +67,14 @@ def make_wheels(devices: list[str], output_dir: Path) -> None:
     """
     if PLATFORM not in platform_tags():
         raise SystemExit(f"wheels for {PLATFORM} cannot be built on {next(platform_tags())}")
-    with TemporaryDirectory() as name:
+    output_dir.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory() as name, TemporaryDirectory(dir=output_dir) as drafts:
         set_flags(Path(name))
         builder = Builder(ROOT / "kernels", Path(name, "cache"))
         for device in devices:
             wheel = WHEELS[device](make_entry(builder, device))
-            print(next(wheel.build(directory=str(output_dir))), flush=True)
+            draft = Path(next(wheel.build(directory=drafts)))
+            print(draft.replace(output_dir / draft.name), flush=True)
 
 
 def set_flags(work: Path) -> None:
@@ -173,8 +175,8 @@ def main() -> None:
     options = parser.parse_args()
     try:
         make_wheels(options.device or devices_to_compile_for(), options.output_dir)
-    except compilers.KernelError as error:
-        raise SystemExit(str(error)) from None
+    except (compilers.KernelError, OSError) as error:
+        raise SystemExit(f"error: {error}") from None
 
 
 if __name__ == "__main__":

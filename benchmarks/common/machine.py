@@ -9,6 +9,8 @@ from typing import Any
 import torch
 import transformers
 
+from hf_dino.utils.io import atomic_write
+
 
 RESULTS = Path(__file__).parents[1] / "results"
 
@@ -41,5 +43,6 @@ def describe() -> dict[str, Any]:
 def save_result(path: Path, command: str, content: dict[str, Any]) -> str:
     """Write a result with the machine, the versions and the command that repeats it, and return its text."""
     text = json.dumps({"command": command, **describe(), **content}, indent=2)
-    path.write_text(text + "\n")
+    with atomic_write(path) as draft:  # a run that is stopped loses nothing
+        draft.write_text(text + "\n")
     return text

@@ -118,6 +118,14 @@ def test_a_quick_run_measures_and_a_second_run_keeps_it(benchmark, tmp_path, cap
     assert list(json.loads((tmp_path / "scaling_quick.json").read_text())["panels"]) == CHEAP
 
 
+@pytest.mark.parametrize("text", ["", '{"panels": {"tok', "[]", "{}", '{"panels": 3}'])
+def test_a_damaged_result_is_refused_and_left(benchmark, tmp_path, text):
+    (tmp_path / "scaling_quick.json").write_text(text)
+    with pytest.raises(SystemExit, match=r"scaling_quick\.json is damaged; move it away"):
+        benchmark.main(["--quick"])
+    assert (tmp_path / "scaling_quick.json").read_text() == text
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("panel", ["tokens", "queries", "objects", "denoising", "batch", "matcher-queries"])
 def test_every_panel_can_be_measured(benchmark, panel):

@@ -899,6 +899,10 @@ def without_metadata(entry: Path, sources: Path, monkeypatch: pytest.MonkeyPatch
     (entry / "metadata.json").write_text("{}")
 
 
+def with_wrong_types(entry: Path, sources: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (entry / "metadata.json").write_text(json.dumps({"built_for": {**BUILT_FOR, "torch": None}}))
+
+
 def for_another_machine(entry: Path, sources: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(prebuilt, "platform_tags", lambda: iter(["musllinux_1_2_x86_64"]))
 
@@ -911,6 +915,7 @@ MISMATCHES = [
     (of_other_sources, "it is not of the sources in"),
     (incomplete, "files are missing"),
     (without_metadata, "its metadata.json cannot be read ('built_for')"),
+    (with_wrong_types, "it is for PyTorch None and later"),
     (for_another_machine, "it is for manylinux_2_28_x86_64, and this is musllinux_1_2_x86_64"),
     (for_a_later_pytorch, "it is for PyTorch 2.10 and later, and this is 2.9.1+cpu"),
 ]
@@ -943,6 +948,21 @@ def test_prebuilt_that_does_not_match_is_reported_and_compiled_instead(
     assert kernels.operators("cpu") is not None
     assert loaded == [Builder(sources, cache).entry("cpu")]
     assert not caplog.records
+
+
+def test_without_a_compiler_the_reason_against_a_prebuilt_kernel_is_told(
+    sources: Path, cache: Path, packaged: Path, use: Callable[[Builder], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    entry = write_prebuilt(packaged, sources, "cpu", BUILT_FOR)
+    without_metadata(entry, sources, monkeypatch)
+    monkeypatch.setenv("CXX", "/nonexistent")
+    monkeypatch.setenv("HF_DINO_KERNELS", "require")
+    use(Builder(sources, cache))
+    reason = (
+        f"CXX=/nonexistent is not a program.*; the prebuilt kernel in {entry} is not used: its metadata.json cannot"
+    )
+    with pytest.raises(RuntimeError, match=reason):
+        kernels.operators("cpu")
 
 
 @needs_platform

@@ -134,13 +134,19 @@ def load_or_build(device_type: str, builder: Builder) -> tuple[Path, ModuleType]
     Raises:
         KernelError: If there is no entry that can be loaded.
     """
+    refused = []
     for entry in prebuilt_entries(device_type):
-        if not mismatch(entry, builder.sources):
-            try:
-                return entry, load(entry)
-            except KernelError as error:
-                logger.warning("%s; the kernel is compiled on this machine instead", error)
-    entry = builder.get_or_build(device_type)
+        if reason := mismatch(entry, builder.sources):
+            refused.append(f"; the prebuilt kernel in {entry} is not used: {reason}")
+            continue
+        try:
+            return entry, load(entry)
+        except KernelError as error:
+            logger.warning("%s; the kernel is compiled on this machine instead", error)
+    try:
+        entry = builder.get_or_build(device_type)
+    except KernelError as error:
+        raise KernelError("".join([str(error), *refused])) from error
     return entry, load(entry)
 
 
@@ -160,7 +166,7 @@ def load(entry: Path) -> ModuleType:
         for library in sorted(entry.glob(f"{NAMESPACE}_*.so")):  # an entry for CUDA adds a library to one for the CPU
             if library.name not in loaded:
                 torch.ops.load_library(library)
-    except (OSError, ImportError, RuntimeError, ValueError, LookupError) as error:
+    except (OSError, ImportError, RuntimeError, ValueError, LookupError, AttributeError, SyntaxError) as error:
         reason = error.__cause__ or error  # PyTorch's own error does not have that of the system
         raise KernelError(f"the kernel in {entry} cannot be loaded: {reason}") from error
     return module
