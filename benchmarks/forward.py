@@ -4,9 +4,9 @@
     python benchmarks/forward.py --backbone swin-l
     python benchmarks/forward.py --device cuda --precision bf16 --compile
 
-All are two-stage with box refinement: ResNet-50, 4 levels, 6 + 6 layers, 900 queries, 91 classes, random weights. Each
-model lives in a process of its own, so that its peak memory is its own; their runs are interleaved, one pass at a
-time, and the medians are compared.
+All are two-stage with box refinement: ResNet-50 unless `--backbone` says otherwise, 4 levels, 6 + 6 layers, 900
+queries, 91 classes, random weights. Each model lives in a process of its own, so that its peak memory is its own; their
+runs are interleaved, one pass at a time, and the medians are compared.
 """
 
 import argparse
@@ -143,7 +143,7 @@ def command_of(name: str, args: argparse.Namespace) -> str:
 
 
 def result_name(name: str, args: argparse.Namespace) -> str:
-    """Return the name of a result, without a suffix for ResNet-50 and for the CPU in float32."""
+    """Return the name of a result, without a suffix for what is the default."""
     where = [args.device, args.precision]
     where += [name for name in ("compile", "keep_freed_memory") if getattr(args, name)]
     backbone = getattr(args, "backbone", "resnet-50").replace("-", "_")
@@ -156,7 +156,7 @@ def main() -> None:
     parser.add_argument("--height", type=int, default=800, help="of the images, in pixels (default: 800)")
     parser.add_argument("--width", type=int, default=1066, help="of the images, in pixels (default: 1066)")
     parser.add_argument("--rounds", type=int, default=5, help="runs of each model (default: 5)")
-    parser.add_argument("--backbone", choices=BACKBONES_BY_NAME, default="resnet-50", help="default: resnet-50")
+    parser.add_argument("--backbone", choices=BACKBONES_BY_NAME, default="resnet-50", help="(default: resnet-50)")
     add_device_options(parser)
     args = parser.parse_args()
 
