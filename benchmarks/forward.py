@@ -5,8 +5,8 @@
     python benchmarks/forward.py --device cuda --precision bf16 --compile
 
 All are two-stage with box refinement: ResNet-50 unless `--backbone` says otherwise, 4 levels, 6 + 6 layers, 900
-queries, 91 classes, random weights. Each model lives in a process of its own, so that its peak memory is its own; their
-runs are interleaved, one pass at a time, and the medians are compared.
+queries, 91 classes, random weights. Each model lives in a process of its own, so that its peak memory is its own;
+their runs are interleaved, one pass at a time, and the medians are compared.
 """
 
 import argparse
