@@ -3,8 +3,9 @@
     python benchmarks/predict_throughput.py [--num-images 1000] [--runs 5] [--batch-size 8] [--config tiny]
 
 Each run detects in the same PNG files with a small random model. The bare model is called in a loop on batches that
-are resized and in memory already; the command also reads, resizes, batches and writes JSON Lines. CPU time, of all
-threads together, hardly depends on what else the machine does.
+are resized and in memory already, as it is and prepared for inference; the command, which prepares its model too, also
+reads, resizes, batches and writes JSON Lines. CPU time, of all threads together, hardly depends on what else the
+machine does.
 """
 
 import argparse
@@ -14,15 +15,17 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
+from transformers import BatchFeature, PreTrainedModel
 
 from common.machine import write_result
 from hf_dino import DinoDetrConfig, DinoDetrForObjectDetection, DinoDetrImageProcessor
 from hf_dino.data import read_image
-from hf_dino.inference import DetectionOptions, Detector, ResultsDirectory, find_inputs
+from hf_dino.inference import DetectionOptions, Detector, ResultsDirectory, find_inputs, prepare_for_inference
 from hf_dino.inference.detector import map_ahead, worker_threads
 from hf_dino.inference.results import to_record
 
@@ -43,20 +46,22 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         draw_images(folder / "images", args.num_images)
+        prepared = prepare_for_inference(model)
+        batches = read_batches(processor, folder / "images", args.batch_size)
         runs = {
-            "bare model": bare_model(model, processor, folder / "images", args.batch_size),
-            "predict": command(model, processor, folder, args.batch_size, args.num_workers),
+            "bare model": bare_model(model, batches),
+            "bare model, prepared": bare_model(prepared, batches),
+            "predict": command(prepared, processor, folder, args.batch_size, args.num_workers),
         }
         seconds: dict[str, list[float]] = {name: [] for name in runs}
         for _ in range(args.runs + 1):
             for name, run in runs.items():
                 seconds[name].append(timed(run))
     seconds = {name: times[1:] for name, times in seconds.items()}  # the first is to warm up
-    shares = [bare / whole for bare, whole in zip(*seconds.values(), strict=True)]
-    share = {"median": round(statistics.median(shares), 3), "runs": [round(each, 3) for each in shares]}
     content = {
         "images": args.num_images,
-        "share_of_the_bare_model": share,
+        "share_of_the_bare_model": share(seconds["bare model"], seconds["predict"]),
+        "share_of_the_prepared_bare_model": share(seconds["bare model, prepared"], seconds["predict"]),
         "cpu_seconds": {name: [round(each, 2) for each in times] for name, times in seconds.items()},
     }
     arguments = f"--num-images {args.num_images} --runs {args.runs} --batch-size {args.batch_size}"
@@ -80,15 +85,16 @@ def draw_images(folder: Path, number: int) -> None:
         Image.fromarray(pixels).resize((SIZE, SIZE), Image.Resampling.BICUBIC).save(folder / f"{index:05}.png")
 
 
-def bare_model(
-    model: DinoDetrForObjectDetection, processor: DinoDetrImageProcessor, folder: Path, batch_size: int
-) -> Callable[[], None]:
-    """Return a loop over batches in memory."""
+def read_batches(processor: DinoDetrImageProcessor, folder: Path, batch_size: int) -> list[BatchFeature]:
     images = [read_image(path) for path in sorted(folder.iterdir())]
-    batches = [
+    return [
         processor(images=images[start : start + batch_size], return_tensors="pt")
         for start in range(0, len(images), batch_size)
     ]
+
+
+def bare_model(model: PreTrainedModel, batches: list[BatchFeature]) -> Callable[[], None]:
+    """Return a loop over batches in memory."""
 
     @torch.inference_mode()
     def run() -> None:
@@ -99,7 +105,7 @@ def bare_model(
 
 
 def command(
-    model: DinoDetrForObjectDetection,
+    model: PreTrainedModel,
     processor: DinoDetrImageProcessor,
     folder: Path,
     batch_size: int,
@@ -119,6 +125,12 @@ def command(
         results.close(complete=True)
 
     return run
+
+
+def share(bare: list[float], whole: list[float]) -> dict[str, Any]:
+    """Return the part of the command's time that the bare model takes, in each round and in the median."""
+    shares = [one / other for one, other in zip(bare, whole, strict=True)]
+    return {"median": round(statistics.median(shares), 3), "runs": [round(each, 3) for each in shares]}
 
 
 def timed(run: Callable[[], None]) -> float:

@@ -39,6 +39,7 @@ DEMO, FAMILY = ROOT / "runs" / "demo", ROOT / "runs" / "family"
 MAX_WIDTH, COLORS, QUALITY = 960, 64, 80
 OBJECTS, OBJECT = 27, 28  # test images with several objects, and with one in the middle
 DENSE = {"DETR": "detr", "Conditional DETR": "conditional_detr", "DAB-DETR": "dab_detr"}
+REPORT = {"report": "ap", "instability": "instability", "recall": "recall", "denoising": "denoising"}
 SELECTIONS = {"static": "dn_deformable_detr", "pure": "dino_pure", "mixed": "dino_mixed"}
 
 
@@ -64,6 +65,9 @@ def main(
         save(decode(confusion), "confusion.png")
     draw_inspections(demo)
     draw_family(demo, family / "rows")
+    for name, image_name in REPORT.items():
+        if (family / f"{name}.png").is_file():
+            save(Image.open(family / f"{name}.png"), f"compare_{image_name}.png")
 
 
 def draw_inspections(demo: Path) -> None:

@@ -291,12 +291,16 @@ def test_own_augmentation_can_be_pickled(tmp_path):
 
 
 CLASS = """
+    from itertools import count
+
+    calls = count()
+
     class Own(Augmentation):
         def __init__(self):
             super().__init__(v2.Identity(), resizes=True)
 
         def __call__(self, image, boxes, areas):
-            return image.crop((0, 0, 20 + int({number} * 5), 10)), boxes[:1], areas[:1], torch.arange(len(boxes))[:1]
+            return image.crop((0, 0, 20 + {number}, 10)), boxes[:1], areas[:1], torch.arange(len(boxes))[:1]
 
         def output_shape(self, height, width, boxes):
             return 10, 20
@@ -317,7 +321,7 @@ def test_own_class_may_replace_methods(tmp_path):
         assert each.output_shape(30, 40, torch.zeros(0, 4)) == each.min_output_shape(30, 40) == (10, 20)
         assert (each.resizes, each.evaluation_size) == (True, OWN_SIZE)
     with pytest.raises(InputError, match="another image or other boxes for the same seed"):
-        own_augmentation(tmp_path, CLASS.format(number="random.random()"))
+        own_augmentation(tmp_path, CLASS.format(number="next(calls)"))
 
 
 def test_own_class_without_output_shape_keeps_the_shape(tmp_path):
