@@ -2,6 +2,7 @@
 
     python benchmarks/forward.py [--height 800] [--width 1066] [--rounds 5]
     python benchmarks/forward.py --backbone swin-l
+    python benchmarks/forward.py --avx2
     python benchmarks/forward.py --device cuda --precision bf16 --compile
 
 All are two-stage with box refinement: ResNet-50 unless `--backbone` says otherwise, 4 levels, 6 + 6 layers, 900
@@ -130,9 +131,12 @@ def add_device_options(parser: argparse.ArgumentParser) -> None:
 
 
 def set_environment(args: argparse.Namespace) -> None:
-    """Set what the processes of the models inherit; glibc reads it when they start."""
+    """Set what the processes of the models inherit; glibc and the libraries read it when they start."""
     if args.keep_freed_memory:
         os.environ.update(MALLOC_MMAP_MAX_="0", MALLOC_TRIM_THRESHOLD_=str(2**31 - 1))
+    if getattr(args, "avx2", False):
+        os.environ.update({"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2"})
+        os.environ.update({"MKL_ENABLE_INSTRUCTIONS": "AVX2", "HF_DINO_CPU_CAPABILITY": "avx2"})
 
 
 def command_of(name: str, args: argparse.Namespace) -> str:
@@ -145,7 +149,7 @@ def command_of(name: str, args: argparse.Namespace) -> str:
 def result_name(name: str, args: argparse.Namespace) -> str:
     """Return the name of a result, without a suffix for what is the default."""
     where = [args.device, args.precision]
-    where += [name for name in ("compile", "keep_freed_memory") if getattr(args, name)]
+    where += [name for name in ("compile", "keep_freed_memory", "avx2") if getattr(args, name, False)]
     backbone = getattr(args, "backbone", "resnet-50").replace("-", "_")
     return "_".join([name, *([backbone] if backbone != "resnet_50" else []), *(where if where != DEFAULT else [])])
 
@@ -157,6 +161,8 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=1066, help="of the images, in pixels (default: 1066)")
     parser.add_argument("--rounds", type=int, default=5, help="runs of each model (default: 5)")
     parser.add_argument("--backbone", choices=BACKBONES_BY_NAME, default="resnet-50", help="(default: resnet-50)")
+    limit = "limit all models to the instructions of a CPU without AVX-512"
+    parser.add_argument("--avx2", action="store_true", help=limit)
     add_device_options(parser)
     args = parser.parse_args()
 
