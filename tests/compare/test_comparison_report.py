@@ -128,6 +128,17 @@ def test_one_seed_has_no_spread_and_the_page_says_so(tmp_path):
     assert "as published, but of one seed, whose spread is unknown" in (tmp_path / "report.html").read_text()
 
 
+def test_a_report_without_training_keeps_the_command_of_the_training(tmp_path):
+    make_up(tmp_path, rows=("detr",), seeds=1)
+    assert report_comparison(tmp_path)["command"] == ""
+    assert "<dt>command</dt>" not in (tmp_path / "report.html").read_text()
+    report_comparison(tmp_path, COMMAND)
+    assert report_comparison(tmp_path)["command"] == COMMAND
+    assert "<dt>command</dt>" in (tmp_path / "report.html").read_text()
+    (tmp_path / "report.json").write_text("[]")
+    assert report_comparison(tmp_path)["command"] == ""
+
+
 def test_without_speed_there_is_no_time(tmp_path):
     make_up(tmp_path, rows=("detr",), seeds=1, unfinished={("detr", 0)})
     (tmp_path / "speed.json").unlink()

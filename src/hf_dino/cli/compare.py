@@ -100,7 +100,7 @@ def compare(
         return None
     if not report_only:
         measure_comparison(output_dir, dataset, again=speed)
-    report = write(command_line(context))
+    report = write(None if report_only or speed else command_line(context))
     print(f"report: {output_dir / 'report.html'}")
     return _facts(output_dir, report, failures)
 

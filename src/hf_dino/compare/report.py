@@ -1,9 +1,11 @@
 """Report a comparison: every number in JSON, curves as images, and one HTML file that has both."""
 
 import base64
+import json
 import os
 import platform
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -63,14 +65,15 @@ FIGURES = {
 MEASURES = ("ap", "ap50", "ap75", "instability", *FIGURES, "denoising_before")
 
 
-def report_comparison(output_dir: Path, command: str) -> dict[str, Any]:
+def report_comparison(output_dir: Path, command: str | None = None) -> dict[str, Any]:
     """Write `report.json`, `report.html` and the figures of a comparison, of the rows that there are so far.
 
     Processes that share a comparison write it one after the other.
 
     Args:
         output_dir (`Path`): Directory of the comparison.
-        command (`str`): The command line, which the report repeats.
+        command (`str`, *optional*): The command line of the trainings, which the report repeats; by default that of
+            the report before.
 
     Returns:
         `dict[str, Any]`: What `report.json` has.
@@ -80,7 +83,7 @@ def report_comparison(output_dir: Path, command: str) -> dict[str, Any]:
     """
     read_settings(output_dir)  # else there would be a lock where there is no comparison
     with wait_for_lock(output_dir / "locks" / "report"):
-        return _write(output_dir, collect(output_dir, command))
+        return _write(output_dir, collect(output_dir, command or _last_command(output_dir)))
 
 
 def _write(output_dir: Path, report: dict[str, Any]) -> dict[str, Any]:
@@ -97,6 +100,13 @@ def _write(output_dir: Path, report: dict[str, Any]) -> dict[str, Any]:
     write_json(output_dir / "report.json", report)
     _write_html(output_dir, report, figures)
     return report
+
+
+def _last_command(output_dir: Path) -> str:
+    """Return the command of the report before, and nothing if there is none or it is damaged."""
+    with suppress(OSError, ValueError, TypeError, LookupError):
+        return str(json.loads((output_dir / "report.json").read_text(encoding="utf-8"))["command"])
+    return ""
 
 
 def collect(output_dir: Path, command: str) -> dict[str, Any]:
