@@ -26,6 +26,14 @@ BODIES = {
         "layer_type": "bottleneck",
         "out_features": ["stage3", "stage4"],
     },
+    "resnet_basic": {  # no shortcut in the first stage: its first block must not overwrite the stem's output
+        "model_type": "resnet",
+        "embedding_size": 16,
+        "hidden_sizes": [16, 24, 32, 48],
+        "depths": [2, 2, 2, 2],
+        "layer_type": "basic",
+        "out_features": ["stem", "stage1", "stage4"],
+    },
     "convnext": {
         "model_type": "convnext",
         "num_stages": 4,
@@ -148,6 +156,22 @@ def test_chunks_of_tokens_do_not_matter(monkeypatch):
     for size in (1, 7, 10_000):
         monkeypatch.setattr(preparation, "TOKENS_PER_CHUNK", size)
         assert_same(prepare_for_inference(model), model, images(2))
+
+
+@pytest.mark.parametrize("name", ["resnet", "resnet_basic"])
+def test_blocks_of_a_resnet_overwrite_nothing_that_is_read_later(name):
+    model = live_model(backbone_config=BODIES[name])
+    body, prepared = (each.model.backbone.body for each in (model, prepare_for_inference(model)))
+    kinds = [type(block).__name__ for stage in prepared.encoder.stages for block in stage.layers]
+    num_plain = sum(not kind.startswith("Prepared") for kind in kinds)
+    assert num_plain == (name == "resnet_basic")
+
+    wanted = body(images(2)).feature_maps
+    for context in (torch.no_grad, torch.inference_mode, torch.enable_grad):
+        with context():
+            got = prepared(images(2)).feature_maps
+        for feature_map, expected in zip(got, wanted, strict=True):
+            torch.testing.assert_close(feature_map, expected, atol=1e-5 * float(expected.abs().max()), rtol=0)
 
 
 def test_gradients_can_be_taken_after_inference_mode():

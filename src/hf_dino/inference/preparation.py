@@ -14,10 +14,11 @@ import torch
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from transformers import PreTrainedModel
+from transformers.models.resnet.modeling_resnet import ResNetBasicLayer, ResNetBottleNeckLayer, ResNetStage
 
 from ..backbone_dino_detr import DinoDetrBackbone, DinoDetrFeatureLevels
 from ..deformable_attention_dino_detr import DinoDetrMultiscaleDeformableAttention
-from ..modeling_dino_detr import DinoDetrForObjectDetection, DinoDetrMLP
+from ..modeling_dino_detr import DinoDetrEncoderLayer, DinoDetrForObjectDetection
 
 
 TOKENS_PER_CHUNK = 2048  # whose hidden states in an MLP, 16 MiB of 2,048 each, mostly stay in the cache of a CPU
@@ -31,9 +32,10 @@ def prepare_for_inference(model: PreTrainedModel) -> PreTrainedModel:
     Logits and boxes are equal within 1e-5 in float32, unless two encoder tokens have scores that are equal but for
     rounding: these may be selected in another order.
 
-    Batch norms are folded into the convolutions before them, whose weights are stored with the channels last; linear
-    layers are computed as 1 x 1 convolutions, MLPs in chunks of tokens; padding is not zeroed where there is none; and
-    positions are kept for the last sizes of unpadded images.
+    Batch norms are folded into the convolutions before them, whose weights are stored with the channels last; the last
+    convolution of a ResNet's block adds to the shortcut in place; linear layers are computed as 1 x 1 convolutions,
+    the encoder's MLPs in chunks of tokens; padding is not zeroed where there is none; and positions are kept for the
+    last sizes of unpadded images. Outside of `torch.no_grad` and `torch.inference_mode` nothing is done in place.
 
     The model itself stays as it is. The copy shares all weights with it but those of the folded convolutions, so do
     not train either while both are in use. It can be neither trained, saved, moved nor converted.
@@ -58,7 +60,10 @@ def prepare_for_inference(model: PreTrainedModel) -> PreTrainedModel:
     shared = {id(tensor): tensor for tensor in chain(model.parameters(), model.buffers())}
     prepared = copy.deepcopy(model, shared).eval()
     fold_batch_norms(prepared.model.backbone.body)
-    classes = PREPARED | (CONVOLVED if has_fast_convolutions(model) else {})
+    classes = dict(PREPARED)
+    if has_fast_convolutions(model):
+        classes |= CONVOLVED
+        add_in_place(prepared.model.backbone.body)
     for module in prepared.modules():
         module.__class__ = classes.get(type(module), type(module))
     return prepared
@@ -86,6 +91,63 @@ def fold_batch_norms(body: nn.Module) -> None:
         if type(convolution) is nn.Conv2d and type(norm) is nn.BatchNorm2d:
             folded = fuse_conv_bn_eval(convolution, norm).requires_grad_(False)
             block.convolution, block.normalization = folded.to(memory_format=torch.channels_last), nn.Identity()
+
+
+def add_in_place(body: nn.Module) -> None:
+    """Have the last convolution of a folded ResNet's blocks add to the shortcut, where nothing else reads that."""
+    stages: list[Any] = [stage for stage in body.modules() if type(stage) is ResNetStage]
+    for stage in stages:
+        blocks = list(stage.layers)
+        if isinstance(blocks[0].shortcut, nn.Identity):
+            del blocks[0]  # would overwrite the output of the stage before
+        for block in blocks:
+            is_folded = isinstance(block.layer[-1].normalization, nn.Identity)
+            if is_folded and isinstance(block.activation, nn.ReLU):
+                block.__class__ = ADDED_IN_PLACE.get(type(block), type(block))
+
+
+class AddedInPlace(nn.Module):
+    """A block of a ResNet that computes `relu(shortcut(x) + layer(x))` without a new tensor for the sum.
+
+    PyTorch has no public operator that adds a convolution to a tensor; this one is what `torch.compile` uses.
+    """
+
+    layer: nn.Sequential
+    shortcut: nn.Module
+
+    def forward(self, hidden_state: torch.Tensor) -> torch.Tensor:
+        if torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
+            return super().forward(hidden_state)
+        residual = self.shortcut(hidden_state)
+        last: Any = self.layer[-1].convolution
+        return torch.ops.mkldnn._convolution_pointwise_.binary(
+            residual,
+            self.layer[:-1](hidden_state),
+            last.weight,
+            last.bias,
+            last.padding,
+            last.stride,
+            last.dilation,
+            last.groups,
+            "add",
+            1.0,
+            "relu",
+            [],
+            None,
+        )
+
+
+class PreparedBasicLayer(AddedInPlace, ResNetBasicLayer):
+    """Two 3 x 3 convolutions and a shortcut."""
+
+
+class PreparedBottleNeckLayer(AddedInPlace, ResNetBottleNeckLayer):
+    """A 3 x 3 convolution between two of 1 x 1, and a shortcut."""
+
+
+ADDED_IN_PLACE: dict[type[nn.Module], type[nn.Module]] = {
+    prepared.__bases__[1]: prepared for prepared in (PreparedBasicLayer, PreparedBottleNeckLayer)
+}
 
 
 class UnpaddedFeatureLevels(DinoDetrFeatureLevels):
@@ -137,13 +199,23 @@ class PreparedLinear(nn.Linear):
         return outputs.permute(0, 2, 3, 1).reshape(*inputs.shape[:-1], self.out_features)
 
 
-class PreparedMLP(DinoDetrMLP):
-    """Applies both layers to a chunk of tokens before the next, so that its hidden states stay in the cache."""
+class PreparedEncoderLayer(DinoDetrEncoderLayer):
+    """Applies the MLP to a chunk of tokens before the next, in place, so that its hidden states stay in the cache."""
 
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        apply = super().forward
-        chunks = hidden_states.flatten(0, 1).split(TOKENS_PER_CHUNK)
-        return torch.cat([apply(chunk) for chunk in chunks]).view_as(hidden_states)
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        position_embeddings: torch.Tensor,
+        reference_points: torch.Tensor,
+        levels: DinoDetrFeatureLevels,
+    ) -> torch.Tensor:
+        if torch.is_grad_enabled():
+            return super().forward(hidden_states, position_embeddings, reference_points, levels)
+        attended, _ = self.self_attn(hidden_states, position_embeddings, hidden_states, reference_points, levels)
+        hidden_states = self.self_attn_layer_norm(hidden_states + attended)
+        for tokens in hidden_states.view(-1, hidden_states.shape[-1]).split(TOKENS_PER_CHUNK):
+            tokens += self.mlp(tokens)
+        return self.final_layer_norm(hidden_states)
 
 
 class PreparedDeformableAttention(DinoDetrMultiscaleDeformableAttention):
@@ -183,7 +255,7 @@ PREPARED: dict[type[nn.Module], type[nn.Module]] = {
     base: prepared
     for prepared in (
         PreparedBackbone,
-        PreparedMLP,
+        PreparedEncoderLayer,
         PreparedDeformableAttention,
         PreparedForObjectDetection,
     )
