@@ -1,6 +1,7 @@
 """One training step of DINO-4scale ResNet-50: time and memory compared with others', its parts, and its wait for data.
 
-    python benchmarks/training_step.py [--height 480] [--width 640] [--images 2] [--objects 7] [--rounds 5]
+    python benchmarks/training_step.py [--height 480] [--width 640] [--images 2] [--objects 7]
+        [--rounds 5] [--warm-up 3]
     python benchmarks/training_step.py --device cuda --precision bf16 --compile
 
 Random weights: forward, losses, backward, clipping and a step of AdamW. As in the official recipe, the stem and the
@@ -284,10 +285,14 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--images", type=int, default=2, help="images per step (default: 2)")
     parser.add_argument("--objects", type=int, default=7, help="objects per image (default: 7)")
     parser.add_argument("--rounds", type=int, default=5, help="steps of each model (default: 5)")
+    warm_up = "steps of each model before these: on a CPU the first take longer, until memory is reused (default: 3)"
+    parser.add_argument("--warm-up", type=int, default=3, help=warm_up)
     steps = "steps that wait for a loader, at least 2, or 0 to leave that out (default: 20)"
     parser.add_argument("--loader-steps", type=int, default=20, help=steps)
     add_device_options(parser)
     args = parser.parse_args(argv)
+    if args.rounds < 1 or args.warm_up < 1:
+        parser.error(f"--rounds and --warm-up must be at least 1, not {args.rounds} and {args.warm_up}")
     if args.loader_steps < 0 or args.loader_steps == 1:
         parser.error(f"--loader-steps must be 0 or at least 2, not {args.loader_steps}: the first step is not counted")
     return args
@@ -300,7 +305,7 @@ def main(argv: list[str] | None = None) -> None:
     where: dict[str, Any] = {"device": args.device, "precision": args.precision, "compiled": args.compile}
     candidates = make_candidates(partial(make_same_step, batch=batch, **where))
     candidates["transformers_frozen"] = (partial(make_same_step, make_transformers, batch, **where, trained=""), {})
-    content = interleave(candidates, args.rounds, args.device)
+    content = interleave(candidates, args.rounds, args.device, args.warm_up)
     seconds = content["median_seconds"]
     content["samples_per_second"] = {name: round(args.images / value, 3) for name, value in seconds.items()}
     os.environ.setdefault("HF_DINO_KERNELS", "require")

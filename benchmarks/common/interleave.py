@@ -73,8 +73,16 @@ class Worker:
         self.connection.close()
 
 
-def interleave(candidates: Mapping[str, Candidate], rounds: int, device: str = "cpu") -> dict[str, Any]:
+def interleave(
+    candidates: Mapping[str, Candidate], rounds: int, device: str = "cpu", warm_up: int = 1
+) -> dict[str, Any]:
     """Run every candidate once per round, and compare medians with the first one's.
+
+    Args:
+        candidates (`Mapping[str, Candidate]`): What is compared, by name.
+        rounds (`int`): Measured runs of each.
+        device (`str`): `"cpu"` or `"cuda"`.
+        warm_up (`int`): Runs of each before these, which are not counted.
 
     Returns:
         `dict`: Seconds (medians), peak memory of one run beyond what stood before it (MiB), and for every other
@@ -88,7 +96,7 @@ def interleave(candidates: Mapping[str, Candidate], rounds: int, device: str = "
         workers[name].start_building(build)
     for worker in workers.values():
         worker.wait()
-    seconds, memory = measure(workers, rounds)
+    seconds, memory = measure(workers, rounds, warm_up)
     for worker in workers.values():
         worker.close()
 
@@ -101,17 +109,17 @@ def interleave(candidates: Mapping[str, Candidate], rounds: int, device: str = "
     }
 
 
-def measure(workers: Mapping[str, Worker], rounds: int) -> tuple[dict[str, float], dict[str, float]]:
-    """Run what the workers have built, once each per round after one to warm up.
+def measure(workers: Mapping[str, Worker], rounds: int, warm_up: int = 1) -> tuple[dict[str, float], dict[str, float]]:
+    """Run what the workers have built, once each per round, after some rounds to warm up.
 
     Returns:
         Median seconds and peak memory in MiB, by name.
     """
     measured: dict[str, list[tuple[float, float]]] = {name: [] for name in workers}
-    for _ in range(rounds + 1):
+    for _ in range(warm_up + rounds):
         for name, worker in workers.items():
             measured[name].append(worker.run())
-    seconds = {name: statistics.median(elapsed for elapsed, _ in rows[1:]) for name, rows in measured.items()}
+    seconds = {name: statistics.median(elapsed for elapsed, _ in rows[warm_up:]) for name, rows in measured.items()}
     return seconds, {name: rows[-1][1] for name, rows in measured.items()}
 
 
