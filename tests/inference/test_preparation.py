@@ -158,6 +158,7 @@ def test_chunks_of_tokens_do_not_matter(monkeypatch):
         assert_same(prepare_for_inference(model), model, images(2))
 
 
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="PyTorch was built without oneDNN")
 @pytest.mark.parametrize("name", ["resnet", "resnet_basic"])
 def test_blocks_of_a_resnet_overwrite_nothing_that_is_read_later(name):
     model = live_model(backbone_config=BODIES[name])
@@ -166,12 +167,54 @@ def test_blocks_of_a_resnet_overwrite_nothing_that_is_read_later(name):
     num_plain = sum(not kind.startswith("Prepared") for kind in kinds)
     assert num_plain == (name == "resnet_basic")
 
-    wanted = body(images(2)).feature_maps
+    wanted = [feature_map.detach() for feature_map in body(images(2)).feature_maps]
     for context in (torch.no_grad, torch.inference_mode, torch.enable_grad):
         with context():
             got = prepared(images(2)).feature_maps
         for feature_map, expected in zip(got, wanted, strict=True):
             torch.testing.assert_close(feature_map, expected, atol=1e-5 * float(expected.abs().max()), rtol=0)
+
+
+def test_blocks_that_are_replaced_stay_so():
+    """A first block that returns its input leaves the stage before it as the shortcut of the second block."""
+
+    class Passes(nn.Module):
+        shortcut = nn.Identity()
+
+        def forward(self, hidden_state):
+            return hidden_state
+
+    model = live_model(backbone_config=BODIES["resnet_basic"])
+    for stage in model.model.backbone.body.encoder.stages[:1]:
+        stage.layers[0] = Passes()
+    body, prepared = (each.model.backbone.body for each in (model, prepare_for_inference(model)))
+    with torch.no_grad():
+        wanted, got = body(images()).feature_maps, prepared(images()).feature_maps
+    for feature_map, expected in zip(got, wanted, strict=True):
+        torch.testing.assert_close(feature_map, expected, atol=1e-5 * float(expected.abs().max()), rtol=0)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["resnet", "resnet_basic"])
+def test_what_is_not_a_number_stays_so(name):
+    model = live_model(backbone_config=BODIES[name])
+    pixel_values = images()
+    pixel_values[0, 0, 50, 50] = float("nan")
+    for body in (model.model.backbone.body, prepare_for_inference(model).model.backbone.body):
+        assert all(feature_map.isnan().any() for feature_map in body(pixel_values).feature_maps)
+
+
+@torch.no_grad()
+def test_another_mlp_gets_all_tokens_of_an_image(monkeypatch):
+    class MixesTokens(nn.Module):
+        def forward(self, hidden_states):
+            return hidden_states.mean(dim=1, keepdim=True).expand_as(hidden_states)
+
+    monkeypatch.setattr(preparation, "TOKENS_PER_CHUNK", 7)
+    model = live_model()
+    for layer in model.model.encoder.layers:
+        layer.mlp = MixesTokens()
+    assert_same(prepare_for_inference(model), model, images(2))
 
 
 def test_gradients_can_be_taken_after_inference_mode():

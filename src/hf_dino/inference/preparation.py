@@ -14,11 +14,16 @@ import torch
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from transformers import PreTrainedModel
-from transformers.models.resnet.modeling_resnet import ResNetBasicLayer, ResNetBottleNeckLayer, ResNetStage
+from transformers.models.resnet.modeling_resnet import (
+    ResNetBasicLayer,
+    ResNetBottleNeckLayer,
+    ResNetShortCut,
+    ResNetStage,
+)
 
 from ..backbone_dino_detr import DinoDetrBackbone, DinoDetrFeatureLevels
 from ..deformable_attention_dino_detr import DinoDetrMultiscaleDeformableAttention
-from ..modeling_dino_detr import DinoDetrEncoderLayer, DinoDetrForObjectDetection
+from ..modeling_dino_detr import DinoDetrEncoderLayer, DinoDetrForObjectDetection, DinoDetrMLP
 
 
 TOKENS_PER_CHUNK = 2048  # whose hidden states in an MLP, 16 MiB of 2,048 each, mostly stay in the cache of a CPU
@@ -35,7 +40,8 @@ def prepare_for_inference(model: PreTrainedModel) -> PreTrainedModel:
     Batch norms are folded into the convolutions before them, whose weights are stored with the channels last; the last
     convolution of a ResNet's block adds to the shortcut in place; linear layers are computed as 1 x 1 convolutions,
     the encoder's MLPs in chunks of tokens; padding is not zeroed where there is none; and positions are kept for the
-    last sizes of unpadded images. Outside of `torch.no_grad` and `torch.inference_mode` nothing is done in place.
+    last sizes of unpadded images. Hooks of the last modules inside a block are not called, and an output of a block that
+    a hook keeps is overwritten.
 
     The model itself stays as it is. The copy shares all weights with it but those of the folded convolutions, so do
     not train either while both are in use. It can be neither trained, saved, moved nor converted.
@@ -97,13 +103,20 @@ def add_in_place(body: nn.Module) -> None:
     """Have the last convolution of a folded ResNet's blocks add to the shortcut, where nothing else reads that."""
     stages: list[Any] = [stage for stage in body.modules() if type(stage) is ResNetStage]
     for stage in stages:
-        blocks = list(stage.layers)
-        if isinstance(blocks[0].shortcut, nn.Identity):
-            del blocks[0]  # would overwrite the output of the stage before
-        for block in blocks:
-            is_folded = isinstance(block.layer[-1].normalization, nn.Identity)
-            if is_folded and isinstance(block.activation, nn.ReLU):
-                block.__class__ = ADDED_IN_PLACE.get(type(block), type(block))
+        before = None  # the first block would overwrite the output of the stage before
+        for block in stage.layers:
+            kind = type(block)
+            if kind in ADDED_IN_PLACE and _can_add_in_place(block, before):
+                block.__class__ = ADDED_IN_PLACE[kind]
+            before = kind
+
+
+def _can_add_in_place(block: Any, before: type[nn.Module] | None) -> bool:
+    """Return whether a block ends in a folded convolution and a ReLU, and its shortcut in a tensor of its own."""
+    last = block.layer[-1]
+    is_folded = type(last.convolution) is nn.Conv2d and type(last.normalization) is nn.Identity
+    owns_shortcut = type(block.shortcut) is ResNetShortCut or before in ADDED_IN_PLACE
+    return is_folded and isinstance(block.activation, nn.ReLU) and owns_shortcut
 
 
 class AddedInPlace(nn.Module):
@@ -120,7 +133,7 @@ class AddedInPlace(nn.Module):
             return super().forward(hidden_state)
         residual = self.shortcut(hidden_state)
         last: Any = self.layer[-1].convolution
-        return torch.ops.mkldnn._convolution_pointwise_.binary(
+        total = torch.ops.mkldnn._convolution_pointwise_.binary(
             residual,
             self.layer[:-1](hidden_state),
             last.weight,
@@ -131,10 +144,11 @@ class AddedInPlace(nn.Module):
             last.groups,
             "add",
             1.0,
-            "relu",
+            None,  # oneDNN's ReLU would turn NaN into 0
             [],
             None,
         )
+        return total.relu_()
 
 
 class PreparedBasicLayer(AddedInPlace, ResNetBasicLayer):
@@ -209,7 +223,7 @@ class PreparedEncoderLayer(DinoDetrEncoderLayer):
         reference_points: torch.Tensor,
         levels: DinoDetrFeatureLevels,
     ) -> torch.Tensor:
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() or type(self.mlp) is not DinoDetrMLP:
             return super().forward(hidden_states, position_embeddings, reference_points, levels)
         attended, _ = self.self_attn(hidden_states, position_embeddings, hidden_states, reference_points, levels)
         hidden_states = self.self_attn_layer_norm(hidden_states + attended)
