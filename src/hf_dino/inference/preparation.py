@@ -40,8 +40,8 @@ def prepare_for_inference(model: PreTrainedModel) -> PreTrainedModel:
     Batch norms are folded into the convolutions before them, whose weights are stored with the channels last; the last
     convolution of a ResNet's block adds to the shortcut in place; linear layers are computed as 1 x 1 convolutions,
     the encoder's MLPs in chunks of tokens; padding is not zeroed where there is none; and positions are kept for the
-    last sizes of unpadded images. Hooks of the last modules inside a block are not called, and an output of a block that
-    a hook keeps is overwritten.
+    last sizes of unpadded images. Hooks of the last modules inside a block are not called, and an output of a block
+    that a hook keeps is overwritten.
 
     The model itself stays as it is. The copy shares all weights with it but those of the folded convolutions, so do
     not train either while both are in use. It can be neither trained, saved, moved nor converted.
