@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from hf_dino.inference import ImageInput
-from hf_dino.inference.results import SETTINGS, ResultsDirectory, _whole_lines
+from hf_dino.inference.results import SETTINGS, ResultsDirectory, _Log, _whole_lines
 from hf_dino.utils.errors import InputError
 
 
@@ -35,3 +35,26 @@ def test_lines_of_the_journal_that_are_no_record_are_left_out(tmp_path, caplog, 
 def test_names_that_xml_cannot_hold_are_refused_before_the_work(tmp_path, name):
     with pytest.raises(InputError, match="XML cannot hold"):
         ResultsDirectory(tmp_path, ["voc"], {}).check_inputs([ImageInput(Path(name), name)])
+
+
+@pytest.mark.parametrize(("written", "expected"), [(3, b"first\n"), (7, b"first\nsecond\n")])
+def test_an_interrupted_text_is_there_as_a_whole_or_not_at_all(tmp_path, written, expected):
+    """Another process may have read a whole one already."""
+
+    class Interrupted:
+        def __init__(self, file):
+            self.file = file
+
+        def __getattr__(self, name):
+            return getattr(self.file, name)
+
+        def write(self, data):
+            self.file.write(data[:written])
+            raise KeyboardInterrupt
+
+    log = _Log(tmp_path / "log", "ab")
+    log.append("first\n")
+    log.file = Interrupted(log.file)
+    with pytest.raises(KeyboardInterrupt):
+        log.append("second\n")
+    assert (tmp_path / "log").read_bytes() == expected

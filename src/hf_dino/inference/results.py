@@ -96,12 +96,14 @@ class _Log:
 
     def append(self, text: str) -> None:
         end, left = self.file.seek(0, os.SEEK_END), memoryview(text.encode(errors="surrogateescape"))
+        whole = end + len(left)
         try:
             with annotate_oserror(self.path):
                 while left:
                     left = left[self.file.write(left) :]
         except BaseException:
-            self.file.truncate(end)
+            if self.file.seek(0, os.SEEK_END) < whole:  # what is there as a whole, others may have read
+                self.file.truncate(end)
             raise
 
 
