@@ -150,3 +150,22 @@ def test_a_wait_that_cannot_be_measured_is_refused(benchmark, capsys, steps):
     with pytest.raises(SystemExit):
         benchmark.main([f"--loader-steps={steps}"])
     assert f"--loader-steps must be 0 or at least 2, not {steps}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("option", ["--rounds=0", "--warm-up=0", "--warm-up=-1"])
+def test_too_few_steps_are_refused(benchmark, capsys, option):
+    with pytest.raises(SystemExit):
+        benchmark.main([option])
+    assert "--rounds and --warm-up must be at least 1" in capsys.readouterr().err
+
+
+def test_runs_to_warm_up_do_not_count(benchmark):
+    class Settles:
+        def __init__(self):
+            self.answers = iter([(9.0, 5.0), (8.0, 5.0), (3.0, 6.0), (1.0, 6.0), (2.0, 7.0)])
+
+        def run(self):
+            return next(self.answers)
+
+    interleave = importlib.import_module("common.interleave")
+    assert interleave.measure({"ours": Settles()}, rounds=3, warm_up=2) == ({"ours": 2.0}, {"ours": 7.0})

@@ -103,7 +103,7 @@ def add_in_place(body: nn.Module) -> None:
     """Have the last convolution of a folded ResNet's blocks add to the shortcut, where nothing else reads that."""
     stages: list[Any] = [stage for stage in body.modules() if type(stage) is ResNetStage]
     for stage in stages:
-        before = None  # the first block would overwrite the output of the stage before
+        before = None  # the first block may have the output of another stage as its shortcut
         for block in stage.layers:
             kind = type(block)
             if kind in ADDED_IN_PLACE and _can_add_in_place(block, before):
